@@ -1,0 +1,29 @@
+"""Fused operators for HiA: high-resolution instruction-aware adapters (MICCAI 2024).
+
+Importing needs no GPU, no Triton and no compiler. Every function here is one ``torch.library`` op of the
+namespace ``hia`` with fake tensors, autograd, autocast and a FLOP formula.
+"""
+
+from .core.backend import last_backend, use_backend
+from .ops.condition_queries import condition_queries
+from .ops.conv_norm_act import conv_norm_act
+from .ops.cross_attention import cross_attention, cross_attention_with_lse
+from .ops.inject_rows import inject_rows, inject_rows_
+from .ops.norm_linear import norm_linear
+from .ops.stem import stem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "condition_queries",
+    "conv_norm_act",
+    "cross_attention",
+    "cross_attention_with_lse",
+    "inject_rows",
+    "inject_rows_",
+    "last_backend",
+    "norm_linear",
+    "stem",
+    "use_backend",
+]

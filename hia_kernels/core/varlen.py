@@ -1,0 +1,65 @@
+"""Packed sequences: sequence ``b`` of a packed tensor is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backend import debug_enabled
+
+
+def cu_seqlens_from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Cumulative lengths with a leading zero: [B + 1] int32 (flash-attention's convention)."""
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
+    return cu_seqlens.to(device, non_blocking=True)
+
+
+def check_values_now(tensor: Tensor) -> bool:
+    """Reading a tensor's values is free on the CPU; on a device it makes the host wait."""
+    return tensor.device.type == "cpu" or debug_enabled()
+
+
+def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> None:
+    """Values of ``cu_seqlens``; skipped on devices unless ``HIA_DEBUG=1``.
+
+    Raises:
+        ValueError: it does not start at 0, decreases, does not end at ``total``, or a sequence is longer
+            than ``max_seqlen``.
+    """
+    if not check_values_now(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"hia::{op}: {name} must start at 0, got {values[0]}")
+    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    for position, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(
+                f"hia::{op}: {name} must not decrease, got {values[position]} then {values[position + 1]} "
+                f"at position {position + 1}"
+            )
+    if values[-1] != total:
+        raise ValueError(f"hia::{op}: {name} must end at the packed length {total}, got {values[-1]}")
+    if max_seqlen is not None and lengths and max(lengths) > max_seqlen:
+        raise ValueError(
+            f"hia::{op}: {name.replace('cu_seqlens', 'max_seqlen')} must be at least the longest sequence "
+            f"({max(lengths)}), got {max_seqlen}"
+        )
+
+
+def check_row_idx(op: str, name: str, row_idx: Tensor, rows: int, *, unique: bool) -> None:
+    """Values of a row index; skipped on devices unless ``HIA_DEBUG=1``.
+
+    Raises:
+        ValueError: an index outside ``[0, rows)``, or, with ``unique``, one that occurs twice.
+    """
+    if row_idx.numel() == 0 or not check_values_now(row_idx):
+        return
+    low, high = int(row_idx.min()), int(row_idx.max())
+    if low < 0 or high >= rows:
+        raise ValueError(f"hia::{op}: {name} must be in [0, {rows}), got values from {low} to {high}")
+    if unique and torch.unique(row_idx).numel() != row_idx.numel():
+        raise ValueError(f"hia::{op}: {name} must not name a row twice, got {row_idx.numel()} indices with duplicates")

@@ -1,0 +1,3 @@
+from .functional import condition_queries
+
+__all__ = ["condition_queries"]

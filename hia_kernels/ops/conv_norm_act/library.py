@@ -1,0 +1,75 @@
+"""``hia::conv_norm_act``: schema, fake, autograd, autocast, FLOP formula."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ...core import autocast, registration
+from ...core.backend import Backend, register_table
+from .reference import conv_norm_act_bwd_ref, conv_norm_act_ref
+
+registration.define(
+    "conv_norm_act",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int stride, str activation) -> Tensor",
+)
+registration.define(
+    "conv_norm_act_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out,"
+    " int stride, str activation, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+BACKENDS = register_table(
+    "conv_norm_act",
+    Backend("reference", {"conv_norm_act": conv_norm_act_ref, "conv_norm_act_bwd": conv_norm_act_bwd_ref}),
+)
+registration.implement("conv_norm_act", BACKENDS)
+registration.implement("conv_norm_act_bwd", BACKENDS)
+
+
+@torch.library.register_fake("hia::conv_norm_act")
+def _fwd_fake(x, weight, scale, shift, residual, stride, activation):
+    n, ih, iw, _ = x.shape
+    return x.new_empty(n, (ih - 1) // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
+
+
+@torch.library.register_fake("hia::conv_norm_act_bwd")
+def _bwd_fake(dout, x, weight, scale, shift, residual, out, stride, activation, output_mask):
+    like = (x, weight, scale, shift, out)
+    return tuple(
+        tensor.new_empty(tensor.shape if wanted else 0, dtype=tensor.dtype if wanted else x.dtype)
+        for tensor, wanted in zip(like, output_mask, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, scale, shift, residual, ctx.stride, ctx.activation = inputs
+    kept_residual = residual if ctx.activation == "gelu" else None  # a full activation saved for nothing otherwise
+    ctx.save_for_backward(x, weight, scale, shift, kept_residual, output)
+
+
+def _backward(ctx, dout):
+    mask = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.hia.conv_norm_act_bwd(dout, *ctx.saved_tensors, ctx.stride, ctx.activation, mask)
+    return (*(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None)
+
+
+torch.library.register_autograd("hia::conv_norm_act", _backward, setup_context=_setup_context)
+registration.refuse_double_backward("conv_norm_act", "conv_norm_act_bwd")
+autocast.register_autocast(registration.overload("conv_norm_act"), cast=("x", "weight", "residual"))
+
+
+def _conv_flops(out_shape, weight_shape):
+    n, oh, ow, oc = out_shape
+    return 2 * n * oh * ow * oc * weight_shape[1] * weight_shape[2] * weight_shape[3]
+
+
+@register_flop_formula(torch.ops.hia.conv_norm_act)
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs):
+    return _conv_flops(out_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.hia.conv_norm_act_bwd)
+def _bwd_flops(dout_shape, x, weight_shape, sc, sh, res, out, stride, activation, output_mask, **kwargs):
+    recomputed = bool(output_mask[2]) or activation == "gelu"
+    return (int(recomputed) + sum(output_mask[:2])) * _conv_flops(dout_shape, weight_shape)

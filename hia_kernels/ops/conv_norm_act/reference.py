@@ -1,0 +1,75 @@
+"""Plain PyTorch truth of ``conv_norm_act``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Channels last in and out; returned in the statistics' dtype."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2)
+    return y.permute(0, 2, 3, 1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def conv_norm_act_ref(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    activation: str,
+) -> Tensor:
+    """[N, IH, IW, C] -> [N, OH, OW, OC]."""
+    z = _conv(x, weight, stride) * scale + shift
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    if activation == "relu":
+        z = F.relu(z)
+    elif activation == "gelu":
+        z = F.gelu(z)
+    return z.to(x.dtype).contiguous()
+
+
+def conv_norm_act_bwd_ref(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    stride: int,
+    activation: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty.
+
+    ``residual`` is read for "gelu" only; "relu" sees its sign in ``out``.
+    """
+    y = _conv(x, weight, stride) if output_mask[2] or activation == "gelu" else None
+    dz = dout.to(scale.dtype)  # [N, OH, OW, OC]
+    if activation == "relu":
+        dz = torch.where(out > 0, dz, 0)
+    elif activation == "gelu":
+        z = y * scale + shift
+        if residual is not None:
+            z = z + residual.to(z.dtype)
+        dz = torch.ops.aten.gelu_backward(dz, z)
+
+    empty = x.new_empty(0)
+    dx = dweight = empty
+    if output_mask[0] or output_mask[1]:
+        padding = [weight.shape[-1] // 2] * 2
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            (dz * scale).to(x.dtype).permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
+            [stride, stride], padding, [1, 1], False, [0, 0], 1, [output_mask[0], output_mask[1], False],
+        )  # fmt: skip
+        dx = dx.permute(0, 2, 3, 1).contiguous() if output_mask[0] else empty
+        dweight = dweight.contiguous() if output_mask[1] else empty
+    dscale = (dz * y).sum((0, 1, 2)) if output_mask[2] else empty
+    dshift = dz.sum((0, 1, 2)) if output_mask[3] else empty
+    dresidual = dz.to(x.dtype).contiguous() if output_mask[4] else empty
+    return dx, dweight, dscale, dshift, dresidual

@@ -1,0 +1,109 @@
+"""``hia::cross_attention`` and ``hia::cross_attention_with_lse``: schema, fake, autograd, autocast, FLOP formula."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ...core import autocast, registration, varlen
+from ...core.backend import Backend, register_table
+from .reference import cross_attention_bwd_ref, cross_attention_ref, cross_attention_with_lse_ref
+
+_PACKING = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale"
+)
+registration.define("cross_attention", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> Tensor")
+registration.define("cross_attention_with_lse", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> (Tensor, Tensor)")
+registration.define(
+    "cross_attention_bwd",
+    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_PACKING}) -> (Tensor, Tensor, Tensor)",
+)
+
+BACKENDS = register_table(
+    "cross_attention",
+    Backend(
+        "reference",
+        {
+            "cross_attention": cross_attention_ref,
+            "cross_attention_with_lse": cross_attention_with_lse_ref,
+            "cross_attention_bwd": cross_attention_bwd_ref,
+        },
+    ),
+)
+
+
+def _check_values(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
+    varlen.check_cu_seqlens("cross_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    varlen.check_cu_seqlens("cross_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+
+
+registration.implement("cross_attention", BACKENDS, check=_check_values)
+registration.implement("cross_attention_with_lse", BACKENDS, check=_check_values)
+registration.implement("cross_attention_bwd", BACKENDS)
+
+
+@torch.library.register_fake("hia::cross_attention")
+def _fwd_fake(q, k, v, *packing):
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("hia::cross_attention_with_lse")
+def _lse_fake(q, k, v, *packing):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
+
+
+@torch.library.register_fake("hia::cross_attention_bwd")
+def _bwd_fake(dout, dlse, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, output)
+
+
+def _backward(ctx, dout):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out = ctx.saved_tensors
+    packing = (cu_seqlens_q, cu_seqlens_k, *ctx.scalars)
+    # Whoever calls this op and then wants gradients pays for the scores twice; functional.py avoids it.
+    _, lse = torch.ops.hia.cross_attention_with_lse(q, k, v, *packing)
+    grads = torch.ops.hia.cross_attention_bwd(dout, torch.zeros_like(lse), q, k, v, out, lse, *packing)
+    return (*grads, None, None, None, None, None)
+
+
+def _lse_setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, *output)
+
+
+def _lse_backward(ctx, dout, dlse):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
+    packing = (cu_seqlens_q, cu_seqlens_k, *ctx.scalars)
+    grads = torch.ops.hia.cross_attention_bwd(dout, dlse, q, k, v, out, lse, *packing)
+    return (*grads, None, None, None, None, None)
+
+
+torch.library.register_autograd("hia::cross_attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("hia::cross_attention_with_lse", _lse_backward, setup_context=_lse_setup_context)
+registration.refuse_double_backward("cross_attention", "cross_attention_bwd")
+for _name in ("cross_attention", "cross_attention_with_lse"):
+    autocast.register_autocast(registration.overload(_name), cast=("q", "k", "v"))
+
+
+def _product_flops(q_shape, k_shape, max_seqlen_k):
+    """One of the matrix products. Shapes only: cu_seqlens' values would make the count depend on data, so every
+    query is taken to see the longest key sequence; exact when all key sequences have that length."""
+    tokens_q, heads, head_dim = q_shape
+    return 2 * tokens_q * min(max_seqlen_k, k_shape[0]) * heads * head_dim
+
+
+@register_flop_formula([torch.ops.hia.cross_attention, torch.ops.hia.cross_attention_with_lse])
+def _flops(q_shape, k_shape, v_shape, cu_q, cu_k, max_seqlen_q, max_seqlen_k, *args, **kwargs):
+    return 2 * _product_flops(q_shape, k_shape, max_seqlen_k)
+
+
+@register_flop_formula(torch.ops.hia.cross_attention_bwd)
+def _bwd_flops(dout, dlse, q_shape, k_shape, v_shape, out, lse, cu_q, cu_k, max_seqlen_q, max_seqlen_k, *args, **kw):
+    return 5 * _product_flops(q_shape, k_shape, max_seqlen_k)

@@ -1,0 +1,88 @@
+"""``hia::inject_rows`` and ``hia::inject_rows_``: schema, fake, autograd, autocast, FLOP formula."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ...core import autocast, registration, varlen
+from ...core.backend import Backend, register_table
+from .reference import inject_rows_bwd_ref, inject_rows_inplace_ref, inject_rows_ref
+
+registration.define(
+    "inject_rows", "(Tensor hidden, Tensor update, Tensor weight, Tensor? bias, Tensor row_idx) -> Tensor"
+)
+registration.define(
+    "inject_rows_", "(Tensor(a!) hidden, Tensor update, Tensor weight, Tensor? bias, Tensor row_idx) -> ()"
+)
+registration.define(
+    "inject_rows_bwd",
+    "(Tensor dout, Tensor update, Tensor weight, Tensor row_idx, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+)
+
+BACKENDS = register_table(
+    "inject_rows",
+    Backend(
+        "reference",
+        {
+            "inject_rows": inject_rows_ref,
+            "inject_rows_": inject_rows_inplace_ref,
+            "inject_rows_bwd": inject_rows_bwd_ref,
+        },
+    ),
+)
+
+
+def _check_values(hidden, update, weight, bias, row_idx):
+    varlen.check_row_idx("inject_rows", "row_idx", row_idx, hidden.shape[0], unique=True)
+
+
+registration.implement("inject_rows", BACKENDS, check=_check_values)
+registration.implement("inject_rows_", BACKENDS, check=_check_values)
+registration.implement("inject_rows_bwd", BACKENDS)
+
+
+@torch.library.register_fake("hia::inject_rows")
+def _fwd_fake(hidden, update, weight, bias, row_idx):
+    return hidden.new_empty(hidden.shape)
+
+
+@torch.library.register_fake("hia::inject_rows_")
+def _inplace_fake(hidden, update, weight, bias, row_idx):
+    return None
+
+
+@torch.library.register_fake("hia::inject_rows_bwd")
+def _bwd_fake(dout, update, weight, row_idx, output_mask):
+    shapes = (update.shape, weight.shape, weight.shape[:1])
+    return tuple(update.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    _hidden, update, weight, _bias, row_idx = inputs
+    ctx.save_for_backward(update, weight, row_idx)
+
+
+def _backward(ctx, dout):
+    update, weight, row_idx = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[1:4])
+    grads = torch.ops.hia.inject_rows_bwd(dout, update, weight, row_idx, mask)
+    dupdate, dweight, dbias = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
+    return dout, dupdate, dweight, dbias, None
+
+
+torch.library.register_autograd("hia::inject_rows", _backward, setup_context=_setup_context)
+registration.refuse_double_backward("inject_rows", "inject_rows_bwd")
+# hidden keeps its dtype: it is the residual stream, which autocast leaves in fp32.
+for _name in ("inject_rows", "inject_rows_"):
+    autocast.register_autocast(registration.overload(_name), cast=("update", "weight", "bias"))
+
+
+@register_flop_formula([torch.ops.hia.inject_rows, torch.ops.hia.inject_rows_])
+def _flops(hidden_shape, update_shape, weight_shape, *args, **kwargs):
+    return 2 * update_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.hia.inject_rows_bwd)
+def _bwd_flops(dout_shape, update_shape, weight_shape, row_idx_shape, output_mask, **kwargs):
+    return 2 * sum(output_mask[:2]) * update_shape[0] * weight_shape[0] * weight_shape[1]

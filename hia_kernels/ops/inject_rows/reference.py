@@ -1,0 +1,42 @@
+"""Plain PyTorch truth of ``inject_rows``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _injected(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
+    acc = _sum_dtype(hidden)
+    rows = hidden[row_idx].to(acc) + F.linear(update, weight, bias).to(acc)  # [R, C]
+    return rows.to(hidden.dtype)
+
+
+def inject_rows_ref(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
+    """[T, C], [R, D] -> [T, C]."""
+    out = hidden.clone(memory_format=torch.contiguous_format)
+    return out.index_copy(0, row_idx, _injected(hidden, update, weight, bias, row_idx))
+
+
+def inject_rows_inplace_ref(
+    hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor
+) -> None:
+    """Writes the rows of ``hidden``."""
+    hidden.index_copy_(0, row_idx, _injected(hidden, update, weight, bias, row_idx))
+
+
+def inject_rows_bwd_ref(
+    dout: Tensor, update: Tensor, weight: Tensor, row_idx: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of update, weight, bias; those not in ``output_mask`` are empty. That of hidden is ``dout``."""
+    drows = dout[row_idx].to(update.dtype)  # [R, C]; under autocast dout is fp32 and update is not
+    empty = update.new_empty(0)
+    dupdate = drows @ weight if output_mask[0] else empty
+    dweight = drows.mT @ update if output_mask[1] else empty
+    dbias = drows.sum(0, dtype=_sum_dtype(dout)).to(update.dtype) if output_mask[2] else empty
+    return dupdate, dweight, dbias

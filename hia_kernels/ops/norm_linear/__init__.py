@@ -1,0 +1,3 @@
+from .functional import norm_linear
+
+__all__ = ["norm_linear"]

@@ -1,0 +1,82 @@
+"""``hia::norm_linear``: schema, fake, autograd, autocast, FLOP formula."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ...core import autocast, registration, varlen
+from ...core.backend import Backend, register_table
+from .reference import norm_linear_bwd_ref, norm_linear_ref
+
+registration.define(
+    "norm_linear",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, Tensor? row_idx, float eps)"
+    " -> Tensor",
+)
+registration.define(
+    "norm_linear_bwd",
+    "(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? row_idx, float eps,"
+    " bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+BACKENDS = register_table(
+    "norm_linear",
+    Backend("reference", {"norm_linear": norm_linear_ref, "norm_linear_bwd": norm_linear_bwd_ref}),
+)
+
+
+def _check_values(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
+    if row_idx is not None:
+        varlen.check_row_idx("norm_linear", "row_idx", row_idx, x.shape[0], unique=False)
+
+
+registration.implement("norm_linear", BACKENDS, check=_check_values)
+registration.implement("norm_linear_bwd", BACKENDS)
+
+
+@torch.library.register_fake("hia::norm_linear")
+def _fwd_fake(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
+    rows = x.shape[0] if row_idx is None else row_idx.shape[0]
+    return x.new_empty(rows, weight.shape[0])
+
+
+@torch.library.register_fake("hia::norm_linear_bwd")
+def _bwd_fake(dout, x, norm_weight, norm_bias, weight, row_idx, eps, output_mask):
+    norms = any(output_mask[:3])
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if output_mask[0] else x.new_empty(0),
+        torch.empty_like(norm_weight) if norms else x.new_empty(0),
+        torch.empty_like(norm_bias) if norms else x.new_empty(0),
+        weight.new_empty(weight.shape) if output_mask[3] else x.new_empty(0),
+        x.new_empty(weight.shape[0]) if output_mask[4] else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, norm_weight, norm_bias, weight, _bias, row_idx, ctx.eps = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, row_idx)
+
+
+def _backward(ctx, dout):
+    x, norm_weight, norm_bias, weight, row_idx = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.hia.norm_linear_bwd(dout, x, norm_weight, norm_bias, weight, row_idx, ctx.eps, mask)
+    return (*(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None)
+
+
+torch.library.register_autograd("hia::norm_linear", _backward, setup_context=_setup_context)
+registration.refuse_double_backward("norm_linear", "norm_linear_bwd")
+autocast.register_autocast(registration.overload("norm_linear"), cast=("x", "weight", "bias"))
+
+
+@register_flop_formula(torch.ops.hia.norm_linear)
+def _flops(x_shape, norm_weight_shape, norm_bias_shape, weight_shape, bias_shape, row_idx_shape, *args, **kwargs):
+    rows = x_shape[0] if row_idx_shape is None else row_idx_shape[0]
+    return 2 * rows * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.hia.norm_linear_bwd)
+def _bwd_flops(dout_shape, x_shape, norm_weight_shape, norm_bias_shape, weight_shape, row_idx, eps, output_mask, **kw):
+    products = int(any(output_mask[:3])) + int(output_mask[3])
+    return 2 * products * dout_shape[0] * weight_shape[0] * weight_shape[1]

@@ -1,0 +1,3 @@
+from .functional import stem
+
+__all__ = ["stem"]

@@ -1,0 +1,92 @@
+"""``hia::stem``: schema, fake, autograd, autocast, FLOP formula."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ...core import autocast, registration, varlen
+from ...core.backend import Backend, register_table
+from .reference import stem_bwd_ref, stem_ref
+
+_INPUTS = (
+    "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
+)
+registration.define("stem", f"({_INPUTS}) -> Tensor")
+registration.define(
+    "stem_bwd", f"(Tensor dout, {_INPUTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+BACKENDS = register_table("stem", Backend("reference", {"stem": stem_ref, "stem_bwd": stem_bwd_ref}))
+
+
+def _check_values(pixels, window, mean, std, weight, scale, shift, pool):
+    if not varlen.check_values_now(window):
+        return
+    for image, (low, high) in enumerate(window.tolist()):
+        if not abs(high - low) > 0 or abs(high - low) == float("inf"):
+            raise ValueError(
+                f"hia::stem: window must hold two different finite values per image, got ({low}, {high}) "
+                f"for image {image}"
+            )
+
+
+registration.implement("stem", BACKENDS, check=_check_values)
+registration.implement("stem_bwd", BACKENDS)
+
+
+def _half(size):
+    return (size - 1) // 2 + 1  # of any odd kernel with stride 2 and padding K // 2
+
+
+@torch.library.register_fake("hia::stem")
+def _fwd_fake(pixels, window, mean, std, weight, scale, shift, pool):
+    n, height, width, _ = pixels.shape
+    height, width = _half(height), _half(width)
+    if pool == 3:
+        height, width = _half(height), _half(width)
+    return weight.new_empty(n, height, width, weight.shape[0])
+
+
+@torch.library.register_fake("hia::stem_bwd")
+def _bwd_fake(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask):
+    like = (pixels, weight, scale, shift)
+    return tuple(
+        tensor.new_empty(tensor.shape if wanted else 0, dtype=tensor.dtype if wanted else weight.dtype)
+        for tensor, wanted in zip(like, output_mask, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.pool = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dout):
+    needs = ctx.needs_input_grad
+    mask = [needs[0], needs[4], needs[5], needs[6]]
+    grads = torch.ops.hia.stem_bwd(dout, *ctx.saved_tensors, ctx.pool, mask)
+    dpixels, dweight, dscale, dshift = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
+    return dpixels, None, None, None, dweight, dscale, dshift, None
+
+
+torch.library.register_autograd("hia::stem", _backward, setup_context=_setup_context)
+registration.refuse_double_backward("stem", "stem_bwd")
+# Not the pixels: they are normalised in fp32 before anything is rounded.
+autocast.register_autocast(registration.overload("stem"), cast=("weight",))
+
+
+def _conv_flops(pixels_shape, weight_shape):
+    n, height, width, _ = pixels_shape
+    oc, channels, kernel, _ = weight_shape
+    return 2 * n * _half(height) * _half(width) * oc * channels * kernel * kernel
+
+
+@register_flop_formula(torch.ops.hia.stem)
+def _flops(pixels_shape, window, mean, std, weight_shape, *args, **kwargs):
+    return _conv_flops(pixels_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.hia.stem_bwd)
+def _bwd_flops(dout, pixels_shape, window, mean, std, weight_shape, scale, shift, pool, output_mask, **kwargs):
+    return (1 + sum(output_mask[:2])) * _conv_flops(pixels_shape, weight_shape)

@@ -1,0 +1,21 @@
+"""HiA: a high-resolution instruction-aware adapter for frozen multimodal LLMs (MICCAI 2024)."""
+
+from .config import HiAConfig
+from .features import ImageFeatures
+from .images import Radiograph, load_image
+from .model import HiAModel, get_hia_model
+from .processor import HiABatch, HiAProcessor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HiABatch",
+    "HiAConfig",
+    "HiAModel",
+    "HiAProcessor",
+    "ImageFeatures",
+    "Radiograph",
+    "__version__",
+    "get_hia_model",
+    "load_image",
+]

@@ -1,0 +1,49 @@
+"""The adapter: encoder, and per chosen layer an extractor and an injection."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .config import HiAConfig
+from .encoder import build_encoder
+from .extractor import Extractor, PackedFeatures
+from .injection import Injection
+from .layout import CallLayout
+
+
+class HiALayer(nn.Module):
+    """Condition, extract, inject at one decoder layer (paper, section 3, steps 1 to 3)."""
+
+    def __init__(self, config: HiAConfig):
+        super().__init__()
+        self.extractor = Extractor(config)
+        self.injection = Injection(config)
+
+    def forward(self, hidden: Tensor, features: PackedFeatures, layout: CallLayout) -> Tensor:
+        """[B, S, D1] -> [B, S, D1], with the visual tokens' rows changed; in place where no gradient is recorded."""
+        rows = hidden.reshape(-1, hidden.shape[-1])  # [B * S, D1]; a view when the host's output is contiguous
+        extracted = self.extractor(rows, layout.instruction_rows, features, layout.image_to_sample)
+        update = self.injection.attend(rows, layout.visual_rows, layout.cu_rows, layout.max_rows, extracted)
+        if layout.copies > 1:
+            update = update.repeat(layout.copies, 1)
+        return self.injection.add(rows, update, layout.written_rows).view(hidden.shape)
+
+
+class HiAAdapter(nn.Module):
+    """Everything that is trained: ``encoder``, ``feature_projection`` (released maths only), ``layers``.
+
+    Layers are named by the decoder layer they follow.
+    """
+
+    def __init__(self, config: HiAConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config)
+        self.feature_projection: nn.Linear | None = None
+        if config.shared_projection:
+            self.feature_projection = nn.Linear(config.encoder_channels, config.hidden_size)
+        self.layers = nn.ModuleDict({str(index): HiALayer(config) for index in config.layer_indices})
+
+    def layer(self, index: int) -> HiALayer:
+        """The modules that follow decoder layer ``index``."""
+        return self.layers[str(index)]

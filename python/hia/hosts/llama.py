@@ -1,0 +1,35 @@
+"""LLaMA, and what every host offers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LlamaHost:
+    """``LlamaForCausalLM``: visual tokens are whatever the caller's ``image_map`` says."""
+
+    class_name = "LlamaForCausalLM"
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @classmethod
+    def accepts(cls, model: Any) -> bool:
+        """Whether the model is this kind of host; by class, including subclasses."""
+        return any(base.__name__ == cls.class_name for base in type(model).__mro__)
+
+    @property
+    def text_model(self) -> nn.Module:
+        """The module whose forward runs the decoder layers."""
+        return self.model.model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return self.text_model.layers
+
+    def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
+        """The map read off the prompt, or None where only the caller can know it."""
+        return None

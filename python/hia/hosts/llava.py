@@ -1,0 +1,48 @@
+"""LLaVA of transformers: CLIP, a projector, LLaMA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .llama import LlamaHost
+
+
+class LlavaHost(LlamaHost):
+    """``LlavaForConditionalGeneration``: visual tokens are the prompt's image tokens, equally many an image."""
+
+    class_name = "LlavaForConditionalGeneration"
+
+    @property
+    def text_model(self) -> nn.Module:
+        """The LLaMA model; transformers moved it with 4.52."""
+        inner = getattr(self.model, "model", None)
+        if inner is not None and hasattr(inner, "language_model"):
+            return inner.language_model
+        return self.model.language_model.model
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of ``<image>``; the attribute was renamed with transformers 4.52."""
+        config = self.model.config
+        token = getattr(config, "image_token_id", None)
+        return config.image_token_index if token is None else token
+
+    def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
+        """[B, S]: image tokens in order, split evenly.
+
+        Raises:
+            ValueError: their number is no multiple of ``images``.
+        """
+        if input_ids is None or images == 0:
+            return None
+        mask = (input_ids == self.image_token_id).cpu()
+        total = int(mask.sum())
+        if total == 0 or total % images:
+            raise ValueError(
+                f"hia: input_ids must hold the same number of image tokens for each of the {images} images, got "
+                f"{total} in all"
+            )
+        numbers = torch.full(mask.shape, -1, dtype=torch.int64)
+        numbers[mask] = torch.arange(total) // (total // images)
+        return numbers

@@ -1,0 +1,323 @@
+"""A frozen host with the adapter attached."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .adapter import HiAAdapter
+from .config import HiAConfig, host_facts
+from .extractor import PackedFeatures
+from .features import ImageFeatures
+from .hooks import InjectionHooks, Visit, refuse_filled_cache
+from .hosts import LlamaHost, find_host
+from .images import check_pixels, default_window
+from .layout import VisualLayout, build_layout
+
+
+def get_hia_model(base: nn.Module, config: HiAConfig) -> HiAModel:
+    """Attach a new adapter to a host and freeze the host; parameters of PEFT adapters in it stay as they are.
+
+    Args:
+        base: ``LlavaForConditionalGeneration``, ``LlamaForCausalLM``, or a PEFT model of one of them.
+        config: a preset made for this host, e.g. ``HiAConfig.paper(base)``.
+
+    Returns:
+        The model: forward and generate take the base model's arguments and those of :meth:`HiAModel.forward`.
+
+    Raises:
+        TypeError: a host the runtime does not know. ValueError: the config is for another host.
+    """
+    return HiAModel(base, config)
+
+
+class HiAModel(nn.Module):
+    """Made by :func:`get_hia_model`. The host keeps its parameters and its state_dict keys; hooks do the rest.
+
+    One prompt at a time: like transformers' models, not for concurrent calls from several threads.
+    """
+
+    base_model: nn.Module
+    adapter: HiAAdapter
+
+    def __init__(self, base: nn.Module, config: HiAConfig):
+        super().__init__()
+        if isinstance(base, HiAModel):
+            raise TypeError("hia.get_hia_model: base must not have an adapter yet, got a HiAModel; call unload() first")
+        host = find_host(base)
+        facts = host_facts(host.model)
+        for name, value in facts.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"hia.get_hia_model: config must be made for this host ({name}={value!r}), got "
+                    f"{name}={getattr(config, name)!r}; use a preset, e.g. HiAConfig.paper(base)"
+                )
+        self.hia_config = config
+        self._host: tuple[LlamaHost] = (host,)  # in a tuple, or the host's modules would be registered twice
+        self.adapter = _adapter_for(host, config)
+        self.base_model = base
+        self._frozen = [parameter for parameter in _own_parameters(base) if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        self._hooks: InjectionHooks | None = InjectionHooks(host, self.adapter)
+        self._enabled = True
+        self.train(base.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not set yet: asking it for the attribute would never end
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(
+        self,
+        *args: Any,
+        high_res_pixels: Sequence[Tensor] | None = None,
+        windows: Tensor | None = None,
+        features: ImageFeatures | None = None,
+        image_map: Tensor | None = None,
+        instruction_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the images' details injected where visual tokens stand.
+
+        Args:
+            args: the base model's.
+            high_res_pixels: one [H, W, 1 or 3] uint8, uint16 or float tensor per image of the batch, in order of
+                their placeholders.
+            windows: [n, 2] fp32, (low, high) in units of the pixels; None takes :func:`hia.images.default_window`.
+            features: of :meth:`encode_images`, instead of ``high_res_pixels``.
+            image_map: [B, S] int64, the image's number where a visual token stands, -1 elsewhere. LLaVA's can be
+                read off ``input_ids``; for LLaMA it is required.
+            instruction_index: [B] int64, position of the last token of the *instruction* (in training: before the
+                answer). Required with images; never assumed to be the last token.
+            kwargs: the base model's.
+
+        Returns:
+            The base model's output.
+
+        Raises:
+            ValueError, TypeError: inputs that don't fit. NotImplementedError: a filled cache, a chunked prompt.
+        """
+        inputs = (high_res_pixels, windows, features, image_map, instruction_index)
+        visit = self._open_visit(inputs, args, kwargs, generating=False)
+        return self._during(visit, self.base_model, args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``; takes :meth:`forward`'s arguments too. Injection happens in prefill only."""
+        names = ("high_res_pixels", "windows", "features", "image_map", "instruction_index")
+        inputs = tuple(kwargs.pop(name, None) for name in names)
+        with torch.no_grad():
+            visit = self._open_visit(inputs, args, kwargs, generating=True)
+            return self._during(visit, self.base_model.generate, args, kwargs)
+
+    def encode_images(self, high_res_pixels: Sequence[Tensor], windows: Tensor | None = None) -> ImageFeatures:
+        """Encode images once, to ask many questions: pass the result as ``features``.
+
+        Args:
+            high_res_pixels: one [H, W, 1 or 3] tensor per image.
+            windows: [n, 2] fp32, or None.
+
+        Returns:
+            One [ceil(H / stride), ceil(W / stride), C] map per image.
+
+        Raises:
+            ValueError, TypeError: pixels or windows that don't fit.
+        """
+        encoder = self.adapter.encoder
+        device = encoder.conv1.weight.device
+        for number, pixels in enumerate(high_res_pixels):
+            check_pixels(f"high_res_pixels[{number}]", pixels, encoder.smallest_side)
+        if windows is None:
+            windows = torch.tensor([default_window(pixels) for pixels in high_res_pixels])
+        if tuple(windows.shape) != (len(high_res_pixels), 2):
+            raise ValueError(f"hia: windows must have shape [{len(high_res_pixels)}, 2], got {list(windows.shape)}")
+        windows = windows.to(device, torch.float32)
+        return ImageFeatures(
+            tuple(
+                encoder(pixels.to(device, non_blocking=True), window)
+                for pixels, window in zip(high_res_pixels, windows, strict=True)
+            )
+        )
+
+    def _during(self, visit: Visit | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._hooks is None:
+            return function(*args, **kwargs)
+        self._hooks.visit = visit
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._hooks.visit = self._hooks.call = None
+
+    def _open_visit(
+        self, inputs: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool
+    ) -> Visit | None:
+        pixels, windows, features, image_map, instruction_index = inputs
+        if not self._enabled or self._hooks is None:
+            return None
+        if pixels is not None and features is not None:
+            raise ValueError("hia: high_res_pixels must not be given with features, got both")
+        images = len(features if features is not None else pixels if pixels is not None else ())
+        if images == 0:
+            if image_map is not None and bool((image_map >= 0).any()):
+                raise ValueError("hia: high_res_pixels or features must come with image_map, got neither")
+            return None
+        layout = self._layout(images, image_map, instruction_index, args, kwargs)
+        if features is None:
+            features = self.encode_images(pixels, windows)
+        return Visit(self._projected(features), layout, generating)
+
+    @torch.compiler.disable  # reads the maps' values
+    def _layout(
+        self,
+        images: int,
+        image_map: Tensor | None,
+        instruction_index: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> VisualLayout:
+        if instruction_index is None:
+            raise ValueError(
+                "hia: instruction_index must be given with images, got None; HiAProcessor returns it, and it is "
+                "never assumed to be the last token"
+            )
+        refuse_filled_cache(kwargs.get("past_key_values"))
+        _refuse_reentrant_checkpointing(self._host[0], self.training)
+        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if image_map is None:
+            image_map = self._host[0].image_map(input_ids, images)
+        if image_map is None:
+            raise ValueError(
+                "hia: image_map must be given for this host, got None; it says which rows are visual tokens"
+            )
+        if input_ids is not None and tuple(input_ids.shape) != tuple(image_map.shape):
+            raise ValueError(
+                f"hia: image_map must have the shape of input_ids {list(input_ids.shape)}, got {list(image_map.shape)}"
+            )
+        return build_layout(image_map, instruction_index, images, kwargs.get("attention_mask"))
+
+    def _projected(self, features: ImageFeatures) -> PackedFeatures:
+        packed = features.packed()
+        shared = self.adapter.feature_projection
+        if shared is None:
+            return packed
+        return PackedFeatures(shared(packed.tokens), packed.cu_seqlens, packed.max_seqlen)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The base model's, not re-entrant unless told otherwise: a frozen host has no input that needs a gradient."""
+        self.base_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all), the host's included."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Write the counts to standard output, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        sys.stdout.write(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}\n")
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the model is the host: images given for the adapter are ignored."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def unload(self) -> nn.Module:
+        """Take the adapter off; the host is as it was before, bit for bit.
+
+        Returns:
+            The base model.
+        """
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+        return self.base_model
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write adapter_config.json, adapter_model.safetensors and README.md: the adapter alone.
+
+        Raises:
+            NotADirectoryError: the path is a file.
+        """
+        name = getattr(getattr(self._host[0].model, "config", None), "_name_or_path", "") or ""
+        checkpoint.save_adapter(self.adapter, name, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, base: nn.Module, directory: str | Path) -> HiAModel:
+        """Attach a saved adapter.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: the adapter was made for another host, or its file
+                has missing, extra or wrong-shaped tensors, or is damaged.
+        """
+        config = checkpoint.read_config(Path(directory))
+        checkpoint.check_host(config, host_facts(find_host(base).model), Path(directory))
+        tensors = checkpoint.read_tensors(Path(directory))
+        model = cls(base, config)
+        try:
+            checkpoint.load_adapter(model.adapter, tensors, Path(directory))
+        except BaseException:
+            model.unload()
+            raise
+        return model
+
+
+def _own_parameters(base: nn.Module) -> list[nn.Parameter]:
+    """The host's parameters without those of PEFT's adapters in it: its layers name theirs."""
+    foreign: set[int] = set()
+    for module in base.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            adapters = getattr(module, name, None)
+            if isinstance(adapters, (nn.Module, nn.ParameterDict)):
+                foreign.update(id(parameter) for parameter in adapters.parameters())
+    return [parameter for parameter in base.parameters() if id(parameter) not in foreign]
+
+
+def _layer_device(layer: nn.Module) -> torch.device:
+    """Where a layer computes; accelerate's offloading keeps its weights elsewhere."""
+    execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    if execution is not None:
+        return torch.device(execution if not isinstance(execution, int) else f"cuda:{execution}")
+    return next(layer.parameters()).device
+
+
+def _adapter_for(host: LlamaHost, config: HiAConfig) -> HiAAdapter:
+    """Each HiA layer on its decoder layer's device, the encoder with the first; all in the host's dtype."""
+    devices = {index: _layer_device(host.layers[index]) for index in config.layer_indices}
+    first = devices[config.layer_indices[0]]
+    dtype = next(p.dtype for p in host.layers[config.layer_indices[0]].parameters() if p.is_floating_point())
+    with torch.device(first):
+        adapter = HiAAdapter(config).to(dtype)
+    for index, device in devices.items():
+        adapter.layer(index).to(device)
+    return adapter
+
+
+def _refuse_reentrant_checkpointing(host: LlamaHost, training: bool) -> None:
+    layer = host.layers[0]
+    owner = layer if hasattr(layer, "_gradient_checkpointing_func") else host.text_model
+    active = getattr(owner, "gradient_checkpointing", False)
+    function = getattr(owner, "_gradient_checkpointing_func", None)
+    if training and torch.is_grad_enabled() and active and getattr(function, "keywords", {}).get("use_reentrant", True):
+        raise ValueError(
+            "hia: gradient checkpointing must not be re-entrant, since a frozen host's inputs need no gradient and the "
+            "adapter would get none; call model.gradient_checkpointing_enable()"
+        )
