@@ -65,9 +65,9 @@ def check_dtypes(
             raise TypeError(f"hia::{op}: {name} must be a tensor, got {type(tensor).__name__}")
         choices = allowed if isinstance(allowed, tuple) else (allowed,)
         if cast and autocast.is_enabled(tensor.device.type) and any(c in autocast.CASTABLE for c in choices):
-            choices = tuple(dict.fromkeys((*choices, *autocast.CASTABLE)))
+            choices = (*choices, *autocast.CASTABLE)
         if tensor.dtype not in choices:
-            expected = " or ".join(str(choice).removeprefix("torch.") for choice in choices)
+            expected = " or ".join(dict.fromkeys(str(choice).removeprefix("torch.") for choice in choices))
             raise TypeError(f"hia::{op}: {name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 

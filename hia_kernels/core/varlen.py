@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -11,10 +12,17 @@ from .backend import debug_enabled
 
 
 def cu_seqlens_from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Cumulative lengths with a leading zero: [B + 1] int32 (flash-attention's convention)."""
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
-    return cu_seqlens.to(device, non_blocking=True)
+    """Cumulative lengths with a leading zero: [B + 1] int32 (flash-attention's convention).
+
+    Raises:
+        ValueError: a negative length, or more than int32 can count.
+    """
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"cu_seqlens_from_lengths: lengths must not be negative, got {list(lengths)}")
+    ends = list(accumulate(lengths, initial=0))
+    if ends[-1] >= 2**31:
+        raise ValueError(f"cu_seqlens_from_lengths: lengths must add up to less than 2**31, got {ends[-1]}")
+    return torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def check_values_now(tensor: Tensor) -> bool:
@@ -34,7 +42,7 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, max_seq
     values = cu_seqlens.tolist()
     if values[0] != 0:
         raise ValueError(f"hia::{op}: {name} must start at 0, got {values[0]}")
-    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(values)]
     for position, length in enumerate(lengths):
         if length < 0:
             raise ValueError(

@@ -44,6 +44,12 @@ class HiAAdapter(nn.Module):
             self.feature_projection = nn.Linear(config.encoder_channels, config.hidden_size)
         self.layers = nn.ModuleDict({str(index): HiALayer(config) for index in config.layer_indices})
 
+    def reset_parameters(self) -> None:
+        """Initialise everything again, e.g. after ``to_empty`` of an adapter made on the meta device."""
+        for module in reversed(list(self.modules())[1:]):  # children before those that adjust them
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
     def layer(self, index: int) -> HiALayer:
         """The modules that follow decoder layer ``index``."""
         return self.layers[str(index)]

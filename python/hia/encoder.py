@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hia_kernels
 import torch
 import torch.nn.functional as F
-from hia_kernels.ops.stem.functional import stem_reach
 from torch import Tensor, nn
+
+import hia_kernels
+from hia_kernels.ops.stem.functional import stem_reach
 
 from .config import HiAConfig
 
@@ -14,23 +15,28 @@ BLOCKS = (3, 4, 6, 3)  # ResNet-50's bottlenecks a stage
 EXPANSION = 4
 
 
+def _statistics_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 class FoldedConv(nn.Conv2d):
     """A convolution's parameters, in ``nn.Conv2d``'s names; its batch-norm is folded when it is applied."""
 
     def folded(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        """Per-channel scale and shift of the running statistics and of the convolution's bias, fp32."""
-        scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-        mean = norm.running_mean.float() if self.bias is None else norm.running_mean.float() - self.bias.float()
-        return scale, norm.bias.float() - mean * scale
+        """Per-channel scale and shift of the running statistics and of the convolution's bias, fp32 at least."""
+        acc = _statistics_dtype(self.weight)
+        scale = norm.weight.to(acc) * torch.rsqrt(norm.running_var.to(acc) + norm.eps)
+        mean = norm.running_mean.to(acc) if self.bias is None else norm.running_mean.to(acc) - self.bias.to(acc)
+        return scale, norm.bias.to(acc) - mean * scale
 
     def apply_to(
         self, x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, activation: str = "relu"
     ) -> Tensor:
         """[N, IH, IW, C] -> [N, OH, OW, OC]: convolution, batch-norm, residual, activation."""
         if norm.training:  # live statistics: the norm can't be folded before the convolution's output is known
-            bias = x.new_zeros(self.out_channels) if self.bias is None else self.bias
-            one = torch.ones_like(bias, dtype=torch.float32)
-            y = hia_kernels.conv_norm_act(x, self.weight, one, bias.float(), None, self.stride[0], "none")
+            one = torch.ones_like(norm.weight, dtype=_statistics_dtype(self.weight))
+            bias = torch.zeros_like(one) if self.bias is None else self.bias.to(one.dtype)
+            y = hia_kernels.conv_norm_act(x, self.weight, one, bias, None, self.stride[0], "none")
             z = norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             z = z if residual is None else z + residual
             return (F.relu(z) if activation == "relu" else z).contiguous()
@@ -84,6 +90,18 @@ class Encoder(nn.Module):
     def smallest_side(self) -> int:
         """Pixels an image needs along each axis."""
         return stem_reach(self.conv1.kernel_size[0], self.pool)
+
+    def reset_parameters(self) -> None:
+        """Kaiming's initialisation of the convolutions; a block's last norm starts at zero.
+
+        The running statistics of an untrained norm scale nothing: sixteen blocks would double the variance sixteen
+        times, and fp16 hosts would overflow.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
 
     def train(self, mode: bool = True) -> Encoder:
         """Batch-norm keeps its running statistics in training unless the config asks for live ones."""
@@ -188,7 +206,5 @@ class StridedEncoder(Encoder):
 def build_encoder(config: HiAConfig) -> Encoder:
     """The encoder the config names."""
     encoder = ResNet50Encoder(config) if config.encoder == "resnet50" else StridedEncoder(config)
-    for module in encoder.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    encoder.reset_parameters()
     return encoder

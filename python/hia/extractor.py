@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import hia_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import hia_kernels
 
 from .config import HiAConfig
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from hia_kernels.core.varlen import cu_seqlens_from_lengths
 from torch import Tensor
+
+from hia_kernels.core.varlen import cu_seqlens_from_lengths
 
 from .extractor import PackedFeatures
 

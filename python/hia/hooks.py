@@ -1,4 +1,4 @@
-"""The hooks on a frozen host: three on the language model's outside, one on each chosen decoder layer.
+"""The hooks on a frozen host: one on its inputs, two around its language model, one on each chosen decoder layer.
 
 Nothing is stored in the host. A *visit* is one prompt with its images, valid for one forward or generate; a
 *call* is one run of the decoder layers within it.
@@ -90,6 +90,7 @@ class InjectionHooks:
         self._calls_by_rotary: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         text_model = host.text_model
         self._handles = [
+            host.model.register_forward_pre_hook(self._arrange_pixels, with_kwargs=True),
             text_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             text_model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
@@ -103,6 +104,24 @@ class InjectionHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _arrange_pixels(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give each beam its own sample's images.
+
+        transformers repeats every entry of ``pixel_values`` as often as a sample has beams, which is right for one
+        image a sample only; with more, or fewer, beams would see other samples' images.
+        """
+        pixels = kwargs.get("pixel_values")
+        if self.visit is None or not self.visit.generating or pixels is None:
+            return None
+        layout = self.visit.layout
+        images = layout.image_to_sample.shape[0]
+        copies = pixels.shape[0] // images
+        if copies < 2 or pixels.shape[0] != copies * images:
+            return None
+        return args, {**kwargs, "pixel_values": pixels[layout.image_order(copies).to(pixels.device)]}
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embeds = kwargs.get("inputs_embeds")

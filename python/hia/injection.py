@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hia_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import hia_kernels
 
 from .config import HiAConfig
 from .extractor import even_cu_seqlens, norm_project

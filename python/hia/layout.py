@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hia_kernels.core.varlen import cu_seqlens_from_lengths
 from torch import Tensor
+
+from hia_kernels.core.varlen import cu_seqlens_from_lengths
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class VisualLayout:
     token_sample: Tensor
     token_position: Tensor
     rows_per_image: tuple[int, ...]
+
+    def image_order(self, copies: int) -> Tensor:
+        """[n * copies] int64: where each copy of each sample finds its images among n images of ``copies`` repeats."""
+        owned = [(self.image_to_sample == sample).nonzero().flatten() for sample in range(self.samples.shape[0])]
+        return torch.cat([images * copies + copy for images in owned for copy in range(copies)])
 
     def for_call(self, batch: int, length: int, device: torch.device) -> CallLayout:
         """Rows for hidden states [batch, length, D1].
@@ -155,9 +161,7 @@ def _checked(image_map: Tensor, instruction_index: Tensor, images: int) -> tuple
 def _check_instruction(instruction: Tensor, samples: Tensor, seq_len: int, attention_mask: Tensor | None) -> None:
     for sample, position in zip(samples.tolist(), instruction.tolist(), strict=True):
         if not 0 <= position < seq_len:
-            raise ValueError(
-                f"hia: instruction_index must be in [0, {seq_len}), got {position} for sample {sample}"
-            )
+            raise ValueError(f"hia: instruction_index must be in [0, {seq_len}), got {position} for sample {sample}")
         if attention_mask is not None and not bool(attention_mask[sample, position]):
             raise ValueError(
                 f"hia: instruction_index must name a token, got position {position} of sample {sample}, which is "

@@ -108,8 +108,9 @@ class HiAProcessor:
             raise ValueError(f"HiAProcessor: answers must be one per text, got {len(replies)} for {len(prompts)}")
         for number, reply in enumerate(replies or ()):
             if self.base_processor.image_token in reply:
-                raise ValueError(f"HiAProcessor: answers must not hold {self.base_processor.image_token}, got one in "
-                                 f"answer {number}")
+                raise ValueError(
+                    f"HiAProcessor: answers must not hold {self.base_processor.image_token}, got one in answer {number}"
+                )
         flat = self._matched(prompts, images, isinstance(text, str))
         radiographs = self._loaded(flat, windows)
 
@@ -167,9 +168,7 @@ class HiAProcessor:
             )
         return list(images)
 
-    def _loaded(
-        self, images: list[Any], windows: Sequence[tuple[float, float] | None] | None
-    ) -> list[Radiograph]:
+    def _loaded(self, images: list[Any], windows: Sequence[tuple[float, float] | None] | None) -> list[Radiograph]:
         if windows is not None and len(windows) != len(images):
             raise ValueError(f"HiAProcessor: windows must be one per image ({len(images)}), got {len(windows)}")
         chosen = windows if windows is not None else [None] * len(images)
@@ -207,9 +206,7 @@ class HiAProcessor:
         answer.append(self.tokenizer.eos_token_id)
         return ids, answer if max_length is None else answer[: max_length - len(ids)]
 
-    def _pad(
-        self, batch: HiABatch, rows: list[tuple[list[int], list[int]]], side: str, with_labels: bool
-    ) -> None:
+    def _pad(self, batch: HiABatch, rows: list[tuple[list[int], list[int]]], side: str, with_labels: bool) -> None:
         if side not in ("left", "right"):
             raise ValueError(f"HiAProcessor: padding_side must be 'left' or 'right', got {side!r}")
         longest = max(len(prompt) + len(answer) for prompt, answer in rows)

@@ -97,6 +97,7 @@ def stir(model: hia.HiAModel, seed: int = 1) -> hia.HiAModel:
     """As if trained: every adapter parameter random, so that the injection shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+        for name, parameter in model.adapter.named_parameters():
+            noise = 0.05 if name.startswith("encoder.") else 0.3  # fp16 overflows behind 16 wilder blocks
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * noise)
     return model

@@ -62,9 +62,7 @@ def _backward(ctx, dout):
 
 torch.library.register_autograd("hia::condition_queries", _backward, setup_context=_setup_context)
 registration.refuse_double_backward("condition_queries", "condition_queries_bwd")
-autocast.register_autocast(
-    registration.overload("condition_queries"), cast=("hidden", "weight", "bias", "queries")
-)
+autocast.register_autocast(registration.overload("condition_queries"), cast=("hidden", "weight", "bias", "queries"))
 
 
 @register_flop_formula(torch.ops.hia.condition_queries)

@@ -25,7 +25,7 @@ def condition_queries_bwd_ref(
     """Gradients of hidden, weight, bias, queries; those not in ``output_mask`` are empty."""
     acc = _sum_dtype(dout)
     dshift = dout.sum(1, dtype=acc).to(dout.dtype)  # [B, D]
-    dhidden = dweight = dbias = dqueries = hidden.new_empty(0)
+    dhidden, dweight, dbias, dqueries = (hidden.new_empty(0) for _ in range(4))
     if output_mask[0]:
         drows = (dshift @ weight).to(acc)  # [B, C]
         dhidden = torch.zeros(hidden.shape, dtype=acc, device=hidden.device).index_add_(0, row_idx, drows)

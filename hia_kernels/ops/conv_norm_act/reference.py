@@ -59,17 +59,21 @@ def conv_norm_act_bwd_ref(
             z = z + residual.to(z.dtype)
         dz = torch.ops.aten.gelu_backward(dz, z)
 
-    empty = x.new_empty(0)
-    dx = dweight = empty
+    dx, dweight, dscale, dshift, dresidual = (x.new_empty(0) for _ in range(5))
     if output_mask[0] or output_mask[1]:
         padding = [weight.shape[-1] // 2] * 2
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dx_nchw, dw, _ = torch.ops.aten.convolution_backward(
             (dz * scale).to(x.dtype).permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
             [stride, stride], padding, [1, 1], False, [0, 0], 1, [output_mask[0], output_mask[1], False],
         )  # fmt: skip
-        dx = dx.permute(0, 2, 3, 1).contiguous() if output_mask[0] else empty
-        dweight = dweight.contiguous() if output_mask[1] else empty
-    dscale = (dz * y).sum((0, 1, 2)) if output_mask[2] else empty
-    dshift = dz.sum((0, 1, 2)) if output_mask[3] else empty
-    dresidual = dz.to(x.dtype).contiguous() if output_mask[4] else empty
+        if output_mask[0]:
+            dx = dx_nchw.permute(0, 2, 3, 1).contiguous()
+        if output_mask[1]:
+            dweight = dw.contiguous()
+    if output_mask[2]:
+        dscale = (dz * y).sum((0, 1, 2))
+    if output_mask[3]:
+        dshift = dz.sum((0, 1, 2))
+    if output_mask[4]:
+        dresidual = dz.to(x.dtype, copy=True, memory_format=torch.contiguous_format)  # never dout itself
     return dx, dweight, dscale, dshift, dresidual

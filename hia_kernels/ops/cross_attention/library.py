@@ -9,9 +9,7 @@ from ...core import autocast, registration, varlen
 from ...core.backend import Backend, register_table
 from .reference import cross_attention_bwd_ref, cross_attention_ref, cross_attention_with_lse_ref
 
-_PACKING = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale"
-)
+_PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale"
 registration.define("cross_attention", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> Tensor")
 registration.define("cross_attention_with_lse", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> (Tensor, Tensor)")
 registration.define(

@@ -35,8 +35,11 @@ def inject_rows_bwd_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of update, weight, bias; those not in ``output_mask`` are empty. That of hidden is ``dout``."""
     drows = dout[row_idx].to(update.dtype)  # [R, C]; under autocast dout is fp32 and update is not
-    empty = update.new_empty(0)
-    dupdate = drows @ weight if output_mask[0] else empty
-    dweight = drows.mT @ update if output_mask[1] else empty
-    dbias = drows.sum(0, dtype=_sum_dtype(dout)).to(update.dtype) if output_mask[2] else empty
+    dupdate, dweight, dbias = (update.new_empty(0) for _ in range(3))
+    if output_mask[0]:
+        dupdate = drows @ weight
+    if output_mask[1]:
+        dweight = drows.mT @ update
+    if output_mask[2]:
+        dbias = drows.sum(0, dtype=_sum_dtype(dout)).to(update.dtype)
     return dupdate, dweight, dbias

@@ -44,7 +44,7 @@ def norm_linear_bwd_ref(
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()  # [R, 1]
     normed = centred * rstd
 
-    dx = dnorm_weight = dnorm_bias = dweight = dbias = x.new_empty(0)
+    dx, dnorm_weight, dnorm_bias, dweight, dbias = (x.new_empty(0) for _ in range(5))
     if any(output_mask[:3]):
         dy = (dout @ weight).to(acc)  # [R, C]
         dnorm_weight = (dy * normed).sum(0).to(norm_weight.dtype)

@@ -9,13 +9,9 @@ from ...core import autocast, registration, varlen
 from ...core.backend import Backend, register_table
 from .reference import stem_bwd_ref, stem_ref
 
-_INPUTS = (
-    "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
-)
+_INPUTS = "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
 registration.define("stem", f"({_INPUTS}) -> Tensor")
-registration.define(
-    "stem_bwd", f"(Tensor dout, {_INPUTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+registration.define("stem_bwd", f"(Tensor dout, {_INPUTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)")
 
 BACKENDS = register_table("stem", Backend("reference", {"stem": stem_ref, "stem_bwd": stem_bwd_ref}))
 

@@ -72,19 +72,21 @@ def stem_bwd_ref(
         dr = torch.ops.aten.max_pool2d_with_indices_backward(dr, r, [3, 3], [2, 2], [1, 1], [1, 1], False, index)
     dz = torch.where(r > 0, dr, 0)  # [N, OC, OH, OW]
 
-    empty = weight.new_empty(0)
-    dpixels = dweight = empty
+    dpixels, dweight, dscale, dshift = (weight.new_empty(0) for _ in range(4))
     if output_mask[0] or output_mask[1]:
         padding = [weight.shape[-1] // 2] * 2
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dx, dw, _ = torch.ops.aten.convolution_backward(
             (dz * scale[:, None, None]).to(weight.dtype), x, weight, None,
             [2, 2], padding, [1, 1], False, [0, 0], 1, [output_mask[0], output_mask[1], False],
         )  # fmt: skip
-        dweight = dweight.contiguous() if output_mask[1] else empty
         if output_mask[0]:
             dpixels = _pixel_gradient(dx, pixels, window, std)
-    dscale = (dz * y.to(dz.dtype)).sum((0, 2, 3)) if output_mask[2] else empty
-    dshift = dz.sum((0, 2, 3)) if output_mask[3] else empty
+        if output_mask[1]:
+            dweight = dw.contiguous()
+    if output_mask[2]:
+        dscale = (dz * y.to(dz.dtype)).sum((0, 2, 3))
+    if output_mask[3]:
+        dshift = dz.sum((0, 2, 3))
     return dpixels, dweight, dscale, dshift
 
 
