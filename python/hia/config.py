@@ -185,7 +185,9 @@ class HiAConfig:
             raise ValueError(
                 f"HiAConfig: fields must be among {sorted(fields)}, got unknown {unknown}, missing {missing}"
             )
-        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        lists: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**lists)
 
 

@@ -126,6 +126,8 @@ class InjectionHooks:
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embeds = kwargs.get("inputs_embeds")
         tokens = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            return  # the host has its own error for that
         batch, length = tokens.shape[:2]
         visit, self.call = self.visit, None
         if visit is None:

@@ -54,7 +54,7 @@ class HiAProcessor:
         for name in ("tokenizer", "image_processor", "patch_size", "image_token"):
             if getattr(base_processor, name, None) is None:
                 raise TypeError(
-                    f"HiAProcessor: base_processor must have a {name}, got {type(base_processor).__name__} without"
+                    f"HiAProcessor: base_processor must have {name}, got {type(base_processor).__name__} without"
                 )
         self.base_processor = base_processor
         self.config = config

@@ -83,10 +83,10 @@ def test_missing_file(saved, name):
 
 def test_adapter_of_another_host(saved):
     with pytest.raises(
-        ValueError, match="holds an adapter made for a host with .*'num_hidden_layers': 6.* got a base with .*: 7"
+        ValueError, match=r"holds an adapter made for a host with .*'num_hidden_layers': 6.* got a base with .*: 7"
     ):
         hia.HiAModel.from_pretrained(tiny_llava(layers=7), saved)
-    with pytest.raises(ValueError, match="'host_type': 'llava'.* got a base with .*'host_type': 'llama'"):
+    with pytest.raises(ValueError, match=r"'host_type': 'llava'.* got a base with .*'host_type': 'llama'"):
         hia.HiAModel.from_pretrained(tiny_llama(), saved)
 
 
@@ -95,7 +95,7 @@ def test_config_of_another_tool(saved):
     with pytest.raises(ValueError, match="must describe an adapter of peft_type HIA, got 'LORA'"):
         hia.HiAModel.from_pretrained(tiny_llava(), saved)
     (saved / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="adapter_config.json must be JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config.json must be JSON"):
         hia.HiAModel.from_pretrained(tiny_llava(), saved)
 
 
@@ -126,6 +126,6 @@ def test_saving_a_meta_adapter_is_refused(tmp_path):
     with torch.device("meta"):
         base = tiny_llava_on_meta()
     model = hia.get_hia_model(base, tiny_config(base))
-    with pytest.raises(ValueError, match="save_pretrained needs parameters with values, got .* on the meta device"):
+    with pytest.raises(ValueError, match=r"save_pretrained needs parameters with values, got .* on the meta device"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -147,7 +147,7 @@ def test_second_turn_without_images_may_reuse_its_cache(base, model):
 
 def test_chunked_prefill_is_refused(model, batch):
     with pytest.raises(
-        NotImplementedError, match="must reach the decoder layers in one piece of .* prefill_chunk_size to None"
+        NotImplementedError, match=r"must reach the decoder layers in one piece of .* prefill_chunk_size to None"
     ):
         model.generate(**batch, max_new_tokens=3, prefill_chunk_size=4, do_sample=False)
 

@@ -314,7 +314,7 @@ def test_zero_or_nan_windows_are_refused(model, batch):
 
 def test_hosts_the_runtime_does_not_know(base):
     with pytest.raises(
-        TypeError, match="base must be one of LlavaForConditionalGeneration, LlamaForCausalLM .* got Linear"
+        TypeError, match=r"base must be one of LlavaForConditionalGeneration, LlamaForCausalLM .* got Linear"
     ):
         hia.get_hia_model(torch.nn.Linear(2, 2), tiny_config(base))
     with pytest.raises(TypeError, match="base must be one of"):
@@ -323,7 +323,7 @@ def test_hosts_the_runtime_does_not_know(base):
 
 def test_config_for_another_host(base):
     with pytest.raises(
-        ValueError, match="config must be made for this host .num_hidden_layers=6., got num_hidden_layers=7"
+        ValueError, match=r"config must be made for this host .num_hidden_layers=6., got num_hidden_layers=7"
     ):
         hia.get_hia_model(base, tiny_config(tiny_llava(layers=7)))
     with pytest.raises(TypeError, match="base must not have an adapter yet"):
@@ -331,9 +331,6 @@ def test_config_for_another_host(base):
         hia.get_hia_model(model, tiny_config(base))
 
 
-def test_processor_and_model_agree_on_an_unknown_processor(base):
-    with pytest.raises(
-        TypeError,
-        match="base_processor must have a image_processor, got PreTrainedTokenizerFast without|TokenizersBackend",
-    ):
+def test_processor_without_images(base):
+    with pytest.raises(TypeError, match="base_processor must have tokenizer, got .* without"):
         hia.HiAProcessor(tiny_processor().tokenizer, tiny_config(base))
