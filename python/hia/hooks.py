@@ -137,11 +137,7 @@ class InjectionHooks:
         if length < prompt:
             if visit.started:
                 return  # a decode step: no visual token in the slice
-            raise NotImplementedError(
-                f"hia: the prompt must reach the decoder layers in one piece of {prompt} tokens, got a first piece of "
-                f"{length}; chunked prefill would condition visual tokens on an instruction not yet seen: set "
-                f"prefill_chunk_size to None"
-            )
+            refuse_chunked_prefill(prompt, length)
         if length > prompt and not visit.generating:
             raise ValueError(
                 f"hia: image_map must cover the {length} tokens the decoder layers see, got {prompt}; are tokens "
@@ -202,6 +198,14 @@ def refuse_injected_cache(cache: Any, length: int) -> None:
             f"conditioned on an earlier instruction, and {length} new tokens; start without past_key_values and give "
             f"the whole conversation, with features=model.encode_images(...) so that no image is encoded twice"
         )
+
+
+def refuse_chunked_prefill(prompt: int, chunk: int) -> None:
+    """Raises NotImplementedError: visual tokens would be conditioned on an instruction not yet seen."""
+    raise NotImplementedError(
+        f"hia: the prompt must reach the decoder layers in one piece of {prompt} tokens, got a first piece of {chunk}; "
+        f"chunked prefill would condition visual tokens on an instruction not yet seen: set prefill_chunk_size to None"
+    )
 
 
 def refuse_filled_cache(cache: Any) -> None:

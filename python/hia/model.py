@@ -16,7 +16,7 @@ from .adapter import HiAAdapter
 from .config import HiAConfig, host_facts
 from .extractor import PackedFeatures
 from .features import ImageFeatures
-from .hooks import InjectionHooks, Visit, refuse_filled_cache
+from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
 from .hosts import LlamaHost, find_host
 from .images import check_pixels, default_window
 from .layout import VisualLayout, build_layout
@@ -118,6 +118,10 @@ class HiAModel(nn.Module):
         inputs = tuple(kwargs.pop(name, None) for name in names)
         with torch.no_grad():
             visit = self._open_visit(inputs, args, kwargs, generating=True)
+            settings = kwargs.get("generation_config") or getattr(self.base_model, "generation_config", None)
+            chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+            if visit is not None and chunk is not None:
+                refuse_chunked_prefill(visit.layout.seq_len, chunk)  # some hosts would fail first, and obscurely
             return self._during(visit, self.base_model.generate, args, kwargs)
 
     def encode_images(self, high_res_pixels: Sequence[Tensor], windows: Tensor | None = None) -> ImageFeatures:

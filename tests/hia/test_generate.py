@@ -146,10 +146,15 @@ def test_second_turn_without_images_may_reuse_its_cache(base, model):
 
 
 def test_chunked_prefill_is_refused(model, batch):
-    with pytest.raises(
-        NotImplementedError, match=r"must reach the decoder layers in one piece of .* prefill_chunk_size to None"
-    ):
+    message = "must reach the decoder layers in one piece of 18 tokens, got a first piece of 4"
+    with pytest.raises(NotImplementedError, match=message):
         model.generate(**batch, max_new_tokens=3, prefill_chunk_size=4, do_sample=False)
+    embeds = model.get_input_embeddings()(batch.input_ids[:, :4])  # a loop of the caller's own
+    maps = {name: batch[name] for name in ("image_map", "instruction_index", "high_res_pixels", "windows")}
+    with pytest.raises(NotImplementedError, match=message):
+        model(inputs_embeds=embeds, **maps)
+    with pytest.raises(ValueError, match="image_map must cover the 20 tokens the decoder layers see, got 18"):
+        model(inputs_embeds=embeds.repeat(1, 5, 1), **maps)
 
 
 def test_filled_cache_in_forward_is_refused(model, batch):

@@ -230,21 +230,29 @@ def test_layer_outputs_of_every_transformers_version(kind):
         split_layer_output(None)
 
 
-@pytest.mark.parametrize("wrap", [False, True], ids=["bare-tensor", "tuple"])
-def test_hooks_take_a_tuple_from_a_layer(model, batch, wrap):
+def test_hooks_take_a_tuple_from_a_layer(model, batch):
     """A layer that returns a tuple, as before transformers 4.54, gets one back."""
     expected = logits_of(model, batch)
-    seen = []
+    natural, joined = [], []
     layer = model._host[0].layers[model.hia_config.layer_indices[0]]
     forward = layer.forward
-    layer.forward = lambda *a, **k: (forward(*a, **k),) if wrap else forward(*a, **k)
-    unwrap = layer.register_forward_hook(lambda _m, _a, out: seen.append(type(out)) or (out[0] if wrap else None))
+
+    def as_tuple(*args, **kwargs):
+        natural.append(forward(*args, **kwargs))
+        return natural[0] if isinstance(natural[0], tuple) else (natural[0],)
+
+    def as_before(_layer, _args, output):
+        joined.append(type(output))
+        return output if isinstance(natural[0], tuple) else output[0]
+
+    layer.forward = as_tuple
+    handle = layer.register_forward_hook(as_before)  # runs after the adapter's
     try:
         assert torch.equal(logits_of(model, batch), expected)
     finally:
-        unwrap.remove()
+        handle.remove()
         del layer.forward
-    assert seen == [tuple if wrap else torch.Tensor]
+    assert joined == [tuple]
 
 
 def changed(batch, **values):
@@ -332,5 +340,5 @@ def test_config_for_another_host(base):
 
 
 def test_processor_without_images(base):
-    with pytest.raises(TypeError, match="base_processor must have tokenizer, got .* without"):
+    with pytest.raises(TypeError, match="base_processor must have tokenizer, got "):
         hia.HiAProcessor(tiny_processor().tokenizer, tiny_config(base))
