@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 import hia
 from tests.hia.conftest import NONE, ONE, TWO, host_inputs, random_images
-from tests.hia.hosts import tiny_llava
 
 
 def greedy(model, inputs, steps=6):
@@ -158,7 +157,7 @@ def test_chunked_prefill_is_refused(model, batch):
 
 
 def test_filled_cache_in_forward_is_refused(model, batch):
-    cache = DynamicCache(config=tiny_llava().config.get_text_config())
+    cache = DynamicCache()
     model.base_model(input_ids=torch.randint(6, 20, (3, 4)), past_key_values=cache)
     with pytest.raises(NotImplementedError, match="got a cache of 4 tokens"):
         model(**batch, past_key_values=cache)

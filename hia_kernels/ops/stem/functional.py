@@ -50,8 +50,8 @@ def stem(
     Raises:
         ValueError: shapes, devices, window or pool that don't fit. TypeError: unsupported or mixed dtypes.
 
-    Cost: 2*N*OH*OW*OC*3*K*K FLOPs (a third for grey, weights summed); N*IH*IW*CP * pixel bytes
-    + N*PH*PW*OC * itemsize bytes: bandwidth-bound when fused.
+    Cost: 2*N*OH*OW*OC*3*K*K FLOPs (a grey image needs a third, with its weights summed);
+    N*IH*IW*CP * pixel bytes + N*PH*PW*OC * itemsize bytes.
     """
     op = "stem"
     check_choice(op, "pool", pool, (1, 3))
