@@ -5,6 +5,7 @@ from .features import ImageFeatures
 from .images import Radiograph, load_image
 from .model import HiAModel, get_hia_model
 from .processor import HiABatch, HiAProcessor
+from .released import convert_released
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "ImageFeatures",
     "Radiograph",
     "__version__",
+    "convert_released",
     "get_hia_model",
     "load_image",
 ]

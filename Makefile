@@ -1,0 +1,87 @@
+# One command each, the same for people and for CI. `make help` lists them.
+#
+#   make test ARGS="-k stem -x"            pass options on
+#   make test PYTHON=/path/to/python       use an interpreter that already has torch; install nothing
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch, and only torch, from this index
+
+VENV     ?= .venv
+VERSIONS ?= 4.57.6 5.0.0 5.23.0
+EXTRAS   := bench,dicom,train,dev
+# Installed where torch brings no Triton of its own: beside a CPU wheel, on Linux.
+TRITON   := triton==3.6.0
+STAMP    := $(VENV)/.installed
+
+ifneq ($(strip $(PYTHON)),)
+PY    := $(PYTHON)
+READY := check-python
+else
+PY    := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+# A development checkout works from its sources, installed or not.
+RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
+
+.DEFAULT_GOAL := help
+.PHONY: help venv table3 test test-transformers lint format clean check-python
+
+help: ## list these targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
+
+venv: $(READY) ## make .venv and install the pinned versions
+
+table3: $(READY) ## the paper's Table 3 beside ours; ARGS="--help" shows its options
+	$(RUN) -m bench.table3 $(ARGS)
+
+test: $(READY) ## every test this machine can run; ARGS go to pytest
+	$(RUN) -m pytest $(ARGS)
+
+test-transformers: $(READY) ## tests/hia against each of VERSIONS="4.57.6 5.0.0 ..."
+	@failed=; for version in $(VERSIONS); do \
+	  target="$(CURDIR)/build/transformers-$$version"; \
+	  "$(PY)" tests/install_transformers.py "$$version" "$$target" && \
+	  PYTHONPATH="$$target:$(CURDIR):$(CURDIR)/python" "$(PY)" -m pytest $(if $(filter tests/%,$(ARGS)),,tests/hia) $(ARGS) \
+	  && echo "transformers $$version: passed" \
+	  || { echo "transformers $$version: FAILED"; failed="$$failed $$version"; }; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed with transformers:$$failed"; exit 1; fi
+
+lint: $(READY) ## ruff, mypy and the house rules
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_repository.py
+
+format: $(READY) ## rewrite the sources as `make lint` wants them
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## remove caches and build outputs; .venv stays
+	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path "./$(VENV)/*" -type d -prune -exec rm -rf {} +
+
+check-python:
+	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "PYTHON=$(PY) must be Python 3.10 or newer, got: $$("$(PY)" --version 2>&1)" >&2; exit 1; }
+	@"$(PY)" -c 'import torch' || { echo "PYTHON=$(PY) must have torch; without PYTHON=, make installs it in $(VENV)" >&2; exit 1; }
+
+$(STAMP): pyproject.toml constraints.txt setup.py
+	@base=; for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	  if "$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	    base=$$python; break; \
+	  fi; \
+	done; \
+	if [ -z "$$base" ]; then \
+	  echo "Python 3.10 to 3.13 is needed, got: $$(python3 --version 2>&1); install one, or pass PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	if ! "$(VENV)/bin/python" -m pip --version >/dev/null 2>&1; then \
+	  echo "making $(VENV) with $$("$$base" --version)"; \
+	  "$$base" -m venv "$(VENV)" || { \
+	    echo "$$base cannot make a virtual environment: its venv or ensurepip module is missing (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
+	fi
+	$(if $(TORCH_INDEX),"$(VENV)/bin/python" -m pip install --no-deps --index-url "$(TORCH_INDEX)" -c constraints.txt torch)
+	"$(VENV)/bin/python" -m pip install --progress-bar off -c constraints.txt -e ".[$(EXTRAS)]"
+	@if [ "$$(uname -s)" = Linux ] && ! "$(VENV)/bin/python" -c 'import triton' 2>/dev/null; then \
+	  "$(VENV)/bin/python" -m pip install --progress-bar off --no-deps "$(TRITON)" || echo "note: no $(TRITON) for this machine; its tests will be skipped"; \
+	fi
+	@touch "$@"

@@ -1,0 +1,52 @@
+"""What README.md shows works: every Python block runs, every command that it calls runnable exists."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.readme import README, CodeBlock, code_blocks, python_blocks, runnable_commands
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
+SECONDS = 300
+
+
+def test_readme_has_an_example_and_the_two_commands():
+    assert README.exists(), "README.md is missing"
+    assert python_blocks(TEXT), "README.md has no ```python block"
+    commands = runnable_commands(TEXT)
+    for command in ("make table3", "make test"):
+        assert command in commands, f"README.md: no ```bash run block holds `{command}`, got {commands}"
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=f"README.md:{b.line}") for b in python_blocks(TEXT)])
+def test_python_block_runs(block: CodeBlock):
+    path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", block.code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, f"README.md, block at line {block.line}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def test_blocks_and_commands_are_found():
+    text = "a\n```bash run\nmake test  # all\n# why\npython -m x \\\n    --y\n```\n- b\n  ```python\n  c = 1\n  ```\n"
+    bash, python = code_blocks(text)
+    assert (bash.language, bash.flags, bash.line) == ("bash", ("run",), 3)
+    assert (python.code, python.line) == ("c = 1\n", 10)
+    assert runnable_commands(text) == ["make test", "python -m x --y"]
+    assert runnable_commands(text.replace("bash run", "bash")) == []
+
+
+def test_unclosed_block_is_an_error():
+    with pytest.raises(ValueError, match="ends inside a code block opened with '```python'"):
+        code_blocks("```python\nx = 1\n")
