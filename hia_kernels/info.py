@@ -1,0 +1,157 @@
+"""``python -m hia_kernels.info``: versions, devices and what can run each op here, and why the rest can't.
+
+Every probe is guarded by itself: a broken optional package is a line of the report, not a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .core import backend
+
+PACKAGES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers", "transformers": "transformers"}
+VARIABLES = ("HIA_BACKEND", "HIA_DEBUG")
+
+
+def _probe(read: Callable[[], Any]) -> Any:
+    """What ``read`` says, or what went wrong with it."""
+    try:
+        return read()
+    except Exception as error:
+        return f"broken: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def package_version(module: str) -> str:
+    """The version of an importable package, or "not installed". What else goes wrong on importing it is raised."""
+    try:
+        return str(getattr(importlib.import_module(module), "__version__", "installed, version unknown"))
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return "not installed"
+        raise
+
+
+def commit() -> str | None:
+    """The checkout's commit, ``+changes`` if the working tree differs from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):  # no git here, or no commit yet
+        return None
+
+
+def versions() -> dict[str, Any]:
+    """This package and all it may use."""
+    found: dict[str, Any] = {"hia-kernels": __version__, "commit": commit(), "python": platform.python_version()}
+    found["torch"] = torch.__version__
+    found["CUDA"] = torch.version.cuda or "not in this build of torch"
+    found["cuDNN"] = _probe(lambda: torch.backends.cudnn.version() or "not in this build of torch")
+    return found | {name: _probe(partial(package_version, module)) for name, module in PACKAGES.items()}
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        memory = round(properties.total_memory / 2**30, 1)
+        found.append({"name": properties.name, "memory_gib": memory, "capability": capability})
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """The CPU and every CUDA device."""
+    cpu = {
+        "model": _probe(_cpu_model),
+        "threads": _probe(torch.get_num_threads),
+        "instructions": _probe(torch.backends.cpu.get_cpu_capability),
+    }
+    return {"cpu": cpu, "cuda": _probe(_gpus)}
+
+
+def op_backends(table: backend.BackendTable) -> dict[str, list[str]]:
+    """For every backend's name, why it can't run this op here; an empty list where it can."""
+    rows = {row.name: row for row in table.backends}
+    reasons = {}
+    for name in backend.BACKEND_NAMES[1:]:  # all but "auto"
+        if name not in rows:
+            reasons[name] = [backend.missing_reason(table, name)]
+            continue
+        found = _probe(rows[name].unavailable_reasons)
+        reasons[name] = [found] if isinstance(found, str) else found
+    return reasons
+
+
+def collect() -> dict[str, Any]:
+    """The whole report, ready for JSON."""
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "environment": {name: os.environ.get(name) for name in VARIABLES} | {"in force": _probe(_in_force)},
+        "ops": {op: op_backends(table) for op, table in sorted(backend.TABLES.items())},
+    }
+
+
+def _in_force() -> str:
+    return f"backend {backend.requested_backend()}, debug {'on' if backend.debug_enabled() else 'off'}"
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = ["versions"]
+    lines += [f"  {name:<13} {value if value is not None else '-'}" for name, value in report["versions"].items()]
+    cpu, gpus = report["devices"]["cpu"], report["devices"]["cuda"]
+    lines += ["devices", f"  cpu           {cpu['model']}, {cpu['threads']} threads, {cpu['instructions']}"]
+    if isinstance(gpus, str):
+        lines.append(f"  cuda          {gpus}")
+    for index, gpu in enumerate(gpus if isinstance(gpus, list) else []):
+        lines.append(f"  cuda:{index}        {gpu['name']}, {gpu['memory_gib']} GiB, sm {gpu['capability']}")
+    if not gpus:
+        lines.append("  cuda          no device")
+    lines.append("environment")
+    lines += [f"  {name:<13} {'not set' if value is None else value}" for name, value in report["environment"].items()]
+    for op, reasons in report["ops"].items():
+        lines.append(op)
+        for name, why in reasons.items():
+            lines.append(f"  {name:<13} {'no: ' + '; '.join(why) if why else 'available'}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m hia_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="machine-readable, to standard output")
+    as_json = parser.parse_args(arguments).json
+    report = collect()
+    print(json.dumps(report, indent=2) if as_json else _text(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Fixtures shared by all tests: devices, seeds, real data. ``tests/ops/conftest.py`` adds the poison."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA_VARIABLE = "HIA_TEST_DATA"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
+NO_GPU = "no CUDA device here: the gpu tier is not tested"
+
+logging.getLogger("torch.__trace").propagate = False  # the compiler's own records would bury a failure's message
+
+
+def data_folder() -> Path:
+    """Where real radiographs and tokenizers are looked for; it need not exist."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get(DATA_VARIABLE, default))
+
+
+def _version(package: str) -> str:
+    try:
+        return getattr(importlib.import_module(package), "__version__", "?")
+    except Exception as error:  # a broken optional package must not stop the tests that don't need it
+        return f"none ({type(error).__name__})"
+
+
+def pytest_report_header() -> list[str]:
+    versions = ", ".join(f"{package} {_version(package)}" for package in ("torch", "triton", "transformers"))
+    found = "found" if (data_folder() / "images").is_dir() else f"ABSENT, set {DATA_VARIABLE}; tests on it skip"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return [f"versions: {versions}; GPU: {device}", f"real data: {data_folder()} ({found})"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason=NO_GPU)
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the test runs; one that carries the gpu mark itself needs no run on the CPU."""
+    on_cpu = request.param == "cpu"
+    if on_cpu and request.node.get_closest_marker("gpu"):
+        pytest.skip("a size for a GPU")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same numbers in every run and any order of tests; TF32 off, so that fp32 means fp32."""
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data; skips where there is none."""
+    folder = data_folder()
+    if not folder.is_dir():
+        pytest.skip(f"NO REAL DATA: {folder} is no folder; name one with {DATA_VARIABLE}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def radiographs(data_dir: Path) -> list[Path]:
+    """Real radiographs as image files, by name; skips where there are none."""
+    found = sorted(path for path in (data_dir / "images").glob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
+    if not found:
+        pytest.skip(f"NO RADIOGRAPHS: no .jpg or .png in {data_dir / 'images'}; {DATA_VARIABLE} names the data folder")
+    return found

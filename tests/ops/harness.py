@@ -1,0 +1,183 @@
+"""What every op's tests do, once: run forward and backward, compare, compile, export, count FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.compare import assert_close
+from tests.inputs import DIFFERENTIABLE, Inputs
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16]
+EXACT = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+# Nothing is more exact than fp64, so there the bound is roundings alone: these are sums of up to 1000 terms.
+FP64_SLACK = 64
+
+Results = dict[str, Tensor]
+
+
+def _named(outs: Tensor | tuple[Tensor, ...]) -> Results:
+    return dict(zip(("out", "lse"), outs if isinstance(outs, tuple) else (outs,), strict=False))
+
+
+def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors to differentiate in, detached, with their strides."""
+    found = {name: inputs[name] for name in DIFFERENTIABLE[op] if inputs[name] is not None}
+    return {name: x.detach().requires_grad_() for name, x in found.items() if x.is_floating_point()}
+
+
+def dout_like(out: Tensor, seed: int) -> Tensor:
+    """An incoming gradient: bf16 numbers whatever the dtype, so that all precisions are asked the same question."""
+    values = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.bfloat16().to(out.device, out.dtype)
+
+
+def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> Results:
+    """``out``, and ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient."""
+    wrt = leaves(op, inputs)
+    outs = _named(function(**{**inputs, **wrt}))
+    results = {name: out.detach() for name, out in outs.items()}
+    reached = [out for out in outs.values() if out.requires_grad]
+    douts = [dout_like(out, seed) for seed, out in enumerate(reached)]
+    if reached:
+        grads = torch.autograd.grad(reached, list(wrt.values()), douts, allow_unused=True, materialize_grads=True)
+    else:  # no sequence has a key, say
+        grads = tuple(torch.zeros_like(x) for x in wrt.values())
+    return results | {f"d{name}": grad for name, grad in zip(wrt, grads, strict=True)}
+
+
+def upcast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Every floating tensor in ``dtype``."""
+    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def assert_matches(
+    op: str, function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, dtype: torch.dtype
+) -> None:
+    """Outputs and gradients of ``function`` against the reference in higher precision and the reference as it is."""
+    got = forward_backward(op, function, inputs)
+    exact = forward_backward(op, reference, upcast(inputs, EXACT[dtype]))
+    plain = forward_backward(op, reference, inputs)
+    assert set(got) == set(plain)
+    for name in got:
+        slack = 2 if name in ("out", "lse") else 4
+        assert_close(name, got[name], exact[name], plain[name], dtype=dtype, slack=slack)
+
+
+def assert_backward_is_autograd_of_reference(
+    op: str, function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs
+) -> None:
+    """fp64: the explicit backward against PyTorch's differentiation of the reference."""
+    assert all(x.dtype == torch.float64 for x in leaves(op, inputs).values())
+    got, exact = (forward_backward(op, run, inputs) for run in (function, reference))
+    assert set(got) == set(exact)
+    for name in got:
+        assert_close(name, got[name], exact[name], exact[name], dtype=torch.float64, slack=FP64_SLACK)
+
+
+def assert_identical(first: Results, second: Results) -> None:
+    """Bit for bit; NaN equals NaN."""
+    assert set(first) == set(second)
+    for name, x in first.items():
+        y = second[name]
+        assert x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num()), f"{name} differs"
+        assert torch.equal(x.isnan(), y.isnan()), f"{name} differs in NaN"
+
+
+def assert_repeatable(op: str, function: Callable[..., Any], inputs: Inputs) -> None:
+    assert_identical(forward_backward(op, function, inputs), forward_backward(op, function, inputs))
+
+
+def assert_compiles(op: str, function: Callable[..., Any], inputs: Inputs, backend: str = "aot_eager") -> None:
+    """One graph, forward and backward, with the eager call's bits: the op is opaque to the compiler."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **kwargs: function(**kwargs), backend=backend, fullgraph=True)
+    assert_identical(forward_backward(op, compiled, inputs), forward_backward(op, function, inputs))
+
+
+def assert_exports(function: Callable[..., Any], inputs: Inputs) -> None:
+    """The exported program holds the op and nothing of its inside, and computes the same bits."""
+
+    class Call(torch.nn.Module):
+        def forward(self, **kwargs: Any) -> Any:
+            return function(**kwargs)
+
+    program = torch.export.export(Call(), (), inputs)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    kept = [target for target in targets if "getitem" not in target]
+    assert len(kept) == 1 and kept[0].startswith("hia."), targets
+    got, expected = program.module()(**inputs), function(**inputs)
+    assert_identical(_named(got), _named(expected))
+
+
+def assert_gradcheck(op: str, function: Callable[..., Any], inputs: Inputs) -> None:
+    """fp64 numerical differentiation through the public function."""
+    wrt = leaves(op, inputs)
+
+    def call(*values: Tensor) -> Any:
+        return function(**{**inputs, **dict(zip(wrt, values, strict=True))})
+
+    with one_thread():
+        assert torch.autograd.gradcheck(call, tuple(wrt.values()), nondet_tol=0.0)
+
+
+def opcheck(op: str, overload: Any, inputs: Inputs) -> None:
+    """torch.library's four tests, with gradients."""
+    with one_thread():
+        torch.library.opcheck(overload, tuple({**inputs, **leaves(op, inputs)}.values()))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For hundreds of calls so small that waking a second thread takes longest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """What torch's counter makes of a call: registered formulas for our ops, its own for PyTorch's."""
+    with FlopCounterMode(display=False) as counter:
+        function(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def flops_by_op(function: Callable[..., Any]) -> dict[str, int]:
+    """By the op's full name, e.g. ``hia.stem``."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+
+
+def assert_autocast(
+    op: str,
+    function: Callable[..., Any],
+    inputs: Inputs,
+    dtype: torch.dtype,
+    *,
+    cast: tuple[str, ...],
+    out_dtype: torch.dtype,
+) -> None:
+    """fp32 in: the bits of casting ``cast`` by hand, ``out_dtype`` out, and gradients that arrive in fp32."""
+    by_hand = {name: x.to(dtype) if name in cast and x is not None else x for name, x in inputs.items()}
+    with torch.autocast(device_type(inputs), dtype=dtype):
+        got = forward_backward(op, function, inputs)
+        expected = forward_backward(op, function, by_hand)
+    assert got["out"].dtype == out_dtype
+    for name, x in leaves(op, inputs).items():
+        assert got[f"d{name}"].dtype == x.dtype == torch.float32, name
+    gradients = {name: x.float() for name, x in expected.items() if name.startswith("d")}
+    assert_identical(got, expected | gradients)
+
+
+def device_type(inputs: Inputs) -> str:
+    return next(x for x in inputs.values() if isinstance(x, Tensor)).device.type

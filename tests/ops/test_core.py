@@ -1,0 +1,307 @@
+"""What the ops share: argument checks, backend choice, packing, autocast, the poison of these tests, the policy."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import hia_kernels
+from hia_kernels import last_backend, norm_linear, use_backend
+from hia_kernels.core import backend, checks, registration, varlen
+from hia_kernels.core.backend import Backend, BackendTable
+from tests.compare import assert_close, rel_rms, worst_index
+from tests.inputs import (
+    DIFFERENTIABLE,
+    condition_queries_inputs,
+    conv_norm_act_inputs,
+    cross_attention_inputs,
+    inject_rows_inputs,
+    norm_linear_inputs,
+    stem_inputs,
+)
+from tests.ops.harness import forward_backward
+
+F32 = torch.float32
+CALLS = {
+    "condition_queries": lambda dtype: condition_queries_inputs(9, 3, dtype),
+    "conv_norm_act": lambda dtype: conv_norm_act_inputs((5, 4), dtype),
+    "cross_attention": lambda dtype: cross_attention_inputs([3, 4], [5, 4], dtype),
+    "inject_rows": lambda dtype: inject_rows_inputs(9, 5, dtype),
+    "norm_linear": lambda dtype: norm_linear_inputs(9, 5, dtype),
+    "stem": lambda dtype: stem_inputs((16, 17), dtype),
+}
+
+
+@pytest.fixture
+def two_backends(monkeypatch):
+    """A table with a fast row that takes small numbers only, and an unavailable one."""
+
+    def too_large(x):
+        return [f"{x} is larger than 9", "and that is too large"] if x > 9 else []
+
+    rows = [
+        Backend("cuda", {"double": lambda x: ("cuda", 2 * x)}, unavailable_reasons=lambda: ["no CUDA device"]),
+        Backend("triton", {"double": lambda x: ("triton", 2 * x)}, unsupported_reasons=too_large),
+        Backend("reference", {"double": lambda x: ("reference", 2 * x), "double_bwd": lambda x: ("reference", 2)}),
+    ]
+    table = BackendTable("double", rows)
+    monkeypatch.setitem(backend.TABLES, "double", table)
+    monkeypatch.delenv("HIA_BACKEND", raising=False)
+    return table
+
+
+class TestBackendChoice:
+    def test_first_that_can_run(self, two_backends):
+        assert last_backend("double") is None
+        assert two_backends.select("double", 3)(3) == ("triton", 6)
+        assert last_backend("double") == "triton"
+        assert two_backends.select("double", 30)(30) == ("reference", 60)
+        assert last_backend("double") == "reference"
+        backend._last.pop("double")
+
+    def test_forced_by_context_and_by_environment(self, two_backends, monkeypatch):
+        with use_backend("reference"):
+            assert two_backends.select("double", 3)(3) == ("reference", 6)
+            with use_backend("triton"):
+                assert two_backends.select("double", 3)(3) == ("triton", 6)
+            assert backend.requested_backend() == "reference"
+        assert backend.requested_backend() == "auto"
+        monkeypatch.setenv("HIA_BACKEND", "reference")
+        assert two_backends.select("double", 3)(3) == ("reference", 6)
+        with use_backend("triton"):  # stronger than the environment
+            assert two_backends.select("double", 3)(3) == ("triton", 6)
+
+    def test_a_forced_backend_that_cannot_run_says_every_reason(self, two_backends):
+        message = r"^hia::double: HIA_BACKEND=triton can't run this call: triton: 30 is larger than 9; triton: and that"
+        with use_backend("triton"), pytest.raises(NotImplementedError, match=message):
+            two_backends.select("double", 30)
+        with use_backend("cuda"), pytest.raises(NotImplementedError, match=r"cuda: no CUDA device$"):
+            two_backends.select("double", 3)
+        with use_backend("triton"), pytest.raises(NotImplementedError, match=r"triton: has no double_bwd$"):
+            two_backends.select("double_bwd", 3)
+        missing = r"xformers: no implementation of double in this version \(there is: cuda, triton, reference\)$"
+        with use_backend("xformers"), pytest.raises(NotImplementedError, match=missing):
+            two_backends.select("double", 3)
+
+    def test_auto_lists_every_row_if_none_can_run(self, two_backends):
+        only_fast = BackendTable("double", two_backends.backends[:2])
+        message = "HIA_BACKEND=auto can't run this call: cuda: no CUDA device; triton: 30 is larger"
+        with pytest.raises(NotImplementedError, match=message):
+            only_fast.select("double", 30)
+
+    def test_unknown_names(self, two_backends, monkeypatch):
+        names = "auto, reference, triton, cuda, cpu, sdpa, flash_attn, xformers"
+        message = f"^use_backend: name must be one of {names}, got 'cudnn'$"
+        with pytest.raises(ValueError, match=message), use_backend("cudnn"):
+            pass
+        monkeypatch.setenv("HIA_BACKEND", "cudnn")
+        with pytest.raises(ValueError, match=f"^HIA_BACKEND must be one of {names}, got 'cudnn'$"):
+            two_backends.select("double", 3)
+        with pytest.raises(ValueError, match=r"^last_backend: op must be one of .*stem, got 'steam'$"):
+            last_backend("steam")
+
+    def test_leaving_by_an_exception_unforces(self):
+        with pytest.raises(KeyError), use_backend("reference"):
+            raise KeyError
+        assert backend.requested_backend() == "auto"
+
+    @pytest.mark.parametrize("op", CALLS)
+    def test_every_op_obeys(self, op, monkeypatch):
+        function, inputs = getattr(hia_kernels, op), CALLS[op](F32)
+        monkeypatch.setattr(backend, "_last", {})
+        forward_backward(op, function, inputs)
+        assert backend._last == {op: "reference"}
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        monkeypatch.setenv("HIA_BACKEND", "flash_attn")
+        for call in (function, compiled):
+            with pytest.raises(NotImplementedError, match=f"^hia::{op}: HIA_BACKEND=flash_attn can't run this call: "):
+                call(**inputs)
+
+    def test_reference_implementation(self):
+        from hia_kernels.ops.stem.reference import stem_bwd_ref
+
+        assert backend.reference_implementation(torch.ops.hia.stem_bwd.default) is stem_bwd_ref
+        assert backend.reference_implementation(torch.ops.aten.mm.default) is None
+
+
+@pytest.mark.parametrize("op", CALLS)
+class TestEveryOp:
+    def test_fake_tensors_have_the_real_metadata(self, op):
+        inputs = CALLS[op](F32)
+        real = getattr(hia_kernels, op)(**inputs)
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+            fake = getattr(hia_kernels, op)(**fakes)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+    def test_meta_tensors(self, op):
+        inputs = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in CALLS[op](F32).items()}
+        assert getattr(hia_kernels, op)(**inputs).device.type == "meta"
+
+    def test_float64_is_left_alone_by_autocast(self, op):
+        inputs = CALLS[op](torch.float64)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = getattr(hia_kernels, op)(**inputs)
+        assert torch.equal(out, getattr(hia_kernels, op)(**inputs))
+
+    def test_without_gradients_the_result_is_detached(self, op):
+        inputs = CALLS[op](F32)
+        inputs |= {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE[op][1:2]}
+        with torch.no_grad():
+            assert not getattr(hia_kernels, op)(**inputs).requires_grad
+        assert getattr(hia_kernels, op)(**inputs).requires_grad
+
+
+class TestChecks:
+    def test_shapes_are_bound_by_symbol(self):
+        x, y = torch.ones(2, 3), torch.ones(3, 4)
+        assert checks.check_shapes("op", x=(x, "A B"), y=(y, "B C"), z=(None, "D")) == {"A": 2, "B": 3, "C": 4}
+        with pytest.raises(ValueError, match=r"^hia::op: y must have shape \[A, C\], got \[3, 4\]; A=2 is fixed by x$"):
+            checks.check_shapes("op", x=(x, "A B"), y=(y, "A C"))
+        with pytest.raises(ValueError, match=r"^hia::op: x must have shape \[A, 2\], got \[2, 3\]$"):
+            checks.check_shapes("op", x=(x, "A 2"))
+
+    def test_under_autocast_only_what_is_cast_may_mix(self):
+        x = torch.ones(2).half()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            checks.check_dtypes("op", x=(x, F32))
+            with pytest.raises(TypeError, match=r"^hia::op: x must be float32, got float16$"):
+                checks.check_dtypes("op", cast=False, x=(x, F32))
+            with pytest.raises(TypeError, match=r"^hia::op: x must be float64, got float16$"):
+                checks.check_dtypes("op", x=(x, torch.float64))
+        with pytest.raises(TypeError, match=r"^hia::op: x must be float32, got float16$"):
+            checks.check_dtypes("op", x=(x, F32))
+
+    def test_devices(self):
+        here, there = torch.ones(1), torch.ones(1, device="meta")
+        checks.check_devices("op", x=None, y=here, z=here)
+        with pytest.raises(ValueError, match=r"^hia::op: z must be on cpu like y, got meta$"):
+            checks.check_devices("op", x=None, y=here, z=there)
+
+    def test_choices(self):
+        with pytest.raises(ValueError, match=r"^hia::op: pool must be 1 or 3, got 2$"):
+            checks.check_choice("op", "pool", 2, (1, 3))
+
+
+class TestPacking:
+    def test_cu_seqlens_from_lengths(self, device):
+        cu_seqlens = varlen.cu_seqlens_from_lengths([3, 0, 4], device)
+        assert cu_seqlens.dtype == torch.int32 and cu_seqlens.device.type == device
+        assert cu_seqlens.tolist() == [0, 3, 3, 7]
+        assert varlen.cu_seqlens_from_lengths([]).tolist() == [0]
+
+    def test_lengths_that_cannot_be_packed(self):
+        with pytest.raises(ValueError, match=r"^cu_seqlens_from_lengths: lengths must not be negative, got \[3, -1\]$"):
+            varlen.cu_seqlens_from_lengths([3, -1])
+        message = r"^cu_seqlens_from_lengths: lengths must add up to less than 2\*\*31, got 2147483648$"
+        with pytest.raises(ValueError, match=message):
+            varlen.cu_seqlens_from_lengths([2**30, 2**30])
+
+    def test_values_on_a_device_are_read_in_debug_mode_only(self, monkeypatch):
+        elsewhere = torch.empty(3, dtype=torch.int32, device="meta")
+        monkeypatch.delenv("HIA_DEBUG", raising=False)
+        assert not varlen.check_values_now(elsewhere) and varlen.check_values_now(torch.empty(3))
+        varlen.check_cu_seqlens("op", "cu_seqlens_q", elsewhere, 7, None)
+        varlen.check_row_idx("op", "row_idx", elsewhere, 7, unique=True)
+        monkeypatch.setenv("HIA_DEBUG", "1")
+        assert varlen.check_values_now(elsewhere)
+
+    @pytest.mark.gpu
+    def test_debug_mode_checks_values_on_the_gpu(self, device, monkeypatch):
+        inputs = norm_linear_inputs(9, 5, F32, device) | {"row_idx": torch.tensor([9], device=device)}
+        monkeypatch.setenv("HIA_DEBUG", "1")
+        with pytest.raises(ValueError, match=r"row_idx must be in \[0, 9\), got values from 9 to 9"):
+            norm_linear(**inputs)
+
+
+class TestPoison:
+    """The fixture in conftest.py that every test of this folder runs under."""
+
+    def allocate(self, module, expression):
+        return eval(expression, {"__name__": module, "torch": torch, "x": torch.ones(2)})
+
+    @pytest.mark.parametrize("expression", ["torch.empty(3)", "torch.empty_like(x)", "x.new_empty(3)"])
+    def test_the_library_gets_nan(self, expression):
+        assert self.allocate("hia_kernels.ops.stem.triton_fwd", expression).isnan().all()
+
+    def test_integers_get_their_largest(self):
+        poisoned = self.allocate("hia_kernels.core.varlen", "torch.empty(3, dtype=torch.int32)")
+        assert poisoned.tolist() == [2**31 - 1] * 3
+
+    def test_others_get_what_they_asked_for(self):
+        assert self.allocate("torch.nn.modules", "torch.empty(3).fill_(1)").tolist() == [1] * 3
+        assert not torch.empty(0).isnan().any()
+
+    def test_a_result_left_unwritten_is_seen(self):
+        """An op that forgets its last row."""
+        source = "def half(x):\n out = torch.empty_like(x)\n out[:-1] = x[:-1]\n return out"
+        namespace = {"__name__": "hia_kernels.ops.half", "torch": torch}
+        exec(source, namespace)
+        x = torch.ones(3)
+        with pytest.raises(AssertionError, match=r"^out: NaN pattern differs"):
+            assert_close("out", namespace["half"](x), x, x, dtype=F32)
+
+
+class TestTolerance:
+    """compare.py: the policy must be able to fail."""
+
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+
+    def test_rounding_passes_and_more_does_not(self):
+        plain = self.exact.half()
+        assert_close("x", plain, self.exact, plain, dtype=torch.float16)
+        wrong = plain.clone()
+        wrong[7] += 0.05
+        with pytest.raises(AssertionError, match=r"^x: rel-RMS .* > .*; worst at \[7\]: 1.12012 instead of 1.07071$"):
+            assert_close("x", wrong, self.exact, plain, dtype=torch.float16)
+
+    def test_slack_is_in_roundoffs_of_the_dtype(self):
+        for dtype, roundoff in {
+            torch.float64: 2**-53,
+            F32: 2**-24,
+            torch.float16: 2**-11,
+            torch.bfloat16: 2**-8,
+        }.items():
+            truth = torch.ones(4, dtype=torch.float64)
+            plain = truth.to(dtype)
+            step = 4 * roundoff  # representable above 1
+            assert_close("x", plain + step, truth, plain, dtype=dtype, slack=4)
+            with pytest.raises(AssertionError):
+                assert_close("x", plain + step, truth, plain, dtype=dtype, slack=3.9)
+
+    def test_nan_is_never_close_to_a_number(self):
+        for value in (math.nan, math.inf):
+            wrong = self.exact.clone()
+            wrong[3] = value
+            with pytest.raises(AssertionError, match="pattern differs"):
+                assert_close("x", wrong, self.exact, self.exact, dtype=torch.float64)
+            with pytest.raises(AssertionError, match="pattern differs"):
+                assert_close("x", self.exact, wrong, wrong, dtype=torch.float64)
+            with pytest.raises(AssertionError, match="the plain reference is not finite where the truth is"):
+                assert_close("x", self.exact, self.exact, wrong, dtype=torch.float64)
+            assert_close("x", wrong, wrong, wrong, dtype=torch.float64)
+        opposite = wrong.clone()
+        opposite[3] = -math.inf
+        with pytest.raises(AssertionError, match="sign of Inf differs"):
+            assert_close("x", opposite, wrong, wrong, dtype=torch.float64)
+
+    def test_a_truth_of_zeros(self):
+        zero = torch.zeros(4, dtype=torch.float64)
+        assert_close("x", zero.float(), zero, zero.float(), dtype=F32)
+        assert rel_rms(torch.full((4,), 0.5), zero) == 0.5
+        with pytest.raises(AssertionError, match=r"rel-RMS 1.00e-03"):
+            assert_close("x", (zero + 1e-3).float(), zero, zero.float(), dtype=F32)
+
+    def test_shape_dtype_and_nothing_at_all(self):
+        with pytest.raises(AssertionError, match=r"^x: shape \(2,\) != \(100,\)"):
+            assert_close("x", self.exact[:2], self.exact, self.exact, dtype=torch.float64)
+        with pytest.raises(AssertionError, match=r"^x: torch.float32 != torch.float64"):
+            assert_close("x", self.exact.float(), self.exact, self.exact, dtype=F32)
+        nothing = torch.empty(0, 3)
+        assert_close("x", nothing, nothing.double(), nothing, dtype=F32)
+        assert worst_index(nothing, nothing) == "nowhere (empty)"
+
+
+def test_overload():
+    assert registration.overload("stem") is torch.ops.hia.stem.default
