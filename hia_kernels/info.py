@@ -139,8 +139,10 @@ def _text(report: dict[str, Any]) -> str:
     lines += [f"  {name:<13} {'not set' if value is None else value}" for name, value in report["environment"].items()]
     for op, reasons in report["ops"].items():
         lines.append(op)
+        by_reason: dict[str, list[str]] = {}
         for name, why in reasons.items():
-            lines.append(f"  {name:<13} {'no: ' + '; '.join(why) if why else 'available'}")
+            by_reason.setdefault("no: " + "; ".join(why) if why else "available", []).append(name)
+        lines += [f"  {', '.join(names):<13} {verdict}" for verdict, names in by_reason.items()]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What README.md shows works: every Python block runs, every command that it calls runnable exists."""
+"""What README.md and docs/ show works: every Python block runs, every command that README.md calls runnable exists."""
 
 import os
 import subprocess
@@ -22,8 +22,17 @@ def test_readme_has_an_example_and_the_two_commands():
         assert command in commands, f"README.md: no ```bash run block holds `{command}`, got {commands}"
 
 
-@pytest.mark.parametrize("block", [pytest.param(b, id=f"README.md:{b.line}") for b in python_blocks(TEXT)])
-def test_python_block_runs(block: CodeBlock):
+def blocks_of_all_pages() -> list:
+    pages = [page for page in (README, *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+    return [
+        pytest.param(page.name, block, id=f"{page.name}:{block.line}")
+        for page in pages
+        for block in python_blocks(page.read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize(("page", "block"), blocks_of_all_pages())
+def test_python_block_runs(page: str, block: CodeBlock):
     path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", block.code],
@@ -35,7 +44,7 @@ def test_python_block_runs(block: CodeBlock):
         timeout=SECONDS,
         check=False,
     )
-    assert done.returncode == 0, f"README.md, block at line {block.line}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{page}, block at line {block.line}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def test_blocks_and_commands_are_found():

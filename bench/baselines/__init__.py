@@ -1,0 +1,1 @@
+"""What hia is compared with."""

@@ -1,0 +1,199 @@
+"""The command: flags, rows, files, claims. No 13B model is followed here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import environment, images, paper, table3, table3_output
+from bench.measure import Measured, measure_prefill
+from bench.records import Protocol, Report, Row, growth_claim, memory_claim, predicted_row, tracker_claim
+from bench.runs import Case, RunRequest
+from bench.table3_args import parse
+from bench.tracking import Footprint
+
+ROW_KEYS = {
+    "resolution", "method", "flops", "macs", "memory_bytes", "memory_kind", "fits", "prefill_ms", "paper_flops_t",
+    "paper_memory_gb",
+}  # fmt: skip
+BAD_FLAGS = [
+    (["--methods", "basline"], r"--methods: must be among .*got 'basline'; did you mean baseline"),
+    (["--attention", "flash"], r"--attention: must be among eager, sdpa, got 'flash'"),
+    (["--unit", "mac"], r"--unit: must be among flops, macs, got 'mac'; did you mean macs"),
+    (["--dtype", "bf61"], r"--dtype: must be among bf16, fp16, fp32, got 'bf61'; did you mean bf16"),
+    (["--resolutions", "448", "big"], r"--resolutions: must be whole pixels from 224 to 16384, got 'big'"),
+    (["--resolutions", "100"], r"--resolutions: must be whole pixels from 224 to 16384, got '100'"),
+    (["--card-gb", "-3"], r"--card-gb: must be a positive number of GB, got '-3'"),
+    (["--images-per-sample", "0"], r"--images-per-sample: must be a whole number from 1 to 64, got '0'"),
+    (["--images", "/nowhere"], r"--images: must be a folder, got /nowhere"),
+    (["--host-config", "/nowhere.json"], r"/nowhere.json"),
+    (["--device", "gpu"], r"--device: must be among auto, cpu, cuda, got 'gpu'"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_flags_are_named_with_what_is_allowed(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(flags)
+    assert stopped.value.code == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_flags_reach_the_protocol(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
+                                  "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 100}))  # fmt: skip
+    options = parse(["--methods", "hia,baseline", "--attention", "sdpa", "--resolutions", "896,448", "--unit", "macs",
+                     "--card-gb", "24", "--host-config", str(config), "--no-measure"])  # fmt: skip
+    assert options.methods == ("baseline", "hia")
+    assert options.resolutions == (448, 896)
+    assert options.skip_measured
+    protocol = options.protocol
+    assert (protocol.unit, protocol.attention, protocol.card_bytes) == ("macs", ("sdpa",), 24 * 10**9)
+    assert protocol.host.text["num_key_value_heads"] == 2
+    assert protocol.host.image_token == 100
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "must be a JSON file"), ("[]", "must hold a JSON object, got list"),
+     ('{"model_type": "gpt2"}', "model_type must be 'llama', got 'gpt2'"),
+     ('{"hidden_size": 8}', "got none for intermediate_size")],
+)  # fmt: skip
+def test_bad_host_configs(content, message, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit):
+        parse(["--host-config", str(path)])
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def row(method: str, resolution: int, flops: int, gigabytes: float, attention: str = "eager") -> Row:
+    footprint = Footprint(flops, {}, round(gigabytes * 1e9), 26 * 10**9)
+    return predicted_row((resolution, method, attention), footprint, flops, flops, 1212, Protocol(attention=("eager",)))
+
+
+ROWS = [
+    row("baseline", 448, 60 * 10**12, 30.0), row("baseline", 896, 270 * 10**12, 61.0),
+    row("hia", 448, 33 * 10**12, 29.0), row("hia", 896, 33_500_000_000_000, 29.4),
+]  # fmt: skip
+
+
+def test_claims_pass_and_fail_with_the_numbers():
+    assert growth_claim(ROWS, "hia", "eager").passed is True
+    assert growth_claim(ROWS, "baseline", "eager").passed is True
+    assert memory_claim(ROWS, "eager").passed is True
+    worse = [*ROWS[:3], row("hia", 896, 34 * 10**12, 30.5)]
+    assert growth_claim(worse, "hia", "eager").passed is False
+    assert memory_claim(worse, "eager").passed is False
+    flat = [*ROWS[2:], ROWS[0], row("baseline", 896, 239 * 10**12, 61.0)]
+    assert growth_claim(flat, "baseline", "eager").passed is False
+    assert growth_claim(ROWS[:1], "hia", "eager").passed is None
+    assert tracker_claim([]).passed is None
+
+
+@pytest.mark.parametrize(("predicted", "passed"), [(0.96, True), (0.94, False), (1.06, False)])
+def test_tracker_claim_is_5_percent(predicted, passed):
+    measured = table3._measured_row(ROWS[0], Measured(10**9, "measured", 1.0), round(predicted * 1e9), Protocol())
+    assert tracker_claim([measured]).passed is passed
+
+
+def make_report() -> Report:
+    report = Report(Protocol(attention=("eager",)), rows=list(ROWS), environment=environment.describe("cpu"))
+    report.measured = [table3._measured_row(ROWS[0], Measured(10**9, "measured", 5.0), 10**9, report.protocol)]
+    report.measured_host = "a host"
+    report.notes = table3.notes(report, images.find_images(None))
+    return report
+
+
+def test_files_have_the_rows_and_the_papers_figures(tmp_path):
+    written = table3_output.write_report(make_report(), tmp_path / "out", tmp_path / "copy.json")
+    assert {path.name for path in written} == {"table3.json", "table3.md", "table3.png", "copy.json"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["table3.json", "table3.md", "table3.png"]
+    record = json.loads((tmp_path / "out" / "table3.json").read_text())
+    assert record == json.loads((tmp_path / "copy.json").read_text())
+    assert {"protocol", "environment", "rows", "measured", "claims", "notes"} <= set(record)
+    for entry in record["rows"]:
+        assert set(entry) >= ROW_KEYS
+        assert entry["macs"] * 2 == entry["flops"]
+        assert entry["fits"] is (entry["memory_bytes"] <= 32e9)
+    by_case = {(entry["method"], entry["resolution"]): entry for entry in record["rows"]}
+    assert by_case["hia", 896]["paper_flops_t"] == 16.8
+    assert by_case["hia", 896]["paper_memory_gb"] == 30.4
+    assert by_case["baseline", 896]["paper_memory_gb"] is None
+    assert by_case["baseline", 896]["paper_out_of_memory"] is True
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    page = (tmp_path / "out" / "table3.md").read_text()
+    assert "| 896 | hia | 1,212 | 33.5 | 16.8 | 8.06 | 12.38 |" in page
+    assert "PASS: HiA's FLOPs grow" in page
+    assert (tmp_path / "out" / "table3.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table3.json"
+    path.write_text("old")
+
+    def fail(target):
+        target.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        table3_output.write_file(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_paper_ratios():
+    assert paper.flops_ratio(896) == pytest.approx(208 / 16.8)
+    assert paper.memory_ratio(448) == pytest.approx(30.8 / 29.6)
+    assert paper.memory_ratio(672) is None
+    assert paper.figure("anyres", 448) is None
+
+
+def test_phantoms_where_there_are_no_radiographs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIA_TEST_DATA", str(tmp_path))
+    source = images.find_images(None)
+    assert source.kind == "phantoms" and "generated phantoms" in source.note
+    first, second = source.load(2, 96)
+    assert first.shape == (96, 96, 1) and first.dtype is torch.uint8
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="--images: must be a folder with .jpg"):
+        images.find_images(tmp_path)
+    text = images.prompt_text(60, 32000)
+    assert len(text.ids) == 60 and text.tokenizer.startswith("bytes")
+
+
+def test_real_radiographs_are_cropped_to_squares():
+    source = images.find_images(None)
+    if source.kind != "radiographs":
+        pytest.skip(f"no real radiographs: {source.note}")
+    first, second = source.load(2, 112)
+    assert first.shape == second.shape == (112, 112, 1)
+    assert all(name.startswith("chest") for name in source.names(2))
+    assert len(set(first.flatten().tolist())) > 50
+
+
+def test_requests_survive_json():
+    request = RunRequest("hia", {"name": "x", "text": {}, "vision": {}}, "fp32", "cpu", (Case(448, "sdpa", 7),), 2, 60)
+    assert RunRequest.from_json(request.to_json()) == request
+
+
+class OutOfMemory(torch.nn.Module):
+    def forward(self, **_inputs):
+        raise torch.OutOfMemoryError("provoked")
+
+
+def test_running_out_of_memory_is_a_result():
+    inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+    measured = measure_prefill(OutOfMemory(), inputs, None)
+    assert measured.out_of_memory and measured.prefill_ms is None
+    made = table3._measured_row(ROWS[1], measured, 61 * 10**9, Protocol())
+    assert (made.memory_bytes, made.fits, made.memory_kind) == (None, False, "out of memory, provoked")
+
+
+def test_slug():
+    assert environment.slug("AMD EPYC 7B13 (2 cores)") == "amd-epyc-7b13-2-cores"
