@@ -58,7 +58,6 @@ def find_images(folder: str | Path | None) -> ImageSource:
         ValueError: a folder was named and holds no image.
     """
     where = Path(folder) if folder is not None else data_folder() / "images"
-    shown = os.path.relpath(where, Path(__file__).resolve().parents[1])  # the same wherever the checkout lies
     paths = tuple(sorted(path for path in where.glob("*") if path.suffix.lower() in SUFFIXES))
     if paths:
         # studies of one patient side by side first: that is what the prompt asks to compare

@@ -86,7 +86,7 @@ def _draw_memory(axis: Any, report: Report) -> None:
     card = report.protocol.card_gb
     axis.axhline(card, color=INK, lw=1, ls="--")
     axis.annotate(
-        f"card: {card:g} GB", (0.78, card), xycoords=("axes fraction", "data"), xytext=(0, -3),
+        f"card: {card:g} GB", (0.52, card), xycoords=("axes fraction", "data"), xytext=(0, -3),
         textcoords="offset points", ha="center", va="top", fontsize=8, color=INK,
     )  # fmt: skip
 

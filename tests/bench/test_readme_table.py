@@ -1,0 +1,42 @@
+"""README.md's Table 3 is the committed record's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import readme
+
+
+def record() -> dict:
+    return json.loads(readme.RECORD.read_text())
+
+
+def test_readme_shows_the_record():
+    text = readme.README.read_text()
+    assert readme.table(record()) in text, "README.md is older than its record; run python -m bench.readme"
+
+
+def test_the_record_is_of_a_clean_commit_and_passed():
+    found = record()
+    assert found["environment"]["dirty"] is False
+    assert len(found["environment"]["commit"]) == 40
+    assert found["claims"]
+    assert all(claim["passed"] for claim in found["claims"])
+
+
+def test_updating_is_idempotent():
+    once = readme.updated(readme.README.read_text(), record())
+    assert readme.updated(once, record()) == once
+
+
+def test_changed_figures_are_seen():
+    changed = record()
+    changed["rows"][0]["flops"] *= 2
+    assert readme.table(changed) not in readme.README.read_text()
+
+
+def test_missing_markers():
+    with pytest.raises(ValueError, match=r"README.md must hold <!-- table3"):
+        readme.updated("# no table\n", record())
