@@ -38,8 +38,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def describe(device: str) -> dict[str, Any]:
-    """Everything one needs to judge or repeat a number."""
+def describe(device: str, module: str = "bench.table3") -> dict[str, Any]:
+    """Everything one needs to judge or repeat a number.
+
+    Args:
+        device: "cpu" or "cuda".
+        module: that was run, for the command.
+    """
     status = _git("status", "--porcelain")
     environment: dict[str, Any] = {
         "device": device_name(device),
@@ -52,13 +57,26 @@ def describe(device: str) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "command": " ".join(["python -m bench.table3", *sys.argv[1:]]),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         environment |= {"cuda": torch.version.cuda, "gpu_memory_bytes": properties.total_memory}
+        environment |= {"cudnn": torch.backends.cudnn.version(), **_gpu_facts(properties)}
     return environment
+
+
+def _gpu_facts(properties: Any) -> dict[str, Any]:
+    """Driver and power limit in watts, by nvidia-smi; None where it doesn't say."""
+    device = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
+    command = ["nvidia-smi", "-i", device, "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        driver, power = (part.strip() for part in done.stdout.strip().split(","))
+        return {"driver": driver, "power_limit_w": float(power)}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {"driver": None, "power_limit_w": None}
 
 
 def _version(package: str) -> str | None:

@@ -59,9 +59,9 @@ def block(record: dict[str, Any]) -> str:
     source = (
         f"`{environment['command']}` at commit {environment['commit'][:12]}, {environment['device']}, torch "
         f"{environment['versions']['torch']}, transformers {environment['versions']['transformers']}: "
-        f"{protocol['host']['name']}, {protocol['images_per_sample']} images and {protocol['text_tokens']} text tokens, "
-        f"{protocol['dtype']}, prefill with KV cache; FLOPs counted and memory predicted under fake tensors; x: more "
-        f"than {protocol['card_gb']:g} GB. [All rows and methods]({_relative(RECORD.with_suffix('.md'))})."
+        f"{protocol['host']['name']}, {protocol['images_per_sample']} images and {protocol['text_tokens']} text "
+        f"tokens, {protocol['dtype']}, prefill with KV cache; FLOPs counted and memory predicted under fake tensors; "
+        f"x: more than {protocol['card_gb']:g} GB. [All rows and methods]({_relative(RECORD.with_suffix('.md'))})."
     )
     picture = f"![memory and FLOPs against resolution]({_relative(RECORD.with_suffix('.png'))})"
     return "\n".join([START, table(record), "", source, "", picture, END])

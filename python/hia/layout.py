@@ -96,6 +96,30 @@ class VisualLayout:
         ).to(device)
 
 
+def left_padded(attention_mask: Tensor, **inputs: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Move padding from the right of each row to its left; decoding continues at the last column.
+
+    Args:
+        attention_mask: [B, S], 0 is padding.
+        inputs: what goes with it: [B, S] tensors, and positions [B]; None stays None.
+
+    Returns:
+        The mask and the inputs, by name.
+    """
+    length = attention_mask.shape[1]
+    trailing = attention_mask.flip(1).cumsum(1).eq(0).sum(1)  # [B]
+    columns = (torch.arange(length, device=trailing.device) - trailing[:, None]) % length  # [B, S]
+    moved: dict[str, Tensor | None] = {}
+    for name, value in inputs.items():
+        if value is None or value.shape[0] != trailing.shape[0]:
+            moved[name] = value  # a wrong shape gets its error later
+        elif value.dim() == 1:
+            moved[name] = value + trailing.to(value.device)
+        else:
+            moved[name] = value.gather(1, columns.to(value.device)) if value.shape == columns.shape else value
+    return attention_mask.gather(1, columns), moved
+
+
 def build_layout(
     image_map: Tensor, instruction_index: Tensor, images: int, attention_mask: Tensor | None = None
 ) -> VisualLayout:

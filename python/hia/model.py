@@ -19,7 +19,7 @@ from .features import ImageFeatures
 from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
 from .hosts import LlamaHost, find_host
 from .images import check_pixels, default_window
-from .layout import VisualLayout, build_layout
+from .layout import VisualLayout, build_layout, left_padded
 
 
 def get_hia_model(base: nn.Module, config: HiAConfig) -> HiAModel:
@@ -113,7 +113,13 @@ class HiAModel(nn.Module):
         return self._during(visit, self.base_model, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``; takes :meth:`forward`'s arguments too. Injection happens in prefill only."""
+        """The base model's ``generate``; takes :meth:`forward`'s arguments too. Injection happens in prefill only.
+
+        Prompts padded on the right are padded on the left instead, before and in the result: decoding continues at
+        the last column, which would be padding.
+        """
+        if self._enabled and self._hooks is not None:
+            _pad_left(kwargs)
         names = ("high_res_pixels", "windows", "features", "image_map", "instruction_index")
         inputs = tuple(kwargs.pop(name, None) for name in names)
         with torch.no_grad():
@@ -282,6 +288,16 @@ class HiAModel(nn.Module):
             model.unload()
             raise
         return model
+
+
+def _pad_left(kwargs: dict[str, Any]) -> None:
+    """Move right padding in ``generate``'s keyword arguments, in place of the dict."""
+    mask, input_ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if mask is None or input_ids is None or mask.shape != input_ids.shape or bool(mask[:, -1].all()):
+        return
+    names = [name for name in ("input_ids", "image_map", "instruction_index") if name in kwargs]
+    kwargs["attention_mask"], moved = left_padded(mask, **{name: kwargs[name] for name in names})
+    kwargs.update(moved)
 
 
 def _own_parameters(base: nn.Module) -> list[nn.Parameter]:

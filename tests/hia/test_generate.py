@@ -51,6 +51,17 @@ def test_batched_generation_equals_one_at_a_time(model, processor):
         assert torch.equal(got[row][: len(new)], new)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_right_padding_generates_what_left_padding_does(model, processor, beams):
+    a, b, c = random_images()
+    left, right = (processor([TWO, NONE, ONE], [[a, b], [], [c]], padding_side=side) for side in ("left", "right"))
+    assert not torch.equal(left.input_ids, right.input_ids)
+    expected, got = (
+        model.generate(**inputs, max_new_tokens=5, num_beams=beams, do_sample=False) for inputs in (left, right)
+    )
+    assert torch.equal(got, expected)
+
+
 def test_beams_equal_beams_one_at_a_time(model, processor, batch):
     a, b, c = random_images()
     got = model.generate(**batch, max_new_tokens=5, num_beams=3, do_sample=False)
