@@ -23,7 +23,7 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv table3 test test-transformers lint format clean check-python
+.PHONY: help venv table3 bench bench-compare report gpu test test-transformers lint format clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
@@ -32,6 +32,21 @@ venv: $(READY) ## make .venv and install the pinned versions
 
 table3: $(READY) ## the paper's Table 3 beside ours; ARGS="--help" shows its options
 	$(RUN) -m bench.table3 $(ARGS)
+
+bench: $(READY) ## every op beside its peers on the CPU, in at most 10 minutes; ARGS="--help" shows its options
+	$(RUN) -m bench.kernels --device cpu --minutes 9 $(ARGS)
+
+bench-compare: $(READY) ## this tree against BASE=<rev>, measured together; fails above 10 %
+	@[ -n "$(BASE)" ] || { echo "BASE= must be a revision, got nothing; e.g. make bench-compare BASE=main" >&2; exit 1; }
+	$(RUN) -m bench.compare "$(BASE)" $(ARGS)
+
+report: $(READY) ## Markdown, pictures and an HTML page from bench/results
+	$(RUN) -m bench.report $(ARGS)
+
+# PYTHON defaults to python3 and nothing is installed: the machine brings its torch.
+gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes; OUT=dir
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
+	  "$(or $(strip $(PYTHON)),python3)" -m bench.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: $(READY) ## every test this machine can run; ARGS go to pytest
 	$(RUN) -m pytest $(ARGS)

@@ -1,0 +1,322 @@
+"""What ``make gpu`` runs on a machine with a CUDA GPU: build, GPU tests, benchmarks, in minutes, installing nothing.
+
+Every step has a deadline, the most important come first, and what a step has measured is on disk if it is cut
+off. Needs torch and the standard library alone: a step whose packages are missing is left out, aloud.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .environment import REPOSITORY, cpu_name, slug
+
+TOTAL_S = 540
+GRACE_S = 8.0  # between asking a step to stop and ending it
+NATIVE_SUFFIXES = {".cpp", ".cu"}
+TEST_PACKAGES = ("pytest", "transformers", "safetensors", "numpy", "PIL")
+HOST_PACKAGES = ("transformers", "safetensors", "numpy", "PIL")
+FURTHEST = 10
+SECONDS, MINUTES = "{seconds}", "{minutes}"
+MARGIN_S = 15.0  # for a step to start and to finish what it is at
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: of the step and its log.
+        command: without the interpreter: arguments of Python; "{seconds}" and "{minutes}" become what it may
+            take, less a margin.
+        at_most_s: its own deadline, seconds.
+        needs: packages without which it is left out.
+        without: packages it can do without, and what is lost then.
+        skip: why it is left out; None if it isn't.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    at_most_s: float
+    needs: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    skip: str | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a step went.
+
+    Attributes:
+        name: of the step.
+        status: "ok", "failed", "out of time" or "left out".
+        detail: exit code, reason, or nothing.
+        seconds: it took.
+    """
+
+    name: str
+    status: str
+    detail: str
+    seconds: float
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parsed flags.
+
+    Raises:
+        SystemExit: a value that isn't allowed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only to try the steps")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="records and logs (default: bench/results/<device>)")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, metavar="S", help=f"for everything ({TOTAL_S})")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps")
+    parser.add_argument("--list", action="store_true", help="print the steps and stop")
+    options = parser.parse_args(arguments)
+    if not options.seconds > 0:
+        parser.error(f"--seconds: must be positive, got {options.seconds:g}")
+    return options
+
+
+def cuda_devices() -> list[str]:
+    """Names of the CUDA devices that torch sees."""
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """Those that can't be imported here."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: where torch would look for it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    beside = Path(home) / "bin" / "nvcc"
+    return shutil.which("nvcc") or (str(beside) if beside.exists() else None)
+
+
+def native_sources(root: Path = REPOSITORY) -> list[Path]:
+    """C++ and CUDA sources of the native extension."""
+    return sorted(path for path in (root / "csrc").rglob("*") if path.suffix in NATIVE_SUFFIXES)
+
+
+def build_skipped(nvcc: str | None, sources: Sequence[Path]) -> str | None:
+    """Why there is nothing to build; None if there is."""
+    if not sources:
+        return "csrc/ holds no .cpp or .cu source"
+    if nvcc is None:
+        return "no nvcc: neither on PATH nor below CUDA_HOME or /usr/local/cuda"
+    return None if importlib.util.find_spec("setuptools") else "setuptools is not installed"
+
+
+def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None) -> list[Step]:
+    """The steps, in order.
+
+    Args:
+        device: "cuda" or "cpu".
+        devices: names of the CUDA devices; only their number and existence matter.
+        out: folder of the records.
+        build_skip: why the extension is not built.
+
+    Raises:
+        RuntimeError: "cuda" and no device.
+    """
+    if device == "cuda" and not devices:
+        raise RuntimeError("bench.gpu: --device cuda needs a CUDA device that torch can see, got none; "
+                           "--device cpu tries the steps without one")  # fmt: skip
+    where = ("--device", device, "--out", str(out))
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+             "tests/ops", "tests/hia")  # fmt: skip
+    end_to_end = ("-m", "bench.end_to_end", *where, "--deadline", SECONDS, "--batch", "1", "--resolutions")
+    table3 = ("-m", "bench.table3", *where, "--methods", "baseline", "hia", "--resolutions", "448", "896",
+              "--attention", "sdpa")  # fmt: skip
+    if device == "cpu":
+        end_to_end += ("448", "--repeats", "2", "--budget", "1")
+    else:
+        end_to_end += ("896", "--repeats", "3")
+    return [
+        Step("info", ("-m", "hia_kernels.info"), 40),
+        Step("build", ("setup.py", "build_ext", "--inplace"), 150, skip=build_skip),
+        Step("tests", tests, 120, needs=TEST_PACKAGES, without=("hypothesis",)),
+        Step("kernels", ("-m", "bench.kernels", *where, "--minutes", MINUTES), 240, needs=(*HOST_PACKAGES, "rich")),
+        Step("end_to_end", end_to_end, 130, needs=HOST_PACKAGES),
+        Step("table3", table3, 90, needs=(*HOST_PACKAGES, "rich"), without=("matplotlib",)),
+    ]
+
+
+def share(steps: Sequence[Step], number: int, left: float) -> float:
+    """Seconds a step may take: its own deadline, or its part of what is left where not all of them fit."""
+    wanted = sum(step.at_most_s for step in steps[number:] if step.skip is None)
+    return steps[number].at_most_s * min(1.0, left / wanted)
+
+
+def run_step(step: Step, seconds: float, log: Path, environment: dict[str, str]) -> Done:
+    """Run it in a process group of its own; at its deadline ask it to stop, as Ctrl-C does, and then end it."""
+    started = time.monotonic()
+    own = max(1, round(seconds - MARGIN_S))
+    known = {SECONDS: str(own), MINUTES: f"{own / 60:.2f}"}
+    command = [known.get(part, part) for part in step.command]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            stop(process)
+    taken = time.monotonic() - started
+    if code is None:
+        return Done(step.name, "out of time", f"stopped after {seconds:.0f} s; what it had measured is written", taken)
+    return Done(step.name, "ok" if code == 0 else "failed", "" if code == 0 else f"exit code {code}", taken)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the group and wait a little, then kill it."""
+    for sign, wait in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, 5.0)):
+        if process.poll() is not None:
+            break
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=wait)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+    # children of a step that ended by itself
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def child_environment(out: Path) -> dict[str, str]:
+    """This one's, with the checkout's sources first and no file written beside them but the extension."""
+    paths = [str(REPOSITORY), str(REPOSITORY / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def tail(log: Path, lines: int = 12) -> str:
+    """The end of a log, indented."""
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join("    " + line[:200] for line in text[-lines:])
+
+
+def run_all(
+    steps: Sequence[Step], out: Path, seconds: float, *, lacking: Callable[[Iterable[str]], list[str]] = missing
+) -> list[Done]:
+    """Run the steps one after the other, and keep ``gpu.json`` up to date.
+
+    Args:
+        steps: of :func:`plan`.
+        out: folder of logs and records.
+        seconds: for all of them.
+        lacking: which of some packages are missing.
+    """
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    environment, results = child_environment(out), []
+    absent = {step.name: lacking(step.needs) for step in steps}
+    steps = [
+        dataclasses.replace(step, skip=f"not installed here: {', '.join(absent[step.name])}")
+        if step.skip is None and absent[step.name] else step
+        for step in steps
+    ]  # fmt: skip
+    for number, step in enumerate(steps):
+        lost = [] if step.skip else lacking(step.without)
+        if lost:
+            print(f"{step.name}: goes on without {', '.join(lost)}", flush=True)
+        left = end - time.monotonic() - 2 * GRACE_S
+        if step.skip is not None:
+            done = Done(step.name, "left out", step.skip, 0.0)
+        elif left < 5:
+            done = Done(step.name, "left out", f"no time left of {seconds:.0f} s", 0.0)
+        else:
+            allowed = share(steps, number, left)
+            print(f"{step.name}: python {' '.join(step.command)} (at most {allowed:.0f} s)", flush=True)
+            done = run_step(step, allowed, logs / f"{step.name}.log", environment)
+            if done.status != "ok" or step.name in ("info", "tests"):
+                print(tail(logs / f"{step.name}.log"), flush=True)
+        print(
+            f"{step.name}: {done.status}{', ' + done.detail if done.detail else ''} ({done.seconds:.0f} s)", flush=True
+        )
+        results.append(done)
+        (out / "gpu.json").write_text(json.dumps([dataclasses.asdict(one) for one in results], indent=1) + "\n")
+    return results
+
+
+def furthest_table(out: Path) -> list[str]:
+    """The ten rows of ours furthest from their floor, from whatever records there are."""
+    from .measurement import read_records
+    from .report_data import furthest_from_floor, sources
+
+    records = []
+    for name in ("kernels.json", "end_to_end.json"):
+        if (out / name).exists():
+            records += read_records(out / name)
+    rows = furthest_from_floor(records, FURTHEST)
+    if not rows:
+        return ["furthest from their floor: nothing was measured that has a floor"]
+    lines = [f"the {len(rows)} rows of ours furthest from their floor", f"{'% of floor':>10} {'p50 ms':>10} "
+             f"{'floor ms':>10}  {'op':<20} {'mode':<9} {'dtype':<5} case"]  # fmt: skip
+    for row in rows:
+        lines.append(f"{row.percent_of_floor:10.1f} {row.p50_ms:10.4f} {row.floor_ms or 0:10.4f}  {row.op:<20} "
+                     f"{row.mode:<9} {row.dtype:<5} {row.case}" + ("  noisy" if row.noisy else ""))  # fmt: skip
+    return lines + sources(rows)
+
+
+def summary(results: Sequence[Done]) -> list[str]:
+    """A line a step."""
+    return [f"{done.name:<11} {done.status:<12} {done.seconds:5.0f} s  {done.detail}".rstrip() for done in results]
+
+
+def main(arguments: list[str] | None = None, devices: Sequence[str] | None = None) -> int:
+    """Run the steps.
+
+    Args:
+        arguments: of the command line.
+        devices: names of CUDA devices, for a try without any; None asks torch.
+
+    Returns:
+        0; 1 if a step failed; 2 if there is no device. A step out of time is no failure.
+    """
+    options = parse(arguments)
+    found = cuda_devices() if devices is None and options.device == "cuda" else list(devices or ())
+    name = found[0] if found else cpu_name()
+    out = (options.out or REPOSITORY / "bench" / "results" / slug(name)).resolve()
+    try:
+        steps = plan(options.device, found, out, build_skipped(find_nvcc(), native_sources()))
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    names = [step.name for step in steps]
+    unknown = [wanted for wanted in options.only or () if wanted not in names]
+    if unknown:
+        sys.stderr.write(f"--only: must be among {', '.join(names)}, got {', '.join(unknown)}\n")
+        return 2
+    steps = [step for step in steps if not options.only or step.name in options.only]
+    if options.list:
+        for step in steps:
+            print(f"{step.name:<11} at most {step.at_most_s:4.0f} s  {step.skip or 'python ' + ' '.join(step.command)}")
+        return 0
+    print(f"{name}; records and logs in {out}; at most {options.seconds:.0f} s", flush=True)
+    results = run_all(steps, out, options.seconds)
+    print("\n".join(["", *summary(results), "", *furthest_table(out)]), flush=True)
+    return 1 if any(done.status == "failed" for done in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

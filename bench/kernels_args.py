@@ -1,0 +1,162 @@
+"""The command line of ``python -m bench.kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from .cases import CASES, COMPOSITES, FIRST, OPS, ROLES, Workload, in_set, workloads
+from .limits import DTYPES
+from .measurement import MODES
+from .providers import all_providers
+
+DEVICES = ("auto", "cpu", "cuda")
+DEFAULT_DTYPES = {"cpu": ("fp32",), "cuda": ("bf16",)}
+FILTERS = ("op", "case", "provider", "mode", "dtype")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; names may be patterns such as ``13b-*``, repeated, or separated by commas."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels",
+        description="Every op and composite of the adapter beside every peer and the device's limits. A provider is "
+        "timed only after its output passed the tests' tolerance. Exit code 1 if one failed, 130 after Ctrl-C.",
+    )
+    chosen = parser.add_argument_group("what is measured; all can be repeated")
+    chosen.add_argument("--op", action="append", metavar="NAME", help=f"{', '.join(OPS + COMPOSITES)}, ops, composites")
+    chosen.add_argument("--case", action="append", metavar="NAME",
+                        help="shapes of bench/cases.py, or all (default: the device's set)")  # fmt: skip
+    chosen.add_argument("--provider", action="append", metavar="NAME", help="who is measured (default: all)")
+    chosen.add_argument("--dtype", action="append", metavar="DTYPE",
+                        help="fp32, bf16, fp16 (default: fp32 on the CPU, bf16 on CUDA)")  # fmt: skip
+    chosen.add_argument("--mode", action="append", metavar="MODE", help=f"{', '.join(MODES)} (default: all)")
+    chosen.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, or auto (default)")
+    chosen.add_argument("--quick", action="store_true",
+                        help="tiny shapes, few repetitions, nothing compiled: a smoke test")  # fmt: skip
+    chosen.add_argument("--minutes", type=float, metavar="M", help="start nothing new after that long")
+    output = parser.add_argument_group("output")
+    output.add_argument("--list", action="store_true", help="print what would be measured, and exit")
+    output.add_argument("--json", metavar="PATH", help="write the records here too")
+    output.add_argument("--out", metavar="DIR",
+                        help="of kernels.json (if nothing is filtered, default: bench/results/<device>)")  # fmt: skip
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Checked flags; ``dtype``, ``mode`` and ``provider`` as tuples, and ``plan``: workloads and their modes.
+
+    Raises:
+        SystemExit: a value that isn't allowed; the message names the flag, what it takes, and the nearest names.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    options.filtered = options.quick or any(getattr(options, name) for name in FILTERS)
+    try:
+        (options.device,) = names("--device", [options.device], DEVICES)
+        if options.device == "auto":
+            options.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: cuda needs a CUDA device and a torch built for it, got none; use --device cpu")
+        if options.minutes is not None and not options.minutes > 0:
+            raise ValueError(f"--minutes: must be more than 0, got {options.minutes:g}")
+        options.dtype = names("--dtype", options.dtype or DEFAULT_DTYPES[options.device], tuple(DTYPES))
+        options.mode = names("--mode", options.mode or MODES, MODES)
+        options.provider = names("--provider", options.provider or ["*"], tuple(all_providers()))
+        options.plan = plan(options)
+    except ValueError as error:
+        parser.error(str(error))
+    options.json = Path(options.json) if options.json else None
+    options.out = Path(options.out) if options.out else None
+    return options
+
+
+def plan(options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
+    """The workloads of the chosen ops and cases, ops first, each with its modes.
+
+    Raises:
+        ValueError: an unknown op or case, ops that don't occur in the chosen cases, or modes that don't.
+    """
+    groups = {"ops": OPS, "composites": COMPOSITES}
+    given = [name for value in options.op or ["ops", "composites"] for name in groups.get(value, (value,))]
+    ops = names("--op", given, OPS + COMPOSITES)
+    found = [workload for op in ops for workload in workloads(op)]
+    if options.case:
+        known = tuple(dict.fromkeys((*CASES, *(workload.name for workload in found))))
+        wanted = set(names("--case", ["*" if value == "all" else value for value in options.case], known))
+        chosen = [workload for workload in found if wanted & {workload.name, workload.case.name}]
+        if not chosen:
+            raise ValueError(f"--case: must name shapes of {', '.join(ops)}, got {', '.join(options.case)}; see --list")
+        planned = [(workload, modes_of(workload, options.mode)) for workload in chosen]
+    else:
+        planned = _default_plan(found, options)
+        if options.device == "cuda":
+            planned.sort(key=lambda item: _rank(item[0]))
+    planned = [(workload, modes) for workload, modes in planned if modes]
+    if not planned:
+        raise ValueError(f"--mode: must be one that the chosen ops and cases have, got {', '.join(options.mode)}")
+    return planned
+
+
+def _default_plan(found: list[Workload], options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
+    """The device's set, and a tiny shape of every op for the cost of dispatch."""
+    device_set = "quick" if options.quick else "gpu" if options.device == "cuda" else "cpu"
+    planned = []
+    for workload in found:
+        modes = modes_of(workload, options.mode) if in_set(workload, device_set) else ()
+        in_dispatch = "dispatch" in workload.case.sets and workload.role == ROLES.get(workload.op, ("",))[0]
+        if not modes and in_dispatch and "dispatch" in options.mode:
+            modes = ("dispatch",)
+        planned.append((workload, modes))
+    return planned
+
+
+def _rank(workload: Workload) -> int:
+    """The most telling first, should the time be over early."""
+    if workload.case.name not in FIRST:
+        return 2
+    return 0 if workload.level == "composite" else 1
+
+
+def modes_of(workload: Workload, modes: Iterable[str]) -> tuple[str, ...]:
+    """Those that a workload is measured in: composites are inference, and the training step both ways; dispatch,
+    what the CPU does for a call, needs a case so small that little else is left."""
+    if workload.op == "adapter_train_step":
+        return tuple(mode for mode in modes if mode == "both")
+    allowed = ["forward"] if workload.level == "composite" else ["forward", "backward", "both"]
+    if "dispatch" in workload.case.sets:
+        allowed.append("dispatch")
+    return tuple(mode for mode in modes if mode in allowed)
+
+
+def names(flag: str, given: Iterable[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Split at commas, patterns expanded, in the order allowed, without repeats.
+
+    Raises:
+        ValueError: a name or pattern that fits none; the nearest are offered.
+    """
+    values = [part.strip() for value in given for part in value.split(",") if part.strip()]
+    if not values:
+        raise ValueError(f"{flag}: must name at least one of {', '.join(allowed[:12])}, got none")
+    found: set[str] = set()
+    for value in values:
+        matching = fnmatch.filter(allowed, value)
+        if not matching:
+            raise ValueError(f"{flag}: must be {_known(allowed)}, got {value!r}{_hint(value, allowed)}")
+        found.update(matching)
+    return tuple(name for name in allowed if name in found)
+
+
+def _known(allowed: tuple[str, ...]) -> str:
+    if len(allowed) > 24:
+        return f"one of {len(allowed)} names that --list prints"
+    return f"among {', '.join(allowed)}"
+
+
+def _hint(value: str, allowed: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, allowed, n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

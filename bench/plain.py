@@ -1,0 +1,111 @@
+"""The ops as plain PyTorch with their public signatures: what ``eager`` runs and ``compile`` may fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hia_kernels
+from hia_kernels.ops.condition_queries.reference import condition_queries_ref
+from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
+from hia_kernels.ops.cross_attention.reference import cross_attention_ref
+from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
+from hia_kernels.ops.norm_linear.reference import norm_linear_ref
+from hia_kernels.ops.stem.reference import stem_ref
+
+
+def _reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return cross_attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+
+
+def sequences(q: Tensor, k: Tensor, v: Tensor, packing: tuple[Any, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Packed tensors as [B, H, L, D]: one triple where all sequences have one length, else one a sequence.
+
+    Args:
+        q: [Tq, H, D].
+        k: [Tk, H, D].
+        v: [Tk, H, D].
+        packing: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
+    """
+    cu_q, cu_k, max_q, max_k = packing
+    batch = cu_q.shape[0] - 1
+    if q.shape[0] == batch * max_q and k.shape[0] == batch * max_k:  # by shapes: nothing waits for the device
+        return [tuple(x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))]
+    found = []
+    for (from_q, to_q), (from_k, to_k) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        rows = (q[from_q:to_q], k[from_k:to_k], v[from_k:to_k])
+        found.append(tuple(x[None].transpose(1, 2) for x in rows))
+    return found
+
+
+def packed(outs: list[Tensor]) -> Tensor:
+    """[B, H, L, D] each -> [Tq, H, D]."""
+    parts = [out.transpose(1, 2).flatten(0, 1) for out in outs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def textbook_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Batched over sequences of one length, scores in fp32: the reference in a form that a compiler can take."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    outs = []
+    for q_b, k_b, v_b in sequences(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
+        p = torch.softmax(q_b.float() @ k_b.float().mT * scale, dim=-1)  # [B, H, Lq, Lk]
+        outs.append((p @ v_b.float()).to(q.dtype))
+    return packed(outs)
+
+
+def _inject_in_place(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
+    inject_rows_inplace_ref(hidden, update, weight, bias, row_idx)
+    return hidden
+
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "stem": stem_ref,
+    "conv_norm_act": conv_norm_act_ref,
+    "condition_queries": condition_queries_ref,
+    "cross_attention": _reference_attention,
+    "norm_linear": norm_linear_ref,
+    "inject_rows": inject_rows_ref,
+}
+COMPILABLE: dict[str, Callable[..., Any]] = REFERENCES | {"cross_attention": textbook_attention}
+
+
+@contextmanager
+def replacing_ops(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block the adapter's modules call these instead of the registered ops.
+
+    A registered op is opaque to the compiler; what it may fuse must be plain PyTorch.
+    """
+    wanted = {**functions, "inject_rows_": _inject_in_place}
+    before = {name: getattr(hia_kernels, name) for name in wanted}
+    try:
+        for name, function in wanted.items():
+            setattr(hia_kernels, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(hia_kernels, name, function)

@@ -1,0 +1,203 @@
+"""Times of several calls, taken in turns, so that a drift of the machine hits all of them.
+
+On CUDA a repetition is timed by events, behind a write that fills the L2 cache and keeps the GPU busy while the
+call's kernels are queued. On the CPU it is timed by ``perf_counter``; calls too short for the clock are repeated
+within one repetition.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on standard error
+
+NOISE = 0.15
+SHORTEST_MS = 0.5  # a repetition on the CPU is at least this long
+SLOW_MS = 200.0
+CACHE_BYTES = 256 * 2**20  # more than any L2
+
+
+class Clock(Protocol):
+    """Milliseconds of one call."""
+
+    def __call__(self, call: Callable[[], object], times: int) -> float:
+        """Milliseconds a call, over ``times`` calls."""
+
+
+def cpu_clock(call: Callable[[], object], times: int) -> float:
+    """Wall-clock time; for a CUDA call, what it takes the CPU to queue it."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) * 1e3 / times
+
+
+class CudaClock:
+    """Time between two events on the current stream."""
+
+    def __init__(self) -> None:
+        self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Callable[[], object], times: int) -> float:
+        """The calls' mean; ``times`` is 1 where L2 must be cold."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._cache.zero_()
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / times
+
+
+class DispatchClock:
+    """CPU-side time of a call, the device idle before and its work not waited for."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __call__(self, call: Callable[[], object], times: int) -> float:
+        """Mean of at most 100 calls: the device's queue must not fill."""
+        synchronize(self._device)
+        taken = cpu_clock(call, min(times, 100))
+        synchronize(self._device)
+        return taken
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; the CPU has nothing to wait for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass
+class Samples:
+    """Repetitions of one call.
+
+    Attributes:
+        times_ms: in the order they were taken.
+        error: what it raised, which ended them.
+    """
+
+    times_ms: list[float] = field(default_factory=list)
+    error: Exception | None = None
+
+    def percentile(self, percent: float) -> float:
+        """By linear interpolation."""
+        ordered = sorted(self.times_ms)
+        place = (len(ordered) - 1) * percent / 100
+        low, high = math.floor(place), math.ceil(place)
+        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the medians of the first and second half differ by more than 15 % of the smaller."""
+        half = len(self.times_ms) // 2
+        if half == 0:
+            return True
+        first, second = statistics.median(self.times_ms[:half]), statistics.median(self.times_ms[half:])
+        return abs(first - second) > NOISE * min(first, second)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to repeat.
+
+    Attributes:
+        seconds: for all calls together.
+        at_least: repetitions of each call, however long they take.
+        at_most: repetitions of each call.
+    """
+
+    seconds: float
+    at_least: int = 4
+    at_most: int = 60
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    clock: Clock,
+    budget: Budget,
+    *,
+    shortest_ms: float = SHORTEST_MS,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[str, Samples]:
+    """Time the calls in turns: A B A B. One that raises is left out from then on.
+
+    Args:
+        calls: by name; each has run before.
+        clock: how a repetition is timed.
+        budget: when to stop; the end of a round.
+        shortest_ms: shorter calls are repeated within a repetition until they take this long; 0 never.
+        now: seconds.
+    """
+    started = now()
+    found = {name: Samples() for name in calls}
+    times = {name: _repeats(call, clock, shortest_ms, found[name]) for name, call in calls.items()}
+    for done in range(budget.at_most):
+        if done >= budget.at_least and now() - started > budget.seconds:
+            break
+        for name, call in calls.items():
+            if found[name].error is not None:
+                continue
+            try:
+                found[name].times_ms.append(clock(call, times[name]))
+            except (RuntimeError, ValueError) as error:
+                found[name].error = error
+    return found
+
+
+def _repeats(call: Callable[[], object], clock: Clock, shortest_ms: float, samples: Samples) -> int:
+    """Warm up, and how many calls a repetition needs. A slow call has little to warm up and is called once."""
+    try:
+        one = clock(call, 1)
+        if one < SLOW_MS:
+            one = clock(call, 1)
+    except (RuntimeError, ValueError) as error:
+        samples.error = error
+        return 1
+    return max(1, min(1000, math.ceil(shortest_ms / max(one, 1e-4))))
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """The most bytes alive in torch's allocator during the call, above what was alive before it.
+
+    On CUDA by the allocator's own count; on the CPU from the profiler's record of every allocation. What a
+    library allocates by itself isn't seen.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    level = highest = 0
+    memory = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(memory, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest
+
+
+@contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """TF32 off: fp32 means fp32, for every provider."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

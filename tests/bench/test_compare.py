@@ -1,0 +1,108 @@
+"""``make bench-compare``: verdicts, and two revisions of a small repository measured for real."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from bench import compare, regression
+from bench.compare import Row
+
+STUB = '''"""Stands in for the package: each op sleeps."""
+import time
+{ops}
+'''
+
+
+def row(*medians: float) -> Row:
+    return Row("stem", [[1.0, 1.0, 1.0] for _ in medians], [[m * 0.9, m, m * 3] for m in medians])
+
+
+@pytest.mark.parametrize(
+    ("medians", "verdict"),
+    [((1.05,), "same"), ((1.2,), "slower"), ((0.8,), "faster"), ((1.3, 1.02), "same"), ((1.3, 1.2, 1.15), "slower")],
+)
+def test_median_of_the_pairs_decides_and_must_repeat(medians, verdict):
+    assert row(*medians).verdict(0.10) == verdict
+
+
+def test_what_cannot_run_is_not_compared():
+    bad = Row("stem", [[]], [[]], problem="BASE can't run it: AttributeError: no stem")
+    assert bad.verdict(0.10) == "not compared"
+    assert "BASE can't run it" in compare.line_of(bad, 0.10)
+
+
+def git(folder, *arguments):
+    command = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.invalid", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def write_stub(folder, seconds: dict[str, float]) -> None:
+    package = folder / "hia_kernels"
+    package.mkdir(parents=True, exist_ok=True)
+    ops = "\n".join(f"def {op}(**inputs):\n    time.sleep({pause})" for op, pause in seconds.items())
+    (package / "__init__.py").write_text(STUB.format(ops=ops))
+
+
+@pytest.fixture
+def repository(tmp_path):
+    folder = tmp_path / "repo"
+    write_stub(folder, {"stem": 0.02, "norm_linear": 0.01})
+    git(folder.parent, "init", "-q", str(folder))
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "base")
+    return folder
+
+
+def worktrees(folder) -> int:
+    listed = subprocess.run(["git", "-C", str(folder), "worktree", "list"], capture_output=True, text=True, check=True)
+    return len(listed.stdout.splitlines())
+
+
+def test_a_regression_fails_and_the_worktree_goes(repository, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "PAIRS", 2)
+    write_stub(repository, {"stem": 0.04, "norm_linear": 0.01, "inject_rows": 0.01})
+    arguments = ["HEAD", "--rounds", "3", "--case", "stem", "norm_linear", "inject_rows"]
+    assert compare.main(arguments, root=repository) == 1
+    said = capsys.readouterr().out
+    assert "again, in new processes: stem\n" in said
+    verdicts = {line.split()[0]: line for line in said.splitlines() if line.startswith(("stem", "norm", "inject"))}
+    assert verdicts["stem"].endswith("slower")
+    assert verdicts["norm_linear"].endswith("same")
+    assert "not compared: BASE can't run it: AttributeError" in verdicts["inject_rows"]
+    assert "1 slower, 0 faster, 1 same, 1 not compared" in said
+    assert worktrees(repository) == 1
+
+
+def test_an_unchanged_tree_passes(repository):
+    assert compare.main(["HEAD", "--rounds", "3", "--case", "norm_linear"], root=repository) == 0
+
+
+def test_unknown_revision(repository, capsys):
+    assert compare.main(["no-such-rev"], root=repository) == 2
+    assert "BASE: must be a revision of this repository, got 'no-such-rev'" in capsys.readouterr().err
+
+
+def test_unknown_case(capsys):
+    with pytest.raises(SystemExit):
+        compare.parse(["HEAD", "--case", "stm"])
+    assert "--case: must be among stem, " in capsys.readouterr().err
+
+
+def test_a_worker_of_another_checkout_is_refused(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(RuntimeError, match="a worker must use .*elsewhere"):
+        compare.Worker(compare.REPOSITORY / "bench" / "regression.py", elsewhere, "BASE")
+
+
+@pytest.mark.parametrize("case", regression.CASES)
+def test_the_small_set_runs(case):
+    regression.make_call(case)()
+
+
+def test_the_small_set_is_no_part_of_make_test():
+    collected = (compare.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'testpaths = ["tests"]' in collected
+    assert (compare.REPOSITORY / "bench" / "test_regression.py").exists()

@@ -1,0 +1,199 @@
+"""End to end on a tiny host: every provider's every figure, batches, deadlines, bad flags."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import end_to_end, hosts, images
+from bench import end_to_end_run as run
+from bench.end_to_end_run import Case, Setting, Subject
+from bench.hosts import HostSpec
+from bench.limits import Limits
+from bench.measurement import read_records
+
+TEXT = {**hosts.SMALL_LLM, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+VISION = {**hosts.SMALL_VIT, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+          "num_attention_heads": 4}  # fmt: skip
+TINY = HostSpec("tiny LLaVA", TEXT, VISION)
+BAD_FLAGS = [
+    (["--provider", "hai"], "--provider: must be among plain, baseline, .*, got 'hai'; did you mean hia"),
+    (["--op", "decod"], "--op: must be among .*, got 'decod'; did you mean decode"),
+    (["--resolutions", "100"], "--resolutions: must be a whole number from 224 to 8192, got '100'"),
+    (["--batch", "0"], "--batch: must be a whole number from 1 to 64, got '0'"),
+    (["--dtype", "fp8"], "--dtype: must be among bf16, fp16, fp32, got 'fp8'"),
+    (["--deadline", "soon"], "--deadline: must be a whole number from 1 to 86400, got 'soon'"),
+]
+
+
+@pytest.fixture
+def phantoms():
+    return images.ImageSource("phantoms", (), "phantoms")
+
+
+@pytest.fixture
+def setting(phantoms):
+    text = tuple(range(3, 23))
+    return Setting(TINY, torch.float32, "cpu", "sdpa", phantoms, text, new_tokens=2, checkpointing=False)
+
+
+@pytest.fixture
+def tiny_run(monkeypatch, phantoms):
+    monkeypatch.setattr(end_to_end, "SMALL_LLAVA", TINY)
+    monkeypatch.setattr(end_to_end.limits, "measure", lambda *_: Limits(1e10, {"fp32": 1e11}))
+    monkeypatch.setattr(end_to_end.images, "find_images", lambda _folder: phantoms)
+    monkeypatch.setattr(end_to_end, "process_peak_unavailable", lambda: "not in this process: malloc would stay slow")
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_flags(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        end_to_end.parse([*flags, "--device", "cpu"])
+    import re
+
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_the_most_important_come_first():
+    options = end_to_end.parse(["--device", "cpu"])
+    steps = end_to_end.plan(options)
+    assert steps[0] == (Case("time_to_first_token", 448, 1, 2), ("hia", "baseline", "released", "anyres", "plain"))
+    assert [case.batch for case, _ in steps] == sorted(case.batch for case, _ in steps)
+    options.device = "cuda"
+    alone = end_to_end.plan(options)
+    assert all(len(providers) == 1 for _, providers in alone)
+    assert [providers[0] for _, providers in alone[: len(steps) // 2]] == ["hia"] * (len(steps) // 2)
+
+
+@pytest.mark.parametrize("provider", run.PROVIDERS)
+def test_a_batch_is_its_prompts_side_by_side(provider, setting):
+    if run.not_offered(provider, Case("time_to_first_token", 224, 2, 2)):
+        pytest.skip("takes one prompt at a time")
+    model = run.build(provider, setting)
+    if provider == "hia":  # a new adapter injects nothing, and would hide mixed-up images
+        for parameter in model.adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    pair = Subject(provider, model, setting, Case("time_to_first_token", 224, 2, 1))
+    together = model(**pair.inputs).logits.detach()
+    pictures = setting.source.load(2, run.resolution_seen(provider, 224))
+    for number in range(2):
+        sample = run.methods.Sample(pictures[number : number + 1], setting.text)
+        alone = model(**run.methods.make_inputs(run.method_of(provider), model, TINY, sample)).logits.detach()
+        torch.testing.assert_close(together[number], alone[0], rtol=1e-3, atol=1e-3)
+
+
+def test_plain_reads_the_image_at_336(setting):
+    case = Case("time_to_first_token", 224, 1, 2)
+    subject = Subject("plain", run.build("plain", setting), setting, case)
+    assert subject.inputs["pixel_values"].shape[-1] == 336
+    assert subject.tokens == 20 + 2 * 576
+
+
+def test_second_question_is_the_first_ones_prefill_without_its_encoder(setting):
+    model = run.build("hia", setting)
+    first, second = (Subject("hia", model, setting, Case(op, 224, 1, 2)) for op in run.OPS[:2])
+    assert "high_res_pixels" not in second.inputs
+    with torch.no_grad():
+        torch.testing.assert_close(model(**second.inputs).logits, model(**first.inputs).logits)
+
+
+def test_decoding_starts_from_the_same_cache_every_time(setting):
+    subject = Subject("hia", run.build("hia", setting), setting, Case("decode", 224, 1, 1))
+    assert len(subject.repetition()) == setting.new_tokens
+    length = int(subject._cache.get_seq_length())
+    subject.repetition()
+    assert int(subject._cache.get_seq_length()) == length == subject.tokens
+
+
+@pytest.mark.parametrize(
+    ("provider", "checkpointing"),
+    [*((provider, False) for provider in run.PROVIDERS), ("hia", True), ("released", True), ("plain", True)],
+)
+def test_a_training_step_changes_what_is_trained_and_nothing_else(provider, checkpointing, setting):
+    setting = Setting(**{**setting.__dict__, "checkpointing": checkpointing})
+    model = run.build(provider, setting)
+    subject = Subject(provider, model, setting, Case("train_step", 224, 1, 1))
+    trained = {id(parameter) for parameter in subject.trained()}
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    subject.repetition()
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert changed <= {name for name, value in model.named_parameters() if id(value) in trained}
+    subject.close()
+    assert not model.training
+    assert not any(value.requires_grad or value.grad is not None for value in model.parameters())
+
+
+def test_run_writes_every_figure(tiny_run, tmp_path, capsys):
+    flags = ["--device", "cpu", "--resolutions", "224", "--batch", "1", "--images-per-prompt", "1", "--text-tokens",
+             "40", "--new-tokens", "2", "--repeats", "2", "--budget", "1", "--provider", "hia", "plain",
+             "--out", str(tmp_path)]  # fmt: skip
+    assert end_to_end.main(flags) == 0
+    records = read_records(tmp_path / "end_to_end.json")
+    found = {(record.op, record.provider): record for record in records}
+    assert len(found) == len(records) == len(run.OPS) * 2
+    for (op, provider), record in found.items():
+        offered = op != "second_question" or provider == "hia"
+        assert record.status == ("ok" if offered else "unavailable"), f"{op} {provider}: {record.reason}"
+        assert record.extra["resolution_seen"] == (336 if provider == "plain" else 224)
+    assert found["decode", "hia"].extra["tokens_per_s"] > 0
+    assert found["time_to_first_token", "hia"].percent_of_floor > 0
+    assert found["train_step", "hia"].mode == "both"
+    assert found["train_step", "hia"].environment["command"].startswith("python -m bench.end_to_end")
+    assert " x hia" in capsys.readouterr().out
+
+    # another run of some of it keeps the rest
+    assert end_to_end.main([*flags, "--op", "decode", "--provider", "hia"]) == 0
+    assert len(read_records(tmp_path / "end_to_end.json")) == len(records)
+
+
+def test_a_deadline_is_a_reason(tiny_run, tmp_path, monkeypatch):
+    clock = iter(range(0, 100000, 50))
+    monkeypatch.setattr(end_to_end.time, "monotonic", lambda: next(clock))
+    flags = ["--device", "cpu", "--resolutions", "224", "--provider", "hia", "--deadline", "10", "--out", str(tmp_path)]
+    assert end_to_end.main(flags) == 0
+    records = read_records(tmp_path / "end_to_end.json")
+    assert {record.status for record in records} == {"unavailable"}
+    assert {record.reason for record in records} == {"--deadline: 10 s were over before its turn"}
+
+
+def test_a_failure_is_a_row(tiny_run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no such luck\nmore")
+
+    monkeypatch.setattr(end_to_end, "build", fail)
+    flags = ["--device", "cpu", "--provider", "hia", "--op", "decode", "--batch", "1", "--out", str(tmp_path)]
+    assert end_to_end.main(flags) == 1
+    assert {record.reason for record in read_records(tmp_path / "end_to_end.json")} == {"ValueError: no such luck"}
+
+
+def test_list_says_why_not(capsys):
+    assert end_to_end.main(["--device", "cpu", "--list"]) == 0
+    said = capsys.readouterr().out
+    assert "448px-2img-b4      released  the released maths takes one prompt at a time, got a batch of 4" in said
+
+
+def test_peaks_count_what_a_repetition_adds(setting, monkeypatch):
+    class Meter:
+        """Counts from what was there when it was made."""
+
+        def reset(self):
+            self.resident = 0
+
+        def peak_bytes(self):
+            return self.resident
+
+    meter = Meter()
+
+    class Fake:
+        def repetition(self):
+            meter.resident += 64
+            return [1.0]
+
+    Fake.setting = setting
+    monkeypatch.setattr(run, "process_peak_unavailable", lambda: None)
+    monkeypatch.setattr(run, "ProcessPeak", lambda: meter)
+    assert run.repeat_with_peak(Fake()) == ([1.0], 64)
+    monkeypatch.setattr(run, "process_peak_unavailable", lambda: "no Linux")
+    assert run.repeat_with_peak(Fake()) == ([1.0], None)

@@ -1,0 +1,369 @@
+"""``python -m bench.kernels``: cases, providers, the gate, records, the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench.kernels as kernels
+from bench import cases, composites, costs, environment, gate, inputs, kernels_args, kernels_output, providers
+from bench.baselines import peers
+from bench.measurement import Measurement, read_records, write_records
+from tests.compare import UNIT_ROUNDOFF, rel_rms
+
+RECORD = Measurement(
+    "op", "stem", "px224", "hia", "forward", "fp32", "cpu", "ok", p20_ms=1.0, p50_ms=2.0, p80_ms=3.0, repeats=5,
+    flops=10, bytes=20, floor_ms=0.5, percent_of_floor=25.0, peak_bytes=7, extra={"error": 1e-7},
+    environment={"device": "a CPU", "commit": None, "dirty": False},
+)  # fmt: skip
+
+
+def workload(op, case, role=""):
+    return cases.Workload(op, cases.CASES[case], role)
+
+
+def test_records_survive_a_file(tmp_path):
+    red = replace(RECORD, provider="other", status="failed", reason="no", p20_ms=None, p50_ms=None, p80_ms=None)
+    path = write_records(tmp_path / "deep" / "kernels.json", [RECORD, red])
+    assert read_records(path) == [RECORD, red]
+    assert [file.name for file in path.parent.iterdir()] == ["kernels.json"], "no partial file is left"
+    assert len(json.loads(path.read_text())["environments"]) == 1
+    write_records(path, [red])
+    assert read_records(path) == [red], "nothing is merged"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "sideways"}, "mode must be forward or backward or both or dispatch, got 'sideways'"),
+        ({"p50_ms": None}, "status 'ok' must have p20_ms, p50_ms, p80_ms and no reason"),
+        ({"status": "failed"}, "status 'failed' must have a reason and no times"),
+        ({"flops": -1}, "flops must be a whole number of at least 0, got -1"),
+        ({"p80_ms": float("nan")}, "p80_ms must be a number of at least 0, got nan"),
+        ({"op": ""}, "op must be a name, got ''"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_records_are_checked(changes, message):
+    with pytest.raises(ValueError) as error:
+        replace(RECORD, **changes)
+    assert message in str(error.value)
+
+
+def test_files_that_hold_something_else(tmp_path):
+    values = RECORD.to_dict()
+    with pytest.raises(ValueError, match=r"got unknown \['speed'\], missing \['op'\]"):
+        Measurement.from_dict({name: value for name, value in values.items() if name != "op"} | {"speed": 1})
+    path = tmp_path / "kernels.json"
+    path.write_text("[1")
+    with pytest.raises(ValueError, match="must be a JSON file"):
+        read_records(path)
+    path.write_text('{"format": 9}')
+    with pytest.raises(ValueError, match="must hold an object of format 1, got 9"):
+        read_records(path)
+    path.write_text('{"format": 1, "environments": [], "records": [{"environment": 0}]}')
+    with pytest.raises(ValueError, match="record 0"):
+        read_records(path)
+
+
+def test_the_named_shapes_are_the_real_ones():
+    case = cases.CASES["13b-896-2img-b4"]
+    assert (case.hidden_size, case.batch, case.images, case.seq_len) == (5120, 4, 8, 2 * 576 + 60)
+    assert case.feature_lengths == [28 * 28] * 8 and case.config.head_dim == 128
+    assert cases.CASES["13b-released-896-2img"].config.head_dim == 640
+    assert cases.CASES["7b-released-448"].config.head_dim == 512
+    assert cases.CASES["lite-4096"].config.dim == 1024 and cases.CASES["lite-4096"].feature_lengths == [128 * 128]
+    assert not cases.CASES["13b-ragged-b4"].is_even
+    for host in ("13b", "7b"):
+        for side in (448, 896, 1792, 4096):
+            assert {f"{host}-{side}", f"{host}-{side}-2img", f"{host}-{side}-b4", f"{host}-{side}-2img-b4"} <= set(
+                cases.CASES
+            )
+
+
+@pytest.mark.parametrize("op", cases.OPS + cases.COMPOSITES)
+def test_every_op_has_cases_in_every_set(op):
+    for name in ("cpu", "gpu", "quick"):
+        assert [found for found in cases.workloads(op) if cases.in_set(found, name)], f"{op} has none in {name}"
+
+
+def test_unknown_op_of_workloads():
+    with pytest.raises(ValueError, match="op must be among .*, got 'stemm'"):
+        cases.workloads("stemm")
+
+
+@pytest.mark.parametrize("role", ["extract", "inject"])
+def test_costs_of_attention_are_those_of_its_page(role):
+    found = workload("cross_attention", "tiny", role)
+    given = inputs.make_inputs(found, torch.float32, "cpu")
+    (tq, heads, dim), lk = given["q"].shape, given["max_seqlen_k"]
+    product = 2 * tq * lk * heads * dim
+    assert costs.flops(found, given, None, "forward") == 2 * product
+    assert costs.flops(found, given, None, "backward") == 5 * product
+    assert costs.flops(found, given, None, "both") == 7 * product
+    tensors = (given["q"].numel() + given["k"].numel()) * 2 * 4
+    packing = sum(given[f"cu_seqlens_{name}"].nbytes for name in "qk")
+    assert costs.moved_bytes(found, given, None, (given["q"],), "forward") == tensors + packing
+
+
+def test_ragged_attention_is_counted_by_its_lengths():
+    found = workload("cross_attention", "tiny-ragged", "extract")
+    lengths_q, lengths_k = found.case.attention_lengths("extract")
+    given = inputs.make_inputs(found, torch.float32, "cpu")
+    exact = 4 * sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True)) * found.case.config.dim
+    assert costs.flops(found, given, None, "forward") == exact
+
+
+def test_second_question_saves_the_encoder():
+    counted = {}
+    for op in ("encode", "extract", "inject", "second_question", "adapter_layer"):
+        found = cases.Workload(op, cases.CASES["tiny"])
+        given = inputs.make_inputs(found, torch.float32, "cpu")
+        weights = composites.make_weights(found.case, torch.float32, "cpu")
+        counted[op] = costs.flops(found, given, weights, "forward")
+    assert counted["second_question"] == counted["extract"] + counted["inject"]
+    assert counted["adapter_layer"] == counted["second_question"] + counted["encode"]
+
+
+@pytest.mark.parametrize("op", cases.COMPOSITES[1:])
+def test_released_port_and_ours_agree_on_the_same_weights(op):
+    found = workload(op, "tiny-released")
+    given = inputs.make_inputs(found, torch.float64, "cpu")
+    weights = composites.make_weights(found.case, torch.float64, "cpu")
+    outs = []
+    for step in (composites.our_step(found.case, weights), composites.released_step(found.case, weights)):
+        arguments = composites.arguments_of(step, op, given)
+        with torch.no_grad():
+            outs.append(getattr(step, op)(**{**arguments, "hidden": given["hidden"].clone()})[0])
+    assert rel_rms(outs[1], outs[0]) < 1e-7  # its normalised pixels are fp32
+    changed = outs[0].shape == given["hidden"].shape and not torch.equal(outs[0], given["hidden"])
+    assert changed or op == "extract", "an injection that does nothing proves nothing"
+
+
+def test_gate_lets_nothing_wrong_through():
+    found = workload("norm_linear", "tiny", "visual")
+    given = inputs.make_inputs(found, torch.float32, "cpu")
+    truth = gate.truth_of(found, given, None, torch.float32, gradients=True)
+    bound = providers.Eager().bind(found, given, None, gradients=True)
+    problem, error = truth.check(gate.results_of(bound, truth.exact, gradients=True))
+    assert problem is None and error < 100 * UNIT_ROUNDOFF[torch.float32]
+    results = gate.results_of(bound, truth.exact, gradients=True)
+    problem, _ = truth.check({**results, "dweight": results["dweight"] * 1.001})
+    assert problem.startswith("dweight: rel-RMS 1.00e-03 > ")
+    problem, _ = truth.check({name: value for name, value in results.items() if name != "dx"})
+    assert problem == "no result for dx"
+
+
+class Wrong(providers.Eager):
+    name = "wrong"
+
+    def bind(self, *args, **kwargs):
+        bound = super().bind(*args, **kwargs)
+        forward = bound.forward
+        bound.forward = lambda: tuple(out * 1.01 for out in forward())
+        return bound
+
+
+class Raises(providers.Eager):
+    name = "raises"
+
+    def bind(self, *args, **kwargs):
+        raise RuntimeError("a broken package\nwith a second line")
+
+
+class Absent(providers.Eager):
+    name = "absent"
+
+    def unavailable_reason(self, *args):
+        return "not installed"
+
+
+@pytest.fixture
+def with_fakes(monkeypatch):
+    found = {provider.name: provider for provider in (providers.Ours(), Wrong(), Raises(), Absent())}
+    monkeypatch.setattr(kernels, "all_providers", lambda: found)
+    monkeypatch.setattr(kernels_args, "all_providers", lambda: found)
+
+
+@pytest.mark.usefixtures("with_fakes")
+def test_a_failure_is_a_red_row_and_absence_a_reason(tmp_path, capsys):
+    path = tmp_path / "records.json"
+    arguments = ["--quick", "--device", "cpu", "--op", "inject_rows", "--case", "tiny", "--mode", "forward"]
+    assert kernels.main([*arguments, "--json", str(path)]) == 1
+    found = {record.provider: record for record in read_records(path)}
+    assert found["hia"].status == "ok" and found["hia"].extra["backend"] == "reference"
+    assert found["hia"].p20_ms <= found["hia"].p50_ms <= found["hia"].p80_ms
+    assert found["hia"].percent_of_floor == pytest.approx(100 * found["hia"].floor_ms / found["hia"].p50_ms)
+    assert found["wrong"].status == "failed" and found["wrong"].p50_ms is None
+    assert found["wrong"].reason.startswith("beyond the tolerance: out0: rel-RMS 1.00e-02 > ")
+    assert found["raises"].reason == "RuntimeError: a broken package"
+    assert (found["absent"].status, found["absent"].reason) == ("unavailable", "not installed")
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out and "unavailable  absent: not installed (1 rows)" in printed.out
+    assert "Traceback" not in printed.out + printed.err and printed.err == ""
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    measure = kernels.measure_workload
+
+    def interrupted(run, found, *rest):
+        if found.role == "inject":
+            raise KeyboardInterrupt
+        measure(run, found, *rest)
+
+    monkeypatch.setattr(kernels, "measure_workload", interrupted)
+    arguments = ["--quick", "--device", "cpu", "--op", "cross_attention", "--case", "tiny", "--mode", "dispatch"]
+    assert kernels.main([*arguments, "--provider", "hia,eager", "--out", str(tmp_path)]) == 130
+    found = read_records(tmp_path / "kernels.json")
+    assert {(record.case, record.provider) for record in found} == {("tiny:extract", "hia"), ("tiny:extract", "eager")}
+    assert all(record.mode == "dispatch" and record.floor_ms is None for record in found)
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_every_provider_but_the_compiled_passes_on_tiny_shapes(tmp_path):
+    """Ops both ways and composites; what can't run here says why."""
+    path = tmp_path / "records.json"
+    arguments = ["--quick", "--device", "cpu", "--case", "tiny-released,px-tiny:stage1-expand", "--json", str(path)]
+    assert kernels.main([*arguments, "--mode", "forward,both"]) == 0
+    found = read_records(path)
+    assert {record.op for record in found} == set(cases.OPS + cases.COMPOSITES) - {"stem", "encode"}
+    passed = {record.provider for record in found if record.status == "ok"}
+    assert passed == {"hia", "eager", "released", "channels_last", "sdpa_math", "sdpa_flash"}
+    reasons = {record.provider: record.reason for record in found if record.status == "unavailable"}
+    assert reasons["flash_attn_2"] == "flash_attn runs on CUDA only"
+    assert all(record.environment["commit"] is not None for record in found)
+
+
+def test_a_filtered_run_is_no_record_of_the_device(monkeypatch):
+    options = kernels_args.parse(["--device", "cpu", "--op", "stem"])
+    assert kernels.output_paths(options, "A CPU") == []
+    (path,) = kernels.output_paths(kernels_args.parse(["--device", "cpu"]), "A CPU")
+    assert path == environment.REPOSITORY / "bench" / "results" / "a-cpu" / "kernels.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "cross_atention"], "--op: must be among .* got 'cross_atention'; did you mean cross_attention"),
+        (["--case", "13b-986"], "--case: must be one of .* got '13b-986'; did you mean .*13b-896"),
+        (["--provider", "flash_atn_2"], "got 'flash_atn_2'; did you mean flash_attn_2"),
+        (["--dtype", "bf15"], "--dtype: must be among fp32, bf16, fp16, got 'bf15'; did you mean bf16"),
+        (["--mode", "forwards"], "did you mean forward"),
+        (["--device", "gpu"], "--device: must be among auto, cpu, cuda, got 'gpu'"),
+        (["--op", "stem", "--case", "tiny"], "--case: must name shapes of stem, got tiny"),
+        (["--op", "encode", "--mode", "backward"], "--mode: must be one that the chosen ops and cases have"),
+        (["--minutes", "0"], "--minutes: must be more than 0, got 0"),
+        (["--op", ","], "--op: must name at least one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_names_what_is_near(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--device", "cpu", *arguments] if "--device" not in arguments else arguments)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert re.search(message, error.replace("\n", " ")), error
+
+
+def test_cuda_without_a_device_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        kernels.main(["--device", "cuda"])
+    assert "cuda needs a CUDA device" in capsys.readouterr().err
+
+
+def test_list_on_a_fake_gpu(capsys, monkeypatch):
+    """The plan for a CUDA device is made without one: nothing is drawn, nothing is run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert kernels.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "cross_attention  13b-896-2img:extract  bf16  forward,backward,both" in printed
+    assert "flash_attn_3" in printed and "stem  px-tiny  bf16  dispatch" in printed
+    assert printed.strip().endswith("workloads on cuda")
+
+
+def test_reasons_on_a_fake_gpu(monkeypatch):
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: sys.modules[__name__])
+    found = {peer.name: peer for peer in peers.ATTENTIONS}
+    wide = workload("cross_attention", "13b-released-896-2img", "extract")
+    narrow = workload("cross_attention", "13b-896-2img", "extract")
+    half = torch.bfloat16
+
+    def reason(name, dtype, where):
+        return found[name].unavailable_reason("cuda", dtype, where, "forward")
+
+    assert reason("flash_attn_2", half, narrow) is None
+    assert reason("flash_attn_2", half, wide) == "head_dim 640 is above its 256"
+    assert reason("flash_attn_2", torch.float32, narrow) == "takes float16 or bfloat16 only"
+    assert reason("sdpa_efficient", half, wide) is None and reason("xformers", half, wide) is None
+    assert reason("ffpa", half, narrow) == "hands head_dim 128, below 320, to SDPA"
+    assert reason("ffpa", half, wide) == "hands fewer than 512 queries or keys to SDPA"
+    assert reason("ffpa_cutedsl", half, wide) is None
+
+
+def test_missing_and_broken_packages_are_reasons(monkeypatch):
+    assert peers.import_problem("no_such_package_here") == "no_such_package_here is not installed"
+
+    def broken(name):
+        raise OSError("libcudart.so.13: cannot open\nmore")
+
+    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    assert peers.import_problem("flash_attn") == "flash_attn is broken: OSError: libcudart.so.13: cannot open"
+
+
+def test_a_library_that_refuses_is_unavailable_and_says_why():
+    found = kernels.refusal(RuntimeError("No available kernel. Aborting execution."), ["head_dim too large (Triggered"])
+    assert found == {"status": "unavailable", "reason": "No available kernel. Aborting execution. head_dim too large"}
+    assert kernels.refusal(ValueError("boom"), ["w"]) == {"status": "failed", "reason": "ValueError: boom"}
+
+
+def test_furthest_takes_the_fastest_provider_of_each_workload():
+    slow = replace(RECORD, provider="eager", p20_ms=9.0, p50_ms=9.0, p80_ms=9.0, percent_of_floor=1.0)
+    other = replace(RECORD, case="px448", percent_of_floor=10.0)
+    assert kernels_output.furthest([slow, RECORD, other]) == [other, RECORD]
+
+
+def test_the_most_telling_shapes_come_first_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = kernels_args.parse([])
+    tasks = kernels.tasks_of(options, list(providers.all_providers().values()))
+    assert tasks[0].workload.case.name in cases.FIRST and tasks[0].workload.level == "composite"
+    compiling = [any(provider.compiles for provider in task.providers) for task in tasks]
+    assert compiling == sorted(compiling), "compiling comes last"
+    assert {task.workload.case.name for task in tasks[compiling.index(True) :]} == set(cases.FIRST)
+
+
+def test_no_new_task_after_the_time_is_over(tmp_path, capsys):
+    arguments = ["--quick", "--device", "cpu", "--op", "stem,inject_rows", "--minutes", "1e-9"]
+    assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "kernels.json").exists(), "nothing replaces no record"
+    assert "not measured, out of time: stem px-tiny fp32" in capsys.readouterr().out
+
+
+def test_a_reference_that_raises_is_a_red_row(tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore")
+
+    monkeypatch.setattr(kernels, "truth_of", out_of_memory)
+    path = tmp_path / "records.json"
+    arguments = ["--quick", "--device", "cpu", "--op", "stem", "--mode", "forward", "--json", str(path)]
+    assert kernels.main(arguments) == 1
+    (found,) = read_records(path)
+    assert (found.provider, found.status) == ("reference", "failed")
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 80 GiB" in found.reason
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.compile
+def test_compiled_providers_pass_the_gate(tmp_path):
+    if providers.compiler_missing("cpu") is not None:
+        pytest.skip(providers.compiler_missing("cpu"))
+    path = tmp_path / "records.json"
+    arguments = ["--device", "cpu", "--op", "condition_queries", "--case", "tiny", "--provider", "compile"]
+    assert kernels.main([*arguments, "--mode", "forward,backward", "--json", str(path)]) == 0
+    assert {record.mode for record in read_records(path)} == {"forward", "backward"}

@@ -1,0 +1,106 @@
+"""Interleaving, percentiles, noise, limits and memory of the benchmark's clock."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import limits, timing
+from bench.timing import Budget, Samples, interleaved
+
+
+def recording(order, name, cost=0.0):
+    def call():
+        order.append(name)
+
+    call.cost = cost
+    return call
+
+
+def test_repetitions_take_turns():
+    order = []
+    calls = {name: recording(order, name) for name in "AB"}
+    found = interleaved(calls, lambda call, times: (call(), 1.0)[1], Budget(0.0, at_least=3), shortest_ms=0.0)
+    assert order[4:] == ["A", "B"] * 3, "the four before are the warm-up"
+    assert {name: samples.times_ms for name, samples in found.items()} == {"A": [1.0] * 3, "B": [1.0] * 3}
+
+
+def test_stops_when_the_time_is_over_but_never_below_the_least():
+    seconds = iter(range(100))
+    found = interleaved(
+        {"A": lambda: None}, lambda call, times: 1.0, Budget(7.0, at_least=2, at_most=50), now=lambda: next(seconds)
+    )
+    assert len(found["A"].times_ms) == 9  # two unasked, then one a second up to the seventh
+    few = interleaved({"A": lambda: None}, lambda call, times: 1.0, Budget(0.0, at_least=4, at_most=50))
+    many = interleaved({"A": lambda: None}, lambda call, times: 1.0, Budget(60.0, at_least=4, at_most=5))
+    assert len(few["A"].times_ms) == 4 and len(many["A"].times_ms) == 5
+
+
+def test_short_calls_are_repeated_within_a_repetition():
+    times = []
+
+    def clock(call, count):
+        times.append(count)
+        return 0.01
+
+    interleaved({"A": lambda: None}, clock, Budget(0.0, at_least=1, at_most=1), shortest_ms=0.5)
+    assert times == [1, 1, 50]
+
+
+def test_a_call_that_raises_leaves_the_others_alone():
+    def broken():
+        raise RuntimeError("no")
+
+    found = interleaved({"A": broken, "B": lambda: None}, timing.cpu_clock, Budget(0.0, at_least=2), shortest_ms=0.0)
+    assert str(found["A"].error) == "no" and found["A"].times_ms == []
+    assert found["B"].error is None and len(found["B"].times_ms) == 2
+
+
+def test_percentiles():
+    samples = Samples([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert [samples.percentile(p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
+    assert Samples([7.0]).percentile(80) == 7
+
+
+@pytest.mark.parametrize(
+    ("times", "noisy"),
+    [([10, 10, 11, 11], False), ([10, 10, 11.6, 11.6], True), ([11.6, 11.6, 10, 10], True), ([10], True)],
+    ids=["10-percent", "16-percent", "faster", "one"],
+)
+def test_noisy_above_15_percent_between_the_halves(times, noisy):
+    assert Samples([float(time) for time in times]).noisy is noisy
+
+
+def test_peak_is_what_the_call_allocates():
+    held = torch.ones(1000, 1000)
+
+    def call():
+        first = held + 1  # 4 MB
+        del first
+        return (held + 2) * 3  # two of 4 MB at once
+
+    assert 8e6 <= timing.peak_bytes(call, "cpu") < 9e6
+
+
+def test_tf32_is_off_inside_and_restored():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with timing.exact_matmuls():
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_floor_is_the_slower_of_memory_and_arithmetic():
+    found = limits.Limits(bandwidth=1e9, rates={"fp32": 1e12})
+    assert found.floor_ms(flops=10**9, moved=10**7, dtype="fp32") == pytest.approx(10.0)
+    assert found.floor_ms(flops=10**11, moved=10**7, dtype="fp32") == pytest.approx(100.0)
+    assert found.to_dict() == {"bandwidth_gb_per_s": 1.0, "gemm_gflop_per_s": {"fp32": 1000.0}}
+
+
+def test_limits_of_this_machine_are_plausible():
+    found = limits.measure("cpu", ("fp32", "bf16"), quick=True)
+    assert 1e8 < found.bandwidth < 1e13
+    assert 1e8 < found.rates["fp32"] < 1e14 and found.rates["bf16"] > 0
