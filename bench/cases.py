@@ -29,9 +29,9 @@ TEXT_TOKENS = 60
 NUM_QUERIES = 256
 STRIDE = 32
 
-# chest, pelvis, knee, hand and foot radiographs as published; two are 12-bit DICOM
+# chest, pelvis, knee, hand and foot radiographs as published; two are DICOM, of 15 and 10 bits
 CHEST, PELVIS, KNEE, HAND = (2000, 2000), (2084, 2675), (1913, 1067), (2082, 1466)
-FOOT, ANKLE, CHEST_CR, SKULL_CR = (1322, 2638), (1087, 1037), (1955, 1841), (1760, 1760)
+FOOT, ANKLE, DICOM_RG1, DICOM_RG3 = (1322, 2638), (1087, 1037), (1955, 1841), (1760, 1760)
 
 # the encoder's steps that differ in shape: stage, kernel, stride, channels in and out in widths, residual
 CONVOLUTIONS: dict[str, tuple[int, int, int, int, int, bool]] = {
@@ -206,7 +206,7 @@ def _image_cases() -> list[ImageCase]:
         ImageCase("px224", ((224, 224),), sets=("cpu",)),
         ImageCase("px-chest", (CHEST,)),
         ImageCase("px-ragged", (CHEST, PELVIS, KNEE, HAND), sets=("gpu",)),
-        ImageCase("px-dicom", (CHEST_CR, SKULL_CR)),
+        ImageCase("px-dicom", (DICOM_RG1, DICOM_RG3)),
         ImageCase("px-tiny", ((70, 101),), width=8, sets=("quick", "dispatch")),
     ]
 
