@@ -50,6 +50,8 @@ gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes; 
 
 test: $(READY) ## every test this machine can run; ARGS go to pytest
 	$(RUN) -m pytest $(ARGS)
+	@echo "== Triton kernels in the interpreter"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m interpreter $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none
 
 test-transformers: $(READY) ## tests/hia against each of VERSIONS="4.57.6 5.0.0 ..."
 	@failed=; for version in $(VERSIONS); do \

@@ -183,8 +183,7 @@ class Run:
             print(said, file=sys.stderr, flush=True)
             started = time.monotonic()
             if left is not None and left < 1.2 * self._longest + 1:
-                reason = f"--deadline: {self.options.deadline} s were over before its turn"
-                new = [self._record(case, provider, reason=reason) for provider in providers]
+                new = [self._record(case, provider, reason=self._too_late()) for provider in providers]
             else:
                 new = self._measure(case, providers)
                 self._longest = max(self._longest, time.monotonic() - started)
@@ -200,7 +199,7 @@ class Run:
         if process_peak_unavailable() is not None:
             return
         for number, record in enumerate(self.records):
-            if record.status != "ok" or (self._end is not None and time.monotonic() > self._end):
+            if record.status != "ok" or self._over():
                 continue
             case = cases[record.case + record.op]
             print(f"[{number + 1}/{len(self.records)}] memory: {record.provider} {case.op} {case.name}",
@@ -237,6 +236,9 @@ class Run:
                 if reason is not None:
                     found[provider] = self._record(case, provider, reason=reason)
                     continue
+                if self._over():
+                    found[provider] = self._record(case, provider, reason=self._too_late())
+                    continue
                 try:
                     subjects[provider] = Subject(provider, self._model(provider, alone), self.setting, case)
                     started = time.monotonic()
@@ -247,6 +249,9 @@ class Run:
                     found[provider] = self._record(case, provider, error=error)
             self._take_turns(subjects, first, times)
             for provider, milliseconds in times.items():
+                if not milliseconds:
+                    found[provider] = self._record(case, provider, reason=self._too_late())
+                    continue
                 found[provider] = self._timed(case, subjects[provider], milliseconds, peaks[provider])
         finally:
             for subject in subjects.values():
@@ -262,12 +267,19 @@ class Run:
         return None
 
     def _take_turns(self, subjects: dict[str, Subject], first: dict[str, float], times: dict[str, list[float]]) -> None:
-        """A B C A B C, at least twice each, until the budget is spent."""
+        """A B C A B C, at least twice each, until the budget is spent; the deadline ends it anywhere."""
         seconds = sum(first.values())
         rounds = int(max(2, min(self.options.repeats, self.options.budget / seconds))) if seconds else 0
         for _ in range(rounds):
             for provider in times:
-                times[provider] += subjects[provider].repetition()
+                if not self._over():
+                    times[provider] += subjects[provider].repetition()
+
+    def _over(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+    def _too_late(self) -> str:
+        return f"--deadline: {self.options.deadline} s were over before its turn"
 
     def _model(self, provider: str, alone: bool) -> Any:
         if provider not in self._models:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hia_kernels.core import triton_support
+
 LIBRARY = "hia_kernels"
 
 
@@ -32,3 +34,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty",))):
         for name in names:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """Where Triton kernels run: the GPU, or the CPU in the interpreter's process."""
+    if triton_support.interpreted():
+        return "cpu"
+    if torch.cuda.is_available() and not triton_support.unavailable_reasons():
+        return "cuda"
+    pytest.skip("TRITON KERNELS: neither a CUDA device nor TRITON_INTERPRET=1; make test runs them in a second process")

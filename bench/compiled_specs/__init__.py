@@ -1,0 +1,1 @@
+"""Per op: its Triton kernels and the configurations to compile."""

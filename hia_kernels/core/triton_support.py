@@ -1,0 +1,57 @@
+"""What every Triton backend asks before it runs: is Triton there, and is the device one that it serves?"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Triton's interpreter runs kernels on the CPU: ``TRITON_INTERPRET=1``, set before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def unavailable_reasons() -> list[str]:
+    """Why no Triton kernel can run on this machine."""
+    if not _has_triton():
+        return ["the package triton is not installed"]
+    if interpreted() or torch.cuda.is_available():
+        return []
+    return ["no CUDA device that torch can see (TRITON_INTERPRET=1 interprets kernels on the CPU, for tests)"]
+
+
+def device_reasons(tensor: Tensor) -> list[str]:
+    """Why Triton can't serve the device of ``tensor``, or its dtype. First check of ``unsupported_reasons``."""
+    found = []
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
+        found.append(f"tensors must be on a CUDA device, got {tensor.device}")
+    if tensor.dtype == torch.float64:
+        found.append("float64 is left to the reference")
+    return found
+
+
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """A function that imports ``module`` when first called: importing hia_kernels must not need Triton.
+
+    Args:
+        module: dotted, absolute.
+        function: its name there.
+    """
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    call.__name__ = function
+    return call
