@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import hia
 from hia.adapter import HiAAdapter
-from hia.extractor import PackedFeatures
 from hia.features import ImageFeatures
 from hia.layout import CallLayout
 
@@ -51,27 +50,20 @@ class HiAStep(nn.Module):
         """One [H', W', C] per image."""
         return tuple(self.adapter.encoder(image, window) for image, window in zip(images, windows, strict=True))
 
-    def _packed(self, maps: Outputs) -> PackedFeatures:
-        packed = ImageFeatures(maps).packed()
-        if self.adapter.feature_projection is None:
-            return packed
-        return PackedFeatures(self.adapter.feature_projection(packed.tokens), packed.cu_seqlens, packed.max_seqlen)
-
     def extract(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([n * M, D],)."""
         extractor = self.adapter.layer(self.layer).extractor
         rows = hidden.flatten(0, 1)
-        return (extractor(rows, layout.instruction_rows, self._packed(maps), layout.image_to_sample),)
+        return (extractor(rows, layout.instruction_rows, ImageFeatures(maps).packed(), layout.image_to_sample),)
 
     def inject(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Outputs:
         """([B, S, D1],), in place where no gradient is recorded."""
         injection, rows = self.adapter.layer(self.layer).injection, hidden.flatten(0, 1)
-        update = injection.attend(rows, layout.visual_rows, layout.cu_rows, layout.max_rows, extracted)
-        return (injection.add(rows, update, layout.written_rows).view(hidden.shape),)
+        return (injection(rows, layout, extracted).view(hidden.shape),)
 
     def second_question(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([B, S, D1],)."""
-        return (self.adapter.layer(self.layer)(hidden, self._packed(maps), layout),)
+        return (self.adapter.layer(self.layer)(hidden, ImageFeatures(maps).packed(), layout),)
 
     def adapter_layer(self, images: Sequence[Tensor], windows: Tensor, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([B, S, D1],)."""

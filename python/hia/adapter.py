@@ -14,19 +14,16 @@ from .layout import CallLayout
 class HiALayer(nn.Module):
     """Condition, extract, inject at one decoder layer (paper, section 3, steps 1 to 3)."""
 
-    def __init__(self, config: HiAConfig):
+    def __init__(self, config: HiAConfig, layer: int = 0, shared: nn.Linear | None = None):
         super().__init__()
-        self.extractor = Extractor(config)
+        self.extractor = Extractor(config, layer, shared)
         self.injection = Injection(config)
 
     def forward(self, hidden: Tensor, features: PackedFeatures, layout: CallLayout) -> Tensor:
         """[B, S, D1] -> [B, S, D1], with the visual tokens' rows changed; in place where no gradient is recorded."""
         rows = hidden.reshape(-1, hidden.shape[-1])  # [B * S, D1]; a view when the host's output is contiguous
         extracted = self.extractor(rows, layout.instruction_rows, features, layout.image_to_sample)
-        update = self.injection.attend(rows, layout.visual_rows, layout.cu_rows, layout.max_rows, extracted)
-        if layout.copies > 1:
-            update = update.repeat(layout.copies, 1)
-        return self.injection.add(rows, update, layout.written_rows).view(hidden.shape)
+        return self.injection(rows, layout, extracted).view(hidden.shape)
 
 
 class HiAAdapter(nn.Module):
@@ -42,7 +39,9 @@ class HiAAdapter(nn.Module):
         self.feature_projection: nn.Linear | None = None
         if config.shared_projection:
             self.feature_projection = nn.Linear(config.encoder_channels, config.hidden_size)
-        self.layers = nn.ModuleDict({str(index): HiALayer(config) for index in config.layer_indices})
+        self.layers = nn.ModuleDict(
+            {str(index): HiALayer(config, index, self.feature_projection) for index in config.layer_indices}
+        )
 
     def reset_parameters(self) -> None:
         """Initialise everything again, e.g. after ``to_empty`` of an adapter made on the meta device."""

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from .plan import split_plan
+
 NAMED_LAYERS = {"half": 1, "thirds": 2, "quarters": 3}  # number of injections (paper, Table 4)
 ENCODERS = ("resnet50", "strided")
 NORMS = ("pre", "pre_post")
@@ -52,6 +54,8 @@ class HiAConfig:
         instruction_aware: condition the queries on the instruction (paper, Table 2).
         high_resolution: False makes :class:`hia.HiAProcessor` shrink the adapter's images to the host's
             resolution (paper, Table 2).
+        plan: which exact form of the maths runs: "auto" (the cheapest for the sizes of a call), or
+            "<extract>/<inject>" with names of :mod:`hia.plan`, e.g. "textbook/textbook".
         image_mean: per-channel mean of the windowed image (0 to 1) for the encoder.
         image_std: likewise, standard deviation.
     """
@@ -74,6 +78,7 @@ class HiAConfig:
     query_std: float = 0.02
     instruction_aware: bool = True
     high_resolution: bool = True
+    plan: str = "auto"
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
 
@@ -85,6 +90,7 @@ class HiAConfig:
         _choice("norms", self.norms, NORMS)
         _choice("gate", self.gate, GATES)
         _choice("batch_norm", self.batch_norm, BATCH_NORMS)
+        split_plan(self.plan)
         for name in ("image_mean", "image_std"):
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3 or (name == "image_std" and min(values) <= 0):

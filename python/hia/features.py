@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hia_kernels.core.varlen import cu_seqlens_from_lengths
 
-from .extractor import PackedFeatures
+from .extractor import PackedFeatures, Side
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,12 @@ class ImageFeatures:
 
     Attributes:
         maps: one [H', W', C] per image.
+        sides: by image and decoder layer, what ``encode_images(keep=...)`` kept for later questions; empty, or one
+            dict an image. They are used as long as no gradient is recorded and the weights stay as they were.
     """
 
     maps: tuple[Tensor, ...]
+    sides: tuple[dict[int, Side], ...] = ()
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -31,24 +34,52 @@ class ImageFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the features occupy."""
-        return sum(features.nbytes for features in self.maps)
+        """Bytes that the features and what was kept with them occupy."""
+        kept = sum(side.tokens.nbytes for sides in self.sides for side in sides.values())
+        return kept + sum(features.nbytes for features in self.maps)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ImageFeatures:
         """On another device, or in another dtype."""
-        return ImageFeatures(tuple(features.to(device=device, dtype=dtype) for features in self.maps))
+
+        def moved(sides: dict[int, Side]) -> dict[int, Side]:
+            return {
+                layer: Side(side.kind, side.tokens.to(device=device, dtype=dtype), side.stamp)
+                for layer, side in sides.items()
+            }
+
+        maps = tuple(features.to(device=device, dtype=dtype) for features in self.maps)
+        return ImageFeatures(maps, tuple(moved(sides) for sides in self.sides))
 
     def select(self, images: Iterable[int]) -> ImageFeatures:
         """Some of the images, in the order asked for; one may be named twice."""
-        return ImageFeatures(tuple(self.maps[image] for image in images))
+        images = list(images)
+        sides = tuple(self.sides[image] for image in images) if self.sides else ()
+        return ImageFeatures(tuple(self.maps[image] for image in images), sides)
 
     @staticmethod
     def cat(parts: Iterable[ImageFeatures]) -> ImageFeatures:
         """Several sets of images as one."""
-        return ImageFeatures(tuple(features for part in parts for features in part.maps))
+        parts = list(parts)
+        kept = [part.sides or ({},) * len(part) for part in parts]
+        sides = tuple(side for sides in kept for side in sides) if any(part.sides for part in parts) else ()
+        return ImageFeatures(tuple(features for part in parts for features in part.maps), sides)
 
     def packed(self) -> PackedFeatures:
-        """All images' tokens in one tensor."""
-        lengths = [features.shape[0] * features.shape[1] for features in self.maps]
-        tokens = torch.cat([features.flatten(0, 1) for features in self.maps])
-        return PackedFeatures(tokens, cu_seqlens_from_lengths(lengths, tokens.device), max(lengths))
+        """All images' tokens in one tensor, and of what was kept the layers that all images have."""
+        lengths = tuple(features.shape[0] * features.shape[1] for features in self.maps)
+        tokens = _joined([features.flatten(0, 1) for features in self.maps])
+        cu_seqlens = cu_seqlens_from_lengths(lengths, tokens.device)
+        return PackedFeatures(tokens, cu_seqlens, max(lengths), lengths, self._packed_sides())
+
+    def _packed_sides(self) -> dict[int, Side]:
+        found = {}
+        for layer, first in self.sides[0].items() if self.sides else ():
+            own = [sides.get(layer) for sides in self.sides]
+            alike = [side for side in own if side is not None and (side.kind, side.stamp) == (first.kind, first.stamp)]
+            if len(alike) == len(own):
+                found[layer] = Side(first.kind, _joined([side.tokens for side in alike]), first.stamp)
+        return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

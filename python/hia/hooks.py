@@ -27,7 +27,7 @@ class Visit:
     """A prompt with images.
 
     Attributes:
-        features: of its images, projected for the layers.
+        features: of its images.
         layout: where its visual tokens stand.
         generating: several calls may come, the first with the whole prompt.
         started: the prompt has been seen.
@@ -44,9 +44,7 @@ class Visit:
         if self.features.tokens.device == device:
             return self.features
         if device not in self.placed:
-            self.placed[device] = PackedFeatures(
-                self.features.tokens.to(device), self.features.cu_seqlens.to(device), self.features.max_seqlen
-            )
+            self.placed[device] = self.features.to(device)
         return self.placed[device]
 
 

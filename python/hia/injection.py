@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 import hia_kernels
 
+from . import plan
 from .config import HiAConfig
 from .extractor import even_cu_seqlens, norm_project
+from .layout import CallLayout
 
 
 class Injection(nn.Module):
@@ -20,6 +22,7 @@ class Injection(nn.Module):
         dim = config.dim
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.num_queries = config.num_queries
+        self.hidden_size, self.form = config.hidden_size, plan.split_plan(config.plan)[1]
         self.zero_init = config.gate == "zero_init"
         self.visual_norm = nn.LayerNorm(config.hidden_size)
         self.extracted_norm = nn.LayerNorm(dim)
@@ -37,6 +40,70 @@ class Injection(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
         if self.gate is not None:
             nn.init.zeros_(self.gate)
+
+    def forward(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Tensor:
+        """Add to the visual tokens' rows; in place where no gradient is recorded.
+
+        Args:
+            hidden: [T, D1] contiguous.
+            layout: where the images' visual tokens stand.
+            extracted: [n * M, D].
+
+        Returns:
+            [T, D1].
+        """
+        form = plan.choose("inject", self.form, self.sizes(layout, hidden), hidden.device.type)
+        if form == "absorbed":
+            out = self._add(hidden, self._absorbed(hidden, layout, extracted), layout)
+            return self._normed(out, layout.written_rows)
+        update = self.attend(hidden, layout.visual_rows, layout.cu_rows, layout.max_rows, extracted)
+        if layout.copies > 1:
+            update = update.repeat(layout.copies, 1)
+        return self.add(hidden, update, layout.written_rows)
+
+    def sizes(self, layout: CallLayout, hidden: Tensor) -> plan.Sizes:
+        """What the plan is made from, for this call."""
+        return plan.Sizes(
+            hidden_size=self.hidden_size, dim=self.num_heads * self.head_dim, heads=self.num_heads,
+            queries=self.num_queries, channels=0, samples=layout.instruction_rows.shape[0], features=(),
+            visual=layout.row_counts, itemsize=hidden.element_size(), training=torch.is_grad_enabled(),
+        )  # fmt: skip
+
+    def _absorbed(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Tensor:
+        """[R, D1], what the visual tokens read, after the output projection.
+
+        Keys take in the visual tokens' projection and values the update's: scores are LN(V) (K_h W_q,h)^T, the update
+        is the sum over heads of P_h (V_h W_o,h). The queries' bias is an offset per key.
+        """
+        heads, width = self.num_heads, self.head_dim
+        images = len(layout.row_counts)
+        norm = self.visual_norm
+        visual = F.layer_norm(
+            hidden[layout.visual_rows], norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        )  # [R, D1]
+        kv = norm_project(extracted, self.extracted_norm, self.kv_proj).view(images, -1, 2, heads, width)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [n, H, M, d]
+        query_weight = self.q_proj.weight.view(heads, width, -1)  # [H, d, D1]
+        out_weight = self.out_proj.weight.view(-1, heads, width).permute(1, 2, 0)  # [H, d, D1]
+        offsets = (k @ self.q_proj.bias.view(heads, width, 1)).flatten(1) * width**-0.5  # [n, H * M]
+        updates = []
+        for image, tokens in enumerate(visual.split(layout.row_counts)):
+            keys = torch.bmm(k[image], query_weight).flatten(0, 1)  # [H * M, D1]
+            values = torch.bmm(v[image], out_weight).flatten(0, 1)  # [H * M, D1]
+            scores = torch.addmm(offsets[image], tokens, keys.mT, alpha=width**-0.5)  # [R_i, H * M]
+            p = torch.softmax(scores.unflatten(1, (heads, -1)), dim=-1).flatten(1)
+            updates.append(torch.addmm(self.out_proj.bias, p, values))
+        update = torch.cat(updates)
+        return update if self.gate is None else update * torch.tanh(self.gate)
+
+    @staticmethod
+    def _add(hidden: Tensor, update: Tensor, layout: CallLayout) -> Tensor:
+        if layout.copies > 1:
+            update = update.repeat(layout.copies, 1)
+        update = update.to(hidden.dtype)
+        if torch.is_grad_enabled():
+            return hidden.index_add(0, layout.written_rows, update)
+        return hidden.index_add_(0, layout.written_rows, update)
 
     def attend(self, hidden: Tensor, visual_rows: Tensor, cu_rows: Tensor, max_rows: int, extracted: Tensor) -> Tensor:
         """What the visual tokens read, before the output projection.
@@ -77,6 +144,10 @@ class Injection(nn.Module):
             out = hia_kernels.inject_rows(hidden, update, weight, bias, rows)
         else:
             out = hia_kernels.inject_rows_(hidden, update, weight, bias, rows)
+        return self._normed(out, rows)
+
+    def _normed(self, out: Tensor, rows: Tensor) -> Tensor:
+        """The released maths' norm after the sum."""
         if self.post_norm is None:
             return out
         normed = F.layer_norm(

@@ -22,6 +22,7 @@ class CallLayout:
         max_rows: the largest share.
         copies: identical neighbours each sample has in the call's batch (beams, several return sequences).
         written_rows: [R * copies] int64: ``visual_rows`` of every copy.
+        row_counts: the images' shares of ``visual_rows`` as ints.
     """
 
     instruction_rows: Tensor
@@ -31,6 +32,7 @@ class CallLayout:
     max_rows: int
     copies: int
     written_rows: Tensor
+    row_counts: tuple[int, ...]
 
     def to(self, device: torch.device) -> CallLayout:
         """On another device; itself if it is there already."""
@@ -93,6 +95,7 @@ class VisualLayout:
             max_rows=max(self.rows_per_image),
             copies=copies,
             written_rows=torch.cat([first + copy * length for copy in range(copies)]),
+            row_counts=tuple(self.rows_per_image),
         ).to(device)
 
 

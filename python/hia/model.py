@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from . import checkpoint
 from .adapter import HiAAdapter
 from .config import HiAConfig, host_facts
-from .extractor import PackedFeatures
 from .features import ImageFeatures
 from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
 from .hosts import LlamaHost, find_host
@@ -184,7 +183,12 @@ class HiAModel(nn.Module):
         layout = self._layout(images, image_map, instruction_index, args, kwargs)
         if features is None:
             features = self.encode_images(pixels, windows)
-        return Visit(self._projected(features), layout, generating)
+        packed = features.packed()
+        shared = self.adapter.feature_projection
+        if shared is not None and torch.is_grad_enabled():
+            # before the layers: one that is run again by gradient checkpointing must record what it did at first
+            packed.shared(shared)
+        return Visit(packed, layout, generating)
 
     @torch.compiler.disable  # reads the maps' values
     def _layout(
@@ -214,13 +218,6 @@ class HiAModel(nn.Module):
                 f"hia: image_map must have the shape of input_ids {list(input_ids.shape)}, got {list(image_map.shape)}"
             )
         return build_layout(image_map, instruction_index, images, kwargs.get("attention_mask"))
-
-    def _projected(self, features: ImageFeatures) -> PackedFeatures:
-        packed = features.packed()
-        shared = self.adapter.feature_projection
-        if shared is None:
-            return packed
-        return PackedFeatures(shared(packed.tokens), packed.cu_seqlens, packed.max_seqlen)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The base model's, not re-entrant unless told otherwise: a frozen host has no input that needs a gradient."""

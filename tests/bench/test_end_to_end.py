@@ -59,7 +59,9 @@ def test_the_most_important_come_first():
     options = end_to_end.parse(["--device", "cpu"])
     steps = end_to_end.plan(options)
     assert steps[0] == (Case("time_to_first_token", 448, 1, 2), ("hia", "baseline", "released", "anyres", "plain"))
-    assert [case.batch for case, _ in steps] == sorted(case.batch for case, _ in steps)
+    sizes = [case.batch * case.resolution**2 for case, _ in steps]
+    assert sizes == sorted(sizes)
+    assert options.deadline == end_to_end.CPU_DEADLINE_S
     options.device = "cuda"
     alone = end_to_end.plan(options)
     assert all(len(providers) == 1 for _, providers in alone)

@@ -69,7 +69,7 @@ def test_extractor_is_the_papers_cross_attention(changes):
     extractor = randomised(Extractor(config_of(**changes)))
     hidden = torch.randn(20, 64, dtype=torch.double)
     maps = [torch.randn(length, 128, dtype=torch.double) for length in (6, 1, 33)]
-    packed = PackedFeatures(torch.cat(maps), torch.tensor([0, 6, 7, 40], dtype=torch.int32), 33)
+    packed = PackedFeatures(torch.cat(maps), torch.tensor([0, 6, 7, 40], dtype=torch.int32), 33, (6, 1, 33))
     image_to_sample = torch.tensor([0, 1, 0])
     out = extractor(hidden, torch.tensor([4, 19]), packed, image_to_sample)
     for image, sample in enumerate(image_to_sample.tolist()):

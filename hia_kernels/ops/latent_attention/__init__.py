@@ -1,0 +1,3 @@
+from .functional import latent_attention
+
+__all__ = ["latent_attention"]

@@ -1,0 +1,83 @@
+"""``hia::latent_attention``: schema, fake, autograd, autocast, FLOP formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ...core import autocast, registration, triton_support
+from ...core.backend import Backend, register_table
+from .blocked import latent_attention_blocked, latent_attention_bwd_blocked
+from .reference import latent_attention_bwd_ref, latent_attention_ref
+
+registration.define(
+    "latent_attention", "(Tensor q, Tensor latent, SymInt[] lengths, float softmax_scale) -> (Tensor, Tensor)"
+)
+registration.define(
+    "latent_attention_bwd",
+    "(Tensor dout, Tensor q, Tensor latent, Tensor out, Tensor lse, SymInt[] lengths, float softmax_scale)"
+    " -> (Tensor, Tensor)",
+)
+
+_BLOCKED: dict[str, Callable[..., Any]] = {
+    "latent_attention": latent_attention_blocked,
+    "latent_attention_bwd": latent_attention_bwd_blocked,
+}
+
+
+def _triton_unsupported(first, second, *rest):
+    return triton_support.device_reasons(second)  # q of the forward, q of the backward's arguments: one device
+
+
+def _cpu_unsupported(first, second, *rest):
+    return [] if second.device.type == "cpu" else [f"tensors must be on the CPU, got {second.device}"]
+
+
+BACKENDS = register_table(
+    "latent_attention",
+    Backend("triton", _BLOCKED, _triton_unsupported, triton_support.unavailable_reasons),
+    Backend("cpu", _BLOCKED, _cpu_unsupported),
+    Backend("reference", {"latent_attention": latent_attention_ref, "latent_attention_bwd": latent_attention_bwd_ref}),
+)
+registration.implement("latent_attention", BACKENDS)
+registration.implement("latent_attention_bwd", BACKENDS)
+
+
+@torch.library.register_fake("hia::latent_attention")
+def _fwd_fake(q, latent, lengths, softmax_scale):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+@torch.library.register_fake("hia::latent_attention_bwd")
+def _bwd_fake(dout, q, latent, *rest):
+    return q.new_empty(q.shape), latent.new_empty(latent.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, latent, ctx.lengths, ctx.softmax_scale = inputs
+    ctx.save_for_backward(q, latent, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dout, _dlse):
+    dq, dlatent = torch.ops.hia.latent_attention_bwd(dout, *ctx.saved_tensors, ctx.lengths, ctx.softmax_scale)
+    return dq, dlatent, None, None
+
+
+torch.library.register_autograd("hia::latent_attention", _backward, setup_context=_setup_context)
+registration.refuse_double_backward("latent_attention", "latent_attention_bwd")
+autocast.register_autocast(registration.overload("latent_attention"), cast=("q", "latent"))
+
+
+@register_flop_formula(torch.ops.hia.latent_attention)
+def _flops(q_shape, latent_shape, *args, **kwargs):
+    return 4 * latent_shape[0] * q_shape[1] * q_shape[2]
+
+
+@register_flop_formula(torch.ops.hia.latent_attention_bwd)
+def _bwd_flops(dout_shape, q_shape, latent_shape, *args, **kwargs):
+    return 10 * latent_shape[0] * q_shape[1] * q_shape[2]

@@ -1,0 +1,39 @@
+"""Plain PyTorch truth of ``latent_attention``: one image after the other, scores in full."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _acc_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def latent_attention_ref(q: Tensor, latent: Tensor, lengths: list[int], softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """[n, G, E], [T, E] -> out [n, G, E], lse [n, G]."""
+    acc = _acc_dtype(q)
+    outs, lses = [q.new_empty(0, *q.shape[1:])], [torch.empty(0, q.shape[1], dtype=acc, device=q.device)]
+    for queries, tokens in zip(q.to(acc), latent.to(acc).split(lengths), strict=True):
+        scores = queries @ tokens.mT * softmax_scale  # [G, N]
+        lse = torch.logsumexp(scores, dim=-1) if tokens.shape[0] else torch.full_like(queries[:, 0], float("-inf"))
+        out = torch.exp(scores - lse[:, None]) @ tokens  # [G, E]; zeros where there is no token
+        outs.append(out.to(q.dtype)[None])
+        lses.append(lse[None])
+    return torch.cat(outs), torch.cat(lses)
+
+
+def latent_attention_bwd_ref(
+    dout: Tensor, q: Tensor, latent: Tensor, out: Tensor, lse: Tensor, lengths: list[int], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and latent."""
+    acc = _acc_dtype(q)
+    dqs, dlatents = [q.new_empty(0, *q.shape[1:])], [latent.new_empty(0, latent.shape[1])]
+    images = zip(dout.to(acc), q.to(acc), latent.to(acc).split(lengths), out.to(acc), lse, strict=True)
+    for dout_i, queries, tokens, out_i, lse_i in images:
+        p = torch.exp(queries @ tokens.mT * softmax_scale - lse_i[:, None])  # [G, N]
+        delta = (dout_i * out_i).sum(-1, keepdim=True)  # [G, 1]
+        ds = p * (dout_i @ tokens.mT - delta) * softmax_scale  # [G, N]
+        dqs.append((ds @ tokens).to(q.dtype)[None])
+        dlatents.append((p.mT @ dout_i + ds.mT @ queries).to(latent.dtype))
+    return torch.cat(dqs), torch.cat(dlatents)

@@ -1,0 +1,97 @@
+"""Weights folded once for inference: exact up to rounding, beside the parameters, never in a state_dict.
+
+The parameters stay as they are; what is made here remembers which versions of them it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .plan import DEEP_PAD
+
+Stamp = tuple[tuple[int, int, str, str], ...]
+
+
+def stamp_of(parameters: Iterable[Tensor]) -> Stamp:
+    """Changes when a parameter is written to, replaced, cast or moved.
+
+    A write through ``parameter.data`` is the exception: PyTorch doesn't count those.
+    """
+    return tuple(
+        (0 if isinstance(p, FakeTensor) or p.is_meta else p.data_ptr(), p._version, str(p.dtype), str(p.device))
+        for p in parameters
+    )
+
+
+@dataclass(frozen=True)
+class PreparedExtractor:
+    """Of one layer's extractor; E = C + 16: the features, a column of ones, zeros.
+
+    Attributes:
+        stamp: versions of the parameters it was made from.
+        fold_weight: [D, C], both projections of the released maths as one; that projection itself without them.
+        fold_bias: [D].
+        root: [min(D, E), E] with ``|root z|^2`` the variance of the projected token that LayerNorm divides by.
+        deep_weight: [2 * D, E], from normed features straight to keys and values.
+        deep_bias: [2 * D].
+    """
+
+    stamp: Stamp
+    fold_weight: Tensor
+    fold_bias: Tensor
+    root: Tensor
+    deep_weight: Tensor
+    deep_bias: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        tensors = (self.fold_weight, self.fold_bias, self.root, self.deep_weight, self.deep_bias)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@torch.no_grad()
+def prepare_extractor(
+    projection: nn.Linear, shared: nn.Linear | None, norm: nn.LayerNorm, kv_proj: nn.Linear, stamp: Stamp
+) -> PreparedExtractor:
+    """Fold in fp32 (fp64 for fp64 parameters) and round once (docs/plans.md, "deep").
+
+    Args:
+        projection: C -> D, or D1 -> D behind ``shared``.
+        shared: C -> D1 of the released maths.
+        norm: of the projected features.
+        kv_proj: D -> 2 D.
+        stamp: of all their parameters.
+    """
+    dtype, device = projection.weight.dtype, projection.weight.device
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = projection.weight.to(exact), projection.bias.to(exact)
+    if shared is not None:
+        shared_weight, shared_bias = (p.to(device, exact) for p in (shared.weight, shared.bias))
+        weight, bias = weight @ shared_weight, torch.addmv(bias, weight, shared_bias)
+    channels = weight.shape[1]
+    columns = torch.zeros(weight.shape[0], channels + DEEP_PAD, dtype=exact, device=device)  # [D, E]
+    columns[:, :channels] = weight
+    columns[:, channels] = bias
+    centred = columns - columns.mean(0)  # LayerNorm's centring is linear, so it is part of the weight
+    kv_weight = kv_proj.weight.to(exact)
+    return PreparedExtractor(
+        stamp=stamp,
+        fold_weight=weight.to(dtype),
+        fold_bias=bias.to(dtype),
+        root=_root(centred * weight.shape[0] ** -0.5).to(dtype),
+        deep_weight=((kv_weight * norm.weight.to(exact)) @ centred).to(dtype),
+        deep_bias=torch.addmv(kv_proj.bias.to(exact), kv_weight, norm.bias.to(exact)).to(dtype),
+    )
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """R with R^T R = matrix^T matrix: of at most as many rows as columns, so that |R z| is cheap."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return matrix
+    return torch.linalg.qr(matrix, mode="r").R
