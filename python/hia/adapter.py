@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from .config import HiAConfig
 from .encoder import build_encoder
-from .extractor import Extractor, PackedFeatures
+from .extractor import Extractor, PackedFeatures, Side
 from .injection import Injection
 from .layout import CallLayout
+from .plan import AUTO
 
 
 class HiALayer(nn.Module):
@@ -48,6 +49,31 @@ class HiAAdapter(nn.Module):
         for module in reversed(list(self.modules())[1:]):  # children before those that adjust them
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+    def prepare(self) -> None:
+        """Fold and pack the weights for inference, in every layer."""
+        for layer in self.layers.values():
+            layer.extractor.prepare()
+
+    def unprepare(self) -> None:
+        """Drop what :meth:`prepare` made; the parameters were never touched."""
+        for layer in self.layers.values():
+            layer.extractor.unprepare()
+
+    def sides(self, features: PackedFeatures, keep: str) -> dict[int, Side]:
+        """What later questions about these images need of them, by decoder layer.
+
+        Args:
+            features: of the images.
+            keep: "folded", "kv", or "auto": "kv" in the layers where a later question is cheaper with it.
+        """
+        found = {}
+        for layer in self.layers.values():
+            extractor = layer.extractor
+            here = features.to(extractor.kv_proj.weight.device)
+            if keep != AUTO or extractor.gains_from_keys(here):
+                found[extractor.layer_index] = extractor.image_side(here, "kv" if keep == AUTO else keep)
+        return found
 
     def layer(self, index: int) -> HiALayer:
         """The modules that follow decoder layer ``index``."""

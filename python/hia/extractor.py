@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass, field
 
@@ -14,6 +15,9 @@ import hia_kernels
 from . import plan
 from .config import HiAConfig
 from .prepared import PreparedExtractor, Stamp, prepare_extractor, stamp_of
+
+KEY_VALUE_FORMS = ("textbook", "folded", "deep_kv")
+LARGEST_SIDE = 2**30  # bytes a layer keeps of one set of images without being told to
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class PackedFeatures:
     _memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> PackedFeatures:
-        """On another device."""
+        """On another device; itself if it is there already."""
+        if self.tokens.device == device:
+            return self
         sides = {layer: Side(side.kind, side.tokens.to(device), side.stamp) for layer, side in self.sides.items()}
         return PackedFeatures(self.tokens.to(device), self.cu_seqlens.to(device), self.max_seqlen, self.lengths, sides)
 
@@ -195,6 +201,13 @@ class Extractor(nn.Module):
         form = "folded" if self.sharing and self.current() is not None else "textbook"
         return Side(kind, self._normed(self._projected(features, form)), self.stamp())
 
+    def gains_from_keys(self, features: PackedFeatures) -> bool:
+        """Whether a question about these images is cheaper with their keys and values at hand, and they are small."""
+        nbytes = features.tokens.shape[0] * 2 * self.num_heads * self.head_dim * features.tokens.element_size()
+        sizes = dataclasses.replace(self.sizes(features, 1), cached=("kv",))
+        ceilings = plan.ceilings_of(features.tokens.device.type, sizes.itemsize)
+        return nbytes <= LARGEST_SIDE and plan.cheapest(plan.extract_forms(sizes), ceilings).name == "cached_kv"
+
     def _kept(self, features: PackedFeatures) -> Side | None:
         side = features.sides.get(self.layer_index)
         if side is None or torch.compiler.is_compiling() or side.stamp == self.stamp():
@@ -272,9 +285,6 @@ class Extractor(nn.Module):
         out = out.view(images, heads, -1, out.shape[-1])
         values = torch.cat([torch.bmm(image, value_weight.mT).transpose(0, 1) for image in out])  # [n * M, H, d]
         return values.flatten(1) + bias[dim:]
-
-
-KEY_VALUE_FORMS = ("textbook", "folded", "deep_kv")
 
 
 def norm_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, row_idx: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, plan
 from .adapter import HiAAdapter
 from .config import HiAConfig, host_facts
 from .features import ImageFeatures
@@ -19,6 +20,8 @@ from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_
 from .hosts import LlamaHost, find_host
 from .images import check_pixels, default_window
 from .layout import VisualLayout, build_layout, left_padded
+
+KEEPS = ("auto", "features", "folded", "kv")
 
 
 def get_hia_model(base: nn.Module, config: HiAConfig) -> HiAModel:
@@ -129,19 +132,39 @@ class HiAModel(nn.Module):
                 refuse_chunked_prefill(visit.layout.seq_len, chunk)  # some hosts would fail first, and obscurely
             return self._during(visit, self.base_model.generate, args, kwargs)
 
-    def encode_images(self, high_res_pixels: Sequence[Tensor], windows: Tensor | None = None) -> ImageFeatures:
+    def encode_images(
+        self, high_res_pixels: Sequence[Tensor], windows: Tensor | None = None, keep: str = "auto"
+    ) -> ImageFeatures:
         """Encode images once, to ask many questions: pass the result as ``features``.
 
         Args:
             high_res_pixels: one [H, W, 1 or 3] tensor per image.
             windows: [n, 2] fp32, or None.
+            keep: what is kept of each image beside its features, for every layer: "kv", its keys and values;
+                "folded", its projected and normed features; "features", nothing; "auto" (default), keys and values
+                where that makes a question cheaper and takes at most 1 GiB an image and layer. Nothing is kept while
+                gradients are recorded. ``result.nbytes`` counts it all.
 
         Returns:
-            One [ceil(H / stride), ceil(W / stride), C] map per image.
+            One [ceil(H / stride), ceil(W / stride), C] map per image, and what is kept.
 
         Raises:
-            ValueError, TypeError: pixels or windows that don't fit.
+            ValueError, TypeError: pixels or windows that don't fit, or no such ``keep``.
         """
+        if keep not in KEEPS:
+            raise ValueError(f"hia: keep must be {' or '.join(map(repr, KEEPS))}, got {keep!r}")
+        if torch.is_grad_enabled() and keep not in ("auto", "features"):
+            raise ValueError(
+                f"hia: keep must be 'auto' or 'features' while gradients are recorded, got {keep!r}; "
+                f"use torch.no_grad()"
+            )
+        features = self._encoded(high_res_pixels, windows)
+        if keep == "features" or torch.is_grad_enabled() or not len(features):
+            return features
+        alone = [features.select([image]).packed() for image in range(len(features))]
+        return ImageFeatures(features.maps, tuple(self.adapter.sides(image, keep) for image in alone))
+
+    def _encoded(self, high_res_pixels: Sequence[Tensor], windows: Tensor | None) -> ImageFeatures:
         encoder = self.adapter.encoder
         device = encoder.conv1.weight.device
         for number, pixels in enumerate(high_res_pixels):
@@ -157,6 +180,50 @@ class HiAModel(nn.Module):
                 for pixels, window in zip(high_res_pixels, windows, strict=True)
             )
         )
+
+    def prepare(self) -> HiAModel:
+        """Fold and pack the adapter's weights for inference: same results up to rounding, fewer FLOPs.
+
+        Parameters and state_dict stay as they are; calls that record gradients don't see the folded weights. When a
+        parameter changes, what was folded from it is dropped, with a warning. Undone by :meth:`unprepare`.
+
+        Returns:
+            The model itself.
+        """
+        self.adapter.prepare()
+        return self
+
+    def unprepare(self) -> HiAModel:
+        """Drop what :meth:`prepare` made.
+
+        Returns:
+            The model itself.
+        """
+        self.adapter.unprepare()
+        return self
+
+    def explain_plan(
+        self, sizes: Sequence[tuple[int, int]], visual_tokens: int = 576, samples: int = 1, training: bool = False
+    ) -> None:
+        """Write to standard output which forms of the maths a call would take, and what each would cost.
+
+        Args:
+            sizes: (height, width) of each image of the batch, pixels.
+            visual_tokens: rows an image has in the host's sequence.
+            samples: prompts the images belong to.
+            training: with gradients.
+
+        Raises:
+            ValueError: no sizes, or ones that are not positive.
+        """
+        if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
+            raise ValueError(f"hia: sizes must hold (height, width) of each image, at least one, got {list(sizes)}")
+        layer = self.adapter.layer(self.hia_config.layer_indices[0])
+        weight = layer.extractor.kv_proj.weight
+        asked = plan.sizes_of(self.hia_config, sizes, visual_tokens, samples, weight.element_size())
+        prepared = not training and layer.extractor.current() is not None
+        asked = dataclasses.replace(asked, training=training, prepared=prepared)
+        sys.stdout.write(plan.table(asked, weight.device.type, self.hia_config.plan))
 
     def _during(self, visit: Visit | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._hooks is None:
@@ -182,7 +249,7 @@ class HiAModel(nn.Module):
             return None
         layout = self._layout(images, image_map, instruction_index, args, kwargs)
         if features is None:
-            features = self.encode_images(pixels, windows)
+            features = self._encoded(pixels, windows)
         packed = features.packed()
         shared = self.adapter.feature_projection
         if shared is not None and torch.is_grad_enabled():

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .config import HiAConfig
 
 EXTRACT_FORMS = (
     "textbook", "folded", "absorbed", "folded_absorbed", "deep_kv", "deep_absorbed", "cached_folded", "cached_kv",
@@ -182,6 +186,20 @@ def inject_forms(sizes: Sizes) -> tuple[Form, ...]:
     if sizes.itemsize < LEAST_SCORES:
         return forms
     return (*forms, Form("absorbed", _inject_absorbed(sizes), sizes.itemsize))
+
+
+def sizes_of(
+    config: HiAConfig, images: Sequence[tuple[int, int]], visual_tokens: int, samples: int, itemsize: int
+) -> Sizes:
+    """Of an adapter's layer on images of (height, width) pixels."""
+    stride = config.encoder_stride
+    return Sizes(
+        hidden_size=config.hidden_size, dim=config.dim, heads=config.num_heads, queries=config.num_queries,
+        channels=config.encoder_channels, samples=samples,
+        features=tuple(-(-height // stride) * -(-width // stride) for height, width in images),
+        visual=(visual_tokens,) * len(images), sharing=len(config.layer_indices) if config.shared_projection else 0,
+        itemsize=itemsize,
+    )  # fmt: skip
 
 
 def ceilings_of(device: str, itemsize: int) -> tuple[float, float, float]:

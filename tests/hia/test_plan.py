@@ -1,0 +1,326 @@
+"""Every exact form of extract and inject is the textbook's result, and the plan picks the cheapest."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+import hia
+from hia import plan
+from hia.adapter import HiAAdapter
+from hia.features import ImageFeatures
+from hia.layout import build_layout
+from tests.compare import assert_close
+from tests.hia.hosts import text_config, tiny_llava
+from tests.hia.test_modules import randomised
+
+PRESETS = {
+    "paper": {"dim": 64, "num_heads": 4},
+    "released": {"dim": 64, "num_heads": 2, "gate": "tanh"},
+    "lite": {"dim": 32, "num_heads": 2},
+    "unaware": {"dim": 64, "num_heads": 2, "instruction_aware": False},
+}
+SHAPES = [(3, 5), (1, 1), (7, 4), (2, 2), (1, 9), (6, 6), (5, 3), (33, 33)]
+EXACT = {torch.float64: torch.float64, torch.float32: torch.float64, torch.float16: torch.float32,
+         torch.bfloat16: torch.float32}  # fmt: skip
+TRAINED = [("folded", "textbook"), ("absorbed", "absorbed"), ("folded_absorbed", "textbook")]
+FORMS = [(extract, "textbook") for extract in plan.EXTRACT_FORMS] + [("textbook", "absorbed"), ("absorbed", "absorbed")]
+
+
+def adapter_of(preset, dtype, **changes):
+    config = getattr(hia.HiAConfig, preset if preset != "unaware" else "paper")(
+        text_config(), num_queries=6, encoder_width=4, layers=[2], **{**PRESETS[preset], **changes}
+    )
+    return randomised(HiAAdapter(config)).to(dtype).requires_grad_(True)
+
+
+def question(images, dtype, channels=128):
+    """Hidden states, packed features and layout: images of different sizes, shared among two samples."""
+    generator = torch.Generator().manual_seed(images)
+    drawn = [torch.rand(*shape, channels, generator=generator, dtype=torch.double) for shape in SHAPES[:images]]
+    maps = tuple(image.to(dtype) for image in drawn)
+    hidden = torch.randn(2, 30, 64, generator=generator, dtype=torch.double).to(dtype)
+    image_map = torch.full((2, 30), -1)
+    for image in range(images):
+        image_map[image % 2, image // 2 * 5 : image // 2 * 5 + 2 + image % 3] = image
+    if images == 1:  # a sample without images
+        image_map[1] = -1
+    layout = build_layout(image_map, torch.tensor([28, 29]), images).for_call(2, 30, torch.device("cpu"))
+    return hidden, maps, layout
+
+
+def run(adapter, forms, hidden, maps, layout, kept=None):
+    layer = adapter.layer(2)
+    layer.extractor.form, layer.injection.form = forms
+    packed = ImageFeatures(maps).packed()
+    if kept is not None:
+        packed.sides[2] = layer.extractor.image_side(packed, kept)
+    return layer(hidden.clone(), packed, layout)
+
+
+def available(adapter, forms, dtype):
+    extract, inject = forms
+    folds = "folded" not in extract or extract == "cached_folded" or adapter.config.shared_projection
+    return folds and not (inject == "absorbed" and dtype.itemsize < plan.LEAST_SCORES)
+
+
+@pytest.mark.parametrize("images", [1, 3, 8])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("forms", FORMS, ids="/".join)
+@torch.no_grad()
+def test_every_form_is_the_textbooks_in_double(forms, preset, images):
+    adapter = adapter_of(preset, torch.float64)
+    if not available(adapter, forms, torch.float64):
+        with pytest.raises(ValueError, match=f"plan must be a form that can run here .* got '{forms[0]}'; it folds"):
+            run(adapter, forms, *question(images, torch.float64))
+        return
+    asked = question(images, torch.float64)
+    expected = run(adapter, ("textbook", "textbook"), *asked)
+    adapter.prepare()
+    kept = forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
+    torch.testing.assert_close(run(adapter, forms, *asked, kept), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("forms", FORMS, ids="/".join)
+@torch.no_grad()
+def test_every_form_keeps_the_tolerance(forms, preset, dtype):
+    adapter = adapter_of(preset, dtype)
+    if not available(adapter, forms, dtype):
+        pytest.skip("not a form of this preset or dtype")
+    hidden, maps, layout = question(3, dtype)
+    exact_adapter = adapter_of(preset, EXACT[dtype])
+    exact_adapter.load_state_dict({name: value.to(EXACT[dtype]) for name, value in adapter.state_dict().items()})
+    exact_maps = tuple(image.to(EXACT[dtype]) for image in maps)
+    exact = run(exact_adapter, ("textbook", "textbook"), hidden.to(EXACT[dtype]), exact_maps, layout)
+    plain = run(adapter, ("textbook", "textbook"), hidden, maps, layout)
+    adapter.prepare()
+    kept = forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
+    assert_close("hidden", run(adapter, forms, hidden, maps, layout, kept), exact, plain, dtype=dtype)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("forms", TRAINED, ids="/".join)
+def test_gradients_are_the_textbooks(forms, preset):
+    adapter = adapter_of(preset, torch.float64)
+    if not available(adapter, forms, torch.float64):
+        pytest.skip("nothing to fold")
+    hidden, maps, layout = question(3, torch.float64)
+
+    def gradients(chosen):
+        inputs = [hidden.clone().requires_grad_(), *(image.clone().requires_grad_() for image in maps)]
+        out = run(adapter, chosen, inputs[0], tuple(inputs[1:]), layout)
+        weights = {name: p for name, p in adapter.named_parameters() if not name.startswith("encoder")}
+        found = torch.autograd.grad(out.square().sum(), [*inputs, *weights.values()])
+        return dict(zip(["hidden", *map(str, range(3)), *weights], found, strict=True))
+
+    expected, got = gradients(("textbook", "textbook")), gradients(forms)
+    for name, gradient in expected.items():
+        # the key bias drops out of the softmax: its true gradient is zero, its computed one rounding
+        slack = 1e-9 * (1 + gradient.abs().max().item())
+        torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=slack, msg=name)
+
+
+def test_training_stores_neither_keys_nor_scores():
+    adapter = adapter_of("released", torch.float32, dim=96)
+    hidden, _, layout = question(1, torch.float32)
+    tokens, bytes_of, shapes_of = 60 * 60, {}, {}
+    maps = (torch.rand(60, 60, 128),)
+    for form in ("textbook", "folded_absorbed"):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.setdefault(x.data_ptr(), x), lambda x: x):
+            run(adapter, (form, "textbook"), hidden, maps, layout)
+        shapes_of[form] = {tuple(x.shape) for x in saved.values() if tokens in x.shape}
+        bytes_of[form] = sum(x.nbytes for x in saved.values() if tokens in x.shape)
+    keys = (tokens, 2, 48)
+    assert keys in shapes_of["textbook"] and keys not in shapes_of["folded_absorbed"]
+    assert not any(12 in shape for shape in shapes_of["folded_absorbed"])  # H * M rows of scores
+    # features, their projection, its norm with two statistics a token
+    assert bytes_of["folded_absorbed"] == tokens * (128 + 96 + 96 + 2) * 4 < bytes_of["textbook"]
+
+
+def test_prepare_changes_no_state_and_is_undone():
+    model = hia.get_hia_model(tiny_llava(), hia.HiAConfig.paper(tiny_llava(), num_queries=5, encoder_width=4))
+    keys, parameters = set(model.state_dict()), sum(p.numel() for p in model.parameters())
+    assert model.prepare() is model
+    assert set(model.state_dict()) == keys and sum(p.numel() for p in model.parameters()) == parameters
+    assert all(layer.extractor.current() is not None for layer in model.adapter.layers.values())
+    assert model.unprepare() is model
+    assert all(layer.extractor.current() is None for layer in model.adapter.layers.values())
+
+
+def test_training_after_prepare_sees_no_stale_weights():
+    adapter = adapter_of("released", torch.float64)
+    adapter.prepare()
+    asked = question(3, torch.float64)
+    with torch.no_grad():
+        before = run(adapter, ("auto", "auto"), *asked)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    run(adapter, ("auto", "auto"), *asked).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"parameters have changed since prepare\(\)"):
+            after = run(adapter, ("auto", "auto"), *asked)
+        expected = run(adapter, ("textbook", "textbook"), *asked)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, expected, rtol=1e-10, atol=1e-10)
+        with pytest.raises(ValueError, match=r"got 'deep_kv'; it needs prepare\(\)"):
+            run(adapter, ("deep_kv", "auto"), *asked)
+
+
+@torch.no_grad()
+def test_loading_and_casting_drop_prepared_weights():
+    for change in (lambda a: a.load_state_dict(a.state_dict()), lambda a: a.to(torch.float64), lambda a: a.half()):
+        adapter = adapter_of("paper", torch.float32)
+        adapter.prepare()
+        change(adapter)
+        with pytest.warns(UserWarning, match="changed since prepare"):
+            assert adapter.layer(2).extractor.current() is None
+
+
+def kept_model(keep, **changes):
+    torch.manual_seed(0)
+    base = tiny_llava()
+    model = hia.get_hia_model(base, hia.HiAConfig.paper(base, num_queries=5, encoder_width=4, gate="none", **changes))
+    with torch.no_grad():
+        pixels = [torch.randint(0, 256, (*size, 1), dtype=torch.uint8) for size in ((64, 96), (96, 64))]
+        return model, pixels, model.encode_images(pixels, keep=keep)
+
+
+@pytest.mark.parametrize("keep", ["kv", "folded"])
+def test_kept_sides_are_counted_and_used_until_weights_change(keep):
+    model, pixels, features = kept_model(keep)
+    plain = model.encode_images(pixels, keep="features")
+    config = model.hia_config
+    tokens = sum(image.shape[0] * image.shape[1] for image in features)
+    columns = {"kv": 2 * config.dim, "folded": config.dim}[keep]
+    assert features.nbytes == plain.nbytes + len(config.layer_indices) * tokens * columns * 4
+    swapped, both = features.select([1, 0]), hia.ImageFeatures.cat([features, features])
+    assert [len(part.packed().sides) for part in (features, swapped, both)] == [len(config.layer_indices)] * 3
+    extractor = model.adapter.layer(config.layer_indices[0]).extractor
+    with torch.no_grad():
+        assert extractor.sizes(features.packed(), 1).cached == (keep,)
+        extractor.kv_proj.bias.add_(1)
+        assert extractor.sizes(features.packed(), 1).cached == ()
+    assert extractor.sizes(features.packed(), 1).cached == ()  # gradients are recorded
+
+
+def test_what_is_kept_by_default_makes_a_question_cheaper():
+    _, _, features = kept_model("auto")
+    assert all(side.kind == "kv" for sides in features.sides for side in sides.values()) and features.sides
+
+
+def test_keep_must_be_known_and_needs_no_grad():
+    model, pixels, _ = kept_model("features")
+    with pytest.raises(ValueError, match="keep must be 'auto' or 'features' or 'folded' or 'kv', got 'values'"):
+        model.encode_images(pixels, keep="values")
+    with pytest.raises(ValueError, match="keep must be 'auto' or 'features' while gradients are recorded, got 'kv'"):
+        model.encode_images(pixels, keep="kv")
+
+
+def thirteen_b(preset, side, images, **changes):
+    host = type("Host", (), {"hidden_size": 5120, "num_hidden_layers": 40, "model_type": "llama"})()
+    config = getattr(hia.HiAConfig, preset)(host)
+    sizes = plan.sizes_of(config, [(side, side)] * images, 576, 1, 4)
+    return dataclasses.replace(sizes, **changes) if changes else sizes
+
+
+@pytest.mark.parametrize(
+    ("preset", "side", "changes", "extract"),
+    [
+        ("released", 896, {"prepared": True}, "deep_absorbed"),
+        ("released", 896, {}, "absorbed"),
+        ("released", 4096, {"training": True}, "folded_absorbed"),
+        ("paper", 896, {"prepared": True}, "deep_kv"),
+        ("paper", 896, {}, "textbook"),
+        ("released", 896, {"prepared": True, "cached": ("kv",)}, "cached_kv"),
+    ],
+)
+def test_the_cheapest_form_at_real_sizes(preset, side, changes, extract):
+    assert plan.choose("extract", "auto", thirteen_b(preset, side, 2, **changes), "cpu") == extract
+
+
+@pytest.mark.parametrize(("side", "most"), [(896, 0.70), (4096, 0.45)])
+def test_flops_against_the_released_maths(side, most):
+    """Of the HiA layers of Table 3, two images: the released code asks its queries once an image."""
+    ours, theirs = thirteen_b("paper", side, 2, prepared=True), thirteen_b("released", side, 2)
+    own = plan.cheapest(plan.extract_forms(ours), plan.ceilings_of("cpu", 4)).flops
+    own += min(form.flops for form in plan.inject_forms(ours))
+    textbook = {form.name: form.flops for form in plan.extract_forms(theirs)}["textbook"]
+    repeated = sum(step.products[0].flops for step in plan._queries(theirs))
+    released = textbook + repeated + plan.inject_forms(theirs)[0].flops
+    assert own <= most * released
+
+
+def test_flops_of_a_form_are_what_is_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    adapter = adapter_of("released", torch.float64)
+    hidden, maps, layout = question(3, torch.float64)
+    packed, layer = ImageFeatures(maps).packed(), adapter.layer(2)
+    with torch.no_grad():
+        adapter.prepare()
+        packed.sides[2] = layer.extractor.image_side(packed, "folded")
+        for form in plan.extract_forms(layer.extractor.sizes(packed, 2)):
+            layer.extractor.form = form.name
+            fresh = ImageFeatures(maps).packed()
+            fresh.sides.update(packed.sides)
+            with FlopCounterMode(display=False) as counter:
+                layer.extractor(hidden.flatten(0, 1), layout.instruction_rows, fresh, layout.image_to_sample)
+            # fused attention's formula takes every image for as long as the longest
+            lengths, rows = fresh.lengths, 2 * 6 * 64 * 2
+            fused = any(step.name == "attend" for step in form.steps)
+            longest = rows * (len(lengths) * max(lengths) - sum(lengths)) if fused else 0
+            assert counter.get_total_flops() == form.flops + longest, form.name
+
+
+def test_explained(capsys):
+    base = tiny_llava()
+    model = hia.get_hia_model(base, hia.HiAConfig.paper(base, num_queries=5, encoder_width=4))
+    model.prepare().explain_plan([(896, 896), (512, 700)])
+    printed = capsys.readouterr().out
+    assert printed.count("<- least time") == 2
+    assert "deep_kv" in printed and "GFLOP" in printed and "MB moved" in printed
+    with pytest.raises(ValueError, match=r"sizes must hold \(height, width\) of each image, at least one, got \[\]"):
+        model.explain_plan([])
+
+
+def test_a_plan_must_be_known():
+    with pytest.raises(ValueError, match=r"plan must be 'auto' or '<extract>/<inject>' .* got 'fast'"):
+        hia.HiAConfig.paper(text_config(), plan="fast")
+    assert plan.split_plan("absorbed") == ("absorbed", "absorbed")
+    assert plan.split_plan("deep_kv") == ("deep_kv", "auto")
+    assert plan.split_plan("auto/textbook") == ("auto", "textbook")
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_one_graph_for_a_sweep_of_sizes(preset):
+    """No graph break, and no new graph with every resolution."""
+    adapter = adapter_of(preset, torch.float32)
+    adapter.prepare()
+    layer, graphs = adapter.layer(2), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.no_grad()
+    def call(hidden, tokens, cu_seqlens, length, layout):
+        packed = hia.extractor.PackedFeatures(tokens, cu_seqlens, length, (length,))
+        return layer(hidden, packed, layout)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=True)
+    hidden, _, layout = question(1, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for side in (7, 9, 12, 20, 33):
+            tokens = torch.rand(side * side, 128)
+            cu_seqlens = torch.tensor([0, side * side], dtype=torch.int32)
+            args = (tokens, cu_seqlens, side * side, layout)
+            torch.testing.assert_close(compiled(hidden.clone(), *args), call(hidden.clone(), *args))
+    assert len(graphs) <= 3  # the first is specialised to its size; the plan may change once over the sweep
