@@ -14,6 +14,15 @@ from torch import Tensor
 DEVICES = ("cpu", "cuda")  # where the ops know autocast
 CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
+KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def is_anywhere_enabled() -> bool:
+    """Whether code runs under autocast for any device that the ops serve."""
+    return any(torch.is_autocast_enabled(device) for device in DEVICES)
+
 
 def is_enabled(device_type: str) -> bool:
     """Whether the ops' arguments on that device type are cast; meta tensors, for one, have no autocast."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import autocast
 from .backend import BackendTable
 
 
@@ -27,7 +28,12 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
     def run(*args: Any) -> Any:
         if check is not None:
             check(*args)
-        return table.select(name, *args)(*args)
+        function = table.select(name, *args)
+        if not autocast.is_anywhere_enabled():
+            return function(*args)
+        # what the op was given is in the right dtype; a backward run inside the region must not be cast again
+        with torch._C._ExcludeDispatchKeyGuard(autocast.KEYS):
+            return function(*args)
 
     torch.library.impl(f"hia::{name}", "default")(run)
 
