@@ -257,7 +257,7 @@ class HiAModel(nn.Module):
             packed.shared(shared)
         return Visit(packed, layout, generating)
 
-    @torch.compiler.disable  # reads the maps' values
+    @torch.compiler.disable  # reads the maps' values, and the weights' versions
     def _layout(
         self,
         images: int,
@@ -271,6 +271,8 @@ class HiAModel(nn.Module):
                 "hia: instruction_index must be given with images, got None; HiAProcessor returns it, and it is "
                 "never assumed to be the last token"
             )
+        for layer in self.adapter.layers.values():
+            layer.extractor.current()  # compiled layers take its word for the folded weights' being up to date
         refuse_filled_cache(kwargs.get("past_key_values"))
         _refuse_reentrant_checkpointing(self._host[0], self.training)
         input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))

@@ -38,6 +38,7 @@ CEILINGS = {
     ("cuda", 2): (5e14, 3e12, 1e-5), ("cuda", 4): (4e13, 3e12, 1e-5), ("cuda", 8): (3e13, 3e12, 1e-5),
 }  # fmt: skip
 LEAST_SCORES = 4  # bytes: the absorbed injection's scores are a product's result, and halves would round them
+TRAINING_GAIN = 1.2  # absorbed forms keep queries and results of H * M rows for the backward: they must be worth it
 BACKWARD = 2  # a product's backward is two products of its size
 
 
@@ -207,12 +208,13 @@ def ceilings_of(device: str, itemsize: int) -> tuple[float, float, float]:
     return CEILINGS.get((device, itemsize), CEILINGS["cuda", 2])
 
 
-def cheapest(forms: Sequence[Form], ceilings: tuple[float, float, float]) -> Form:
-    """The first of the forms with the least estimated time."""
-    best = forms[0]
+def cheapest(forms: Sequence[Form], ceilings: tuple[float, float, float], training: bool = False) -> Form:
+    """The first of the forms with the least estimated time; in training the textbook's unless one gains enough."""
+    best, bar = forms[0], forms[0].seconds(ceilings) / (TRAINING_GAIN if training else 1)
     for form in forms[1:]:
-        if form.seconds(ceilings) < best.seconds(ceilings):
-            best = form
+        seconds = form.seconds(ceilings)
+        if seconds < bar:
+            best, bar = form, seconds
     return best
 
 
@@ -253,7 +255,7 @@ def choose(part: str, forced: str, sizes: Sizes, device: str) -> str:
 def _choose(part: str, forced: str, sizes: Sizes, device: str) -> str:
     forms = extract_forms(sizes) if part == "extract" else inject_forms(sizes)
     if forced == AUTO:
-        return cheapest(forms, ceilings_of(device, sizes.itemsize)).name
+        return cheapest(forms, ceilings_of(device, sizes.itemsize), sizes.training).name
     if forced not in [form.name for form in forms]:
         raise ValueError(
             f"hia: plan must be a form that can run here ({', '.join(form.name for form in forms)}), "

@@ -324,3 +324,58 @@ def test_one_graph_for_a_sweep_of_sizes(preset):
             args = (tokens, cu_seqlens, side * side, layout)
             torch.testing.assert_close(compiled(hidden.clone(), *args), call(hidden.clone(), *args))
     assert len(graphs) <= 3  # the first is specialised to its size; the plan may change once over the sweep
+
+
+FEATURES = {
+    "rectified": lambda x: torch.relu(x),
+    "far-from-zero": lambda x: torch.relu(x + 10),
+    "heavy-tailed": lambda x: torch.exp(1.5 * x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize("form", ["deep_kv", "deep_absorbed"])
+@torch.no_grad()
+def test_deep_forms_hold_for_features_that_are_not_centred(form, kind, dtype):
+    hidden, _, layout = question(1, EXACT[dtype])
+    values = torch.randn(20, 25, 128, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    maps = (FEATURES[kind](values).to(dtype),)
+    adapter, exact_adapter = adapter_of("paper", dtype), adapter_of("paper", EXACT[dtype])
+    exact_adapter.load_state_dict({name: value.to(EXACT[dtype]) for name, value in adapter.state_dict().items()})
+    layer, exact_layer = adapter.layer(2).extractor, exact_adapter.layer(2).extractor
+
+    def extract(extractor, form, dtype):
+        extractor.form = form
+        packed = ImageFeatures(tuple(image.to(dtype) for image in maps)).packed()
+        rows = hidden.to(dtype).flatten(0, 1)
+        return extractor(rows, layout.instruction_rows, packed, layout.image_to_sample)
+
+    exact, plain = extract(exact_layer, "textbook", EXACT[dtype]), extract(layer, "textbook", dtype)
+    adapter.prepare()
+    assert_close("extracted", extract(layer, form, dtype), exact, plain, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_layer_is_captured_in_a_cuda_graph(preset, dtype):
+    """Nothing in extract or inject waits for the device or allocates by its data."""
+    adapter = adapter_of(preset, dtype).cuda()
+    adapter.prepare()
+    hidden, maps, layout = question(3, dtype)
+    hidden, maps, layout = hidden.cuda(), tuple(image.cuda() for image in maps), layout.to(torch.device("cuda"))
+    packed, layer = ImageFeatures(maps).packed(), adapter.layer(2)
+    expected = layer(hidden.clone(), packed, layout)
+    static = hidden.clone()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        layer(static.clone(), packed, layout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(static, packed, layout)
+    static.copy_(hidden)
+    graph.replay()
+    torch.testing.assert_close(out, expected)
