@@ -9,7 +9,9 @@ from .ops.condition_queries import condition_queries
 from .ops.conv_norm_act import conv_norm_act
 from .ops.cross_attention import cross_attention, cross_attention_with_lse
 from .ops.inject_rows import inject_rows, inject_rows_
+from .ops.latent_attention import latent_attention
 from .ops.norm_linear import norm_linear
+from .ops.row_softmax import row_softmax, row_softmax_
 from .ops.stem import stem
 
 __version__ = "0.1.0"
@@ -23,7 +25,10 @@ __all__ = [
     "inject_rows",
     "inject_rows_",
     "last_backend",
+    "latent_attention",
     "norm_linear",
+    "row_softmax",
+    "row_softmax_",
     "stem",
     "use_backend",
 ]

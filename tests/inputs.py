@@ -23,6 +23,8 @@ DIFFERENTIABLE = {
     "cross_attention": ("q", "k", "v"),
     "norm_linear": ("x", "norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("hidden", "update", "weight", "bias"),
+    "row_softmax": ("scores",),
+    "latent_attention": ("q", "latent"),
 }
 
 
@@ -210,4 +212,32 @@ def inject_rows_inputs(
         "weight": draw.normal(channels, dim, scale=dim**-0.5),
         "bias": draw.normal(channels) if bias else None,
         "row_idx": draw.rows(rows, tokens, unique=True),
+    }
+
+
+def row_softmax_inputs(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    scale: float = 0.25,
+    spread: float = 4.0,
+    out_dtype: torch.dtype | None = None,
+) -> Inputs:
+    """``spread``: deviation of the scores, whose products with ``scale`` the exponential sees."""
+    draw = Draw(dtype, device)
+    return {"scores": draw.strided(rows, columns, scale=spread), "scale": scale, "out_dtype": out_dtype}
+
+
+def latent_attention_inputs(
+    rows: int, width: int, lengths: Sequence[int], dtype: torch.dtype, device: str = "cpu"
+) -> Inputs:
+    """Scores of a few units: neither uniform nor one token alone."""
+    draw = Draw(dtype, device)
+    return {
+        "q": draw.strided(len(lengths), rows, width),
+        "latent": draw.strided(sum(lengths), width),
+        "lengths": list(lengths),
+        "softmax_scale": 2 * width**-0.5,
     }

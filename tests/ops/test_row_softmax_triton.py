@@ -1,0 +1,125 @@
+"""The Triton kernels of ``hia::row_softmax``, in the interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hia_kernels import last_backend, row_softmax, row_softmax_, use_backend
+from hia_kernels.core import triton_support
+from hia_kernels.ops.row_softmax import library
+from hia_kernels.ops.row_softmax.reference import row_softmax_bwd_ref, row_softmax_ref
+from tests.compare import assert_close
+from tests.inputs import row_softmax_inputs as make_inputs
+from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward, opcheck, upcast
+from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
+
+pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
+pytestmark = pytest.mark.interpreter
+
+OP = "row_softmax"
+CASES = [
+    pytest.param(33, 64, {}, id="several-rows-a-program"),
+    pytest.param(5, 300, {"scale": -0.3}, id="ragged-negative-scale"),
+    pytest.param(1, 1, {}, id="one-score"),
+    pytest.param(0, 9, {}, id="no-rows"),
+    pytest.param(3, 0, {}, id="no-columns"),
+    pytest.param(3, 5000, {"spread": 40.0}, id="one-row-a-program"),
+    pytest.param(2, 20000, {"spread": 400.0}, id="in-chunks-and-overflow"),
+]
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize(("rows", "columns", "options"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(rows, columns, options, dtype, triton_device):
+    inputs = make_inputs(rows, columns, dtype, triton_device, **options)
+    assert_matches(OP, row_softmax, row_softmax_ref, inputs, dtype)
+    assert last_backend(OP) == "triton"
+
+
+@pytest.mark.parametrize("columns", [200, 17000])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_fp32_scores_half_probabilities(columns, dtype, triton_device):
+    inputs = make_inputs(3, columns, torch.float32, triton_device, out_dtype=dtype)
+    got, plain = (forward_backward(OP, function, inputs) for function in (row_softmax, row_softmax_ref))
+    exact = forward_backward(OP, row_softmax_ref, {**upcast(inputs, torch.float64), "out_dtype": None})
+    assert_close("lse", got["lse"], exact["lse"], plain["lse"], dtype=torch.float32)
+    assert_close("out", got["out"], exact["out"], plain["out"], dtype=dtype)
+    assert_close("dscores", got["dscores"], exact["dscores"], plain["dscores"], dtype=dtype, slack=4)
+
+
+@pytest.mark.parametrize("columns", [70, 20000])
+def test_in_place_gives_the_same_bits_and_touches_nothing_else(columns, triton_device):
+    wide = torch.full((4, columns + 7), float("nan"), device=triton_device)
+    inside = slice(3, 3 + columns)
+    scores = wide[:, inside].copy_(make_inputs(4, columns, torch.float32, triton_device)["scores"])
+    p, lse = row_softmax(scores, 0.5)
+    assert torch.equal(row_softmax_(scores, 0.5), lse) and torch.equal(wide[:, inside], p)
+    assert wide[:, :3].isnan().all() and wide[:, inside.stop :].isnan().all()
+    column_major = make_inputs(columns, 4, torch.float32, triton_device)["scores"].T
+    p, lse = row_softmax(column_major, 0.5)
+    assert torch.equal(row_softmax_(column_major, 0.5), lse) and torch.equal(column_major, p)
+    assert last_backend(OP) == "triton"
+
+
+@pytest.mark.parametrize("columns", [50, 17000])
+def test_backward_takes_a_wider_dp_and_dlse(columns, triton_device):
+    inputs = make_inputs(3, columns, torch.float32, triton_device, out_dtype=torch.bfloat16)
+    p, lse = row_softmax(**inputs)
+    dp = make_inputs(columns, 3, torch.float32, triton_device)["scores"].T  # strides that are not rows'
+    for arguments in ((dp, p, 0.25), (dp, p, 0.25, lse), (dp.bfloat16(), p, 0.25)):
+        got, plain = torch.ops.hia.row_softmax_bwd(*arguments), row_softmax_bwd_ref(*arguments)
+        exact = row_softmax_bwd_ref(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+        assert got.dtype == torch.bfloat16
+        assert_close("ds", got, exact, plain, dtype=torch.bfloat16, slack=4)
+    assert last_backend(OP) == "triton"
+
+
+@pytest.mark.parametrize("columns", [60, 20000])
+def test_infinite_and_nan_scores(columns, triton_device):
+    """A first chunk of -inf must not poison the row."""
+    inputs = make_inputs(4, columns, torch.float32, triton_device)
+    scores = inputs["scores"]
+    scores[0, : columns - 10] = scores[1] = float("-inf")
+    scores[2, 5] = float("nan")
+    p, lse = row_softmax(**inputs)
+    few, few_lse = row_softmax_ref(scores[:1, -10:], inputs["scale"])
+    exact, exact_lse = row_softmax_ref(scores[:1, -10:].double(), inputs["scale"])
+    assert_close("p", p[:1, -10:], exact, few, dtype=torch.float32)
+    assert_close("lse", lse[:1], exact_lse, few_lse, dtype=torch.float32)
+    assert not p[0, : columns - 10].any() and p[1:3].isnan().all() and p[3].isfinite().all()
+    assert lse[1] == float("-inf") and lse[2].isnan()
+
+
+def test_two_runs_are_bit_identical(triton_device):
+    for columns in (100, 20000):
+        assert_repeatable(OP, row_softmax, make_inputs(3, columns, torch.float32, triton_device))
+
+
+def test_opcheck(triton_device):
+    opcheck(OP, torch.ops.hia.row_softmax.default, make_inputs(3, 5, torch.float32, triton_device))
+
+
+def test_fp64_is_left_to_the_reference(triton_device):
+    scores = torch.ones(2, 3, dtype=torch.float64, device=triton_device)
+    with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
+        row_softmax(scores, 1.0)
+    assert not library._triton_unsupported(scores, scores.float(), 1.0)
+    assert triton_support.unavailable_reasons() == []
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 700), spread=st.floats(0.1, 100), scale=st.floats(-2, 2),
+    dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(rows, columns, spread, scale, dtype):
+    inputs = make_inputs(rows, columns, dtype, spread=spread, scale=scale)
+    if triton_support.interpreted():
+        assert_matches(OP, row_softmax, row_softmax_ref, inputs, dtype)
