@@ -20,7 +20,10 @@ def interpreted() -> bool:
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # half removed, or replaced by something that is no package
+        return False
 
 
 def unavailable_reasons() -> list[str]:
@@ -45,13 +48,20 @@ def device_reasons(tensor: Tensor) -> list[str]:
 def lazy(module: str, function: str) -> Callable[..., Any]:
     """A function that imports ``module`` when first called: importing hia_kernels must not need Triton.
 
+    Triton launches on the current device, which need not be the tensors': it is theirs during the call.
+
     Args:
         module: dotted, absolute.
         function: its name there.
     """
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+        implementation = getattr(importlib.import_module(module), function)
+        tensor = next(argument for argument in args if isinstance(argument, Tensor))
+        if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+            return implementation(*args)
+        with torch.cuda.device(tensor.device):
+            return implementation(*args)
 
     call.__name__ = function
     return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from .reference import condition_queries_bwd_ref, condition_queries_ref
 
@@ -18,8 +18,24 @@ registration.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
+_TRITON = "hia_kernels.ops.condition_queries.triton"
+
+
+def _triton_unsupported(first, *rest):
+    return triton_support.device_reasons(first)  # hidden, or dout in the backward: one dtype
+
+
 BACKENDS = register_table(
     "condition_queries",
+    Backend(
+        "triton",
+        {
+            "condition_queries": triton_support.lazy(f"{_TRITON}_fwd", "condition_queries_fwd"),
+            "condition_queries_bwd": triton_support.lazy(f"{_TRITON}_bwd", "condition_queries_bwd"),
+        },
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+    ),
     Backend(
         "reference",
         {"condition_queries": condition_queries_ref, "condition_queries_bwd": condition_queries_bwd_ref},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from .reference import inject_rows_bwd_ref, inject_rows_inplace_ref, inject_rows_ref
 
@@ -20,8 +20,26 @@ registration.define(
     "(Tensor dout, Tensor update, Tensor weight, Tensor row_idx, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
 )
 
+_TRITON = "hia_kernels.ops.inject_rows.triton"
+
+
+def _triton_unsupported(first, update, *rest):
+    # hidden, or dout in the backward: either may be wider than update
+    return triton_support.device_reasons(first)
+
+
 BACKENDS = register_table(
     "inject_rows",
+    Backend(
+        "triton",
+        {
+            "inject_rows": triton_support.lazy(f"{_TRITON}_fwd", "inject_rows_fwd"),
+            "inject_rows_": triton_support.lazy(f"{_TRITON}_fwd", "inject_rows_inplace"),
+            "inject_rows_bwd": triton_support.lazy(f"{_TRITON}_bwd", "inject_rows_bwd"),
+        },
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+    ),
     Backend(
         "reference",
         {

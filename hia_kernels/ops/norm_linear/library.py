@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from .reference import norm_linear_bwd_ref, norm_linear_ref
 
@@ -20,8 +20,29 @@ registration.define(
     " bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
+_TRITON = "hia_kernels.ops.norm_linear.triton"
+_MOST_CHANNELS = 16384  # of a row that a block holds whole
+
+
+def _triton_unsupported(first, second, *rest):
+    # x and norm_weight forward, dout and x backward: the second ends in C either way
+    reasons = triton_support.device_reasons(first)
+    if second.shape[-1] > _MOST_CHANNELS:
+        reasons.append(f"channels must be at most {_MOST_CHANNELS}, got {second.shape[-1]}")
+    return reasons
+
+
 BACKENDS = register_table(
     "norm_linear",
+    Backend(
+        "triton",
+        {
+            "norm_linear": triton_support.lazy(f"{_TRITON}_fwd", "norm_linear_fwd"),
+            "norm_linear_bwd": triton_support.lazy(f"{_TRITON}_bwd", "norm_linear_bwd"),
+        },
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+    ),
     Backend("reference", {"norm_linear": norm_linear_ref, "norm_linear_bwd": norm_linear_bwd_ref}),
 )
 

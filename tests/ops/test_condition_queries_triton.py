@@ -1,0 +1,109 @@
+"""The Triton kernels of ``hia::condition_queries``, in the interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hia_kernels import condition_queries, last_backend, use_backend
+from hia_kernels.core import triton_support
+from hia_kernels.ops.condition_queries.reference import condition_queries_ref
+from tests.inputs import condition_queries_inputs as make_inputs
+from tests.ops.harness import (
+    DTYPES,
+    assert_autocast,
+    assert_identical,
+    assert_matches,
+    assert_repeatable,
+    forward_backward,
+    opcheck,
+)
+from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
+
+pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
+pytestmark = pytest.mark.interpreter
+
+OP = "condition_queries"
+CASES = [
+    pytest.param(40, 3, {}, id="three-samples"),
+    pytest.param(4, 9, {"bias": False}, id="rows-twice-no-bias"),
+    pytest.param(9, 0, {}, id="no-samples"),
+    pytest.param(1, 1, {"channels": 16, "queries": 1, "dim": 16}, id="one-token-one-query"),
+    pytest.param(37, 5, {"channels": 300, "queries": 70, "dim": 150}, id="ragged"),
+    pytest.param(30, 37, {"queries": 3}, id="more-samples-than-a-tile"),
+    pytest.param(9, 2, {"queries": 0}, id="no-queries"),
+]
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize(("tokens", "samples", "options"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(tokens, samples, options, dtype, triton_device):
+    inputs = make_inputs(tokens, samples, dtype, triton_device, **options)
+    assert_matches(OP, condition_queries, condition_queries_ref, inputs, dtype)
+    assert last_backend(OP) == "triton"
+
+
+def test_partial_gradients(triton_device):
+    inputs = make_inputs(9, 3, torch.float32, triton_device)
+    hidden, row_idx, weight, _, _ = inputs.values()
+    arguments = (torch.randn(32, 5, 3, device=triton_device).permute(2, 1, 0), hidden, row_idx, weight)
+    complete = torch.ops.hia.condition_queries_bwd(*arguments, [True] * 4)
+    for position in range(4):
+        mask = [position == other for other in range(4)]
+        assert torch.equal(torch.ops.hia.condition_queries_bwd(*arguments, mask)[position], complete[position])
+        torch.library.opcheck(torch.ops.hia.condition_queries_bwd.default, (*arguments, mask))
+
+
+def test_opcheck_and_strides(triton_device):
+    inputs = make_inputs(9, 3, torch.float32, triton_device, channels=16, dim=8)
+    opcheck(OP, torch.ops.hia.condition_queries.default, inputs)
+    for name in ("hidden", "weight", "queries"):
+        inputs[name] = inputs[name].T.contiguous().T
+    assert_matches(OP, condition_queries, condition_queries_ref, inputs, torch.float32)
+
+
+def test_nan_beyond_what_is_named_does_not_leak(triton_device):
+    inputs = make_inputs(40, 3, torch.float32, triton_device)
+    untouched = torch.ones(40, dtype=torch.bool, device=triton_device).index_fill(0, inputs["row_idx"], False)
+    hidden = torch.full((42, 80), float("nan"), device=triton_device)[1:-1, 8:56].copy_(inputs["hidden"])
+    hidden[untouched] = float("nan")
+    weight = torch.full((34, 80), float("nan"), device=triton_device)[1:-1, 8:56].copy_(inputs["weight"])
+    queries = torch.full((7, 80), float("nan"), device=triton_device)[1:-1, 8:40].copy_(inputs["queries"])
+    clean = forward_backward(OP, condition_queries, inputs)
+    dirty = {**inputs, "hidden": hidden, "weight": weight, "queries": queries}
+    assert_identical(forward_backward(OP, condition_queries, dirty), clean)
+    assert not clean["dhidden"][untouched].any()
+
+
+def test_two_runs_are_bit_identical(triton_device):
+    assert_repeatable(OP, condition_queries, make_inputs(4, 30, torch.float32, triton_device))
+
+
+def test_zero_weight_gives_the_queries_themselves(triton_device):
+    inputs = make_inputs(40, 3, torch.bfloat16, triton_device, bias=False)
+    inputs["weight"] = torch.zeros_like(inputs["weight"])
+    assert torch.equal(condition_queries(**inputs), inputs["queries"].expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype, triton_device):
+    inputs = make_inputs(9, 3, torch.float32, triton_device)
+    cast = ("hidden", "weight", "bias", "queries")
+    assert_autocast(OP, condition_queries, inputs, dtype, cast=cast, out_dtype=dtype)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    tokens=st.integers(1, 30), samples=st.integers(1, 20), channels=st.integers(1, 300), queries=st.integers(1, 70),
+    dim=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(tokens, samples, channels, queries, dim, dtype):
+    inputs = make_inputs(tokens, samples, dtype, channels=channels, queries=queries, dim=dim)
+    if triton_support.interpreted():
+        assert_matches(OP, condition_queries, condition_queries_ref, inputs, dtype)
