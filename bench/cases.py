@@ -16,9 +16,16 @@ from hia.config import HiAConfig
 
 Size = tuple[int, int]  # height, width, pixels
 
-OPS = ("stem", "conv_norm_act", "condition_queries", "cross_attention", "norm_linear", "inject_rows")
-COMPOSITES = ("encode", "extract", "inject", "adapter_layer", "second_question", "adapter_train_step")
-ENCODER_OPS = ("stem", "conv_norm_act", "encode")
+OPS = (
+    "stem", "conv_norm_act", "condition_queries", "cross_attention", "norm_linear", "inject_rows", "row_softmax",
+    "latent_attention",
+)  # fmt: skip
+COMPOSITES = (
+    "encode", "extract", "inject", "adapter_layer", "second_question", "adapter_train_step", "encode_train_step",
+)  # fmt: skip
+ENCODER_OPS = ("stem", "conv_norm_act", "encode", "encode_train_step")
+TRAIN_STEPS = ("adapter_train_step", "encode_train_step")
+ABSORBED_OPS = ("row_softmax", "latent_attention")  # what is left of the attention once its projections are absorbed
 WITH_ENCODER = ("adapter_layer", "adapter_train_step")
 
 # LLaMA-2: hidden size, decoder layers
@@ -47,6 +54,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "conv_norm_act": tuple(CONVOLUTIONS),
     "cross_attention": ("extract", "inject"),
     "norm_linear": ("queries", "features", "visual", "extracted"),
+    "latent_attention": ("folded", "deep"),  # the latent: projected and normed features, or the features themselves
 }
 # what a GPU run without names measures first, and the only shapes it compiles for
 FIRST = ("13b-896-2img", "13b-released-896-2img", "px896")
@@ -70,6 +78,7 @@ class ImageCase:
         name: of the case.
         sizes: (height, width) of each image, pixels.
         width: channels of the encoder's stem; it ends in 32 times that.
+        bits: of a pixel, 8 or 16.
         sets: "cpu", "gpu" (what a run without ``--case`` measures there), "quick", and "dispatch": small enough
             to show what a call costs before it computes.
     """
@@ -77,6 +86,7 @@ class ImageCase:
     name: str
     sizes: tuple[Size, ...]
     width: int = 64
+    bits: int = 8
     sets: tuple[str, ...] = ()
 
     @property
@@ -99,7 +109,7 @@ class LayerCase:
         text_tokens: rows beside the images'.
         width: channels of the encoder's stem.
         dim: the adapter's width where it isn't the preset's.
-        sets: as in :class:`ImageCase`.
+        sets: as in :class:`ImageCase`; "absorbed" is the GPU's for :data:`ABSORBED_OPS`.
     """
 
     name: str
@@ -203,6 +213,8 @@ def _image_cases() -> list[ImageCase]:
     squares = [ImageCase(f"px{side}", ((side, side),), sets=("gpu",)) for side in RESOLUTIONS]
     return [
         *squares,
+        ImageCase("px2048", ((2048, 2048),)),
+        ImageCase("px2048-16bit", ((2048, 2048),), bits=16),
         ImageCase("px224", ((224, 224),), sets=("cpu",)),
         ImageCase("px-chest", (CHEST,)),
         ImageCase("px-ragged", (CHEST, PELVIS, KNEE, HAND), sets=("gpu",)),
@@ -226,9 +238,12 @@ def _layer_cases() -> list[LayerCase]:
     for side in RESOLUTIONS:
         for images in (1, 2):
             chosen = ("gpu",) if (side, images) == (896, 2) else ()
-            cases.append(_square("13b", side, images, 1, "released", *chosen))
+            alone = ("absorbed",) if images == 1 and side in (896, 4096) else ()
+            cases.append(_square("13b", side, images, 1, "released", *chosen, *alone))
             cases.append(_square("7b", side, images, 1, "released", *chosen))
-            cases.append(_square("13b", side, images, 1, "lite", *chosen))
+            cases.append(_square("13b", side, images, 1, "lite", *chosen, *alone))
+    # 12544 features, for the attention alone
+    cases += [_square("13b", 3584, 1, 1), *(_square(host, 3584, 1, 1, "released") for host in ("13b", "7b"))]
     ragged = ((CHEST, CHEST), (KNEE,), (HAND, PELVIS), (ANKLE,))
     cases += [
         LayerCase("13b-ragged-b4", "13b", "paper", ragged, sets=("gpu",)),
@@ -270,6 +285,8 @@ def workloads(op: str) -> list[Workload]:
     found = [case for case in CASES.values() if isinstance(case, kind)]
     if op in ("stem", "conv_norm_act"):  # the encoder runs one image at a time
         found = [case for case in found if len(case.sizes) == 1]
+    if op in ABSORBED_OPS:  # with the many narrow heads of the paper's preset absorbing costs more than it saves
+        found = [case for case in found if case.preset != "paper" or case.host == "tiny"]
     return [Workload(op, case, role) for case in found for role in ROLES.get(op, ("",))]
 
 
@@ -277,6 +294,8 @@ def in_set(workload: Workload, name: str) -> bool:
     """Whether a run without ``--case`` has it. To the other ops, ragged cases and the released preset are other
     numbers of rows, nothing more: those stay with the attention and the composites."""
     case = workload.case
+    if workload.op in ABSORBED_OPS and name == "gpu":
+        return "absorbed" in case.sets
     if name not in case.sets:
         return False
     if name == "cpu":
@@ -287,4 +306,4 @@ def in_set(workload: Workload, name: str) -> bool:
         if workload.op == "adapter_train_step" and case.preset != "released":
             return False
     main = isinstance(case, ImageCase) or (case.is_even and case.preset != "released")
-    return main or workload.op in ("cross_attention", *COMPOSITES)
+    return main or workload.op in ("cross_attention", *ABSORBED_OPS, *COMPOSITES)

@@ -8,10 +8,12 @@ Both classes have a method per composite, which takes the inputs of :func:`bench
 - ``adapter_layer(images, windows, hidden, layout)``: a first question at one decoder layer, encoding included.
 - ``second_question(maps, hidden, layout)``: the same layer for a later question, the features cached.
 - ``adapter_train_step``: ``adapter_layer``, differentiated in every parameter and in ``hidden``.
+- ``encode_train_step``: ``encode``, differentiated in every parameter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,14 +22,25 @@ from torch import Tensor, nn
 
 import hia
 from hia.adapter import HiAAdapter
+from hia.extractor import PackedFeatures, Side
 from hia.features import ImageFeatures
 from hia.layout import CallLayout
+from hia.plan import AUTO, Form, choose, extract_forms, inject_forms
 
 from .baselines.released import MEAN, STD, ReleasedHiA, ReleasedInjection
 from .cases import ImageCase, LayerCase
-from .inputs import PIXEL_TOP, Inputs
+from .inputs import Inputs
 
 Outputs = tuple[Tensor, ...]
+TEXTBOOK = "textbook/textbook"
+# which of a layer's parts a composite has
+PARTS: dict[str, tuple[str, ...]] = {
+    "extract": ("extract",),
+    "inject": ("inject",),
+    "adapter_layer": ("extract", "inject"),
+    "second_question": ("extract", "inject"),
+    "adapter_train_step": ("extract", "inject"),
+}
 
 
 def layer_case(case: ImageCase | LayerCase) -> LayerCase:
@@ -38,13 +51,64 @@ def layer_case(case: ImageCase | LayerCase) -> LayerCase:
 
 
 class HiAStep(nn.Module):
-    """The adapter with one layer."""
+    """The adapter with one layer.
 
-    def __init__(self, case: ImageCase | LayerCase) -> None:
+    Args:
+        case: its shapes.
+        plan: forms of the maths, as ``HiAConfig.plan``.
+    """
+
+    def __init__(self, case: ImageCase | LayerCase, plan: str = AUTO) -> None:
         super().__init__()
-        config = layer_case(case).config
+        self.case = layer_case(case)
+        config = dataclasses.replace(self.case.config, plan=plan)
         self.adapter = HiAAdapter(config)
         self.layer = config.layer_indices[0]
+        self.sides: tuple[dict[int, Side], ...] = ()
+
+    @torch.no_grad()
+    def prepare(self, op: str, inputs: Inputs) -> None:
+        """What is done once before the first question; before a second one also what ``encode_images`` keeps."""
+        self.adapter.prepare()
+        if op == "second_question":
+            alone = [ImageFeatures((features,)).packed() for features in inputs["maps"]]
+            self.sides = tuple(self.adapter.sides(image, AUTO) for image in alone)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what is kept of the images beside their features."""
+        return sum(side.tokens.nbytes for sides in self.sides for side in sides.values())
+
+    def forms(self, op: str, inputs: Inputs, *, gradients: bool) -> dict[str, dict[str, Form]]:
+        """For each part of a composite the form the plan chooses here, and the textbook's, as "textbook".
+
+        Args:
+            op: the composite.
+            inputs: of the call.
+            gradients: whether it records them.
+        """
+        layer, found = self.adapter.layer(self.layer), {}
+        for part in PARTS.get(op, ()):
+            with torch.set_grad_enabled(gradients):
+                if part == "extract":
+                    batch = inputs["layout"].instruction_rows.shape[0]
+                    sizes = layer.extractor.sizes(self._features(inputs), batch)
+                    forms, forced = extract_forms(sizes), layer.extractor.form
+                else:
+                    sizes = layer.injection.sizes(inputs["layout"], inputs["hidden"])
+                    forms, forced = inject_forms(sizes), layer.injection.form
+            named = {form.name: form for form in forms}
+            chosen = choose(part, forced, sizes, inputs["hidden"].device.type)
+            found[part] = {"chosen": named[chosen], "textbook": named["textbook"]}
+        return found
+
+    def _features(self, inputs: Inputs) -> PackedFeatures:
+        """The call's, or their shapes where they are yet to be encoded."""
+        if "maps" in inputs:
+            return ImageFeatures(inputs["maps"], self.sides).packed()
+        lengths = tuple(self.case.feature_lengths)
+        tokens = inputs["hidden"].new_empty(sum(lengths), self.case.channels, device="meta")
+        return PackedFeatures(tokens, tokens, max(lengths), lengths)
 
     def encode(self, images: Sequence[Tensor], windows: Tensor) -> Outputs:
         """One [H', W', C] per image."""
@@ -63,13 +127,14 @@ class HiAStep(nn.Module):
 
     def second_question(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([B, S, D1],)."""
-        return (self.adapter.layer(self.layer)(hidden, ImageFeatures(maps).packed(), layout),)
+        return (self.adapter.layer(self.layer)(hidden, ImageFeatures(maps, self.sides).packed(), layout),)
 
     def adapter_layer(self, images: Sequence[Tensor], windows: Tensor, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([B, S, D1],)."""
         return self.second_question(self.encode(images, windows), hidden, layout)
 
     adapter_train_step = adapter_layer
+    encode_train_step = encode
 
     def canonical(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """By the names both classes share."""
@@ -117,10 +182,13 @@ class ReleasedStep(nn.Module):
         return next(iter(self.port.gate_Con.values()))
 
     @staticmethod
-    def normalised(images: Sequence[Tensor]) -> list[Tensor]:
+    def normalised(images: Sequence[Tensor], windows: Tensor) -> list[Tensor]:
         """[1, 3, H, W] each: what its image processor hands over, made before anything is timed."""
         mean, std = (torch.tensor(value, device=images[0].device).view(3, 1, 1) for value in (MEAN, STD))
-        return [((image.permute(2, 0, 1).float() / PIXEL_TOP - mean) / std)[None] for image in images]
+        return [
+            ((image.permute(2, 0, 1).float() / top - mean) / std)[None]
+            for image, (_, top) in zip(images, windows, strict=True)
+        ]
 
     def encode(self, images: Sequence[Tensor], windows: Tensor) -> Outputs:
         """One [H', W', C] per image, ``images`` being :meth:`normalised`; a view of its [1, N, C]."""
@@ -191,12 +259,15 @@ class ReleasedStep(nn.Module):
         return self.second_question(self.encode(images, windows), hidden, layout)
 
     adapter_train_step = adapter_layer
+    encode_train_step = encode
 
     def canonical(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By ours: renamed, the packed projections split."""
+        """By ours: renamed, the packed projections split, without the convolutions' biases where ours has none."""
+        with torch.device("meta"):
+            ours = {name.removeprefix("adapter.") for name, _ in HiAStep(self.case).named_parameters()}
         named = {name.removeprefix("port.").replace("attn.attention.", "attn."): g for name, g in gradients.items()}
         hidden = {"hidden": gradients["hidden"]} if "hidden" in gradients else {}
-        return hia.convert_released(named) | hidden
+        return {name: g for name, g in hia.convert_released(named).items() if name in ours} | hidden
 
 
 def make_weights(case: ImageCase | LayerCase, dtype: torch.dtype, device: str, seed: int = 1) -> dict[str, Tensor]:
@@ -222,6 +293,7 @@ def used_weights(op: str, weights: dict[str, Tensor] | None) -> dict[str, Tensor
     """Those that the composite reads; none for an op."""
     parts = {
         "encode": ("encoder.",),
+        "encode_train_step": ("encoder.",),
         "extract": (".extractor.", "adapter.feature_projection."),
         "inject": (".injection.",),
         "second_question": (".extractor.", ".injection.", "adapter.feature_projection."),
@@ -242,10 +314,10 @@ def _shaped(name: str, values: Tensor) -> Tensor:
     return values.mul_(0.1)
 
 
-def our_step(case: ImageCase | LayerCase, weights: dict[str, Tensor]) -> HiAStep:
+def our_step(case: ImageCase | LayerCase, weights: dict[str, Tensor], plan: str = AUTO) -> HiAStep:
     """Ours with these weights, in their dtype and on their device, in eval mode; parameters want gradients."""
     with torch.device("meta"):
-        step = HiAStep(case)
+        step = HiAStep(case, plan)
     step.load_state_dict(weights, assign=True)
     return step.eval()
 
@@ -278,5 +350,6 @@ def arguments_of(step: HiAStep | ReleasedStep, op: str, inputs: Inputs) -> dict[
     """The inputs, in the form that ``step`` takes them."""
     if isinstance(step, ReleasedStep) and "images" in inputs:
         dtype = step.port.spm.stem.conv1.weight.dtype
-        return {**inputs, "images": [image.to(dtype) for image in step.normalised(inputs["images"])]}
+        images = step.normalised(inputs["images"], inputs["windows"])
+        return {**inputs, "images": [image.to(dtype) for image in images]}
     return dict(inputs)

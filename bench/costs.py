@@ -1,4 +1,8 @@
-"""FLOPs and bytes of a workload: of the mathematics as it is written down, whatever a provider does instead."""
+"""FLOPs and bytes of a workload: of the mathematics as it is written down, whatever a provider does instead.
+
+A composite's mathematics has cheaper exact forms; :func:`least_flops` is of the cheapest, and what its floor is
+made of.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import hia_kernels
+from hia.plan import Sizes, extract_forms, inject_forms
 
-from .cases import ImageCase, LayerCase, Workload
-from .composites import our_step, used_weights
+from .cases import TRAIN_STEPS, ImageCase, LayerCase, Workload
+from .composites import PARTS, TEXTBOOK, our_step, used_weights
 from .inputs import DIFFERENTIABLE, Inputs
 
 # products of the attention's backward over those of its forward: scores once more, dv, dp, dq, dk
@@ -35,6 +40,32 @@ def flops(workload: Workload, inputs: Inputs, weights: dict[str, Tensor] | None,
         return forward
     both = _count(workload, inputs, weights, gradients=True) - round(_overcount(workload) * (1 + ATTENTION_BACKWARD))
     return both if mode == "both" else both - forward
+
+
+def least_flops(workload: Workload, textbook: int, itemsize: int) -> int:
+    """Of the cheapest exact form known, which a floor must not be above; ``textbook`` where there is one form only.
+
+    Args:
+        workload: op or composite.
+        textbook: its FLOPs by :func:`flops`.
+        itemsize: bytes of an element.
+    """
+    case, training = workload.case, workload.op in TRAIN_STEPS
+    if not isinstance(case, LayerCase):
+        return textbook
+    config = case.config
+    sizes = Sizes(
+        hidden_size=case.hidden_size, dim=config.dim, heads=config.num_heads, queries=case.num_queries,
+        channels=case.channels, samples=case.batch, features=tuple(case.feature_lengths),
+        visual=(case.visual_tokens,) * case.images, itemsize=itemsize, training=training, prepared=not training,
+        sharing=len(config.layer_indices) if config.shared_projection else 0,
+        cached=("kv",) if workload.op == "second_question" else (),
+    )  # fmt: skip
+    saved = 0.0
+    for part in PARTS.get(workload.op, ()):
+        counts = {form.name: form.flops for form in (extract_forms if part == "extract" else inject_forms)(sizes)}
+        saved += counts["textbook"] - min(counts.values())
+    return textbook - round(saved)
 
 
 def _count(workload: Workload, inputs: Inputs, weights: dict[str, Tensor] | None, *, gradients: bool) -> int:
@@ -64,8 +95,8 @@ def _callable(
 ) -> tuple[Callable[[], Any], list[Tensor]]:
     if weights is None:
         leaves = [arguments[name] for name in DIFFERENTIABLE[workload.op] if arguments[name] is not None]
-        return lambda: (getattr(hia_kernels, workload.op)(**arguments),), leaves
-    step = our_step(workload.case, {name: fake(tensor) for name, tensor in weights.items()})
+        return lambda: tree_leaves(getattr(hia_kernels, workload.op)(**arguments)), leaves
+    step = our_step(workload.case, {name: fake(tensor) for name, tensor in weights.items()}, TEXTBOOK)
     leaves = list(step.parameters()) + ([arguments["hidden"]] if "hidden" in arguments else [])
     return lambda: getattr(step, workload.op)(**arguments), leaves
 
@@ -96,7 +127,11 @@ def moved_bytes(workload: Workload, inputs: Inputs, weights: dict[str, Tensor] |
     if mode in ("forward", "dispatch"):
         return read + written
     gradients = _gradient_bytes(workload, inputs, weights)
-    saved = 2 * _nbytes(outs) if workload.op == "cross_attention" else _nbytes(outs)  # out beside dout
+    saved = _nbytes(outs)
+    if workload.op in ("cross_attention", "latent_attention"):  # out beside dout
+        saved *= 2
+    if workload.op == "row_softmax":  # the probabilities instead of the scores, and dout
+        read, saved = 0, 2 * saved
     if workload.op == "inject_rows":
         read -= _nbytes(inputs["hidden"])  # never saved: its gradient is dout
     backward = read + saved + gradients

@@ -21,6 +21,7 @@ from . import formulas, methods
 from .hosts import BASE_RESOLUTION, HostSpec
 from .images import ImageSource
 from .measure import CudaPeak, ProcessPeak, process_peak_unavailable
+from .tracking import held_beside
 
 LABELS = {
     "plain": "plain: LLaVA as it is, the images shrunk to 336",
@@ -187,12 +188,13 @@ class Subject:
         return list(module.parameters())
 
     def own_bytes(self) -> int:
-        """Parameters, buffers and inputs: what is alive before the first repetition."""
+        """Parameters, buffers, folded weights, inputs, kept features: what is alive before the first repetition."""
         tensors: dict[int, int] = {}
-        held = [*self.model.parameters(), *self.model.buffers(), *_tensors(self.inputs)]
+        held = [*self.model.parameters(), *self.model.buffers(), *held_beside(self.model), *_tensors(self.inputs)]
         for tensor in held:
             tensors[tensor.data_ptr()] = tensor.nbytes
-        return sum(tensors.values())
+        features = self.inputs.get("features")
+        return sum(tensors.values()) + (0 if features is None else features.nbytes)
 
     def least_bytes(self) -> int:
         """What one repetition must at least read: every parameter it uses once; decoding needs no encoder."""
@@ -245,6 +247,9 @@ class Subject:
             index = self.inputs["instruction_index"]
             self.inputs["instruction_index"] = torch.full_like(index, last) if isinstance(index, Tensor) else last
         self.inputs["labels"] = labels
+        if self.provider == "hia":  # what was folded would be out of date after the first step
+            self.model.unprepare()
+            self._stack.callback(self.model.prepare)
         self._stack.enter_context(training(self.model, self.host, self.setting.checkpointing))
         parameters = self.trained()
         for parameter in parameters:
@@ -320,7 +325,10 @@ def flops(provider: str, setting: Setting, case: Case) -> int | None:
         return None
     resolution = resolution_seen(provider, case.resolution)
     text = len(setting.text)
-    return case.batch * formulas.prefill_flops(method_of(provider), setting.spec, resolution, case.images, text)
+    return case.batch * formulas.prefill_flops(
+        method_of(provider), setting.spec, resolution, case.images, text, device=setting.device,
+        itemsize=setting.dtype.itemsize,
+    )  # fmt: skip
 
 
 def free(device: str) -> None:

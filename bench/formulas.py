@@ -1,13 +1,18 @@
 """FLOPs of every method by hand, from config numbers alone: the cross-check of what was counted.
 
 2 per multiply-add; matrix products and convolutions; attention in full. Prefill of one sample, logits of the
-last token.
+last token. Which form of its maths our adapter takes is asked of :mod:`hia.plan`; what the form costs is written
+down here again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
+
+from hia import HiAConfig
+from hia.plan import AUTO, DEEP_PAD, choose, sizes_of
 
 from . import methods
 from .hosts import BASE_RESOLUTION, HostSpec, visual_tokens
@@ -24,33 +29,70 @@ class AdapterShape:
         queries: M.
         channels: C of the encoder's features.
         injections: number of decoder layers.
+        heads: H.
         shared_projection: the features pass C -> D1 once, then D1 -> D in each layer (released maths);
             otherwise C -> D in each layer.
+        forms: of extracting and of injecting, by :mod:`hia.plan`'s names.
     """
 
     dim: int
     queries: int = 256
     channels: int = 2048
     injections: int = 2
+    heads: int = 8
     shared_projection: bool = False
+    forms: tuple[str, str] = ("textbook", "textbook")
 
 
-def prefill_flops(method: str, spec: HostSpec, resolution: int, images: int, text_tokens: int) -> int:
-    """FLOPs of one prefill."""
-    tokens = methods.sequence_length(method, resolution, images, text_tokens)
-    total = llm_flops(spec.text, tokens)
+def prefill_flops(
+    method: str, spec: HostSpec, resolution: int, images: int, text_tokens: int, *, device: str = "cuda",
+    itemsize: int = 2,
+) -> int:  # fmt: skip
+    """FLOPs of one prefill.
+
+    Args:
+        method: of ``methods.METHODS``.
+        spec: of the host.
+        resolution: side of the images, pixels.
+        images: in the sample.
+        text_tokens: beside them.
+        device: "cpu" or "cuda", for which our adapter plans.
+        itemsize: bytes of an element.
+    """
+    total = outside_flops(method, spec, resolution, images, text_tokens)
+    if method in ("baseline", "anyres"):
+        return total
+    return total + layers_flops(method, spec, resolution, images, device, itemsize)
+
+
+def outside_flops(method: str, spec: HostSpec, resolution: int, images: int, text_tokens: int) -> int:
+    """Of a prefill all but the adapter's layers: LLM, CLIP, and the high-resolution encoder."""
+    total = llm_flops(spec.text, methods.sequence_length(method, resolution, images, text_tokens))
     if method == "baseline":
         return total + images * _seen(spec, visual_tokens(resolution))
     base = visual_tokens(BASE_RESOLUTION)
     if method == "anyres":
         down, across = methods.anyres_grid(resolution)
         return total + images * (1 + down * across) * _seen(spec, base)
-    total += images * _seen(spec, base)
+    return total + images * (_seen(spec, base) + resnet50_flops(resolution))
+
+
+def layers_flops(
+    method: str, spec: HostSpec, resolution: int, images: int, device: str = "cuda", itemsize: int = 2
+) -> int:
+    """The HiA layers without the encoder, of "hia" or "released"; ours prepared."""
     width = int(spec.text["hidden_size"])
-    shape = AdapterShape(width, shared_projection=method == "released")
-    # the released code conditions the queries once per image, ours once per sample
-    query_sets = images if method == "released" else 1
-    return total + adapter_flops(shape, width, resolution, images, query_sets)
+    if method == "released":  # it conditions the queries once per image, ours once per sample
+        shape = AdapterShape(width, shared_projection=True)
+        return adapter_flops(shape, width, resolution, images, query_sets=images)
+    host = SimpleNamespace(
+        hidden_size=width, num_hidden_layers=int(spec.text["num_hidden_layers"]), model_type="llama"
+    )  # fmt: skip
+    config = HiAConfig.paper(host)
+    sizes = sizes_of(config, [(resolution, resolution)] * images, visual_tokens(BASE_RESOLUTION), 1, itemsize)
+    sizes = replace(sizes, prepared=True)
+    forms = choose("extract", AUTO, sizes, device), choose("inject", AUTO, sizes, device)
+    return adapter_flops(AdapterShape(width, heads=config.num_heads, forms=forms), width, resolution, images, 1)
 
 
 def llm_flops(text: dict[str, Any], tokens: int) -> int:
@@ -74,22 +116,49 @@ def _seen(spec: HostSpec, patches: int) -> int:
 
 
 def adapter_flops(shape: AdapterShape, host_width: int, resolution: int, images: int, query_sets: int) -> int:
-    """Encoder and all injections, for ``images`` images."""
+    """All injections for ``images`` images, and the projection that the released layers share."""
     features = feature_count(resolution)
     shared = 2 * features * shape.channels * host_width if shape.shared_projection else 0
-    layers = shape.injections * injection_flops(shape, host_width, features, images, query_sets)
-    return images * (resnet50_flops(resolution) + shared) + layers
+    return images * shared + shape.injections * injection_flops(shape, host_width, features, images, query_sets)
 
 
 def injection_flops(shape: AdapterShape, host_width: int, features: int, images: int, query_sets: int) -> int:
     """One layer: condition, extract, inject; ``features`` tokens an image."""
-    dim, queries, visual = shape.dim, shape.queries, visual_tokens(BASE_RESOLUTION)
+    dim, queries = shape.dim, shape.queries
     per_set = 2 * host_width * dim + 2 * queries * dim * dim
-    incoming = host_width if shape.shared_projection else shape.channels
-    extract = 2 * features * (incoming * dim + 2 * dim * dim) + 4 * queries * features * dim + 2 * queries * dim * dim
-    inject = 2 * visual * host_width * dim + 4 * queries * dim * dim + 4 * visual * queries * dim
-    inject += 2 * visual * dim * host_width
-    return query_sets * per_set + images * (extract + inject)
+    read = images * features * _token_flops(shape, host_width)
+    if shape.forms[0].endswith("absorbed"):  # queries through W_k a sample, results through W_v an image
+        read += 2 * (query_sets + images) * queries * dim * _latent_width(shape)
+    out = 2 * images * queries * dim * dim
+    return query_sets * per_set + read + out + images * _inject_flops(shape, host_width)
+
+
+def _latent_width(shape: AdapterShape) -> int:
+    return shape.channels + DEEP_PAD if shape.forms[0].startswith("deep") else shape.dim
+
+
+def _token_flops(shape: AdapterShape, host_width: int) -> int:
+    """What extracting does with one feature token."""
+    dim, form = shape.dim, shape.forms[0]
+    wide = shape.channels + DEEP_PAD
+    if form.startswith("deep"):
+        before = 2 * wide * min(dim, wide)  # its norm
+    elif form.startswith("folded") or not shape.shared_projection:
+        before = 2 * shape.channels * dim
+    else:
+        before = 2 * host_width * dim
+    if form.endswith("absorbed"):
+        return before + 4 * shape.heads * shape.queries * _latent_width(shape)
+    return before + 4 * (wide if form == "deep_kv" else dim) * dim + 4 * shape.queries * dim
+
+
+def _inject_flops(shape: AdapterShape, host_width: int) -> int:
+    """What injecting does for one image."""
+    dim, queries, visual = shape.dim, shape.queries, visual_tokens(BASE_RESOLUTION)
+    keys_values = 4 * queries * dim * dim
+    if shape.forms[1] == "absorbed":
+        return keys_values + 4 * queries * dim * host_width + 4 * visual * shape.heads * queries * host_width
+    return keys_values + 4 * visual * host_width * dim + 4 * visual * queries * dim
 
 
 def feature_count(resolution: int) -> int:

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from .cases import Workload
-from .composites import our_step
+from .composites import TEXTBOOK, our_step
 from .inputs import DIFFERENTIABLE, Inputs
 from .plain import REFERENCES, replacing_ops
-from .tolerance import mismatch, rel_rms
+from .tolerance import UNIT_ROUNDOFF, mismatch, rel_rms
 
 EXACT = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 OUT_SLACK, GRADIENT_SLACK = 2, 4  # in roundings, as the ops' tests have them
+# Behind ReLUs and max-pools a rounding puts a share u of the activations on the other side of a kink; each then has
+# another gradient altogether, which makes sqrt(u) of the encoder's, or nothing where by chance none was that close.
+# Plain fp32 PyTorch against fp64 on ResNet-50 at 224 pixels, eager and released with three seeds each: 8e-7 to 4.2e-3,
+# so its error in one run bounds nobody else's. In 16 bits so many flip that it does.
+KINKED, KINK_SLACK = "dencoder", 32
 
 Outputs = tuple[Tensor, ...]
 
@@ -30,6 +35,7 @@ class Bound:
         leaves: what gradients are taken of, by the provider's names; they require them.
         canonical: gradients by its names to what is compared: :func:`by_argument` or :func:`by_part`.
         restore: undo what a call in place has done.
+        limit: what a row is a limit of, that computes no result to check; else "".
         notes: for the record's ``extra``, read after a call.
     """
 
@@ -37,6 +43,7 @@ class Bound:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     canonical: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     restore: Callable[[], None] = lambda: None
+    limit: str = ""
     notes: Callable[[], dict[str, Any]] = dict
 
 
@@ -83,10 +90,15 @@ class Truth:
         for name, exact in self.exact.items():
             slack = OUT_SLACK if name.startswith("out") else GRADIENT_SLACK
             problem = mismatch(name, results[name], exact, self.plain[name], dtype=self.dtype, slack=slack)
-            if problem is not None:
+            if problem is not None and not self._flipped(name, results[name], exact):
                 return problem, rel_rms(results[name], exact) if results[name].shape == exact.shape else float("nan")
             worst = max(worst, rel_rms(results[name], exact))
         return None, worst
+
+    def _flipped(self, name: str, result: Tensor, exact: Tensor) -> bool:
+        """Whether kinks explain the difference."""
+        comparable = name == KINKED and self.dtype == torch.float32 and result.shape == exact.shape
+        return comparable and rel_rms(result, exact) <= KINK_SLACK * UNIT_ROUNDOFF[self.dtype] ** 0.5
 
 
 def results_of(bound: Bound, like: dict[str, Tensor] | None, *, gradients: bool) -> dict[str, Tensor]:
@@ -193,7 +205,7 @@ def _reference(
             REFERENCES[workload.op], inputs, DIFFERENTIABLE[workload.op], gradients=gradients
         )  # fmt: skip
         return results_of(bound, None, gradients=gradients)
-    step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in weights.items()})
+    step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in weights.items()}, TEXTBOOK)
     with replacing_ops(REFERENCES):
         return results_of(bind_step(step, workload.op, inputs, gradients=gradients), None, gradients=gradients)
 
@@ -208,6 +220,8 @@ def _cast(values: dict[str, Any] | None, exact: torch.dtype, dtype: torch.dtype)
     def convert(name: str, value: Any) -> Any:
         if isinstance(value, tuple) and all(isinstance(item, Tensor) for item in value):
             return tuple(convert(name, item) for item in value)
+        if isinstance(value, torch.dtype) and value == dtype:  # an output's
+            return exact
         if isinstance(value, Tensor) and value.is_floating_point() and name not in fixed:
             return value.to(exact)
         return value

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hia.config import IMAGENET_MEAN, IMAGENET_STD
 from hia.layout import CallLayout, build_layout
+from hia.plan import DEEP_PAD
 
 from .cases import CONVOLUTIONS, ImageCase, LayerCase, Size, Workload, halved
 
@@ -27,6 +28,8 @@ DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
     "cross_attention": ("q", "k", "v"),
     "norm_linear": ("x", "norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("hidden", "update", "weight", "bias"),
+    "row_softmax": ("scores",),
+    "latent_attention": ("q", "latent"),
 }
 # what is a layer's parameter rather than what flows through it
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -36,8 +39,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "cross_attention": (),
     "norm_linear": ("norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("weight", "bias"),
+    "row_softmax": (),
+    "latent_attention": (),
 }
-PIXEL_TOP = 255.0
 STEM_KERNEL = 7
 
 
@@ -59,10 +63,11 @@ class Draw:
         """A norm's weights."""
         return self.normal(*shape, scale=0.25, dtype=dtype).add_(1)
 
-    def pixels(self, size: Size) -> Tensor:
-        """[H, W, 1] uint8."""
+    def pixels(self, size: Size, bits: int = 8) -> Tensor:
+        """[H, W, 1] uint8 or uint16."""
         shape = (*size, 1)
-        return torch.randint(0, 256, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
+        values = torch.randint(0, 2**bits, shape, generator=self.generator, device=self.device, dtype=torch.int32)
+        return values.to(torch.uint8 if bits == 8 else torch.uint16)
 
 
 def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -107,8 +112,8 @@ def _stem(workload: Workload, draw: Draw) -> Inputs:
     case = workload.case
     width = case.width
     return {
-        "pixels": draw.pixels(case.sizes[0])[None],
-        "window": torch.tensor([[0.0, PIXEL_TOP]], device=draw.device),
+        "pixels": draw.pixels(case.sizes[0], case.bits)[None],
+        "window": torch.tensor([[0.0, pixel_top(case)]], device=draw.device),
         "mean": torch.tensor(IMAGENET_MEAN, device=draw.device),
         "std": torch.tensor(IMAGENET_STD, device=draw.device),
         "weight": draw.normal(width, 3, STEM_KERNEL, STEM_KERNEL, scale=(3 * STEM_KERNEL**2) ** -0.5),
@@ -193,9 +198,36 @@ def _inject_rows(workload: Workload, draw: Draw) -> Inputs:
     }
 
 
+def _row_softmax(workload: Workload, draw: Draw) -> Inputs:
+    """fp32 scores of one image, as the product before them leaves them; probabilities for the product behind."""
+    case = workload.case
+    rows, scale = case.num_queries * case.config.num_heads, case.config.head_dim**-0.5
+    scores = draw.normal(rows, case.feature_lengths[0], scale=1 / scale, dtype=draw.statistics)
+    return {"scores": scores, "scale": scale, "out_dtype": draw.dtype}
+
+
+def _latent_attention(workload: Workload, draw: Draw) -> Inputs:
+    """Queries that make scores of about 1, as normed ones do."""
+    case, config = workload.case, workload.case.config
+    width = config.dim if workload.role == "folded" else case.channels + DEEP_PAD
+    scale = config.head_dim**-0.5
+    return {
+        "q": draw.normal(case.images, case.num_queries * config.num_heads, width, scale=width**-0.5 / scale),
+        "latent": draw.normal(sum(case.feature_lengths), width),
+        "lengths": case.feature_lengths,
+        "softmax_scale": scale,
+    }
+
+
+def pixel_top(case: ImageCase | LayerCase) -> float:
+    """The largest value that a pixel can have."""
+    return 2.0 ** getattr(case, "bits", 8) - 1
+
+
 def _images(case: ImageCase | LayerCase, draw: Draw) -> Inputs:
-    windows = torch.tensor([[0.0, PIXEL_TOP]] * len(case.sizes), device=draw.device)
-    return {"images": [draw.pixels(size) for size in case.sizes], "windows": windows}
+    windows = torch.tensor([[0.0, pixel_top(case)]] * len(case.sizes), device=draw.device)
+    bits = getattr(case, "bits", 8)
+    return {"images": [draw.pixels(size, bits) for size in case.sizes], "windows": windows}
 
 
 def _hidden(case: LayerCase, draw: Draw) -> Inputs:
@@ -232,10 +264,13 @@ _MAKERS = {
     "cross_attention": _cross_attention,
     "norm_linear": _norm_linear,
     "inject_rows": _inject_rows,
+    "row_softmax": _row_softmax,
+    "latent_attention": _latent_attention,
     "encode": _encode,
     "extract": _extract,
     "inject": _inject,
     "adapter_layer": _first_question,
     "second_question": _extract,
     "adapter_train_step": _first_question,
+    "encode_train_step": _encode,
 }

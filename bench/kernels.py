@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import costs, environment, limits
-from .cases import FIRST, Workload
+from .cases import FIRST, TRAIN_STEPS, Workload
 from .composites import make_weights
 from .gate import Bound, Truth, backward_call, both_call, dout_like, results_of, truth_of
 from .inputs import Inputs, make_inputs
@@ -24,13 +24,26 @@ from .kernels_output import Steps, console_for, print_interrupted, print_list, p
 from .limits import DTYPES, Limits
 from .measurement import Measurement, write_records
 from .providers import GRADIENT_MODES, Provider, all_providers
-from .timing import Budget, Clock, CudaClock, DispatchClock, Samples, cpu_clock, exact_matmuls, interleaved, peak_bytes
+from .timing import (
+    Budget,
+    Clock,
+    CudaClock,
+    DispatchClock,
+    OutOfTime,
+    Samples,
+    cpu_clock,
+    exact_matmuls,
+    interleaved,
+    memory_of,
+    peak_bytes,
+    time_limit,
+)
 
 SECONDS = {"cpu": 0.25, "cuda": 0.3}  # of repetitions, for each provider of a workload in a mode
 QUICK_BUDGET = Budget(0.02, at_least=2, at_most=4)
 # composites of which a CPU run without names compiles none: the encoder takes minutes, the others are parts of
 # second_question, which it does compile
-NOT_COMPILED = ("encode", "extract", "inject", "adapter_layer", "adapter_train_step")
+NOT_COMPILED = ("encode", "extract", "inject", "adapter_layer", *TRAIN_STEPS)
 NO_KERNEL = ("no available kernel", "no operator found", "not supported", "not implemented for")
 
 
@@ -47,6 +60,10 @@ class Run:
         saves_time: nothing was asked for by name, so what takes minutes to compile is left out on CPUs.
         clock: of calls on the device.
         records: what was found so far.
+        seconds: of repetitions, for each provider of a workload in a mode; None takes the device's.
+        at_least: repetitions, however long they take.
+        compile_seconds: what a provider that compiles may take to its first result; None doesn't limit it.
+        say: told what is being done.
     """
 
     device: str
@@ -57,6 +74,17 @@ class Run:
     saves_time: bool
     clock: Clock
     records: list[Measurement] = field(default_factory=list)
+    seconds: float | None = None
+    at_least: int = 4
+    compile_seconds: float | None = None
+    say: Callable[[str], None] = lambda _: None
+
+    def budget(self, contenders: int) -> Budget:
+        """For so many of a workload in a mode."""
+        if self.quick:
+            return QUICK_BUDGET
+        seconds = SECONDS[self.device] if self.seconds is None else self.seconds
+        return Budget(seconds * contenders, at_least=self.at_least)
 
 
 @dataclass(frozen=True)
@@ -83,14 +111,25 @@ class Task:
 
 @dataclass
 class Contender:
-    """A provider that passed the gate of a workload in a mode."""
+    """A provider that passed the gate of a workload in a mode, or a limit, which has no result to check.
+
+    Attributes:
+        provider: who.
+        bound: made ready.
+        error: relative RMS; None of a limit.
+        prepare_s: to the first result, seconds.
+        call: what is timed.
+        peak: bytes, of one call.
+        activations: bytes alive between forward and backward, with the forward's results; None without gradients.
+    """
 
     provider: Provider
     bound: Bound
-    error: float
+    error: float | None
     prepare_s: float
     call: Callable[[], Any] = lambda: None
     peak: int | None = None
+    activations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +255,7 @@ def measure_workload(run: Run, workload: Workload, dtype: str, modes: Sequence[s
 def measure_modes(run: Run, subject: Subject, modes: Sequence[str], *, gradients: bool) -> None:
     """Modes that need gradients, or those that don't: every provider is bound and checked once for them."""
     torch._dynamo.reset()  # a function compiled for many shapes would be given up
+    run.say("the reference")
     truth = subject.truth(gradients=gradients)
     verdicts: dict[str, Contender | dict[str, str]] = {}
     for provider in run.providers:
@@ -225,8 +265,10 @@ def measure_modes(run: Run, subject: Subject, modes: Sequence[str], *, gradients
         if reason is not None:
             verdicts[provider.name] = {"status": "unavailable", "reason": reason}
         else:
-            verdicts[provider.name] = admit(subject, truth, provider, gradients=gradients)
+            run.say(f"checking {provider.name}")
+            verdicts[provider.name] = admit(run, subject, truth, provider, gradients=gradients)
     outs = [tensor for name, tensor in truth.plain.items() if name.startswith("out")]
+    del truth  # in twice the precision, with every gradient: more than all that is timed
     for mode in modes:
         time_mode(run, subject, verdicts, outs, mode)
 
@@ -254,10 +296,11 @@ def time_mode(
             record(run, workload, name, mode, dtype, **refused)
     if not contenders:
         return
+    run.say(f"timing {mode}")
     timed = interleaved(
         {name: contender.call for name, contender in contenders.items()},
         DispatchClock(run.device) if mode == "dispatch" else run.clock,
-        QUICK_BUDGET if run.quick else Budget(SECONDS[run.device] * len(contenders)),
+        run.budget(len(contenders)),
         shortest_ms=0.0 if run.device == "cuda" and mode != "dispatch" else 0.5,
     )
     flops = costs.flops(workload, subject.inputs, subject.weights, mode)
@@ -266,19 +309,35 @@ def time_mode(
         record_times(run, subject, mode, contenders[name], samples, flops, moved)
 
 
-def admit(subject: Subject, truth: Truth, provider: Provider, *, gradients: bool) -> Contender | dict[str, str]:
+def admit(
+    run: Run, subject: Subject, truth: Truth, provider: Provider, *, gradients: bool
+) -> Contender | dict[str, str]:
     """The provider bound and checked, or a status and a reason."""
     began = time.perf_counter()
+    seconds = run.compile_seconds if provider.compiles else None
     with warnings.catch_warnings(record=True) as caught, always_warning():
         warnings.simplefilter("always")
         try:
-            bound = provider.bind(subject.workload, subject.inputs, subject.weights, gradients=gradients)
-            problem, error = truth.check(results_of(bound, truth.exact, gradients=gradients))
+            with time_limit(seconds):
+                bound = provider.bind(subject.workload, subject.inputs, subject.weights, gradients=gradients)
+                problem, error = checked(bound, truth, gradients=gradients)
+        except OutOfTime:
+            reason = f"compiling took more than the {seconds:.0f} s it was given, which is no bound of ours to meet"
+            return {"status": "unavailable", "reason": reason}
         except Exception as raised:
             return refusal(raised, [str(warning.message) for warning in caught])
     if problem is not None:
         return {"status": "failed", "reason": f"beyond the tolerance: {problem}"}
     return Contender(provider, bound, error, time.perf_counter() - began)
+
+
+def checked(bound: Bound, truth: Truth, *, gradients: bool) -> tuple[str | None, float | None]:
+    """What is wrong with the results, and their error; a limit has none and is only run."""
+    if bound.limit:
+        with torch.no_grad():
+            bound.forward()
+        return None, None
+    return truth.check(results_of(bound, truth.exact, gradients=gradients))
 
 
 @contextmanager
@@ -311,7 +370,8 @@ def make_call(contender: Contender, mode: str, device: str) -> dict[str, str] | 
     try:
         bound.restore()
         if mode in GRADIENT_MODES:
-            outs = bound.forward()
+            kept = memory_of(bound.forward, device)
+            outs, contender.activations = kept.result, kept.left
             douts = dout_like(outs)
             contender.call = backward_call(bound, outs, douts) if mode == "backward" else both_call(bound, douts)
         else:
@@ -331,9 +391,13 @@ def record_times(
         record(run, workload, name, mode, dtype, **refusal(samples.error or RuntimeError("no repetition"), []))
         return
     p20, p50, p80 = (samples.percentile(percent) for percent in (20, 50, 80))
-    floor = run.limits.floor_ms(flops, moved, dtype)
+    least = costs.least_flops(workload, flops, DTYPES[dtype].itemsize)
+    floor = run.limits.floor_ms(least, moved, dtype)
     dispatch = mode == "dispatch"  # the device's limits say nothing about the CPU's work before a call
-    extra = {"error": contender.error, "first_call_s": round(contender.prepare_s, 3), **contender.bound.notes()}
+    known = {"error": contender.error, "limit": contender.bound.limit or None,
+             "activation_bytes": contender.activations}  # fmt: skip
+    extra = {name: value for name, value in known.items() if value is not None}
+    extra |= {"first_call_s": round(contender.prepare_s, 3), **contender.bound.notes()}
     record(
         run, workload, name, mode, dtype, status="ok", p20_ms=p20, p50_ms=p50, p80_ms=p80, noisy=samples.noisy,
         repeats=len(samples.times_ms), flops=flops, bytes=moved, peak_bytes=contender.peak, extra=extra,

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 
-from .cases import CASES, COMPOSITES, FIRST, OPS, ROLES, Workload, in_set, workloads
+from .cases import CASES, COMPOSITES, FIRST, OPS, ROLES, TRAIN_STEPS, Workload, in_set, workloads
+from .figures import FIGURES
 from .limits import DTYPES
 from .measurement import MODES
 from .providers import all_providers
 
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_DTYPES = {"cpu": ("fp32",), "cuda": ("bf16",)}
-FILTERS = ("op", "case", "provider", "mode", "dtype")
+FILTERS = ("op", "case", "provider", "mode", "dtype", "set")
+SETS = ("cpu", "gpu", "quick", "figures")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     chosen.add_argument("--op", action="append", metavar="NAME", help=f"{', '.join(OPS + COMPOSITES)}, ops, composites")
     chosen.add_argument("--case", action="append", metavar="NAME",
                         help="shapes of bench/cases.py, or all (default: the device's set)")  # fmt: skip
+    chosen.add_argument(
+        "--set",
+        metavar="NAME",
+        help="cpu, gpu or quick: what a run without --case takes there; figures: of bench/figures.py",
+    )
     chosen.add_argument("--provider", action="append", metavar="NAME", help="who is measured (default: all)")
     chosen.add_argument("--dtype", action="append", metavar="DTYPE",
                         help="fp32, bf16, fp16 (default: fp32 on the CPU, bf16 on CUDA)")  # fmt: skip
@@ -67,6 +74,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.dtype = names("--dtype", options.dtype or DEFAULT_DTYPES[options.device], tuple(DTYPES))
         options.mode = names("--mode", options.mode or MODES, MODES)
         options.provider = names("--provider", options.provider or ["*"], tuple(all_providers()))
+        if options.set is not None:
+            (options.set,) = names("--set", [options.set], SETS)
         options.plan = plan(options)
     except ValueError as error:
         parser.error(str(error))
@@ -103,8 +112,12 @@ def plan(options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
 
 
 def _default_plan(found: list[Workload], options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
-    """The device's set, and a tiny shape of every op for the cost of dispatch."""
-    device_set = "quick" if options.quick else "gpu" if options.device == "cuda" else "cpu"
+    """The set asked for, else the device's with a tiny shape of every op for the cost of dispatch."""
+    if options.set == "figures":
+        wanted = [(one.workload, one.mode) for one in FIGURES if one.mode]
+        kept = [(workload, [mode for mode in options.mode if (workload, mode) in wanted]) for workload in found]
+        return [(workload, tuple(modes)) for workload, modes in kept]
+    device_set = options.set or ("quick" if options.quick else "gpu" if options.device == "cuda" else "cpu")
     planned = []
     for workload in found:
         modes = modes_of(workload, options.mode) if in_set(workload, device_set) else ()
@@ -125,7 +138,7 @@ def _rank(workload: Workload) -> int:
 def modes_of(workload: Workload, modes: Iterable[str]) -> tuple[str, ...]:
     """Those that a workload is measured in: composites are inference, and the training step both ways; dispatch,
     what the CPU does for a call, needs a case so small that little else is left."""
-    if workload.op == "adapter_train_step":
+    if workload.op in TRAIN_STEPS:
         return tuple(mode for mode in modes if mode == "both")
     allowed = ["forward"] if workload.level == "composite" else ["forward", "backward", "both"]
     if "dispatch" in workload.case.sets:

@@ -83,7 +83,7 @@ def furthest(records: Sequence[Measurement], count: int = FURTHEST) -> list[Meas
     """Of each workload the fastest row; of those the ones with the lowest share of their floor."""
     best: dict[tuple[str, ...], Measurement] = {}
     for record in records:
-        if record.status != "ok" or record.percent_of_floor is None:
+        if record.status != "ok" or record.percent_of_floor is None or record.extra.get("limit"):
             continue
         key = (record.op, record.case, record.mode, record.dtype)
         if key not in best or record.p50_ms < best[key].p50_ms:
@@ -113,8 +113,13 @@ def _table(title: str, records: Sequence[Measurement]) -> Table:
         if record.status == "failed":
             table.add_row(*where, *[""] * 8, f"FAILED {_escaped(record.reason)}", style="red")
         else:
-            table.add_row(*where, *_numbers(record), "noisy" if record.noisy else "")
+            table.add_row(*where, *_numbers(record), _note(record))
     return table
+
+
+def _note(record: Measurement) -> str:
+    limit = record.extra.get("limit")
+    return ", ".join(filter(None, (f"limit: {limit}" if limit else "", "noisy" if record.noisy else "")))
 
 
 def _escaped(text: str | None) -> str:

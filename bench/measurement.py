@@ -139,10 +139,15 @@ def _check_number(name: str, value: Any, *, whole: bool) -> None:
         raise ValueError(f"Measurement: {name} must be {kind} of at least 0, got {value!r}")
 
 
-def write_records(path: str | Path, records: Iterable[Measurement]) -> Path:
+def write_records(path: str | Path, records: Iterable[Measurement], **beside: Any) -> Path:
     """Replace ``path`` by these records; a reader sees the old file or the new one, never half of it.
 
     Each environment is stored once, and records name it by its number.
+
+    Args:
+        path: of the file.
+        records: all it will hold.
+        beside: other JSON-ready values, stored under their names.
     """
     path = Path(path)
     environments: list[dict[str, Any]] = []
@@ -152,7 +157,8 @@ def write_records(path: str | Path, records: Iterable[Measurement]) -> Path:
         if row["environment"] not in environments:
             environments.append(row["environment"])
         rows.append({**row, "environment": environments.index(row["environment"])})
-    text = json.dumps({"format": FORMAT, "environments": environments, "records": rows}, indent=1, allow_nan=False)
+    content = {"format": FORMAT, "environments": environments, "records": rows, **beside}
+    text = json.dumps(content, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.image_processing_utils import select_best_resolution
 
+from hia_kernels import use_backend
+
 from . import hosts
 from .baselines import released
 from .hosts import BASE_RESOLUTION, PATCH, HostSpec, visual_tokens
@@ -59,7 +61,15 @@ class Prompt:
 
 
 def build_model(method: str, spec: HostSpec, dtype: torch.dtype, attention: str) -> nn.Module:
-    """A method's model with random weights, in eval mode on the default device."""
+    """A method's model with random weights, in eval mode on the default device; ours prepared for inference."""
+    return _prepared(method, _built(method, spec, dtype, attention))
+
+
+def _prepared(method: str, model: nn.Module) -> nn.Module:
+    return model.prepare() if method == "hia" else model
+
+
+def _built(method: str, spec: HostSpec, dtype: torch.dtype, attention: str) -> nn.Module:
     if method == "anyres":
         return hosts.build_llava_next(spec, dtype, attention)
     base = hosts.build_llava(spec, dtype, attention)
@@ -78,8 +88,9 @@ def build_fake_model(method: str, spec: HostSpec, dtype: torch.dtype, attention:
     Built on the meta device and then turned fake: modules of fake tensors refuse ``.to(dtype)``.
     """
     with unset_fake_temporarily(), torch.device("meta"):
-        model = build_model(method, spec, dtype, attention)
-    return model.to_empty(device="cpu")
+        model = _built(method, spec, dtype, attention)
+    with use_backend("reference"):  # or the encoder's fake weights would be laid out for oneDNN
+        return _prepared(method, model.to_empty(device="cpu"))
 
 
 def host_of(method: str, model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -15,22 +16,24 @@ from hia_kernels.ops.condition_queries.reference import condition_queries_ref
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref
 from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
+from hia_kernels.ops.latent_attention.reference import latent_attention_ref
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
+from hia_kernels.ops.row_softmax.reference import row_softmax_ref
 from hia_kernels.ops.stem.reference import stem_ref
 
 
-def _reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None = None,
-) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return cross_attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+def _with_default_scale(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op's own signature: what it fills in itself, an attention below is given."""
+
+    @wraps(attention)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+
+    return attend
 
 
 def sequences(q: Tensor, k: Tensor, v: Tensor, packing: tuple[Any, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -59,23 +62,19 @@ def packed(outs: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def textbook_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None = None,
-) -> Tensor:
-    """Batched over sequences of one length, scores in fp32: the reference in a form that a compiler can take."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+def textbook_attention(q: Tensor, k: Tensor, v: Tensor, *packing_and_scale: Any) -> Tensor:
+    """Batched over sequences of one length, scores in fp32: the reference, whose loop over lengths that it reads off a
+    tensor no compiler can take, in a form that one can."""
+    *packing, scale = packing_and_scale
     outs = []
-    for q_b, k_b, v_b in sequences(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
+    for q_b, k_b, v_b in sequences(q, k, v, tuple(packing)):
         p = torch.softmax(q_b.float() @ k_b.float().mT * scale, dim=-1)  # [B, H, Lq, Lk]
         outs.append((p @ v_b.float()).to(q.dtype))
     return packed(outs)
+
+
+def _reference_latent(q: Tensor, latent: Tensor, lengths: list[int], softmax_scale: float) -> Tensor:
+    return latent_attention_ref(q, latent, lengths, softmax_scale)[0]
 
 
 def _inject_in_place(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
@@ -87,11 +86,13 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "stem": stem_ref,
     "conv_norm_act": conv_norm_act_ref,
     "condition_queries": condition_queries_ref,
-    "cross_attention": _reference_attention,
+    "cross_attention": _with_default_scale(cross_attention_ref),
     "norm_linear": norm_linear_ref,
     "inject_rows": inject_rows_ref,
+    "row_softmax": row_softmax_ref,
+    "latent_attention": _reference_latent,
 }
-COMPILABLE: dict[str, Callable[..., Any]] = REFERENCES | {"cross_attention": textbook_attention}
+COMPILABLE: dict[str, Callable[..., Any]] = REFERENCES | {"cross_attention": _with_default_scale(textbook_attention)}
 
 
 @contextmanager

@@ -13,17 +13,19 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 import hia_kernels
+from hia.plan import Product
 from hia_kernels.core import backend
 from hia_kernels.info import op_backends
 
 from .baselines import peers
-from .cases import LayerCase, Workload
-from .composites import arguments_of, our_step, released_step
+from .cases import ABSORBED_OPS, TRAIN_STEPS, LayerCase, Workload
+from .composites import PARTS, TEXTBOOK, HiAStep, arguments_of, our_step, released_step
 from .gate import Bound, bind_function, bind_step
 from .inputs import DIFFERENTIABLE, PARAMETERS, Inputs
 from .plain import COMPILABLE, REFERENCES, replacing_ops
 
 GRADIENT_MODES = ("backward", "both")
+LAYER_COMPOSITES = tuple(PARTS)
 Weights = dict[str, Tensor] | None
 
 
@@ -79,7 +81,9 @@ class Ours(Provider):
             bound.notes = lambda: {"backend": hia_kernels.last_backend(workload.op)}
             return bound
         step = our_step(workload.case, weights)
-        return bind_step(step, workload.op, arguments_of(step, workload.op, inputs), gradients=gradients)
+        if not gradients:
+            step.prepare(workload.op, inputs)
+        return _our_bound(step, workload, inputs, gradients=gradients)
 
     def _forcing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self._forced is None:
@@ -90,6 +94,81 @@ class Ours(Provider):
                 return function(**arguments)
 
         return forced
+
+
+class Textbook(Ours):
+    """``textbook``: our ops in the maths as it is written down, nothing prepared, nothing kept but the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "textbook"
+
+    def serves(self, workload: Workload) -> bool:
+        """Composites with a layer."""
+        return workload.op in LAYER_COMPOSITES
+
+    def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
+        """As ours."""
+        step = our_step(workload.case, weights or {}, TEXTBOOK)
+        return _our_bound(step, workload, inputs, gradients=gradients)
+
+
+class Gemms(Provider):
+    """``gemms``: no way to compute a composite but its limit: the bare matrix products of our plan's forms, on random
+    numbers, one after the other; for ``adapter_layer`` behind our own encoder's run. No output, so none is checked.
+    """
+
+    name = "gemms"
+
+    def serves(self, workload: Workload) -> bool:
+        """Composites of inference with a layer."""
+        return workload.op in LAYER_COMPOSITES and workload.op not in TRAIN_STEPS
+
+    def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
+        """Operands and results are allocated before; weights lie as linear layers have them."""
+        step = our_step(workload.case, weights or {})
+        step.prepare(workload.op, inputs)
+        forms = step.forms(workload.op, inputs, gradients=False)
+        products = [product for form in forms.values() for product in form["chosen"].products()]
+        calls = [_bare_product(product, inputs["hidden"]) for product in products]
+        encode = workload.op == "adapter_layer"
+
+        def run() -> tuple[Tensor, ...]:
+            outs = step.encode(inputs["images"], inputs["windows"]) if encode else ()
+            for call in calls:
+                outs = (call(),)
+            return outs
+
+        limit = "the bare products of our plan" + (" and our encoder" if encode else "")
+        numbers = {"products": len(products), "gemm_flops": sum(product.flops for product in products)}
+        return Bound(run, limit=limit, notes=lambda: numbers)
+
+
+def _bare_product(product: Product, like: Tensor) -> Callable[[], Tensor]:
+    """[m, k] @ [k, n], ``batch`` times."""
+    batch = product.batch
+    left, right, out = (
+        torch.randn(batch, *shape, device=like.device).to(like.dtype)
+        for shape in ((product.m, product.k), (product.n, product.k), (product.m, product.n))
+    )
+    if batch == 1:
+        left, right, out = left[0], right[0], out[0]
+        return lambda: torch.mm(left, right.mT, out=out)
+    return lambda: torch.bmm(left, right.mT, out=out)
+
+
+def _our_bound(step: HiAStep, workload: Workload, inputs: Inputs, *, gradients: bool) -> Bound:
+    """Notes the plan: forms by part, their FLOPs beside the textbook's, and what is kept of the images."""
+    bound = bind_step(step, workload.op, arguments_of(step, workload.op, inputs), gradients=gradients)
+    forms = step.forms(workload.op, inputs, gradients=gradients)
+    if forms:
+        notes: dict[str, Any] = {"forms": "/".join(form["chosen"].name for form in forms.values())}
+        for kind, name in (("chosen", "plan_flops"), ("textbook", "textbook_flops")):
+            notes[name] = round(sum(form[kind].flops for form in forms.values()))
+        if step.sides:
+            notes["kept_bytes"] = step.kept_bytes
+        bound.notes = lambda: notes
+    return bound
 
 
 class Eager(Provider):
@@ -145,8 +224,8 @@ class Released(Provider):
         self.compiles = compiled
 
     def serves(self, workload: Workload) -> bool:
-        """Everything; composites have another mathematics and need the "released" preset."""
-        return True
+        """What that code has; composites have another mathematics and need the "released" preset."""
+        return workload.op not in ABSORBED_OPS
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
         """The port's maths is another in the other presets."""
@@ -168,9 +247,9 @@ class Released(Provider):
 
 
 class Peer(Provider):
-    """An attention of another library, or a convolution as PyTorch users write it for speed."""
+    """An attention of another library, a convolution as PyTorch users write it for speed, or the usual stem."""
 
-    def __init__(self, peer: peers.Attention | peers.ChannelsLast) -> None:
+    def __init__(self, peer: peers.Attention | peers.ChannelsLast | peers.EagerRgb) -> None:
         self.name, self._peer = peer.name, peer
         self.compiles = getattr(peer, "compiled", False)
 
@@ -192,7 +271,7 @@ class Peer(Provider):
             arguments = self._peer.images(inputs, next(iter(weights.values())).dtype)
             return bind_function(run, arguments, (), gradients=False)
         function, arguments = self._peer.prepare(workload.op, inputs)
-        wrt = () if isinstance(self._peer, peers.ChannelsLast) else DIFFERENTIABLE[workload.op]
+        wrt = DIFFERENTIABLE[workload.op] if gradients else ()
         return bind_function(wrap(function), arguments, wrt, gradients=gradients)
 
 
@@ -256,7 +335,7 @@ def _plain_step(
     wrap: Callable[..., Any] = _unchanged,
 ) -> Bound:
     """The adapter's modules with plain PyTorch in place of the registered ops, during every call."""
-    step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in weights.items()})
+    step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in weights.items()}, TEXTBOOK)
     method = wrap(getattr(step, workload.op))
 
     def run(**arguments: Any) -> Any:
@@ -269,7 +348,7 @@ def _plain_step(
 def all_providers() -> dict[str, Provider]:
     """By name, in the tables' order."""
     forced = sorted({row.name for table in backend.TABLES.values() for row in table.backends} - {"reference"})
-    found: list[Provider] = [Ours(), *(Ours(name) for name in forced), Eager(), Compiled()]
+    found: list[Provider] = [Ours(), *(Ours(name) for name in forced), Textbook(), Gemms(), Eager(), Compiled()]
     found += [Released(), Released(compiled=True)]
-    found += [Peer(peer) for peer in (*peers.ATTENTIONS, *peers.CONVOLUTIONS)]
+    found += [Peer(peer) for peer in (*peers.ATTENTIONS, *peers.CONVOLUTIONS, peers.EagerRgb())]
     return {provider.name: provider for provider in found}

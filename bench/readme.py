@@ -63,8 +63,11 @@ def block(record: dict[str, Any]) -> str:
         f"tokens, {protocol['dtype']}, prefill with KV cache; FLOPs counted and memory predicted under fake tensors; "
         f"x: more than {protocol['card_gb']:g} GB. [All rows and methods]({_relative(RECORD.with_suffix('.md'))})."
     )
+    layers = record.get("layers") or []
+    ratios = ", ".join(f"{entry['resolution']} px {entry['ratio']:.2f}" for entry in layers)
+    beside = [f"FLOPs of the HiA layers without the CNN, ours over the released maths': {ratios}.", ""]
     picture = f"![memory and FLOPs against resolution]({_relative(RECORD.with_suffix('.png'))})"
-    return "\n".join([START, table(record), "", source, "", picture, END])
+    return "\n".join([START, table(record), "", *(beside if layers else []), source, "", picture, END])
 
 
 def _relative(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import paper
+from . import formulas, paper
 from .hosts import LLAVA_13B, HostSpec
 from .tracking import Footprint
 
@@ -20,6 +20,7 @@ HIA_FLOPS_GROWTH = 0.03
 BASELINE_FLOPS_GROWTH = 4.0
 FORMULA_TOLERANCE = 0.02
 TRACKER_TOLERANCE = 0.05
+LAYER_METHODS = ("hia", "released")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,33 @@ def predicted_row(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Layers:
+    """FLOPs of the HiA layers without the encoder: what was counted, less host and encoder by formula.
+
+    Attributes:
+        resolution: side of the square images, pixels.
+        hia: ours, prepared.
+        released: the released maths'.
+    """
+
+    resolution: int
+    hia: int
+    released: int
+
+    @property
+    def ratio(self) -> float:
+        """Ours over theirs."""
+        return self.hia / self.released
+
+
+def _layer_flops(row: Row | None, protocol: Protocol) -> int | None:
+    if row is None or row.flops is None:
+        return None
+    counts = (protocol.images_per_sample, protocol.text_tokens)
+    return row.flops - formulas.outside_flops(row.method, protocol.host, row.resolution, *counts)
+
+
 @dataclass
 class Report:
     """Everything a run found; incomplete after Ctrl-C.
@@ -179,6 +207,15 @@ class Report:
             tracker_claim(self.measured),
         ]
 
+    def layers(self) -> list[Layers]:
+        """At every resolution that has both, our layers' FLOPs beside the released maths'."""
+        found, attention = [], self.protocol.attention[0]
+        for resolution in sorted({row.resolution for row in self.rows}):
+            counts = [_layer_flops(self.find(resolution, name, attention), self.protocol) for name in LAYER_METHODS]
+            if None not in counts:
+                found.append(Layers(resolution, *counts))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -186,6 +223,7 @@ class Report:
             "environment": self.environment,
             "images": self.images,
             "rows": [asdict(row) for row in self.rows],
+            "layers": [{**asdict(entry), "ratio": entry.ratio} for entry in self.layers()],
             "measured_host": self.measured_host,
             "measured": [asdict(row) for row in self.measured],
             "skipped": self.skipped,

@@ -1,6 +1,6 @@
 """Records -> Markdown, PNG and one self-contained HTML page: ``python -m bench.report``.
 
-Reads ``bench/results/<device>/{kernels,end_to_end,table3}.json`` and measures nothing.
+Reads ``bench/results/<device>/{kernels,end_to_end,table3,figures}.json`` and measures nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from .environment import REPOSITORY
 from .report_data import Results, add_changes, load
 from .report_html import render
-from .report_markdown import page
+from .report_markdown import figures_page, page
 from .table3_output import write_file
 from .table3_plot import plotting_unavailable
 
@@ -88,6 +88,8 @@ def write_all(devices: list[Results], out: Path) -> list[Path]:
             pictures = draw_all(results.records, out, results.slug)
             written += [out / name for name in pictures]
         written.append(write_text(out / f"{results.slug}.md", page(results, pictures)))
+        if results.figures:
+            written.append(write_text(out / f"figures-{results.slug}.md", figures_page(results)))
     written.append(write_text(out / "index.html", render(devices)))
     return written
 

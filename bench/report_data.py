@@ -80,6 +80,8 @@ class Results:
         slug: its folder's name.
         records: of kernels.json and end_to_end.json.
         table3: of table3.json; None where there is none.
+        figures: verdicts of figures.json, and
+        figure_records: what they were made from.
         changes: against the previous record.
         previous: what that is, in words.
     """
@@ -87,6 +89,8 @@ class Results:
     slug: str
     records: list[Measurement] = field(default_factory=list)
     table3: dict[str, Any] | None = None
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    figure_records: list[Measurement] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     previous: str = "nothing: there is no previous record"
 
@@ -109,13 +113,21 @@ def load(folder: Path) -> Results:
     for name in FILES:
         if (folder / name).exists():
             results.records += read_records(folder / name)
-    path = folder / "table3.json"
+    results.table3 = _json(folder / "table3.json")
+    path = folder / "figures.json"
     if path.exists():
-        try:
-            results.table3 = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"bench.report: {path} must be a JSON file, got: {error}") from error
+        results.figure_records = read_records(path)
+        results.figures = (_json(path) or {}).get("figures", [])
     return results
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"bench.report: {path} must be a JSON file with an object, got: {error}") from error
 
 
 def side_of(record: Measurement) -> int | None:
@@ -154,7 +166,7 @@ def standings(records: Sequence[Measurement]) -> list[Standing]:
     """Ours against the others, one line an op, mode and dtype."""
     groups: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
     for record in records:
-        if record.status == "ok" and record.p50_ms:
+        if record.status == "ok" and record.p50_ms and not record.extra.get("limit"):
             key = (record.level, record.op, record.mode, record.dtype)
             groups.setdefault(key, {}).setdefault(record.case, {})[record.provider] = record.p50_ms
     found = []
@@ -174,6 +186,22 @@ def standings(records: Sequence[Measurement]) -> list[Standing]:
             against = {name: (geometric_mean(values), len(values)) for name, values in ratios.items()}
             found.append(Standing(*key, compared, against, tuple(slower)))
     return found
+
+
+def beside_limits(records: Iterable[Measurement]) -> list[tuple[Measurement, Measurement]]:
+    """Ours and the limit of the same workload, where it has one."""
+    ok = [record for record in records if record.status == "ok" and record.p50_ms]
+    ours = {(r.op, r.case, r.mode, r.dtype): r for r in ok if r.provider == OURS}
+    limits = [record for record in ok if record.extra.get("limit")]
+    keys = [(record.op, record.case, record.mode, record.dtype) for record in limits]
+    return [(ours[key], limit) for key, limit in zip(keys, limits, strict=True) if key in ours]
+
+
+def note_of(record: Measurement) -> str:
+    """Why there is no number, or what a reader must know of it."""
+    limit = record.extra.get("limit")
+    parts = (record.reason, f"limit: {limit}" if limit else "", "noisy" if record.noisy else "")
+    return ", ".join(part for part in parts if part)
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .measurement import Measurement
-from .report_data import Results, family_of, side_of, source_line, standings, total_bytes
+from .report_data import Results, family_of, note_of, side_of, source_line, standings, total_bytes
 from .report_plots import ceilings
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -27,7 +27,7 @@ def row_of(record: Measurement) -> dict[str, Any]:
         "mode": record.mode,
         "dtype": record.dtype,
         "status": record.status,
-        "reason": record.reason,
+        "reason": note_of(record) or None,
         "p20": record.p20_ms,
         "p50": record.p50_ms,
         "p80": record.p80_ms,

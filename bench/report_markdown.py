@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .figures import cells
 from .measurement import Measurement
 from .report_data import (
     Change,
     Results,
     Standing,
+    beside_limits,
     furthest_from_floor,
+    note_of,
     side_of,
     source_line,
     sources,
@@ -20,7 +23,9 @@ from .report_data import (
 )
 
 Cells = tuple[list[str], list[list[str]]]
-TEXT_COLUMNS = {"level", "op", "case", "provider", "mode", "dtype", "note", "verdict", "against", "method", "host"}
+TEXT_COLUMNS = {"level", "op", "case", "provider", "mode", "dtype", "note", "verdict", "against", "method", "host",
+                "forms", "figure", "workload", "ratio of"}  # fmt: skip
+VERDICTS = ("met", "MISSED", "not measured", "no target")
 GB = 10**9
 
 
@@ -93,7 +98,7 @@ def kernel_cells(records: Sequence[Measurement]) -> Cells:
     rows = []
     for record in records:
         peak = None if record.peak_bytes is None else record.peak_bytes / 1e6
-        note = record.reason or ("noisy" if record.noisy else "")
+        note = note_of(record)
         rows.append([
             record.op, record.case, record.provider, record.mode, record.dtype, number(record.p20_ms),
             number(record.p50_ms), number(record.p80_ms), number(record.percent_of_floor), number(peak),
@@ -126,6 +131,29 @@ def floor_cells(records: Sequence[Measurement]) -> Cells:
         [r.op, r.case, r.mode, r.dtype, number(r.p50_ms), number(r.floor_ms), number(r.percent_of_floor)]
         for r in furthest_from_floor(records)
     ]
+
+
+def limit_cells(records: Sequence[Measurement]) -> Cells:
+    """Ours beside the bare products of the forms its plan takes, and what the forms save."""
+    header = ["op", "case", "mode", "dtype", "forms", "GFLOPs", "textbook's", "ours ms", "limit ms", "ours / limit"]
+    rows = []
+    for ours, limit in beside_limits(records):
+        counts = (ours.extra.get(name) for name in ("plan_flops", "textbook_flops"))
+        ratio = (ours.p50_ms or 0.0) / (limit.p50_ms or 1.0)
+        rows.append([
+            ours.op, ours.case, ours.mode, ours.dtype, str(ours.extra.get("forms", "-")),
+            *(number(count and count / 1e9) for count in counts), number(ours.p50_ms), number(limit.p50_ms),
+            f"{ratio:.2f}",
+        ])  # fmt: skip
+    return header, rows
+
+
+def figures_page(results: Results) -> str:
+    """The figures the project is held to on one device: target, measured, verdict."""
+    counts = {word: sum(one["verdict"] == word for one in results.figures) for word in VERDICTS}
+    tally = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    lines = [f"# Figures on {results.device}", "", f"{tally}.", "", *table(cells(results.figures))]
+    return "\n".join(lines + source_lines(results.figure_records)).rstrip() + "\n"
 
 
 def table3_cells(record: dict[str, Any]) -> Cells:
@@ -169,6 +197,10 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     lines += [*table(standing_cells(standings(results.records))), *source_lines(results.records)]
     lines += ["## Changes", "", f"Against {results.previous}.", "", *change_lines(results.changes)]
     if kernels:
+        if beside_limits(kernels):
+            lines += ["## Beside the bare matrix products", "", "Of the forms our plan takes; of adapter_layer with "
+                      "our encoder's run before them.", "", *table(limit_cells(kernels)),
+                      *source_lines(kernels)]  # fmt: skip
         if furthest_from_floor(kernels):
             lines += ["## Furthest from the floor", "", *table(floor_cells(kernels)), *source_lines(kernels)]
         lines += ["## Ops and composites", "", *table(kernel_cells(kernels)), *source_lines(kernels)]

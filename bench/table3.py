@@ -151,7 +151,10 @@ def rows_of(prediction: Prediction, protocol: Protocol) -> list[Row]:
     """One row an attention."""
     task = prediction.task
     tokens = methods.sequence_length(task.method, task.resolution, task.images, task.text_tokens)
-    formula = formulas.prefill_flops(task.method, task.host, task.resolution, task.images, task.text_tokens)
+    formula = formulas.prefill_flops(
+        task.method, task.host, task.resolution, task.images, task.text_tokens,
+        device="cuda" if task.cuda else "cpu", itemsize=task.dtype.itemsize,
+    )  # fmt: skip
     return [
         predicted_row((task.resolution, task.method, name), footprint, prediction.flops, formula, tokens, protocol)
         for name, footprint in prediction.footprints.items()

@@ -49,6 +49,15 @@ def main_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
+def layer_lines(report: Report) -> list[str]:
+    """Our layers' FLOPs over the released maths', a number a resolution; nothing where the rows are missing."""
+    found = report.layers()
+    if not found:
+        return []
+    ratios = ", ".join(f"{entry.resolution} px {entry.ratio:.2f}" for entry in found)
+    return [f"FLOPs of the HiA layers without the CNN, hia / released: {ratios}."]
+
+
 def ordered_cases(report: Report) -> list[tuple[int, str]]:
     """(resolution, method) of the predicted rows, as the table shows them."""
     cases = {(row.resolution, row.method) for row in report.rows}
@@ -118,6 +127,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.measured:
         header, cells = measured_cells(report)
         console.print(_rich_table(f"Really run: {report.measured_host}", header, cells, emphasise=("hia",)))
+    for line in layer_lines(report):
+        console.print(line, highlight=False, soft_wrap=True)
     for claim in report.claims():
         console.print(_claim_line(claim, rich=True))
     for note in [*report.notes, *(f"not measured: {reason}" for reason in report.skipped)]:
@@ -156,6 +167,8 @@ def to_markdown(report: Report, picture: str | None) -> str:
         lines += [f"![memory and FLOPs against resolution]({picture})", ""]
     lines += [f"## {report.protocol.host.name}, predicted", ""]
     lines += [*_markdown_table(*main_cells(report)), "", "x: more than the card has.", ""]
+    if report.layers():
+        lines += [*layer_lines(report), ""]
     if report.measured:
         lines += [f"## Really run: {report.measured_host}", "", *_markdown_table(*measured_cells(report)), ""]
     lines += ["## Checks", "", *(f"- {_claim_line(claim)}" for claim in report.claims()), ""]

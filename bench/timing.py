@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -144,7 +146,7 @@ def interleaved(
     started = now()
     found = {name: Samples() for name in calls}
     times = {name: _repeats(call, clock, shortest_ms, found[name]) for name, call in calls.items()}
-    for done in range(budget.at_most):
+    for done in range(min(len(one.times_ms) for one in found.values()), budget.at_most):
         if done >= budget.at_least and now() - started > budget.seconds:
             break
         for name, call in calls.items():
@@ -163,33 +165,81 @@ def _repeats(call: Callable[[], object], clock: Clock, shortest_ms: float, sampl
         one = clock(call, 1)
         if one < SLOW_MS:
             one = clock(call, 1)
+        else:
+            samples.times_ms.append(one)  # as good as any that follow, and they take long
     except (RuntimeError, ValueError) as error:
         samples.error = error
         return 1
     return max(1, min(1000, math.ceil(shortest_ms / max(one, 1e-4))))
 
 
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The most bytes alive in torch's allocator during the call, above what was alive before it.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in torch's allocator above what was alive before a call.
 
-    On CUDA by the allocator's own count; on the CPU from the profiler's record of every allocation. What a
-    library allocates by itself isn't seen.
+    Attributes:
+        peak: the most during the call.
+        left: alive after it, its result included: of a forward that records gradients, its activations.
+        result: of the call.
+    """
+
+    peak: int
+    left: int
+    result: Any
+
+
+def memory_of(call: Callable[[], Any], device: str) -> Memory:
+    """Of one call. On CUDA by the allocator's own count; on the CPU from the profiler's record of every allocation.
+
+    What a library allocates by itself isn't seen.
     """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before, result)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
+        result = call()
     level = highest = 0
     memory = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(memory, key=lambda event: event.start_ns()):
         level += event.nbytes()
         highest = max(highest, level)
-    return highest
+    return Memory(highest, level, result)
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The most bytes alive during the call, as :func:`memory_of` counts them."""
+    return memory_of(call, device).peak
+
+
+class OutOfTime(BaseException):
+    """Raised inside :func:`time_limit`; no ``Exception``, or a compiler would take it for a failure of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """End the block by :class:`OutOfTime` after that long, at the next line of Python.
+
+    Without a limit, outside the main thread, and where the system has no such timer, it runs as long as it takes.
+    """
+    usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if seconds is None or not usable:
+        yield
+        return
+
+    def expired(*_signal: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from hia import plan
+from hia.encoder import Encoder
+from hia_kernels import use_backend
+from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 
 # CUDA's caching allocator hands out multiples of this
 CUDA_GRANULE = 512
@@ -55,8 +60,8 @@ class LiveBytes(TorchDispatchMode):
             self._count(tensor.untyped_storage())
 
     def track_module(self, module: nn.Module) -> None:
-        """Count a module's parameters and buffers; shared ones once."""
-        self.track(*module.parameters(), *module.buffers())
+        """Count a module's parameters, buffers, and what else it holds, as ``prepare()`` leaves; shared ones once."""
+        self.track(*module.parameters(), *module.buffers(), *held_beside(module))
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         # a StorageImpl keeps one Python object for as long as it lives, so its identity is the storage's
@@ -168,6 +173,17 @@ def _cuda_attention(
     )[0]
 
 
+@contextmanager
+def planning_for(device: str) -> Iterator[None]:
+    """Inside the block our adapter plans for this type of device, whatever its fake tensors say."""
+    choose = plan.choose
+    plan.choose = lambda part, forced, sizes, _device: choose(part, forced, sizes, device)
+    try:
+        yield
+    finally:
+        plan.choose = choose
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What one forward pass costs.
@@ -177,7 +193,7 @@ class Footprint:
             attention in full (a causal mask saves nothing).
         flops_by_op: the same by op.
         peak_bytes: most bytes alive at once, weights and inputs included.
-        weight_bytes: parameters and buffers.
+        weight_bytes: parameters, buffers, and what the modules hold beside them.
     """
 
     flops: int
@@ -215,18 +231,57 @@ def footprint(
     tracker.track_module(model)
     weight_bytes = tracker.live
     tracker.track(*_tensors(inputs))
+    if not cuda:
+        tracker.live += packed_bytes(model)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), ExitStack() as stack:
+    # forced, or our encoder would lay fake weights out for oneDNN
+    with torch.no_grad(), use_backend("reference"), ExitStack() as stack:
         stack.enter_context(tracker)
         if count_flops:
             stack.enter_context(counter)
         if cuda:
             stack.enter_context(CudaKernels())
+            stack.enter_context(planning_for("cuda"))
         output = model(**inputs)
     del output
     by_op = counter.get_flop_counts().get("Global", {}) if count_flops else {}
     flops_by_op = {str(op): int(count) for op, count in by_op.items()}
     return Footprint(sum(flops_by_op.values()), flops_by_op, tracker.peak, weight_bytes)
+
+
+def held_beside(module: nn.Module) -> list[Tensor]:
+    """Tensors in the modules' attributes, in containers and dataclasses too, that no module has registered.
+
+    Those on the meta device, which nothing but a frozen parameter's old self can be here, take no memory.
+    """
+    found = [tensor for part in module.modules() for value in vars(part).values() for tensor in _inside(value)]
+    return [tensor for tensor in found if tensor.device.type != "meta"]
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Of what a prepared encoder's convolutions lay out for oneDNN when they first run: a copy of every weight but
+    the stem's, on CPUs where packing serves. Fake weights are never packed."""
+    total = 0
+    for module in model.modules():
+        prepared = module.current() if isinstance(module, Encoder) else None
+        if prepared is None:
+            continue
+        with unset_fake_temporarily():
+            if packing_reasons(torch.zeros(16, 16, 1, 1, dtype=module.conv1.weight.dtype)):
+                continue
+        total += sum(conv.weight.nbytes for conv in prepared.steps if conv is not module.conv1)
+    return total
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and value.layout == torch.strided:  # oneDNN's own layouts have no storage to ask
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _inside(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from _inside(getattr(value, item.name, None))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

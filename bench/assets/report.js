@@ -261,12 +261,16 @@ function section(id, title, about, ...content) {
 }
 
 function standing(device) {
-  const names = unique(device.standings.flatMap((row) => Object.keys(row.against))).sort(byName);
-  const rows = device.standings.map((row) => ({ ...row, slower: row.slower.length, which: row.slower.slice(0, 2).join(", ") + (row.slower.length > 2 ? `, ${row.slower.length - 2} more` : ""),
-    ...Object.fromEntries(names.map((name) => ["x " + name, row.against[name]?.[0] ?? null])) }));
+  // one cell for all others: a column each would push what matters out of sight
+  const rows = device.standings.map((row) => {
+    const others = Object.entries(row.against).map(([name, [ratio]]) => [name, ratio]).sort((a, b) => a[1] - b[1]);
+    const which = row.slower.slice(0, 3).join(", ") + (row.slower.length > 3 ? `, ${row.slower.length - 3} more` : "");
+    return { ...row, slower: row.slower.length, which, best: others[0][1], rival: others[0][0],
+      others: others.slice(1).map(([name, ratio]) => `${name}\u00a0${ratio.toFixed(2)}`).join(", ") };
+  });
   const columns = [text("op"), text("mode"), text("dtype"), value("cases", "cases"), value("slower", "cases lost", { tone: (count) => (count ? "bad" : "good") }),
-    ...names.map((name) => value("x " + name, name + " / ours", { show: (v) => (v === null ? "–" : v.toFixed(2)), tone: (v) => (v === null ? "" : ratioTone(v)) })),
-    text("which", "where another is faster")];
+    text("which", "where another is faster", { wrap: true }), text("rival", "fastest other"),
+    value("best", "its time / ours", { show: (v) => v.toFixed(2), tone: ratioTone }), text("others", "the others\u2019", { wrap: true })];
   return section("standing", "Ours beside the others", "Geometric mean of the other provider's time over ours, over the cases that both have. Above 1 ours is faster; what is lost is listed beside what is won.",
     rows.length ? sortable("standing", "Time of others over ours", columns, rows.map((row) => ({ ...row, source: null })), { facets: ["op", "mode", "dtype"] }) : el("p", { class: "empty" }, "No case has both ours and another provider."),
     sources(device.rows));
@@ -324,8 +328,8 @@ function table3(device) {
 
 function changes(device) {
   const rows = device.changes;
-  const columns = [text("verdict", "verdict", { tone: (v) => (v === "slower" ? "bad" : v === "faster" ? "good" : "") }), text("op"), text("case"), text("provider"),
-    text("mode"), text("dtype"), value("before", "before ms"), value("now", "now ms"), value("ratio", "now / before", { show: (v) => v.toFixed(2) }), text("note", "note")];
+  const columns = [text("verdict", "verdict", { tone: (v) => (v === "slower" ? "bad" : v === "faster" ? "good" : "") }), value("ratio", "now / before", { show: (v) => v.toFixed(2) }),
+    text("note", "note", { tone: () => "warn" }), value("before", "before ms"), value("now", "now ms"), text("op"), text("case", "case", { wrap: true }), text("provider"), text("mode"), text("dtype")];
   const counts = ["slower", "faster", "unchanged"].map((verdict) => `${rows.filter((row) => row.verdict === verdict).length} ${verdict}`).join(", ");
   return section("changes", "Changes since the previous record", `Against ${device.previous}: ${counts}. Regressions and wins stand in one table; within 5 % counts as unchanged.`,
     rows.length ? sortable("changes", "Regressions and wins", columns, rows, { facets: ["verdict", "op", "provider"], sort: "-ratio" }) : el("p", { class: "empty" }, "Nothing to compare with."));
@@ -335,7 +339,7 @@ function everything(device) {
   const columns = [text("level"), text("op"), text("case"), text("provider"), text("mode"), text("dtype"), text("status"), value("p20", "p20 ms"), value("p50", "p50 ms"),
     value("p80", "p80 ms"), value("floor", "floor ms"), value("pof", "% of floor"), value("gflops", "GFLOP/s"), value("gbs", "GB/s"), value("peak", "peak MB", { show: bytes(1e6) }),
     value("tps", "tokens/s"), value("repeats", "runs"), text("note", "note", { wrap: true, tone: (v, row) => (row.status === "failed" ? "bad" : row.noisy ? "warn" : "") })];
-  const rows = device.rows.map((row) => ({ ...row, note: row.reason ?? (row.noisy ? "noisy" : ""),
+  const rows = device.rows.map((row) => ({ ...row, note: row.reason ?? "",
     gflops: row.flops && row.p50 ? row.flops / row.p50 / 1e6 : null, gbs: row.bytes && row.p50 ? row.bytes / row.p50 / 1e6 : null }));
   return section("all", "All measurements", "Every record. Press a column's name to sort by it, again to turn it round; the address keeps what you chose.",
     sortable("all", "All measurements", columns, rows, { facets: ["level", "op", "provider", "mode", "dtype", "status"] }));

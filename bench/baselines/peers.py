@@ -222,6 +222,22 @@ class ChannelsLast:
         return {"images": inputs["images"], "windows": inputs["windows"]}
 
 
+class EagerRgb:
+    """The stem as an image pipeline has it: a float copy of three channels, normalised, then eager PyTorch, NCHW."""
+
+    name = "eager_rgb"
+    ops = ("stem",)
+
+    def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
+        """It runs everywhere."""
+        return None
+
+    def prepare(self, op: str, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
+        """The copy is part of what is timed: it is what raw pixels make unnecessary."""
+        names = ("pixels", "window", "mean", "std", "weight", "scale", "shift")
+        return _rgb_stem, {name: inputs[name] for name in names} | {"running": _running(inputs)}
+
+
 CONVOLUTIONS = (
     ChannelsLast("channels_last", compiled=False),
     ChannelsLast("channels_last_compile", compiled=True),
@@ -309,6 +325,17 @@ def _normalised(inputs: Inputs) -> Inputs:
     x = (((inputs["pixels"].float() - low) / (high - low)).clamp(0, 1) - inputs["mean"]) / inputs["std"]
     x = x.to(inputs["weight"].dtype).permute(0, 3, 1, 2).contiguous()
     return {"x": x, "running": _running(inputs), **{name: inputs[name] for name in ("weight", "scale", "shift")}}
+
+
+def _rgb_stem(
+    pixels: Tensor, window: Tensor, mean: Tensor, std: Tensor, weight: Tensor, scale: Tensor, shift: Tensor,
+    running: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    low, high = window[:, :, None, None, None].unbind(1)
+    rgb = pixels.float().expand(*pixels.shape[:-1], 3).permute(0, 3, 1, 2).contiguous()
+    x = ((rgb - low) / (high - low)).clamp(0, 1)
+    x = (x - mean[:, None, None]) / std[:, None, None]
+    return _released_stem(x.to(weight.dtype), running, weight, scale, shift)
 
 
 def _running(inputs: Inputs) -> tuple[Tensor, Tensor]:

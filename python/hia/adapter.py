@@ -51,14 +51,14 @@ class HiAAdapter(nn.Module):
                 module.reset_parameters()
 
     def prepare(self) -> None:
-        """Fold and pack the weights for inference, in every layer."""
-        for layer in self.layers.values():
-            layer.extractor.prepare()
+        """Fold and pack the weights for inference, in the encoder and in every layer."""
+        for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
+            module.prepare()
 
     def unprepare(self) -> None:
         """Drop what :meth:`prepare` made; the parameters were never touched."""
-        for layer in self.layers.values():
-            layer.extractor.unprepare()
+        for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
+            module.unprepare()
 
     def sides(self, features: PackedFeatures, keep: str) -> dict[int, Side]:
         """What later questions about these images need of them, by decoder layer.

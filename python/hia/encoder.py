@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hia_kernels
+from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 from hia_kernels.ops.stem.functional import stem_reach
 
+from . import tiling
 from .config import HiAConfig
+from .folding import FoldedConv, PreparedEncoder, Steps, prepare_step
+from .prepared import Stamp, stamp_of
+from .pretrained import load_resnet50
+
+__all__ = ["Bottleneck", "Encoder", "ResNet50Encoder", "StridedEncoder", "build_encoder", "load_resnet50"]
 
 BLOCKS = (3, 4, 6, 3)  # ResNet-50's bottlenecks a stage
 EXPANSION = 4
-
-
-def _statistics_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-class FoldedConv(nn.Conv2d):
-    """A convolution's parameters, in ``nn.Conv2d``'s names; its batch-norm is folded when it is applied."""
-
-    def folded(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        """Per-channel scale and shift of the running statistics and of the convolution's bias, fp32 at least."""
-        acc = _statistics_dtype(self.weight)
-        scale = norm.weight.to(acc) * torch.rsqrt(norm.running_var.to(acc) + norm.eps)
-        mean = norm.running_mean.to(acc) if self.bias is None else norm.running_mean.to(acc) - self.bias.to(acc)
-        return scale, norm.bias.to(acc) - mean * scale
-
-    def apply_to(
-        self, x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, activation: str = "relu"
-    ) -> Tensor:
-        """[N, IH, IW, C] -> [N, OH, OW, OC]: convolution, batch-norm, residual, activation."""
-        if norm.training:  # live statistics: the norm can't be folded before the convolution's output is known
-            one = torch.ones_like(norm.weight, dtype=_statistics_dtype(self.weight))
-            bias = torch.zeros_like(one) if self.bias is None else self.bias.to(one.dtype)
-            y = hia_kernels.conv_norm_act(x, self.weight, one, bias, None, self.stride[0], "none")
-            z = norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            z = z if residual is None else z + residual
-            return (F.relu(z) if activation == "relu" else z).contiguous()
-        scale, shift = self.folded(norm)
-        return hia_kernels.conv_norm_act(x, self.weight, scale, shift, residual, self.stride[0], activation)
+GROUP_PIXELS = 2**22  # images of one size are stacked up to this many pixels; a larger one fills a GPU by itself
 
 
 class Bottleneck(nn.Module):
@@ -50,6 +33,7 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, width: int, stride: int, bias: bool):
         super().__init__()
         out = width * EXPANSION
+        self.stride = stride
         self.conv1 = FoldedConv(channels, width, 1, bias=bias)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = FoldedConv(width, width, 3, stride=stride, padding=1, bias=bias)
@@ -60,36 +44,54 @@ class Bottleneck(nn.Module):
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(FoldedConv(channels, out, 1, stride=stride, bias=bias), nn.BatchNorm2d(out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, H, W, C] -> [N, H', W', 4 * width]."""
+    def forward(self, x: Tensor, step: Steps | None = None) -> Tensor:
+        """[N, H, W, C] -> [N, H', W', 4 * width]; with prepared weights and without ``downsample`` written over x."""
+        step = step or Steps()
         residual = x
         if self.downsample is not None:
-            residual = self.downsample[0].apply_to(x, self.downsample[1], activation="none")
-        y = self.conv1.apply_to(x, self.bn1)
-        y = self.conv2.apply_to(y, self.bn2)
-        return self.conv3.apply_to(y, self.bn3, residual)
+            residual = step(self.downsample[0], self.downsample[1], x, activation="none")
+        y = step(self.conv1, self.bn1, x)
+        y = step(self.conv2, self.bn2, y)
+        return step(self.conv3, self.bn3, y, residual)
+
+    def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
+        """Each convolution and its norm."""
+        yield from ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        if self.downsample is not None:
+            yield self.downsample[0], self.downsample[1]
 
 
 class Encoder(nn.Module):
-    """Raw pixels to features; one image at a time, so that an image's features never depend on its neighbours.
+    """Raw pixels to features; an image's features never depend on its neighbours.
 
-    Subclasses own ``conv1`` (3-channel stem), ``bn1`` and ``body``.
+    Subclasses own ``conv1`` (3-channel stem), ``bn1`` and what :meth:`units` lists.
     """
 
     conv1: FoldedConv
     bn1: nn.BatchNorm2d
     pool = 3
+    stem_stride = 4
 
     def __init__(self, config: HiAConfig):
         super().__init__()
         self.channels = config.encoder_channels
+        self.stride = config.encoder_stride
         self.live_statistics = config.batch_norm == "batch"
         self.image_mean, self.image_std = config.image_mean, config.image_std
+        self._prepared: PreparedEncoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not prepared: packed weights can't be copied or saved."""
+        return {**self.__dict__, "_prepared": None}
 
     @property
     def smallest_side(self) -> int:
         """Pixels an image needs along each axis."""
         return stem_reach(self.conv1.kernel_size[0], self.pool)
+
+    def halved(self, side: int) -> int:
+        """Features along an axis of so many pixels."""
+        return -(-side // self.stride)
 
     def reset_parameters(self) -> None:
         """Kaiming's initialisation of the convolutions; a block's last norm starts at zero.
@@ -108,32 +110,97 @@ class Encoder(nn.Module):
         super().train(mode)
         if not self.live_statistics:
             for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
 
-    def forward(self, pixels: Tensor, window: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, window: Tensor, max_activation_bytes: int | None = None) -> Tensor:
         """Encode one image.
 
         Args:
             pixels: [H, W, 1 or 3] uint8, uint16 or float.
             window: [2] fp32: the pixel values that mean black and white.
+            max_activation_bytes: what activations may take, features included, pixels and weights not; an image that
+                needs more goes through in strips, for inference with running statistics. None: no limit.
 
         Returns:
             [H', W', C] features, H' = ceil(H / stride), in the parameters' dtype.
-        """
-        x = self._stem(pixels[None], window[None])
-        return self.body(x)[0]
 
-    def body(self, x: Tensor) -> Tensor:
-        """What follows the stem: [N, H, W, C] -> [N, H', W', C']."""
+        Raises:
+            ValueError: the budget can't hold a strip, or gradients or live statistics want the whole image.
+        """
+        return self._encode(pixels[None], window[None], self._steps(), max_activation_bytes)[0]
+
+    def forward_many(
+        self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: int | None = None
+    ) -> list[Tensor]:
+        """Encode images of any sizes: on a GPU those of one size together, on the CPU one after the other.
+
+        Args:
+            images: [H, W, 1 or 3] each.
+            windows: [n, 2] fp32.
+            max_activation_bytes: as in :meth:`forward`; for all that is encoded at once.
+
+        Returns:
+            One [H', W', C] map an image, in order; none is padded.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        step = self._steps()
+        maps: dict[int, Tensor] = {}
+        for group in self._groups(images, max_activation_bytes):
+            pixels = images[group[0]][None] if len(group) == 1 else torch.stack([images[index] for index in group])
+            maps.update(zip(group, self._encode(pixels, windows[group], step, max_activation_bytes), strict=True))
+        return [maps[index] for index in range(len(images))]
+
+    def prepare(self) -> PreparedEncoder:
+        """Fold the norms and pack the weights for inference: exact to rounding, beside the parameters.
+
+        Used where no gradient is recorded, until a parameter changes.
+        """
+        steps = {self.conv1: prepare_step(self.conv1, self.bn1, pack=False)}
+        for unit in self.units():
+            steps.update({conv: prepare_step(conv, norm) for conv, norm in unit.pairs()})
+        self._prepared = PreparedEncoder(self.stamp(), steps)
+        return self._prepared
+
+    def unprepare(self) -> None:
+        """Drop what :meth:`prepare` made."""
+        self._prepared = None
+
+    def stamp(self) -> Stamp:
+        """Versions of all parameters and statistics."""
+        return stamp_of([*self.parameters(), *self.buffers()])
+
+    def current(self) -> PreparedEncoder | None:
+        """The prepared weights; dropped, with a warning, once a parameter has changed since they were made."""
+        if self._prepared is not None and self._prepared.stamp != self.stamp():
+            warnings.warn(
+                "hia: parameters have changed since prepare(), so the encoder's weights are dropped; "
+                "call prepare() again",
+                stacklevel=2,
+            )
+            self._prepared = None
+        return self._prepared
+
+    def units(self) -> Sequence[Any]:
+        """What follows the stem, in order."""
         raise NotImplementedError("Encoder is abstract: use build_encoder")
 
-    def _stem(self, pixels: Tensor, window: Tensor) -> Tensor:
+    def body(self, x: Tensor, step: Steps | None = None) -> Tensor:
+        """What follows the stem: [N, H, W, C] -> [N, H', W', C']."""
+        step = step or self._steps()
+        for unit in self.units():
+            x = unit(x, step)
+        return x
+
+    def stem(self, pixels: Tensor, window: Tensor, step: Steps) -> Tensor:
+        """[N, H, W, CP], [N, 2] -> [N, H / stem_stride, W / stem_stride, width]."""
         mean = torch.tensor(self.image_mean, device=pixels.device)
         std = torch.tensor(self.image_std, device=pixels.device)
         if not self.bn1.training:
-            scale, shift = self.conv1.folded(self.bn1)
+            scale, shift = step.folded(self.conv1, self.bn1)
             return hia_kernels.stem(pixels, window, mean, std, self.conv1.weight, scale, shift, self.pool)
         low, high = window[:, :, None, None, None].unbind(1)
         x = (((pixels.float() - low) / (high - low)).clamp(0, 1) - mean) / std  # [N, H, W, 3]
@@ -142,6 +209,38 @@ class Encoder(nn.Module):
         if self.pool == 3:
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         return x.permute(0, 2, 3, 1).contiguous()
+
+    def _steps(self) -> Steps:
+        """With prepared weights, where no gradient is recorded."""
+        if self._prepared is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return Steps()
+        prepared = self.current()
+        return Steps() if prepared is None else Steps(prepared.steps, packed=not packing_reasons(self.conv1.weight))
+
+    def _encode(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
+        """[N, H, W, CP], [N, 2] -> [N, H', W', C]."""
+        if budget is not None:
+            images, height, width, _ = pixels.shape
+            rows = tiling.strip_rows(self, height, width, budget // images)
+            if rows is not None:
+                tiling.check_inference(self, pixels, height, width, budget)
+                return tiling.encode_strips(self, pixels, window, step, rows)
+        return self.body(self.stem(pixels, window, step), step)
+
+    def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
+        """Indices of images to encode at once: of one size, and no more than the budget holds."""
+        if self.conv1.weight.device.type == "cpu" or self.bn1.training:  # live statistics are an image's own
+            return [[index] for index in range(len(images))]
+        alike: dict[Any, list[int]] = {}
+        for index, image in enumerate(images):
+            alike.setdefault((image.shape, image.dtype), []).append(index)
+        groups = []
+        for (shape, _), members in alike.items():
+            count = max(1, GROUP_PIXELS // max(1, shape[0] * shape[1]))
+            if budget is not None:
+                count = max(1, min(count, budget // tiling.activation_bytes(self, *shape[:2])))
+            groups += [members[start : start + count] for start in range(0, len(members), count)]
+        return groups
 
 
 class StemConv(FoldedConv):
@@ -170,11 +269,23 @@ class ResNet50Encoder(Encoder):
                 channels = planes * EXPANSION
             self.add_module(f"layer{stage + 1}", layer)
 
-    def body(self, x: Tensor) -> Tensor:
-        """[N, H / 4, W / 4, width] -> [N, H / 32, W / 32, 32 * width]."""
-        for stage in range(len(BLOCKS)):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
-        return x
+    def units(self) -> list[Bottleneck]:
+        """The sixteen bottlenecks."""
+        return [block for stage in range(len(BLOCKS)) for block in self.get_submodule(f"layer{stage + 1}")]
+
+
+class ConvUnit:
+    """A convolution and its norm, which two lists own."""
+
+    def __init__(self, conv: FoldedConv, norm: nn.BatchNorm2d):
+        self.conv, self.norm, self.stride = conv, norm, conv.stride[0]
+
+    def __call__(self, x: Tensor, step: Steps) -> Tensor:
+        return step(self.conv, self.norm, x)
+
+    def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
+        """Each convolution and its norm."""
+        yield self.conv, self.norm
 
 
 class StridedEncoder(Encoder):
@@ -182,6 +293,7 @@ class StridedEncoder(Encoder):
     (output stride 32), or the last with stride 1 (output stride 16)."""
 
     pool = 1
+    stem_stride = 2
 
     def __init__(self, config: HiAConfig):
         super().__init__(config)
@@ -196,11 +308,9 @@ class StridedEncoder(Encoder):
             self.convs.append(FoldedConv(channels // 2, channels, 3, stride=stride, padding=1, bias=False))
             self.norms.append(nn.BatchNorm2d(channels))
 
-    def body(self, x: Tensor) -> Tensor:
-        """[N, H / 2, W / 2, width] -> [N, H / stride, W / stride, 16 * width]."""
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = conv.apply_to(x, norm)
-        return x
+    def units(self) -> list[ConvUnit]:
+        """The four convolutions."""
+        return [ConvUnit(conv, norm) for conv, norm in zip(self.convs, self.norms, strict=True)]
 
 
 def build_encoder(config: HiAConfig) -> Encoder:

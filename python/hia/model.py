@@ -133,7 +133,11 @@ class HiAModel(nn.Module):
             return self._during(visit, self.base_model.generate, args, kwargs)
 
     def encode_images(
-        self, high_res_pixels: Sequence[Tensor], windows: Tensor | None = None, keep: str = "auto"
+        self,
+        high_res_pixels: Sequence[Tensor],
+        windows: Tensor | None = None,
+        keep: str = "auto",
+        max_activation_bytes: int | None = None,
     ) -> ImageFeatures:
         """Encode images once, to ask many questions: pass the result as ``features``.
 
@@ -144,6 +148,8 @@ class HiAModel(nn.Module):
                 "folded", its projected and normed features; "features", nothing; "auto" (default), keys and values
                 where that makes a question cheaper and takes at most 1 GiB an image and layer. Nothing is kept while
                 gradients are recorded. ``result.nbytes`` counts it all.
+            max_activation_bytes: what the encoder's activations may take; larger images go through it in strips, with
+                the same result. For inference. None: no limit.
 
         Returns:
             One [ceil(H / stride), ceil(W / stride), C] map per image, and what is kept.
@@ -158,13 +164,15 @@ class HiAModel(nn.Module):
                 f"hia: keep must be 'auto' or 'features' while gradients are recorded, got {keep!r}; "
                 f"use torch.no_grad()"
             )
-        features = self._encoded(high_res_pixels, windows)
+        features = self._encoded(high_res_pixels, windows, max_activation_bytes)
         if keep == "features" or torch.is_grad_enabled() or not len(features):
             return features
         alone = [features.select([image]).packed() for image in range(len(features))]
         return ImageFeatures(features.maps, tuple(self.adapter.sides(image, keep) for image in alone))
 
-    def _encoded(self, high_res_pixels: Sequence[Tensor], windows: Tensor | None) -> ImageFeatures:
+    def _encoded(
+        self, high_res_pixels: Sequence[Tensor], windows: Tensor | None, max_activation_bytes: int | None = None
+    ) -> ImageFeatures:
         encoder = self.adapter.encoder
         device = encoder.conv1.weight.device
         for number, pixels in enumerate(high_res_pixels):
@@ -174,12 +182,8 @@ class HiAModel(nn.Module):
         if tuple(windows.shape) != (len(high_res_pixels), 2):
             raise ValueError(f"hia: windows must have shape [{len(high_res_pixels)}, 2], got {list(windows.shape)}")
         windows = windows.to(device, torch.float32)
-        return ImageFeatures(
-            tuple(
-                encoder(pixels.to(device, non_blocking=True), window)
-                for pixels, window in zip(high_res_pixels, windows, strict=True)
-            )
-        )
+        images = [pixels.to(device, non_blocking=True) for pixels in high_res_pixels]
+        return ImageFeatures(tuple(encoder.forward_many(images, windows, max_activation_bytes)))
 
     def prepare(self) -> HiAModel:
         """Fold and pack the adapter's weights for inference: same results up to rounding, fewer FLOPs.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from bench import formulas, hosts, images, methods, predict
+from bench.cases import CASES
 from bench.records import FORMULA_TOLERANCE
+from hia import plan
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,36 @@ def test_formula_is_within_2_percent_of_the_count_on_the_13b_host(predictor, met
     found = predictor(task_of(method, 560))
     formula = formulas.prefill_flops(method, hosts.LLAVA_13B, 560, 2, 60)
     assert formula == pytest.approx(found.flops, rel=FORMULA_TOLERANCE)
+
+
+def test_ours_is_prepared_and_what_that_makes_is_counted_as_memory(predictor):
+    found = predictor(task_of("hia", 560)).footprints["eager"]
+    model = predictor._model
+    folded = sum(layer.extractor.current().nbytes for layer in model.adapter.layers.values())
+    plain = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert folded > 10**8
+    assert found.weight_bytes - plain >= folded
+
+
+@pytest.mark.parametrize("resolution", [896, 4096])
+def test_our_form_of_the_layers_is_counted_exactly(predictor, resolution):
+    counted = predictor(task_of("hia", resolution)).flops
+    outside = formulas.outside_flops("hia", hosts.LLAVA_13B, resolution, 2, 60)
+    layers = formulas.layers_flops("hia", hosts.LLAVA_13B, resolution, 2)
+    assert layers == pytest.approx(counted - outside, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["textbook", "folded", "absorbed", "folded_absorbed", "deep_kv", "deep_absorbed"])
+def test_every_form_costs_what_the_plan_says(form):
+    case = CASES["13b-released-896-2img"]
+    sizes = plan.sizes_of(case.config, case.sizes, case.visual_tokens, 1, 4)
+    sizes = dataclasses.replace(sizes, prepared=True)
+    wanted = {one.name: one.flops for one in plan.extract_forms(sizes)}[form]
+    for inject in plan.inject_forms(sizes):
+        shape = formulas.AdapterShape(5120, injections=1, shared_projection=True, forms=(form, inject.name))
+        found = formulas.adapter_flops(shape, 5120, 896, 2, 1)
+        shared = 0 if form in ("textbook", "absorbed") else 2 * 2 * 784 * 2048 * 5120  # adapter_flops adds it to all
+        assert found - shared == wanted + inject.flops
 
 
 def test_the_check_would_notice_a_missing_term():

@@ -37,6 +37,12 @@ def test_changed_figures_are_seen():
     assert readme.table(changed) not in readme.README.read_text()
 
 
+def test_layers_are_compared_where_the_record_has_them():
+    found = {**record(), "layers": [{"resolution": 896, "hia": 61, "released": 100, "ratio": 0.61}]}
+    assert "HiA layers without the CNN, ours over the released maths': 896 px 0.61." in readme.block(found)
+    assert "without the CNN" not in readme.block({**found, "layers": []})
+
+
 def test_missing_markers():
     with pytest.raises(ValueError, match=r"README.md must hold <!-- table3"):
         readme.updated("# no table\n", record())

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import environment, images, paper, table3, table3_output
+from bench import environment, formulas, images, paper, table3, table3_output
 from bench.measure import Measured, measure_prefill
 from bench.records import Protocol, Report, Row, growth_claim, memory_claim, predicted_row, tracker_claim
 from bench.runs import Case, RunRequest
@@ -94,6 +94,23 @@ def test_claims_pass_and_fail_with_the_numbers():
     assert growth_claim(flat, "baseline", "eager").passed is False
     assert growth_claim(ROWS[:1], "hia", "eager").passed is None
     assert tracker_claim([]).passed is None
+
+
+def test_layers_are_what_is_counted_less_host_and_encoder(tmp_path):
+    protocol, rows = Protocol(attention=("eager",)), []
+    for method in ("hia", "released"):
+        flops = formulas.prefill_flops(method, protocol.host, 896, 2, 60)
+        footprint = Footprint(flops, {}, 29 * 10**9, 26 * 10**9)
+        rows.append(predicted_row((896, method, "eager"), footprint, flops, flops, 1212, protocol))
+    report = Report(protocol, rows=rows)
+    (found,) = report.layers()
+    assert found.hia == formulas.layers_flops("hia", protocol.host, 896, 2)
+    assert found.ratio == pytest.approx(0.61, abs=0.005)
+    line = "FLOPs of the HiA layers without the CNN, hia / released: 896 px 0.61."
+    assert table3_output.layer_lines(report) == [line]
+    assert line in table3_output.to_markdown(report, None)
+    assert report.to_dict()["layers"][0]["ratio"] == found.ratio
+    assert Report(protocol, rows=rows[:1]).layers() == []
 
 
 @pytest.mark.parametrize(("predicted", "passed"), [(0.96, True), (0.94, False), (1.06, False)])

@@ -1,3 +1,3 @@
-from .functional import conv_norm_act
+from .functional import PackedConv, conv_norm_act, conv_norm_act_packed, conv_norm_act_packed_, pack_conv
 
-__all__ = ["conv_norm_act"]
+__all__ = ["PackedConv", "conv_norm_act", "conv_norm_act_packed", "conv_norm_act_packed_", "pack_conv"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from ...core import autocast, backend
 from ...core.checks import FLOATS, check_choice, check_devices, check_dtypes, check_shapes
-from . import library as _library  # noqa: F401  (defines the op)
+from . import cpu
+from . import library as _library  # noqa: F401  (defines the ops)
 
 ACTIVATIONS = ("none", "relu", "gelu")
+KEPT_LAYOUTS = 2
 
 
 def conv_norm_act(
@@ -65,3 +70,146 @@ def conv_norm_act(
                 f"hia::{op}: residual must have the output's size {expected}, got {[dims['OH'], dims['OW']]}"
             )
     return torch.ops.hia.conv_norm_act(x, weight, scale, shift, residual, stride, activation)
+
+
+@dataclass(frozen=True)
+class PackedConv:
+    """Inference weights of one step, made by :func:`pack_conv`: plain values, no parameters.
+
+    oneDNN chooses the layout by the image's size, and reading another one's is up to eight times slower than packing
+    again; so the layouts of the last sizes are kept.
+
+    Attributes:
+        weight: [OC, C, K, K], the caller's: not copied, and read again for a new size.
+        scale: [OC].
+        shift: [OC].
+        stride: 1 or 2.
+        layouts: scaled weights by the image's height and width, at most :data:`KEPT_LAYOUTS`, oldest first. Such a
+            tensor can't be indexed or saved.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    stride: int
+    layouts: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def layout(self, size: tuple[int, int]) -> Tensor:
+        """The scaled weight as oneDNN wants it for images of this height and width."""
+        found = self.layouts.pop(size, None)
+        if found is None:
+            found = cpu.pack_weight(self.weight, self.scale, self.stride, size)
+            while len(self.layouts) >= KEPT_LAYOUTS:
+                self.layouts.pop(next(iter(self.layouts)))
+        self.layouts[size] = found
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        kept = sum(layout.numel() * layout.element_size() for layout in self.layouts.values())
+        return kept + self.scale.nbytes + self.shift.nbytes
+
+
+def packing_reasons(weight: Tensor) -> list[str]:
+    """Why packed weights can't serve a call with ``weight`` now; empty if they can.
+
+    They serve oneDNN alone: fp32 and bf16 on the CPU, no other backend forced, no autocast, outside torch.compile (which
+    packs by itself when its freezing is on).
+    """
+    found = cpu.unavailable_reasons() + cpu.unsupported_reasons(weight)
+    forced = backend.requested_backend()
+    if forced not in ("auto", "cpu"):
+        found.append(f"HIA_BACKEND={forced} is forced")
+    if autocast.is_enabled("cpu"):
+        found.append("autocast is on")
+    if torch.compiler.is_compiling():
+        found.append("torch.compile is tracing")
+    return found
+
+
+def pack_conv(weight: Tensor, scale: Tensor, shift: Tensor, stride: int = 1) -> PackedConv:
+    """Fold the scale into the weight and lay it out for oneDNN once for a size, instead of in every call.
+
+    Args:
+        weight: [OC, C, K, K] fp32 or bf16 on the CPU; it must not change afterwards.
+        scale:  [OC] fp32, likewise.
+        shift:  [OC] fp32, likewise.
+        stride: 1 or 2.
+
+    Returns:
+        For :func:`conv_norm_act_packed`.
+
+    Raises:
+        NotImplementedError: see :func:`packing_reasons`. ValueError, TypeError: as :func:`conv_norm_act`.
+    """
+    op = "conv_norm_act_packed"
+    check_choice(op, "stride", stride, (1, 2))
+    check_dtypes(op, weight=(weight, FLOATS))
+    reasons = packing_reasons(weight)
+    if reasons:
+        raise NotImplementedError(f"hia::{op}: weight can't be packed: " + "; ".join(reasons))
+    check_dtypes(op, scale=(scale, torch.float32), shift=(shift, torch.float32))
+    dims = check_shapes(op, weight=(weight, "OC C K K"), scale=(scale, "OC"), shift=(shift, "OC"))
+    check_devices(op, weight=weight, scale=scale, shift=shift)
+    check_choice(op, "weight's K", dims["K"], (1, 3))
+    return PackedConv(weight.detach(), scale.detach(), shift.detach(), stride)
+
+
+def _check_packed(op: str, x: Tensor, packed: PackedConv, residual: Tensor | None, activation: str, pad: bool) -> None:
+    check_choice(op, "activation", activation, ACTIVATIONS)
+    check_dtypes(op, x=(x, packed.weight.dtype), residual=(residual, packed.weight.dtype))
+    out_channels, channels, kernel, _ = packed.weight.shape
+    check_shapes(op, x=(x, f"N IH IW {channels}"), residual=(residual, f"N OH OW {out_channels}"))
+    if x.shape[1] < (1 if pad else kernel) or x.shape[2] < 1:
+        raise ValueError(f"hia::{op}: x must hold at least one output's rows and columns, got shape {list(x.shape)}")
+    rows = x.shape[1] - 1 if pad else x.shape[1] - kernel
+    expected = [x.shape[0], rows // packed.stride + 1, (x.shape[2] - 1) // packed.stride + 1]
+    if residual is not None and list(residual.shape[:3]) != expected:
+        raise ValueError(
+            f"hia::{op}: residual must have the output's [N, OH, OW] {expected}, got {list(residual.shape[:3])}"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual)):
+        raise RuntimeError(f"hia::{op}: x and residual must not be part of a gradient graph; use conv_norm_act")
+
+
+def conv_norm_act_packed(
+    x: Tensor, packed: PackedConv, residual: Tensor | None = None, activation: str = "relu", pad_rows: bool = True
+) -> Tensor:
+    """:func:`conv_norm_act` with weights packed beforehand. For inference.
+
+    Args:
+        x:        [N, IH, IW, C], dtype of the weight that was packed.
+        packed:   of :func:`pack_conv`.
+        residual: [N, OH, OW, OC], dtype of ``x``, or None.
+        activation: "none", "relu" or "gelu".
+        pad_rows: False: no zero rows above and below, for a strip that brings its neighbours' rows;
+            OH = (IH - K) // stride + 1 then.
+
+    Returns:
+        [N, OH, OW, OC] contiguous.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit. RuntimeError: gradients are recorded.
+        NotImplementedError: another backend is forced.
+    """
+    _check_packed("conv_norm_act_packed", x, packed, residual, activation, pad_rows)
+    weight = packed.layout((x.shape[1], x.shape[2]))
+    return torch.ops.hia.conv_norm_act_packed(x, weight, packed.shift, residual, packed.stride, activation, pad_rows)
+
+
+def conv_norm_act_packed_(
+    residual: Tensor, x: Tensor, packed: PackedConv, activation: str = "relu", pad_rows: bool = True
+) -> Tensor:
+    """:func:`conv_norm_act_packed` that writes its result over ``residual``, which must be contiguous.
+
+    Returns:
+        ``residual`` itself.
+    """
+    op = "conv_norm_act_packed_"
+    _check_packed(op, x, packed, residual, activation, pad_rows)
+    if not residual.is_contiguous():
+        raise ValueError(f"hia::{op}: residual must be contiguous, got strides {list(residual.stride())}")
+    weight = packed.layout((x.shape[1], x.shape[2]))
+    torch.ops.hia.conv_norm_act_packed_(residual, x, weight, packed.shift, packed.stride, activation, pad_rows)
+    return residual

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration
+from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
+from . import cpu
 from .reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 
 registration.define(
@@ -18,19 +19,69 @@ registration.define(
     "(Tensor dout, Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out,"
     " int stride, str activation, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+# inference with packed weights, whose scale is folded in; pad_rows=False: the caller's strip brings its own rows
+registration.define(
+    "conv_norm_act_packed",
+    "(Tensor x, Tensor weight, Tensor shift, Tensor? residual, int stride, str activation, bool pad_rows) -> Tensor",
+)
+registration.define(
+    "conv_norm_act_packed_",
+    "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor shift, int stride, str activation, bool pad_rows) -> ()",
+)
+
+_TRITON = "hia_kernels.ops.conv_norm_act.triton"
+
+
+def _triton_unsupported(first, *rest):
+    return triton_support.device_reasons(first)  # x, or dout, which has its dtype
+
 
 BACKENDS = register_table(
     "conv_norm_act",
+    Backend(
+        "triton",
+        {
+            "conv_norm_act": triton_support.lazy(f"{_TRITON}_fwd", "conv_norm_act_fwd"),
+            "conv_norm_act_bwd": triton_support.lazy(f"{_TRITON}_bwd", "conv_norm_act_bwd"),
+        },
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+    ),
+    Backend(
+        "cpu",
+        {
+            "conv_norm_act": cpu.conv_norm_act_fwd,
+            "conv_norm_act_bwd": cpu.conv_norm_act_bwd,
+            "conv_norm_act_packed": cpu.conv_norm_act_packed,
+            "conv_norm_act_packed_": cpu.conv_norm_act_packed_inplace,
+        },
+        cpu.unsupported_reasons,
+        cpu.unavailable_reasons,
+    ),
     Backend("reference", {"conv_norm_act": conv_norm_act_ref, "conv_norm_act_bwd": conv_norm_act_bwd_ref}),
 )
 registration.implement("conv_norm_act", BACKENDS)
 registration.implement("conv_norm_act_bwd", BACKENDS)
+registration.implement("conv_norm_act_packed", BACKENDS)
+registration.implement("conv_norm_act_packed_", BACKENDS)
 
 
 @torch.library.register_fake("hia::conv_norm_act")
 def _fwd_fake(x, weight, scale, shift, residual, stride, activation):
     n, ih, iw, _ = x.shape
     return x.new_empty(n, (ih - 1) // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
+
+
+@torch.library.register_fake("hia::conv_norm_act_packed")
+def _packed_fake(x, weight, shift, residual, stride, activation, pad_rows):
+    n, ih, iw, _ = x.shape
+    rows = ih - 1 if pad_rows else ih - weight.shape[2]
+    return x.new_empty(n, rows // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
+
+
+@torch.library.register_fake("hia::conv_norm_act_packed_")
+def _packed_inplace_fake(residual, x, weight, shift, stride, activation, pad_rows):
+    return None
 
 
 @torch.library.register_fake("hia::conv_norm_act_bwd")
@@ -44,13 +95,17 @@ def _bwd_fake(dout, x, weight, scale, shift, residual, out, stride, activation, 
 
 def _setup_context(ctx, inputs, output):
     x, weight, scale, shift, residual, ctx.stride, ctx.activation = inputs
-    kept_residual = residual if ctx.activation == "gelu" else None  # a full activation saved for nothing otherwise
-    ctx.save_for_backward(x, weight, scale, shift, kept_residual, output)
+    # full activations, kept only where the backward reads them: relu sees its sign in the output
+    kept_residual = residual if ctx.activation == "gelu" else None
+    kept_output = output if ctx.activation == "relu" else None
+    ctx.save_for_backward(x, weight, scale, shift, kept_residual, kept_output)
 
 
 def _backward(ctx, dout):
     mask = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.hia.conv_norm_act_bwd(dout, *ctx.saved_tensors, ctx.stride, ctx.activation, mask)
+    *saved, out = ctx.saved_tensors
+    out = dout if out is None else out  # not read then; a tensor of its shape
+    grads = torch.ops.hia.conv_norm_act_bwd(dout, *saved, out, ctx.stride, ctx.activation, mask)
     return (*(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None)
 
 
@@ -64,9 +119,14 @@ def _conv_flops(out_shape, weight_shape):
     return 2 * n * oh * ow * oc * weight_shape[1] * weight_shape[2] * weight_shape[3]
 
 
-@register_flop_formula(torch.ops.hia.conv_norm_act)
+@register_flop_formula([torch.ops.hia.conv_norm_act, torch.ops.hia.conv_norm_act_packed])
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs):
     return _conv_flops(out_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.hia.conv_norm_act_packed_)
+def _packed_inplace_flops(residual_shape, x, weight_shape, *args, **kwargs):
+    return _conv_flops(residual_shape, weight_shape)
 
 
 @register_flop_formula(torch.ops.hia.conv_norm_act_bwd)

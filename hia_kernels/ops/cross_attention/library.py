@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from .reference import cross_attention_bwd_ref, cross_attention_ref, cross_attention_with_lse_ref
 
@@ -18,8 +18,25 @@ registration.define(
     f" {_PACKING}) -> (Tensor, Tensor, Tensor)",
 )
 
+_TRITON = "hia_kernels.ops.cross_attention.triton"
+
+
+def _triton_unsupported(first, *rest):
+    return triton_support.device_reasons(first)  # q, or dout, which has its dtype
+
+
 BACKENDS = register_table(
     "cross_attention",
+    Backend(
+        "triton",
+        {
+            "cross_attention": triton_support.lazy(f"{_TRITON}_fwd", "cross_attention_fwd"),
+            "cross_attention_with_lse": triton_support.lazy(f"{_TRITON}_fwd", "cross_attention_with_lse_fwd"),
+            "cross_attention_bwd": triton_support.lazy(f"{_TRITON}_bwd", "cross_attention_bwd"),
+        },
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+    ),
     Backend(
         "reference",
         {

@@ -5,15 +5,44 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
+from . import cpu
 from .reference import stem_bwd_ref, stem_ref
 
 _INPUTS = "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
 registration.define("stem", f"({_INPUTS}) -> Tensor")
 registration.define("stem_bwd", f"(Tensor dout, {_INPUTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)")
 
-BACKENDS = register_table("stem", Backend("reference", {"stem": stem_ref, "stem_bwd": stem_bwd_ref}))
+_TRITON = "hia_kernels.ops.stem.triton"
+_FAR = 2**22  # elements; within a program's tile the Triton kernels count in 32 bits
+
+
+def _triton_unsupported(*args):
+    # pixels, window, mean, std, weight, ...; the backward has dout before them
+    pixels, weight = (args[1], args[5]) if args[1].dim() == 4 else (args[0], args[4])
+    found = triton_support.device_reasons(pixels)
+    if weight.dtype == torch.float64 and pixels.dtype != torch.float64:
+        found += triton_support.device_reasons(weight)
+    if max(pixels.stride(1), pixels.stride(2)) > _FAR:
+        found.append(f"rows and columns of pixels must lie at most {_FAR} elements apart, got {pixels.stride()}")
+    return found
+
+
+BACKENDS = register_table(
+    "stem",
+    Backend(
+        "triton",
+        {
+            "stem": triton_support.lazy(f"{_TRITON}_fwd", "stem_fwd"),
+            "stem_bwd": triton_support.lazy(f"{_TRITON}_bwd", "stem_bwd"),
+        },
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+    ),
+    Backend("cpu", {"stem": cpu.stem_fwd, "stem_bwd": cpu.stem_bwd}, cpu.unsupported_reasons, cpu.unavailable_reasons),
+    Backend("reference", {"stem": stem_ref, "stem_bwd": stem_bwd_ref}),
+)
 
 
 def _check_values(pixels, window, mean, std, weight, scale, shift, pool):

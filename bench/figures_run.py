@@ -1,0 +1,194 @@
+"""The command ``python -m bench.figures``: measures the figures' workloads, judges them, writes the record."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from . import environment
+from .cases import Workload
+from .figures import FIGURES, KINDS, OURS, Figure, Verdict, cells, judge
+from .kernels import Run, measure_workload, start
+from .kernels_args import DEFAULT_DTYPES, DEVICES, names
+from .kernels_output import console_for
+from .measurement import Measurement, read_records, write_records
+from .providers import all_providers
+from .timing import exact_matmuls
+
+FILE = "figures.json"
+SECONDS = {"cpu": 6.0, "cuda": 0.5}  # of repetitions, for each provider of a workload in a mode
+AT_LEAST = 3  # repetitions; the slowest calls take a minute
+COMPILE_MINUTES = {"cpu": 15.0, "cuda": 12.0}
+COLOURS = {"met": "green", "MISSED": "red", "not measured": "yellow", "no target": None}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Checked flags; ``figures`` among them.
+
+    Raises:
+        SystemExit: a value that isn't allowed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.figures",
+        description="The figures the project is held to, measured and judged. A missed target is a result, not an "
+        "error: exit code 1 only if something failed, 130 after Ctrl-C.",
+    )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, or auto (default)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=["*"], help="these figures, or patterns of names")
+    parser.add_argument("--no-compile", action="store_true", help="leave out whoever compiles")
+    parser.add_argument("--compile-minutes", type=float, metavar="M",
+                        help="until a provider that compiles has a first result "
+                        f"(default: {COMPILE_MINUTES['cpu']:g}, on CUDA {COMPILE_MINUTES['cuda']:g})")  # fmt: skip
+    parser.add_argument("--minutes", type=float, metavar="M", help="start no new workload after that long")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help=f"of {FILE} (default, for all figures: bench/results/<device>)")  # fmt: skip
+    parser.add_argument("--add", action="store_true", help="keep what the file holds of other workloads")
+    parser.add_argument("--list", action="store_true", help="print the figures and their targets, and exit")
+    parser.add_argument("--quick", action="store_true", help="a few repetitions, as a smoke test")
+    options = parser.parse_args(arguments)
+    try:
+        (options.device,) = names("--device", [options.device], DEVICES)
+        chosen = names("--only", options.only, tuple(figure.name for figure in FIGURES))
+        for flag in ("minutes", "compile_minutes"):
+            value = getattr(options, flag)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{flag.replace('_', '-')}: must be more than 0, got {value:g}")
+        if options.device == "auto":
+            options.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if options.device == "cuda" and not torch.cuda.is_available() and not options.list:
+            raise ValueError("--device: cuda needs a CUDA device and a torch built for it, got none; use --device cpu")
+    except ValueError as error:
+        parser.error(str(error))
+    options.dtype = DEFAULT_DTYPES[options.device]
+    options.filtered = len(chosen) < len(FIGURES) or options.quick
+    options.figures = [figure for figure in FIGURES if figure.name in chosen]
+    return options
+
+
+def grouped(figures: Sequence[Figure]) -> dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Modes and providers of each workload."""
+    found: dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    for figure in figures:
+        if figure.mode:
+            modes, providers = found.get(figure.workload, ((), (OURS,)))
+            found[figure.workload] = (
+                tuple(dict.fromkeys((*modes, figure.mode))), tuple(dict.fromkeys((*providers, *figure.against))),
+            )  # fmt: skip
+    return found
+
+
+class Progress:
+    """A line for everything that begins, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._started, self._task = time.perf_counter(), ""
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._started
+
+    def task(self, text: str) -> None:
+        """What the lines that follow belong to."""
+        self._task = text
+
+    def __call__(self, text: str) -> None:
+        print(f"{self.seconds:7.0f} s  {self._task}: {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, judge, print, write.
+
+    Returns:
+        0; 1 if a provider failed; 130 after Ctrl-C, with what was measured written.
+    """
+    options = parse(arguments)
+    console = console_for(sys.stdout)
+    if options.list:
+        for figure in options.figures:
+            what, sense = KINDS[figure.kind]
+            print(f"{figure.name}  {figure.op} {figure.case} {figure.mode}  {what} ({', '.join(figure.against)}) "
+                  f"{sense} cpu {figure.cpu or '-'}, cuda {figure.cuda or '-'}")  # fmt: skip
+        return 0
+    facts = environment.describe(options.device, "bench.figures")
+    path = output_path(options, facts["device"])
+    kept = read_records(path) if options.add and path is not None and path.exists() else []
+    records: list[Measurement] = []
+    try:
+        with exact_matmuls():
+            for run in measure(options, facts):
+                records = run.records
+                save(path, merged(kept, records), options.device)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    save(path, merged(kept, records), options.device)
+    print_table([judge(figure, records, options.device) for figure in options.figures], console)
+    console.print(f"written: {path or 'nowhere (not all figures: give --out)'}", highlight=False, soft_wrap=True)
+    if interrupted:
+        return 130
+    return 1 if any(record.status == "failed" for record in records) else 0
+
+
+def measure(options: Any, facts: dict[str, Any]) -> Any:
+    """Yields the run after each workload."""
+    progress, everyone = Progress(), all_providers()
+    progress.task("limits")
+    progress("measuring the device")
+    options.quick = bool(options.quick)
+    run: Run = start(options, facts)
+    run.saves_time, run.say = False, progress
+    run.seconds, run.at_least = SECONDS[options.device], AT_LEAST
+    run.compile_seconds = 60 * (options.compile_minutes or COMPILE_MINUTES[options.device])
+    workloads = grouped(options.figures)
+    for number, (workload, (modes, providers)) in enumerate(workloads.items(), 1):
+        progress.task(f"{number}/{len(workloads)} {workload.op} {workload.name}")
+        if options.minutes and progress.seconds > 60 * options.minutes:
+            progress("not begun: the time is over")
+            continue
+        chosen = [everyone[name] for name in everyone if name in providers]
+        run.providers = [one for one in chosen if not (one.compiles and options.no_compile)]
+        measure_workload(run, workload, options.dtype[0], modes)
+        progress("done")
+        yield run
+
+
+def output_path(options: Any, device: str) -> Path | None:
+    """A run of some figures is no record of the device unless a place is named."""
+    folder = options.out
+    if folder is None and not options.filtered:
+        folder = environment.REPOSITORY / "bench" / "results" / environment.slug(device)
+    return folder and folder / FILE
+
+
+def merged(kept: Sequence[Measurement], records: Sequence[Measurement]) -> list[Measurement]:
+    """What was measured now, and of before what wasn't."""
+    measured = {(record.op, record.case) for record in records}
+    return [record for record in kept if (record.op, record.case) not in measured] + list(records)
+
+
+def save(path: Path | None, records: Sequence[Measurement], device: str) -> None:
+    """The records, and every figure judged by them."""
+    if path is not None and records:
+        verdicts = [judge(figure, records, device).to_dict() for figure in FIGURES]
+        write_records(path, records, figures=verdicts)
+
+
+def print_table(verdicts: Sequence[Verdict], console: Any) -> None:
+    """Figure, target, ratio, verdict."""
+    header, rows = cells([one.to_dict() for one in verdicts])
+    table = Table(title="figures", title_justify="left", pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold", justify="right" if name in ("target", "measured") else "left")
+    for one, row in zip(verdicts, rows, strict=True):
+        table.add_row(*(cell.replace("[", "\\[") for cell in row), style=COLOURS[one.verdict])
+    console.print(table)
+    counts = {word: sum(one.verdict == word for one in verdicts) for word in COLOURS}
+    console.print(", ".join(f"{count} {word}" for word, count in counts.items()))

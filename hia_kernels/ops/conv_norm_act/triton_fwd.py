@@ -1,0 +1,260 @@
+"""Triton forward of ``conv_norm_act``: an implicit GEMM over channels-last pixels, the norm and the rest in its end."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core import tuning
+from ...core.triton_math import dot
+
+MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that the order of a sum follows no device
+SHORT_LOOP = 4  # steps: below it memory is the limit, and more blocks at once serve it better than larger ones
+MAX_SPLITS = 8
+MIN_STEPS = 6  # a share of fewer steps costs more than it hides
+
+
+@triton.jit
+def tile_of(pid, pixels, tiles_m, OC, BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr):
+    """Image, tile of its output pixels, pixels, channels; channels run fastest, so that neighbours share x in L2."""
+    tiles_oc = tl.cdiv(OC, BLOCK_OC)
+    image_tile = pid // tiles_oc
+    n = (image_tile // tiles_m).to(tl.int64)  # int64: N * OH * OW * OC exceeds 2**31 at production sizes
+    pid_m = image_tile % tiles_m
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], of one image
+    offs_oc = (pid % tiles_oc) * BLOCK_OC + tl.arange(0, BLOCK_OC)  # [BLOCK_OC]
+    return n, pid_m, offs_m, offs_oc
+
+
+@triton.jit
+def conv_tile(
+    x_ptr,  # [IH, IW, C] of one image
+    weight_ptr,  # [OC, C, K, K] with C contiguous
+    oy, ox, mask_m, offs_oc, first, last,  # [BLOCK_M] x 3, [BLOCK_OC], steps of the loop over taps and channels
+    IH, IW, C, OC, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The convolution's sums [BLOCK_M, BLOCK_OC] fp32 over steps ``first`` to ``last``; a step is a tap, BLOCK_C wide."""
+    chunks = tl.cdiv(C, BLOCK_C)
+    range_c = tl.arange(0, BLOCK_C)
+    # int64: an image may hold more than 2**31 elements, and so may the weights
+    weight_ptrs = weight_ptr + offs_oc[None, :].to(tl.int64) * stride_weight_o + range_c[:, None]  # [BLOCK_C, BLOCK_OC]
+    acc = tl.zeros((BLOCK_M, BLOCK_OC), dtype=tl.float32)
+    for step in range(first, last):
+        if KERNEL == 1:
+            iy, ix, chunk, tap_offset = oy * STRIDE, ox * STRIDE, step, 0
+            inside = mask_m
+        else:
+            tap = step // chunks
+            chunk = step - tap * chunks
+            ky = tap // KERNEL
+            kx = tap - ky * KERNEL
+            iy, ix = oy * STRIDE + ky - KERNEL // 2, ox * STRIDE + kx - KERNEL // 2
+            inside = mask_m & (iy >= 0) & (iy < IH) & (ix >= 0) & (ix < IW)  # elsewhere the padding: zeros
+            tap_offset = ky * stride_weight_h + kx * stride_weight_w
+        offs_c = chunk * BLOCK_C + range_c  # [BLOCK_C]
+        mask_c = offs_c < C
+        x_rows = iy.to(tl.int64) * stride_x_h + ix.to(tl.int64) * stride_x_w  # [BLOCK_M]
+        x = tl.load(x_ptr + x_rows[:, None] + offs_c[None, :], mask=inside[:, None] & mask_c[None, :], other=0.0)
+        mask_w = mask_c[:, None] & (offs_oc < OC)[None, :]
+        w = tl.load(weight_ptrs + (tap_offset + chunk * BLOCK_C), mask=mask_w, other=0.0)  # [BLOCK_C, BLOCK_OC]
+        acc = dot(x, w, acc)  # x is [BLOCK_M, BLOCK_C]
+    return acc
+
+
+@triton.jit
+def gelu_cdf(z):
+    """The share of a standard normal below z."""
+    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def normed(acc, scale_ptr, shift_ptr, offs_oc, OC):
+    """scale * acc + shift, [BLOCK_M, BLOCK_OC] fp32."""
+    scale = tl.load(scale_ptr + offs_oc, mask=offs_oc < OC, other=0.0)  # [BLOCK_OC]
+    shift = tl.load(shift_ptr + offs_oc, mask=offs_oc < OC, other=0.0)  # [BLOCK_OC]
+    return acc * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def residual_tile(
+    residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
+):  # fmt: skip
+    """The residual where the tile is, [BLOCK_M, BLOCK_OC] fp32."""
+    rows = n * stride_residual_n + oy.to(tl.int64) * stride_residual_h + ox.to(tl.int64) * stride_residual_w
+    return tl.load(residual_ptr + rows[:, None] + offs_oc[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == "gelu":
+        z = z * gelu_cdf(z)
+    return z
+
+
+@triton.jit(do_not_specialize=["IH", "IW", "OW", "pixels", "rows", "tiles_m"])
+def _conv_norm_act_fwd_kernel(
+    x_ptr,  # [N, IH, IW, C]
+    weight_ptr,  # [OC, C, K, K] with C contiguous
+    scale_ptr,  # [OC] fp32
+    shift_ptr,  # [OC] fp32
+    residual_ptr,  # [N, OH, OW, OC], only with HAS_RESIDUAL
+    out_ptr,  # [N, OH, OW, OC]; with SPLITS > 1 [SPLITS, N, OH, OW, OC] fp32, sums alone
+    IH, IW, OW, pixels, rows, tiles_m, C, OC,  # pixels = OH * OW, rows = N * pixels
+    stride_x_n, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
+    stride_residual_n, stride_residual_h, stride_residual_w,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One tile of an image's output, or a share of its sums; grid = (N * tiles_m * cdiv(OC, BLOCK_OC), SPLITS)."""
+    n, _, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
+    mask_m = offs_m < pixels
+    oy = offs_m // OW
+    ox = offs_m - oy * OW
+    mask = mask_m[:, None] & (offs_oc < OC)[None, :]
+
+    steps = KERNEL * KERNEL * tl.cdiv(C, BLOCK_C)
+    first, last = 0, steps
+    if SPLITS > 1:
+        share = tl.cdiv(steps, SPLITS)
+        first = tl.program_id(1) * share
+        last = tl.minimum(first + share, steps)
+        out_ptr += tl.program_id(1).to(tl.int64) * rows * OC
+    acc = conv_tile(
+        x_ptr + n * stride_x_n, weight_ptr, oy, ox, mask_m, offs_oc, first, last,
+        IH, IW, C, OC, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
+        KERNEL=KERNEL, STRIDE=STRIDE, BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
+    if SPLITS == 1:
+        acc = normed(acc, scale_ptr, shift_ptr, offs_oc, OC)
+        if HAS_RESIDUAL:
+            acc += residual_tile(
+                residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
+            )
+        acc = _activated(acc, ACTIVATION)
+    out_ptrs = out_ptr + (n * pixels + offs_m)[:, None] * OC + offs_oc[None, :]  # [BLOCK_M, BLOCK_OC]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["OW", "pixels", "rows", "tiles_m"])
+def _conv_norm_act_reduce_kernel(
+    partial_ptr,  # [SPLITS, N, OH, OW, OC] fp32
+    scale_ptr,  # [OC] fp32
+    shift_ptr,  # [OC] fp32
+    residual_ptr,  # [N, OH, OW, OC], only with HAS_RESIDUAL
+    out_ptr,  # [N, OH, OW, OC]
+    OW, pixels, rows, tiles_m, OC, stride_residual_n, stride_residual_h, stride_residual_w,
+    ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds the shares in their order, then norm, residual, activation; grid = (N * tiles_m * cdiv(OC, BLOCK_OC),)."""
+    n, _, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
+    mask = (offs_m < pixels)[:, None] & (offs_oc < OC)[None, :]
+    offsets = (n * pixels + offs_m)[:, None] * OC + offs_oc[None, :]  # [BLOCK_M, BLOCK_OC] int64
+
+    acc = tl.zeros((BLOCK_M, BLOCK_OC), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        share = tl.cast(rows, tl.int64) * split * OC
+        acc += tl.load(partial_ptr + share + offsets, mask=mask, other=0.0)
+    z = normed(acc, scale_ptr, shift_ptr, offs_oc, OC)
+    if HAS_RESIDUAL:
+        oy = offs_m // OW
+        ox = offs_m - oy * OW
+        z += residual_tile(
+            residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
+        )
+    tl.store(out_ptr + offsets, _activated(z, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def block_sizes(pixels, c, oc, kernel, itemsize):
+    """Tile and launch of a convolution, from one image's sizes: how many images share a call must change no bit."""
+    block_m, block_oc = 128, min(128, max(16, tuning.bucket(oc)))
+    if itemsize == 4:  # no matrix instructions: a smaller tile of sums in registers
+        return {"BLOCK_M": 64, "BLOCK_OC": min(64, block_oc), "BLOCK_C": 16, "num_warps": 4, "num_stages": 3}
+    block_c = min(64, max(16, tuning.bucket(c)))
+    steps = _steps(c, kernel, block_c)
+    if steps <= SHORT_LOOP or _tiles(pixels, oc, block_m, block_oc) < MULTIPROCESSORS:
+        block_oc = min(64, block_oc)
+    if _tiles(pixels, oc, block_m, block_oc) < MULTIPROCESSORS:
+        block_m = 64
+    return {
+        "BLOCK_M": block_m, "BLOCK_OC": block_oc, "BLOCK_C": block_c,
+        "num_warps": 8 if block_m * block_oc > 8192 else 4,
+        "num_stages": 2 if torch.version.hip else max(2, min(4, steps)),
+    }  # fmt: skip
+
+
+def _steps(c, kernel, block_c):
+    return kernel * kernel * triton.cdiv(c, block_c)
+
+
+def _tiles(pixels, oc, block_m, block_oc):
+    return triton.cdiv(pixels, block_m) * triton.cdiv(oc, block_oc)
+
+
+def _splits(pixels, c, oc, kernel, blocks):
+    """Shares of the sums, where an image's tiles alone leave the GPU empty."""
+    tiles = _tiles(pixels, oc, blocks["BLOCK_M"], blocks["BLOCK_OC"])
+    wanted = min(MAX_SPLITS, 2 * MULTIPROCESSORS // tiles, _steps(c, kernel, blocks["BLOCK_C"]) // MIN_STEPS)
+    return 1 if wanted < 2 else 1 << (wanted.bit_length() - 1)
+
+
+def with_channels_last(x):
+    """[N, H, W, C] with contiguous channels; None stays None."""
+    return x if x is None or x.stride(3) == 1 else x.contiguous()
+
+
+def weight_channels_last(weight):
+    """[OC, C, K, K] with contiguous C; weights kept in that memory format need no copy."""
+    return weight if weight.stride(1) == 1 else weight.contiguous(memory_format=torch.channels_last)
+
+
+def strides_of(name, *strides, dims="nhw"):
+    """Keyword arguments ``stride_<name>_<dim>``."""
+    return {f"stride_{name}_{dim}": stride for dim, stride in zip(dims, strides, strict=True)}
+
+
+def tuning_key(mode, pixels, c, oc, kernel, stride, dtype):
+    """Bucketed sizes, and what else a measured configuration depends on."""
+    sizes = f"px{tuning.bucket(pixels)}-c{tuning.bucket(c)}-oc{tuning.bucket(oc)}"
+    return f"{mode}-k{kernel}s{stride}-{sizes}-{str(dtype).removeprefix('torch.')}"
+
+
+def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
+    """[N, OH, OW, OC], dtype of ``x``."""
+    x, residual, weight = with_channels_last(x), with_channels_last(residual), weight_channels_last(weight)
+    n, ih, iw, c = x.shape
+    oc, kernel = weight.shape[0], weight.shape[2]
+    oh, ow = (ih - 1) // stride + 1, (iw - 1) // stride + 1
+    pixels = oh * ow
+    out = torch.empty((n, oh, ow, oc), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+
+    blocks = block_sizes(pixels, c, oc, kernel, x.element_size())
+    blocks["SPLITS"] = _splits(pixels, c, oc, kernel, blocks)
+    key = tuning_key("fwd", pixels, c, oc, kernel, stride, x.dtype)
+    config = tuning.pick("conv_norm_act", key, x.device, blocks)
+    splits, block_oc = config["SPLITS"], config["BLOCK_OC"]
+    target = out if splits == 1 else torch.empty((splits, n, oh, ow, oc), dtype=torch.float32, device=x.device)
+    norm = (scale.contiguous(), shift.contiguous(), residual)
+    options = {
+        "ACTIVATION": activation, "HAS_RESIDUAL": residual is not None, "OW": ow, "pixels": pixels, "rows": n * pixels,
+        "OC": oc, **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
+    }  # fmt: skip
+    tiles_m = triton.cdiv(pixels, config["BLOCK_M"])
+    _conv_norm_act_fwd_kernel[(n * tiles_m * triton.cdiv(oc, block_oc), splits)](
+        x, weight, *norm, target, IH=ih, IW=iw, C=c, tiles_m=tiles_m, KERNEL=kernel, STRIDE=stride, **options,
+        **strides_of("x", *x.stride()[:3]), **strides_of("weight", weight.stride(0), *weight.stride()[2:], dims="ohw"),
+        **config,
+    )  # fmt: skip
+    if splits > 1:
+        tiles_m = triton.cdiv(pixels, 32)
+        _conv_norm_act_reduce_kernel[(n * tiles_m * triton.cdiv(oc, block_oc),)](
+            target, *norm, out, tiles_m=tiles_m, BLOCK_M=32, BLOCK_OC=block_oc, SPLITS=splits, **options
+        )
+    return out

@@ -1,0 +1,270 @@
+"""Triton backward of ``cross_attention``: probabilities computed again, by queries and by keys; no atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core import tuning
+from ...core.triton_math import dot
+from .triton_fwd import LOG2E, blocks_of, is_fused
+from .triton_split import (
+    combine,
+    load_rows,
+    readable,
+    sequence_of,
+    share_of,
+    split_count,
+    strides_of,
+    tuning_key,
+)
+from .triton_staged import staged_bwd
+
+# BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number; M are queries, N keys
+DQ_BLOCKS = {
+    "amd": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
+    "ampere": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
+    "hopper": {128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "blackwell": {128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+}
+DKV_BLOCKS = {
+    "amd": {64: (32, 128, 8, 2), 128: (32, 64, 4, 2), 256: (16, 64, 8, 2)},
+    "ampere": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2)},
+    "hopper": {128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    "blackwell": {128: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
+}
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _cross_attention_delta_kernel(
+    dout_ptr,  # [T, H, D]
+    out_ptr,  # [T, H, D]
+    lse_ptr,  # [H, T] fp32
+    dlse_ptr,  # [H, T] fp32
+    rows_ptr,  # [H, 2, T] fp32: lse in powers of 2, delta
+    tokens, H, stride_dout_t, stride_dout_h, stride_out_t, stride_out_h,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the backward wants to know of each row: delta = sum_d dout * out - dlse; grid = (cdiv(T, BLOCK_T), H)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    h = tl.program_id(1).to(tl.int64)
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_t = offs_t < tokens
+    mask = mask_t[:, None] & (offs_d < D)[None, :]
+
+    dout_ptrs = dout_ptr + offs_t[:, None] * stride_dout_t + h * stride_dout_h + offs_d[None, :]  # [BLOCK_T, BLOCK_D]
+    out_ptrs = out_ptr + offs_t[:, None] * stride_out_t + h * stride_out_h + offs_d[None, :]  # [BLOCK_T, BLOCK_D]
+    dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(dout * tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32), axis=1)  # [BLOCK_T]
+    delta -= tl.load(dlse_ptr + h * tokens + offs_t, mask=mask_t, other=0.0)
+    lse = tl.load(lse_ptr + h * tokens + offs_t, mask=mask_t, other=0.0)  # [BLOCK_T]
+    tl.store(rows_ptr + 2 * h * tokens + offs_t, lse * LOG2E, mask=mask_t)
+    tl.store(rows_ptr + (2 * h + 1) * tokens + offs_t, delta, mask=mask_t)
+
+
+@triton.jit
+def _dq_block(
+    q, dout, k_ptrs, v_ptrs, acc, lse, delta,  # [BLOCK_M, BLOCK_D] x 2, [BLOCK_N, BLOCK_D] x 2, sums, [BLOCK_M] x 2
+    mask_n, offs_d, scale_log2e,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys; lse is in powers of 2."""
+    k = load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
+    v = load_rows(v_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
+    scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    p = tl.exp2(scores * scale_log2e - lse[:, None])  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        p = tl.where(mask_n[None, :], p, 0.0)
+    dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    ds = p * (dp - delta[:, None])
+    return dot(ds.to(k.dtype), k, acc)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits"])
+def _cross_attention_bwd_dq_kernel(
+    q_ptr,  # [Tq, H, D]
+    k_ptr,  # [Tk, H, D]
+    v_ptr,  # [Tk, H, D]
+    dout_ptr,  # [Tq, H, D]
+    rows_ptr,  # [H, 2, Tq] fp32: lse in powers of 2, delta
+    cu_q_ptr,  # [B + 1]
+    cu_k_ptr,  # [B + 1]
+    dq_ptr,  # [Tq, H, D]; with several splits [splits, Tq, H, D] fp32
+    tokens, tiles_m, splits, H, scale, scale_log2e,  # tokens = Tq
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
+    pid = tl.program_id(0)
+    start_m = pid % tiles_m * BLOCK_M
+    split = pid // tiles_m % splits
+    h = (pid // (tiles_m * splits) % H).to(tl.int64)
+    b = pid // (tiles_m * splits * H)
+    start_q, len_q = sequence_of(cu_q_ptr, b)
+    start_k, len_k = sequence_of(cu_k_ptr, b)
+    if start_m >= len_q:
+        return
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < len_q - start_m
+    start_q += start_m
+
+    q_ptr += start_q * stride_q_t + h * stride_q_h
+    dout_ptr += start_q * stride_dout_t + h * stride_dout_h
+    rows_ptr += 2 * h * tokens + start_q
+    q = load_rows(q_ptr + (offs_m[:, None] * stride_q_t + offs_d[None, :]), mask_m, offs_d, D, BLOCK_D)
+    dout = load_rows(dout_ptr + (offs_m[:, None] * stride_dout_t + offs_d[None, :]), mask_m, offs_d, D, BLOCK_D)
+    lse = tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]
+    delta = tl.load(rows_ptr + tokens + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+
+    first, last = share_of(split, splits, len_k, BLOCK_N)
+    k_ptr += (start_k + first) * stride_k_t + h * stride_k_h
+    v_ptr += (start_k + first) * stride_v_t + h * stride_v_h
+    offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+    offs_v = offs_n[:, None] * stride_v_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
+        acc = _dq_block(
+            q, dout, k_ptr + offs_k, v_ptr + offs_v, acc, lse, delta, offs_n < last - start_n, offs_d, scale_log2e,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False,
+        )  # fmt: skip
+        k_ptr += BLOCK_N * stride_k_t
+        v_ptr += BLOCK_N * stride_v_t
+    rest = tl.maximum(last - first, 0) % BLOCK_N
+    if rest > 0:
+        acc = _dq_block(
+            q, dout, k_ptr + offs_k, v_ptr + offs_v, acc, lse, delta, offs_n < rest, offs_d, scale_log2e,
+            D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True,
+        )  # fmt: skip
+
+    dq_ptr += ((tl.cast(split, tl.int64) * tokens + start_q) * H + h) * D
+    dq_ptrs = dq_ptr + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
+    tl.store(dq_ptrs, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles_n"])
+def _cross_attention_bwd_dkv_kernel(
+    q_ptr,  # [Tq, H, D]
+    k_ptr,  # [Tk, H, D]
+    v_ptr,  # [Tk, H, D]
+    dout_ptr,  # [Tq, H, D]
+    rows_ptr,  # [H, 2, Tq] fp32: lse in powers of 2, delta
+    cu_q_ptr,  # [B + 1]
+    cu_k_ptr,  # [B + 1]
+    dk_ptr,  # [Tk, H, D]
+    dv_ptr,  # [Tk, H, D]
+    tokens, tiles_n, H, scale, scale_log2e,  # tokens = Tq
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A block of one sequence's keys, one head, all its queries; scores transposed; grid = (tiles_n * H * B,)."""
+    pid = tl.program_id(0)
+    start_n = pid % tiles_n * BLOCK_N
+    h = (pid // tiles_n % H).to(tl.int64)
+    b = pid // (tiles_n * H)
+    start_q, len_q = sequence_of(cu_q_ptr, b)
+    start_k, len_k = sequence_of(cu_k_ptr, b)
+    if start_n >= len_k:
+        return
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < len_k - start_n
+    start_k += start_n
+
+    k_ptrs = k_ptr + start_k * stride_k_t + h * stride_k_h + (offs_n[:, None] * stride_k_t + offs_d[None, :])
+    k = load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_ptrs = v_ptr + start_k * stride_v_t + h * stride_v_h + (offs_n[:, None] * stride_v_t + offs_d[None, :])
+    v = load_rows(v_ptrs, mask_n, offs_d, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    q_ptr += start_q * stride_q_t + h * stride_q_h
+    dout_ptr += start_q * stride_dout_t + h * stride_dout_h
+    offs_q = offs_m[:, None] * stride_q_t + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
+    offs_dout = offs_m[:, None] * stride_dout_t + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
+    rows_ptr += 2 * h * tokens + start_q
+
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start_m in range(0, len_q, BLOCK_M):
+        mask_m = start_m + offs_m < len_q
+        q = load_rows(q_ptr + offs_q, mask_m, offs_d, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        dout = load_rows(dout_ptr + offs_dout, mask_m, offs_d, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        # both products at once: one runs while the other's exponentials do
+        scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+        dp = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+        lse = tl.load(rows_ptr + start_m + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]
+        p = tl.exp2(scores * scale_log2e - lse[None, :])  # [BLOCK_N, BLOCK_M]; 0 beyond the queries
+        dv = dot(p.to(dout.dtype), dout, dv)
+        delta = tl.load(rows_ptr + tokens + start_m + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+        ds = p * (dp - delta[None, :])
+        dk = dot(ds.to(q.dtype), q, dk)
+        q_ptr += BLOCK_M * stride_q_t
+        dout_ptr += BLOCK_M * stride_dout_t
+
+    offsets = (start_k * H + h) * D + (offs_n[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_N, BLOCK_D]
+    mask = mask_n[:, None] & (offs_d < D)[None, :]
+    tl.store(dk_ptr + offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+def _config(mode, table, q, max_seqlens):
+    block_m, block_n, warps, stages = blocks_of(table, q)
+    heuristic = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return tuning.pick("cross_attention", tuning_key(mode, q, *max_seqlens), q.device, heuristic)
+
+
+def _rows_stats(dout, out, lse, dlse):
+    """[H, 2, Tq] fp32."""
+    tokens, heads, head_dim = dout.shape
+    rows = torch.empty((heads, 2, tokens), dtype=torch.float32, device=dout.device)
+    block_d = triton.next_power_of_2(head_dim)
+    block_t = max(1, 4096 // block_d)  # 32 elements a thread
+    _cross_attention_delta_kernel[(triton.cdiv(tokens, block_t), heads)](
+        dout, out, lse.contiguous(), dlse.contiguous(), rows, tokens=tokens, H=heads, **strides_of(dout=dout, out=out),
+        D=head_dim, BLOCK_T=block_t, BLOCK_D=block_d,
+    )  # fmt: skip
+    return rows
+
+
+def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
+    """Fill ``grads``, those of q, k, v."""
+    dq, dk, dv = grads
+    tokens, heads, head_dim = q.shape
+    pairs = (cu_seqlens_q.numel() - 1) * heads
+    inputs = (q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k)
+    sizes = {
+        "tokens": tokens, "H": heads, "scale": softmax_scale, "scale_log2e": softmax_scale * LOG2E,
+        **strides_of(q=q, k=k, v=v, dout=dout), "D": head_dim, "BLOCK_D": max(16, tuning.bucket(head_dim)),
+    }  # fmt: skip
+
+    config = _config("dq", DQ_BLOCKS, q, max_seqlens)
+    tiles_m = triton.cdiv(max_seqlens[0], config["BLOCK_M"])
+    splits = split_count(tiles_m * pairs, triton.cdiv(max_seqlens[1], config["BLOCK_N"]), q.device)
+    target = dq
+    if splits > 1:
+        target = torch.empty((splits, *dq.shape), dtype=torch.float32, device=q.device)
+    _cross_attention_bwd_dq_kernel[(tiles_m * splits * pairs,)](
+        *inputs, target, tiles_m=tiles_m, splits=splits, **sizes, **config
+    )
+    if splits > 1:
+        combine(target, None, dq, None)
+
+    config = _config("dkv", DKV_BLOCKS, q, max_seqlens)
+    tiles_n = triton.cdiv(max_seqlens[1], config["BLOCK_N"])
+    _cross_attention_bwd_dkv_kernel[(tiles_n * pairs,)](*inputs, dk, dv, tiles_n=tiles_n, **sizes, **config)
+
+
+def cross_attention_bwd(
+    dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
+):
+    """Gradients of q, k, v."""
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    if q.numel() == 0 or k.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    q, k, v, dout, out = readable(q, k, v, dout, out)
+    rows = _rows_stats(dout, out, lse, dlse)
+    launch = _fused_bwd if is_fused(q) else staged_bwd
+    launch(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), softmax_scale, grads)
+    return tuple(grads)

@@ -1,0 +1,248 @@
+"""``stem`` on the CPU: strip by strip of rows, so that nothing of full resolution exists but the pixels.
+
+Normalised pixels are ``x_c = (p - mean_c) / std_c``. With one centre m for all channels that is
+``((p - m) + (m - mean_c)) / std_c``: a convolution of ``p - m``, of one channel where the image is grey, and one of
+an image of ones, which is a constant except along the border, where the padding counts for zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STRIP_BYTES = 2 * 2**20  # of a strip's activation: the second core's half of it stays in its L2
+ONE = [1, 1]
+
+
+def unavailable_reasons() -> list[str]:
+    """Why this build of torch can't run it."""
+    return [] if torch.backends.mkldnn.is_available() else ["torch was built without oneDNN"]
+
+
+def unsupported_reasons(*args: Any) -> list[str]:
+    """Of the forward's arguments, or of the backward's, which end in its output mask."""
+    backward = isinstance(args[-1], list)
+    weight, found = args[5 if backward else 4], []
+    if weight.device.type != "cpu":
+        found.append(f"tensors must be on the CPU, got {weight.device}")
+    if weight.dtype == torch.float64:
+        found.append("float64 is left to the reference")
+    if backward and args[-1][0]:
+        found.append("the pixels' gradient is left to the reference")
+    return found
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """The convolution of ``p - centre`` that gives what the norm gives.
+
+    Attributes:
+        weight: [OC, CP, K, K], scaled; a grey image's are summed.
+        ones: [OC, 1, K, K], the weights of an image of ones.
+        bias: [OC], with what the ones add inside the image.
+        centre: m.
+    """
+
+    weight: Tensor
+    ones: Tensor
+    bias: Tensor
+    centre: float
+
+
+def _fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, channels: int) -> _Folded:
+    per_channel = weight.float() * scale[:, None, None, None] / std[:, None, None]  # [OC, 3, K, K]
+    centre = mean.mean()
+    ones = (per_channel * (centre - mean)[:, None, None]).sum(1, keepdim=True)
+    if channels == 1:
+        per_channel = per_channel.sum(1, keepdim=True)
+    return _Folded(per_channel, ones, shift + ones.sum((1, 2, 3)), float(centre))
+
+
+class _Strips:
+    """One image's windowed pixels, as many rows at a time as the convolution wants, in one buffer.
+
+    Args:
+        pixels: [IH, IW, CP].
+        window: (low, high).
+        centre: what is taken off the windowed pixel.
+        kernel: K.
+        mark: add a channel that is one inside the image and zero in the padding.
+    """
+
+    def __init__(self, pixels: Tensor, window: tuple[float, float], centre: float, kernel: int, mark: bool = False):
+        self.pixels, self.window, self.centre = pixels, window, centre
+        self.kernel, self.pad, self.mark = kernel, kernel // 2, mark
+        self._buffer: Tensor | None = None
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """[1, CP, R, IW + 2 * pad] channels last: what the convolution's rows ``first:last`` read."""
+        height, width, channels = self.pixels.shape
+        start, stop = 2 * first - self.pad, 2 * (last - 1) - self.pad + self.kernel
+        shape = (stop - start, width + 2 * self.pad, channels + self.mark)
+        if self._buffer is None or self._buffer.shape[0] < shape[0]:
+            self._buffer = torch.zeros(shape)
+        buffer = self._buffer[: shape[0]]
+        above, inside = max(0, -start), slice(max(0, start), min(height, stop))
+        below = above + inside.stop - inside.start
+        buffer[:above] = 0
+        buffer[below:] = 0
+        buffer[above:below, :, channels:] = 0
+        body = buffer[above:below, self.pad : self.pad + width]
+        body[..., channels:] = 1
+        low, high = self.window
+        values = body[..., :channels]
+        values.copy_(self.pixels[inside])
+        values.sub_(low).div_(high - low).clamp_(0, 1).sub_(self.centre)
+        return buffer.permute(2, 0, 1)[None]
+
+
+def _half(size: int) -> int:
+    return (size - 1) // 2 + 1
+
+
+def _strip_rows(width: int, channels: int) -> int:
+    """Rows of the pooled result to make at a time."""
+    return max(1, STRIP_BYTES // (2 * width * channels * 4))
+
+
+class _Border:
+    """What an image of ones adds along the border, less what it adds inside.
+
+    Args:
+        ones: [OC, 1, K, K].
+        size: (IH, IW).
+    """
+
+    def __init__(self, ones: Tensor, size: tuple[int, int]):
+        kernel = ones.shape[-1]
+        self.edge = (kernel // 2 + 1) // 2  # rows, and columns, that reach into the padding
+        self.height = _half(size[0])
+        # an image with the same borders, small where the image isn't
+        sides = [side if side < 4 * kernel else 4 * kernel + side % 2 for side in size]
+        padding = [kernel // 2] * 2
+        image = F.conv2d(ones.new_ones(1, 1, *sides), ones, stride=2, padding=padding)[0].permute(1, 2, 0)
+        self.difference = image - ones.sum((1, 2, 3))  # [OH', OW', OC]
+
+    def add_to(self, y: Tensor, first: int) -> None:
+        """y [R, OW, OC]: the convolution's rows from ``first`` on, changed in place."""
+        edge, small = self.edge, self.difference.shape[0]
+        top = min(max(edge - first, 0), y.shape[0])
+        bottom = max(min(self.height - edge - first, y.shape[0]), top)
+        self._add_columns(y[top:bottom], self.difference[small // 2])
+        for row in (*range(top), *range(bottom, y.shape[0])):
+            output = first + row
+            source = self.difference[output if output < edge else small - (self.height - output)]
+            self._add_columns(y[row], source)
+            y[row, edge:-edge] += source[source.shape[0] // 2]
+
+    def _add_columns(self, y: Tensor, source: Tensor) -> None:
+        """y [..., OW, OC], source [OW', OC]."""
+        y[..., : self.edge, :] += source[: self.edge]
+        y[..., -self.edge :, :] += source[-self.edge :]
+
+
+def _largest_of_three(y: Tensor, first: int) -> Tensor:
+    """``y[first::2]``, each with its neighbours: a max-pool of 3, stride 2 along the first dim, in place."""
+    centres = y[first::2]
+    after = y[first + 1 :: 2]
+    ahead = centres[: after.shape[0]]
+    torch.maximum(ahead, after, out=ahead)
+    behind = centres[1 - first :]
+    torch.maximum(behind, y[1 - first :: 2][: behind.shape[0]], out=behind)
+    return centres
+
+
+def stem_fwd(
+    pixels: Tensor,
+    window: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    pool: int,
+) -> Tensor:
+    """[N, IH, IW, CP] -> [N, PH, PW, OC]; computed in fp32 whatever the weight's dtype."""
+    images, height, width, channels = pixels.shape
+    convolved = _half(height), _half(width)
+    pooled = (_half(convolved[0]), _half(convolved[1])) if pool == 3 else convolved
+    out = weight.new_empty(images, *pooled, weight.shape[0])
+    folded = _fold(weight, scale, shift, mean, std, channels)
+    border = _Border(folded.ones, (height, width))
+    step = _strip_rows(convolved[1], weight.shape[0])
+    for image, limits in enumerate(window.tolist()):
+        strips = _Strips(pixels[image], limits, folded.centre, weight.shape[-1])
+        for start in range(0, pooled[0], step):
+            stop = min(start + step, pooled[0])
+            first, last = (max(0, 2 * start - 1), min(convolved[0], 2 * stop)) if pool == 3 else (start, stop)
+            x = strips.rows(first, last)
+            y = torch.ops.mkldnn._convolution_pointwise(
+                x, folded.weight, folded.bias, [0, 0], [2, 2], ONE, 1, "none", [], None
+            )
+            y = y.permute(0, 2, 3, 1).contiguous()[0]  # [R, OW, OC]
+            border.add_to(y, first)
+            if pool == 3:  # before the ReLU, which commutes with it
+                y = _largest_of_three(y, 2 * start - first)
+                y = _largest_of_three(y.transpose(0, 1), 0).transpose(0, 1)
+            out[image, start:stop].copy_(y.relu_())
+    return out
+
+
+def stem_bwd(
+    dout: Tensor,
+    pixels: Tensor,
+    window: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    pool: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of weight, scale, shift; strips as in the forward, with one more channel, which is the ones.
+
+    Each pooled row's windows are whole in its strip, so strips add up.
+    """
+    folded = _fold(weight, torch.ones_like(scale), shift, mean, std, pixels.shape[-1])
+    combined = torch.cat([folded.weight, folded.ones], dim=1)  # [OC, CP + 1, K, K]
+    height, outputs = _half(pixels.shape[1]), dout.shape[1]
+    step = _strip_rows(_half(pixels.shape[2]), weight.shape[0])
+    taps, dscale, dshift = (torch.zeros_like(x, dtype=torch.float64) for x in (combined, scale, shift))
+    per_channel = scale[:, None, None]
+    for image, limits in enumerate(window.tolist()):
+        strips = _Strips(pixels[image], limits, folded.centre, weight.shape[-1], mark=True)
+        for start in range(0, outputs, step):
+            stop = min(start + step, outputs)
+            # one window more above, which gets no gradient: a pool pads what is above its first row
+            first, last = (max(0, 2 * start - 2), min(height, 2 * stop)) if pool == 3 else (start, stop)
+            x = strips.rows(first, last)
+            y = F.conv2d(x, combined, stride=2)
+            r = torch.addcmul(shift[:, None, None], y, per_channel).relu_()
+            dr = dout[image, start:stop].permute(2, 0, 1)[None].float()
+            if pool == 3:
+                dr = _unpool(F.pad(dr, (0, 0, 1, 0)) if start else dr, r)
+            dz = torch.ops.aten.threshold_backward(dr, r, 0)  # [1, OC, R, OW]
+            dshift += dz.sum((0, 2, 3))
+            dscale += (dz * y).sum((0, 2, 3))
+            taps += _tap_gradient(dz.mul_(per_channel), x, combined)
+
+    dweight = taps[:, :-1] + (folded.centre - mean)[:, None, None] * taps[:, -1:]  # a grey channel becomes three
+    found = (dweight / std[:, None, None]).to(weight.dtype), dscale.to(scale.dtype), dshift.to(shift.dtype)
+    wanted = (x if mask else weight.new_empty(0) for x, mask in zip(found, output_mask[1:], strict=True))
+    return weight.new_empty(0), *wanted
+
+
+def _unpool(dr: Tensor, r: Tensor) -> Tensor:
+    """Through the max-pool, to the first largest of each window."""
+    _, index = torch.ops.aten.max_pool2d_with_indices(r, [3, 3], [2, 2], ONE)
+    return torch.ops.aten.max_pool2d_with_indices_backward(dr, r, [3, 3], [2, 2], ONE, ONE, False, index)
+
+
+def _tap_gradient(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    mask = [False, True, False]
+    return torch.ops.aten.convolution_backward(dz, x, weight, None, [2, 2], [0, 0], ONE, False, [0, 0], 1, mask)[1]

@@ -1,0 +1,159 @@
+"""A convolution with its batch-norm: one step of the encoder, from its parameters or from prepared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hia_kernels
+from hia_kernels.ops.conv_norm_act.functional import (
+    PackedConv,
+    conv_norm_act_packed,
+    conv_norm_act_packed_,
+    pack_conv,
+    packing_reasons,
+)
+
+from .prepared import Stamp
+
+
+def statistics_dtype(weight: Tensor) -> torch.dtype:
+    """Of the scales and shifts that go with ``weight``."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class FoldedConv(nn.Conv2d):
+    """A convolution's parameters, in ``nn.Conv2d``'s names; its batch-norm is folded when it is applied."""
+
+    def folded(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        """Per-channel scale and shift of the running statistics and of the convolution's bias, fp32 at least."""
+        acc = statistics_dtype(self.weight)
+        scale = norm.weight.to(acc) * torch.rsqrt(norm.running_var.to(acc) + norm.eps)
+        mean = norm.running_mean.to(acc) if self.bias is None else norm.running_mean.to(acc) - self.bias.to(acc)
+        return scale, norm.bias.to(acc) - mean * scale
+
+    def with_live_statistics(self, x: Tensor, norm: nn.Module, residual: Tensor | None, activation: str) -> Tensor:
+        """[N, IH, IW, C] -> [N, OH, OW, OC]: the norm can't be folded before the convolution's output is known."""
+        one = torch.ones(self.out_channels, dtype=statistics_dtype(self.weight), device=self.weight.device)
+        bias = torch.zeros_like(one) if self.bias is None else self.bias.to(one.dtype)
+        y = hia_kernels.conv_norm_act(x, self.weight, one, bias, None, self.stride[0], "none")
+        z = norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        z = z if residual is None else z + residual
+        return (F.relu(z) if activation == "relu" else z).contiguous()
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """One convolution's inference weights.
+
+    Attributes:
+        scale: [OC] of its norm.
+        shift: [OC] of its norm and bias.
+        packed: both convolution and norm as oneDNN takes them; None where it doesn't serve.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    packed: PackedConv | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        return self.scale.nbytes + self.shift.nbytes + (0 if self.packed is None else self.packed.nbytes)
+
+
+@dataclass(frozen=True)
+class PreparedEncoder:
+    """What ``Encoder.prepare`` makes: beside the parameters, never in a state_dict.
+
+    Attributes:
+        stamp: versions of the parameters and statistics it was made from.
+        steps: by convolution.
+    """
+
+    stamp: Stamp
+    steps: dict[nn.Module, PreparedStep] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        return sum(step.nbytes for step in self.steps.values())
+
+
+@torch.no_grad()
+def prepare_step(conv: FoldedConv, norm: nn.BatchNorm2d, *, pack: bool = True) -> PreparedStep:
+    """Fold one norm, and pack the weight where packing serves.
+
+    Args:
+        conv: the convolution.
+        norm: what follows it.
+        pack: whether ``conv_norm_act`` will compute it.
+    """
+    scale, shift = conv.folded(norm)
+    packed = None
+    if pack and not packing_reasons(conv.weight):
+        packed = pack_conv(conv.weight, scale, shift, conv.stride[0])
+    return PreparedStep(scale, shift, packed)
+
+
+class Steps:
+    """Computes steps: with prepared weights where there are any, else with the parameters.
+
+    Args:
+        prepared: by convolution.
+        packed: whether packed weights serve now; where they don't, prepared scales and shifts still do.
+    """
+
+    def __init__(self, prepared: Mapping[nn.Module, PreparedStep] | None = None, packed: bool = False):
+        self.prepared, self.packed = prepared or {}, packed
+
+    def folded(self, conv: FoldedConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the norm behind a convolution."""
+        step = self.prepared.get(conv)
+        return conv.folded(norm) if step is None else (step.scale, step.shift)
+
+    def __call__(
+        self,
+        conv: FoldedConv,
+        norm: nn.BatchNorm2d,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "relu",
+        pad_rows: bool = True,
+    ) -> Tensor:
+        """[N, IH, IW, C] -> [N, OH, OW, OC]: convolution, norm, residual, activation.
+
+        Args:
+            conv: the convolution.
+            norm: what follows it.
+            x: its input.
+            residual: is added before the activation, and may be written over: nothing may read it afterwards.
+            activation: "relu" or "none".
+            pad_rows: False where ``x`` is a strip that brings its neighbours' rows.
+        """
+        step = self.prepared.get(conv)
+        if step is not None and step.packed is not None and self.packed:
+            if residual is None or not residual.is_contiguous():
+                return conv_norm_act_packed(x, step.packed, residual, activation, pad_rows)
+            return conv_norm_act_packed_(residual, x, step.packed, activation, pad_rows)
+        if norm.training:
+            return conv.with_live_statistics(x, norm, residual, activation)
+        scale, shift = self.folded(conv, norm)
+        stride = conv.stride[0]
+        if pad_rows or conv.kernel_size[0] == 1:
+            return hia_kernels.conv_norm_act(x, conv.weight, scale, shift, residual, stride, activation)
+        return _without_padded_rows(x, conv.weight, scale, shift, stride, activation)
+
+
+def _without_padded_rows(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int, activation: str
+) -> Tensor:
+    """A 3 x 3 step of a strip: with the op's padding, less the rows that have seen it."""
+    rows = (x.shape[1] - 3) // stride + 1
+    if stride == 2:  # the op's windows are centred on even rows, the strip's on odd ones
+        x = torch.cat([x.new_zeros(x.shape[0], 1, *x.shape[2:]), x], dim=1)
+    return hia_kernels.conv_norm_act(x, weight, scale, shift, None, stride, activation)[:, 1 : 1 + rows]

@@ -1,0 +1,263 @@
+"""Encoding an image in strips of rows, for images whose activations would not fit in memory.
+
+Strips go through the whole network one after the other, and every 3 x 3 convolution keeps the rows of its input that
+the next strip's first outputs look at. So nothing is computed twice, zeros stand only at the image's own borders, and
+the result is that of the whole image (docs/encoder.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .folding import FoldedConv, Steps
+
+if TYPE_CHECKING:
+    from .encoder import Encoder
+
+STEM_TEMPORARY = 8 * 2**20  # bytes the stem holds beside its output where it works strip by strip itself
+STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with three a cut is never below the stem's reach
+
+
+class _Rows:
+    """The input of a convolution as its rows arrive.
+
+    Args:
+        conv: kernel 1 or 3, padding as its kernel wants.
+    """
+
+    def __init__(self, conv: FoldedConv):
+        self.kernel, self.stride, self.pad = conv.kernel_size[0], conv.stride[0], conv.kernel_size[0] // 2
+        self.kept: Tensor | None = None
+        self.start = -self.pad  # row that the first of ``kept`` is; rows below 0 and beyond the last are zeros
+        self.next = -self.pad  # first row that the next output looks at
+
+    def push(self, x: Tensor, last: bool) -> Tensor | None:
+        """[N, R, W, C] more rows -> what the outputs now complete look at; None if there are none."""
+        zeros = x.new_zeros(x.shape[0], self.pad, *x.shape[2:])
+        parts = [zeros] if self.start < 0 and self.kept is None and self.pad else []
+        parts += [] if self.kept is None else [self.kept]
+        parts += [x, zeros] if last and self.pad else [x]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        skipped = min(self.next - self.start, rows.shape[1])
+        rows, self.start = rows[:, skipped:], self.start + skipped
+        outputs = max(0, (rows.shape[1] - self.kernel) // self.stride + 1)
+        self.next += outputs * self.stride
+        rest = rows[:, min(outputs * self.stride, rows.shape[1]) :]
+        self.start += rows.shape[1] - rest.shape[1]
+        self.kept = rest.clone() if rest.shape[1] else None
+        return rows[:, : (outputs - 1) * self.stride + self.kernel] if outputs else None
+
+
+class _Queue:
+    """Rows that wait for those they are added to."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def push(self, x: Tensor) -> None:
+        """Take [N, R, W, C]; it may be written over once it is popped."""
+        self.kept = x if self.kept is None else torch.cat([self.kept, x], dim=1)
+
+    def pop(self, rows: int) -> Tensor:
+        """The first rows."""
+        if self.kept is None or self.kept.shape[1] < rows:
+            raise RuntimeError("hia: a strip's residual must not be behind its convolutions")
+        first, rest = self.kept[:, :rows], self.kept[:, rows:]
+        self.kept = rest.clone() if rest.shape[1] else None
+        return first
+
+
+class _BottleneckStream:
+    """A bottleneck, strip by strip."""
+
+    def __init__(self, block: Any, step: Steps):
+        self.block, self.step = block, step
+        self.rows, self.residual = _Rows(block.conv2), _Queue()
+        self.shortcut = None if block.downsample is None else _Rows(block.downsample[0])
+
+    def push(self, x: Tensor, last: bool) -> Tensor | None:
+        """Rows of the input -> those of the output that are complete; ``x`` may be written over."""
+        block, step = self.block, self.step
+        y = self.rows.push(step(block.conv1, block.bn1, x), last)
+        if self.shortcut is None:
+            self.residual.push(x)
+        else:
+            seen = self.shortcut.push(x, last)
+            if seen is not None:
+                self.residual.push(step(block.downsample[0], block.downsample[1], seen, activation="none"))
+        if y is None:
+            return None
+        y = step(block.conv2, block.bn2, y, pad_rows=False)
+        return step(block.conv3, block.bn3, y, self.residual.pop(y.shape[1]))
+
+
+class _ConvStream:
+    """One convolution with its norm, strip by strip."""
+
+    def __init__(self, unit: Any, step: Steps):
+        self.unit, self.step, self.rows = unit, step, _Rows(unit.conv)
+
+    def push(self, x: Tensor, last: bool) -> Tensor | None:
+        """Rows of the input -> those of the output that are complete."""
+        seen = self.rows.push(x, last)
+        return None if seen is None else self.step(self.unit.conv, self.unit.norm, seen, pad_rows=False)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of a unit: a bottleneck, or one convolution (``mid`` 0)."""
+
+    channels: int
+    mid: int
+    out: int
+    stride: int
+    shortcut: bool
+
+    def halved(self, side: int) -> int:
+        return (side - 1) // self.stride + 1
+
+    def whole(self, height: int, width: int) -> int:
+        """Elements alive at once when it takes the whole image."""
+        inside, outside = height * width, self.halved(height) * self.halved(width)
+        residual = outside * self.out if self.shortcut else 0
+        later = max(inside * self.mid + outside * self.mid, outside * (self.mid + self.out))
+        return inside * self.channels + residual + later
+
+    def strip(self, rows: int, width: int) -> int:
+        """Elements alive at once for a strip of so many rows, without what waits between strips."""
+        outside = self.halved(rows + 2) * self.halved(width)
+        if not self.mid:
+            return (2 * rows + 4) * width * self.channels + outside * self.out
+        x, first, seen = rows * width * self.channels, rows * width * self.mid, (rows + 4) * width * self.mid
+        residual = outside * self.out + (0 if self.shortcut else 2 * width * self.out)
+        return x + max(first + seen, residual + seen + outside * self.mid, residual + outside * (self.mid + self.out))
+
+    def waiting(self, width: int) -> int:
+        """Elements that wait for the next strip."""
+        if not self.mid:
+            return 3 * width * self.channels
+        return 3 * width * self.mid + 2 * self.halved(width) * self.out
+
+
+def _shape_of(unit: Any) -> _Shape:
+    if not hasattr(unit, "conv3"):
+        return _Shape(unit.conv.in_channels, 0, unit.conv.out_channels, unit.stride, False)
+    first, last = unit.conv1, unit.conv3
+    return _Shape(first.in_channels, first.out_channels, last.out_channels, unit.stride, unit.downsample is not None)
+
+
+def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None = None) -> int:
+    """How many bytes of activations encoding one image takes at most; its pixels and the parameters not counted.
+
+    Args:
+        encoder: of any kind.
+        height: of the image, pixels.
+        width: of the image, pixels.
+        rows: of a strip, in rows of the stem's output; None: the image as a whole.
+    """
+    weight = encoder.conv1.weight
+    size = weight.element_size()
+    if weight.device.type == "cpu" and weight.dtype != torch.float32:
+        size *= 4  # plain PyTorch serves these, with temporaries in fp32 or fp64
+    for _ in range(encoder.stem_stride // 2):
+        height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    stem_rows = height if rows is None else min(height, rows + 2 * STEM_HALO)
+    stem = stem_rows * width * weight.shape[0] * size
+    peak = stem + (encoder.stem_stride**2 * stem if weight.dtype == torch.float64 else STEM_TEMPORARY)
+    waiting, live = 0, height if rows is None else rows
+    for unit in encoder.units():
+        shape = _shape_of(unit)
+        needs = shape.whole(height, width) if rows is None else shape.strip(live, width)
+        peak = max(peak, needs * size)
+        waiting += shape.waiting(width) * size
+        height, width, live = shape.halved(height), shape.halved(width), shape.halved(live + 2)
+    largest = max(parameter.numel() for parameter in encoder.parameters())
+    folded = 2 * largest * size  # a weight with its scale folded in, while its convolution runs
+    if rows is None:
+        return peak + folded
+    return peak + folded + waiting + height * width * encoder.channels * weight.element_size()
+
+
+def strip_rows(encoder: Encoder, height: int, width: int, budget: int) -> int | None:
+    """The largest strip within the budget, in rows of the stem's output; None: the whole image fits.
+
+    Raises:
+        ValueError: not even the smallest strip does.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
+        raise ValueError(f"hia: max_activation_bytes must be a positive int or None, got {budget!r}")
+    if activation_bytes(encoder, height, width) <= budget:
+        return None
+    unit = 32 // encoder.stem_stride  # rows of the stem's output behind one row of features
+    least = activation_bytes(encoder, height, width, unit)
+    if least > budget:
+        raise ValueError(
+            f"hia: max_activation_bytes must hold one strip of a {height} x {width} image, {least} bytes, got {budget}"
+        )
+    low, high = 1, -(-height // 32)  # in units; the largest that fits is in [low, high]
+    while low < high:
+        middle = (low + high + 1) // 2
+        if activation_bytes(encoder, height, width, middle * unit) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low * unit
+
+
+def check_inference(encoder: Encoder, pixels: Tensor, height: int, width: int, budget: int) -> None:
+    """Raise where strips can't be used: an image has one graph, and live statistics are of the whole of it.
+
+    Raises:
+        ValueError: gradients are recorded, or a norm takes live statistics.
+    """
+    tensors = (pixels, *encoder.parameters())
+    reason = None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        reason = "gradients are recorded"
+    elif encoder.bn1.training:
+        reason = "batch-norm takes live statistics"
+    if reason is not None:
+        raise ValueError(
+            f"hia: max_activation_bytes must hold the whole image where {reason}, "
+            f"{activation_bytes(encoder, height, width)} bytes for {height} x {width}, got {budget}"
+        )
+
+
+def _stream(unit: Any, step: Steps) -> _BottleneckStream | _ConvStream:
+    return _BottleneckStream(unit, step) if hasattr(unit, "conv3") else _ConvStream(unit, step)
+
+
+def encode_strips(encoder: Encoder, pixels: Tensor, window: Tensor, step: Steps, rows: int) -> Tensor:
+    """[1, H, W, CP] -> [1, H', W', C], ``rows`` rows of the stem's output at a time.
+
+    Args:
+        encoder: without live statistics.
+        pixels: of one image.
+        window: [1, 2].
+        step: how convolutions are computed.
+        rows: of a strip.
+    """
+    height, width = pixels.shape[1:3]
+    streams, stride = [_stream(unit, step) for unit in encoder.units()], encoder.stem_stride
+    total = -(-height // stride)  # rows of the stem's output
+    out, filled = None, 0
+    for start in range(0, total, rows):
+        stop, above = min(start + rows, total), max(0, start - STEM_HALO)
+        cut = pixels[:, above * stride : (stop + STEM_HALO) * stride]
+        x = encoder.stem(cut, window, step)[:, start - above : stop - above]
+        for stream in streams:
+            x = stream.push(x, stop == total)
+            if x is None:
+                break
+        if x is not None:
+            if out is None:
+                out = x.new_empty(1, encoder.halved(height), encoder.halved(width), x.shape[-1])
+            out[:, filled : filled + x.shape[1]] = x
+            filled += x.shape[1]
+    if out is None or filled != out.shape[1]:
+        raise RuntimeError(f"hia: strips must make every row of the features, got {filled}")
+    return out

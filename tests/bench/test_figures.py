@@ -1,0 +1,302 @@
+"""The figures, their targets and verdicts; the providers, costs and limits they need."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import cases, composites, costs, figures, figures_run, gate, inputs, kernels, kernels_args, plain, providers
+from bench import report as report_module
+from bench.figures import FIGURES, KINDS, Figure, judge
+from bench.measurement import Measurement, read_records, write_records
+from bench.timing import OutOfTime, memory_of, time_limit
+from hia import plan
+
+OP, CASE = "adapter_layer", "13b-released-896-2img"
+SPEED = Figure("speed", "speedup", OP, CASE, "forward", ("released", "released_compile"), 1.5, 2.0)
+
+
+def row(provider, p50=1.0, status="ok", **more) -> Measurement:
+    times = {"p20_ms": p50, "p50_ms": p50, "p80_ms": p50} if status == "ok" else {"reason": "out of luck"}
+    return Measurement("composite", OP, CASE, provider, "forward", "fp32", "cpu", status, **{**times, **more})
+
+
+def test_figures_name_what_exists():
+    assert len({figure.name for figure in FIGURES}) == len(FIGURES)
+    known = providers.all_providers()
+    for figure in FIGURES:
+        assert figure.kind in KINDS
+        if not figure.mode:
+            continue
+        workload = figure.workload
+        assert workload in cases.workloads(figure.op), figure.name
+        assert kernels_args.modes_of(workload, (figure.mode,)) == (figure.mode,)
+        assert all(known[name].serves(workload) for name in figure.against), figure.name
+
+
+def test_targets_are_those_agreed():
+    targets = {figure.name: (figure.cpu, figure.cuda) for figure in FIGURES}
+    assert targets["layer-896"] == (1.5, 2.0) and targets["layer-896-compile"] == (1.3, 1.5)
+    assert targets["layer-1792"] == (2.0, 2.0) and targets["layer-4096"] == (2.2, 3.0)
+    assert targets["second-question-896"] == (2.0, 2.5) and targets["layer-896-gemms"] == (1.2, 1.25)
+    assert targets["attention-128-16384-backward"] == (None, 1.0)
+    assert targets["attention-640-12544-forward"] == (1.0, 2.0)
+    assert targets["encode-896-floor"] == (0.85, 0.6) and targets["stem-16bit"] == (3.0, 5.0)
+
+
+def test_the_best_of_the_others_counts():
+    rows = [row("hia", 10.0), row("released", 30.0), row("released_compile", 18.0)]
+    found = judge(SPEED, rows, "cpu")
+    assert (found.ratio, found.target, found.verdict) == (pytest.approx(1.8), 1.5, "met")
+    assert found.note == "hia 10 ms, released_compile 18 ms"
+    assert judge(SPEED, [replace(one, device="cuda") for one in rows], "cuda").verdict == "MISSED"
+    over = replace(SPEED, kind="overhead", against=("gemms",), cpu=1.2)
+    assert judge(over, [row("hia", 12.5), row("gemms", 10.0)], "cpu").verdict == "MISSED"
+
+
+def test_memory_and_floor():
+    rows = [row("hia", peak_bytes=30, percent_of_floor=86.0, extra={"activation_bytes": 4}),
+            row("released", peak_bytes=100, extra={"activation_bytes": 10})]  # fmt: skip
+    assert judge(replace(SPEED, kind="peak", cpu=0.25), rows, "cpu").ratio == pytest.approx(0.3)
+    assert judge(replace(SPEED, kind="activations", cpu=0.45), rows, "cpu").verdict == "met"
+    assert judge(replace(SPEED, kind="floor", cpu=0.85, against=()), rows, "cpu").verdict == "met"
+
+
+def test_what_was_not_measured_says_why():
+    assert judge(SPEED, [], "cpu").note == "hia: not run"
+    rows = [row("hia"), row("released", status="failed")]
+    found = judge(SPEED, rows, "cpu")
+    assert (found.ratio, found.verdict) == (None, "not measured")
+    assert found.note == "released: out of luck; released_compile: not run"
+    assert judge(replace(SPEED, cpu=None), [row("hia"), row("released")], "cpu").verdict == "no target"
+
+
+def test_flops_of_the_layers_meet_their_targets():
+    found = {figure.name: judge(figure, [], "cuda") for figure in FIGURES if figure.kind == "flops"}
+    assert found["table3-flops-896"].verdict == found["table3-flops-4096"].verdict == "met"
+    assert "0.617 and 1.01 TFLOPs" in found["table3-flops-896"].note
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    chosen = (
+        Figure(
+            "tiny", "speedup", "second_question", "tiny-released", "forward", ("released", "released_compile"), 1e-6
+        ),
+        Figure("tiny-gemms", "overhead", "second_question", "tiny-released", "forward", ("gemms",), 1e6),
+        Figure("step", "activations", "adapter_train_step", "tiny-released", "both", ("released",), 1e6),
+    )
+    for module in (figures, figures_run):
+        monkeypatch.setattr(module, "FIGURES", chosen)
+    return chosen
+
+
+@pytest.mark.usefixtures("tiny")
+def test_run_judges_writes_and_is_reported(tmp_path, capsys):
+    folder = tmp_path / "results" / "made-up-cpu"
+    arguments = ["--device", "cpu", "--quick", "--no-compile", "--out", str(folder)]
+    assert figures_run.main([*arguments, "--only", "tiny*"]) == 0
+    assert figures_run.main([*arguments, "--only", "step", "--add"]) == 0
+    records = read_records(folder / "figures.json")
+    assert {(record.op, record.provider) for record in records} == {
+        ("second_question", "hia"), ("second_question", "gemms"), ("second_question", "released"),
+        ("adapter_train_step", "hia"), ("adapter_train_step", "released"),
+    }  # fmt: skip
+    verdicts = {one["name"]: one for one in json.loads((folder / "figures.json").read_text())["figures"]}
+    assert {one["verdict"] for one in verdicts.values()} == {"met"}
+    printed = capsys.readouterr()
+    assert "second_question tiny-released: checking released" in printed.err
+    assert "2 met, 0 MISSED" in printed.out
+    assert report_module.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "figures-made-up-cpu.md").read_text()
+    assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench.figures" in page
+
+
+@pytest.mark.usefixtures("tiny")
+def test_some_figures_are_no_record_of_the_device():
+    options = figures_run.parse(["--device", "cpu", "--only", "step"])
+    assert figures_run.output_path(options, "A CPU") is None
+    whole = figures_run.output_path(figures_run.parse(["--device", "cpu"]), "A CPU")
+    assert whole.parts[-4:] == ("bench", "results", "a-cpu", "figures.json")
+
+
+def test_bad_flags(capsys):
+    for arguments, message in (
+        (["--only", "layer-986"], "did you mean layer-896"),
+        (["--minutes", "0"], "more than 0"),
+    ):
+        with pytest.raises(SystemExit):
+            figures_run.main(["--device", "cpu", *arguments])
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_set_of_the_suite_is_the_figures(capsys):
+    assert kernels.main(["--device", "cpu", "--set", "figures", "--list"]) == 0
+    listed = {tuple(line.split("  ")[:2]) for line in capsys.readouterr().out.splitlines() if line.count("  ") > 2}
+    assert listed == {(figure.op, figure.case) for figure in FIGURES if figure.mode}
+    with pytest.raises(SystemExit):
+        kernels.main(["--device", "cpu", "--set", "figure"])
+    assert "did you mean figures" in capsys.readouterr().err
+
+
+def subject(op, case="tiny-released", dtype=torch.float32):
+    found = cases.Workload(op, cases.CASES[case])
+    given = inputs.make_inputs(found, dtype, "cpu")
+    return found, given, composites.make_weights(found.case, dtype, "cpu")
+
+
+def test_ours_is_prepared_and_a_second_question_has_what_was_kept(monkeypatch):
+    monkeypatch.setattr("hia.extractor.Extractor.gains_from_keys", lambda *_: True)  # tiny keys save nothing
+    found, given, weights = subject("second_question")
+    truth = gate.truth_of(found, given, weights, torch.float32, gradients=False)
+    for name, forms in (("hia", "cached_kv/"), ("textbook", "textbook/textbook")):
+        bound = providers.all_providers()[name].bind(found, given, weights, gradients=False)
+        assert truth.check(gate.results_of(bound, truth.exact, gradients=False))[0] is None
+        notes = bound.notes()
+        assert notes["forms"].startswith(forms)
+        assert ("kept_bytes" in notes) is (name == "hia")
+    tokens = sum(found.case.feature_lengths)
+    kept = providers.Ours().bind(found, given, weights, gradients=False).notes()["kept_bytes"]
+    assert kept == tokens * 2 * found.case.config.dim * 4
+
+
+def test_gemms_are_the_plans_products():
+    found, given, weights = subject("adapter_layer")
+    bound = providers.Gemms().bind(found, given, weights, gradients=False)
+    ours = providers.Ours().bind(found, given, weights, gradients=False)
+    assert bound.limit.endswith("our encoder") and bound.notes()["gemm_flops"] == ours.notes()["plan_flops"]
+    assert kernels.checked(bound, None, gradients=False) == (None, None)
+    assert not providers.Gemms().serves(cases.Workload("encode", cases.CASES["px-tiny"]))
+
+
+@pytest.mark.parametrize("op", ["second_question", "adapter_train_step"])
+def test_the_plans_textbook_is_what_is_counted(op):
+    found, given, weights = subject(op)
+    notes = providers.Textbook().bind(found, given, weights, gradients=op in cases.TRAIN_STEPS).notes()
+    mode = "both" if op in cases.TRAIN_STEPS else "forward"
+    counted = costs.flops(found, given, weights, mode)
+    if op in cases.TRAIN_STEPS:
+        encoder = cases.Workload("encode_train_step", found.case)
+        images = {name: given[name] for name in ("images", "windows")}
+        counted -= costs.flops(encoder, images, weights, "both")
+    assert notes["textbook_flops"] == notes["plan_flops"] == pytest.approx(counted, rel=0.02)
+    assert costs.least_flops(found, counted, 4) <= counted
+
+
+def test_the_floor_is_of_the_cheapest_form():
+    found = cases.Workload("second_question", cases.CASES["13b-released-896-2img"])
+    step = composites.layer_case(found.case)
+    sizes = plan.sizes_of(step.config, step.sizes, step.visual_tokens, step.batch, 2)
+    whole = sum(next(f.flops for f in forms if f.name == "textbook")
+                for forms in (plan.extract_forms(sizes), plan.inject_forms(sizes)))  # fmt: skip
+    assert costs.least_flops(found, round(whole), 2) < 0.5 * whole
+    assert costs.least_flops(cases.Workload("encode", cases.CASES["px224"]), 7, 2) == 7
+
+
+@pytest.mark.parametrize("op", cases.ABSORBED_OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ops_of_absorbed_attention_pass_the_gate(op, dtype):
+    for found in cases.workloads(op):
+        if found.case.name == "tiny-released":
+            given = inputs.make_inputs(found, dtype, "cpu")
+            truth = gate.truth_of(found, given, None, dtype, gradients=True)
+            bound = providers.Ours().bind(found, given, None, gradients=True)
+            problem, _ = truth.check(gate.results_of(bound, truth.exact, gradients=True))
+            assert problem is None and truth.plain["out0"].dtype == dtype
+            expected = 0 if op == "row_softmax" else 4 * given["latent"].numel() * given["q"].shape[1]
+            assert costs.flops(found, given, None, "forward") == expected
+            assert costs.flops(found, given, None, "both") == expected * 7 // 2
+            outs = plain.REFERENCES[op](**given)
+            moved = costs.moved_bytes(found, given, None, outs, "forward")
+            tensors = [value for value in (*given.values(), *(outs if isinstance(outs, tuple) else (outs,)))
+                       if isinstance(value, torch.Tensor)]  # fmt: skip
+            assert moved == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_the_usual_stem_copies_three_channels():
+    found = cases.Workload("stem", cases.ImageCase("grey", ((64, 96),), width=8, bits=16))
+    given = inputs.make_inputs(found, torch.float32, "cpu")
+    assert given["pixels"].dtype == torch.uint16 and int(given["pixels"].int().max()) > 255
+    truth = gate.truth_of(found, given, None, torch.float32, gradients=True)
+    rgb = providers.all_providers()["eager_rgb"].bind(found, given, None, gradients=True)
+    assert truth.check(gate.results_of(rgb, truth.exact, gradients=True))[0] is None
+    assert memory_of(rgb.forward, "cpu").peak > 3 * 64 * 96 * 4, "a float copy of three channels"
+
+
+def test_released_encoder_trains_like_ours():
+    found = cases.Workload("encode_train_step", cases.CASES["px-tiny"])
+    given = inputs.make_inputs(found, torch.float32, "cpu")
+    weights = composites.make_weights(found.case, torch.float32, "cpu")
+    truth = gate.truth_of(found, given, weights, torch.float32, gradients=True)
+    assert {"out0", "dencoder"} == set(truth.exact)
+    for provider in (providers.Ours(), providers.Released()):
+        bound = provider.bind(found, given, weights, gradients=True)
+        assert truth.check(gate.results_of(bound, truth.exact, gradients=True))[0] is None
+
+
+def test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone():
+    exact = {"dencoder": torch.ones(100, dtype=torch.float64), "dinjection": torch.ones(100, dtype=torch.float64)}
+    plain_results = {name: value.float() for name, value in exact.items()}
+    truth = gate.Truth(exact, plain_results, torch.float32)
+
+    def check(name, factor):
+        return truth.check({**plain_results, name: plain_results[name] * factor})[0]
+
+    assert check("dencoder", 1.004) is None
+    assert check("dencoder", 1.01).startswith("dencoder: rel-RMS")
+    assert check("dencoder", float("nan")).startswith("dencoder: NaN")
+    assert check("dinjection", 1.0001).startswith("dinjection: rel-RMS")
+
+
+def test_a_limit_is_no_rival(tmp_path):
+    from bench import report_data, report_markdown
+
+    rows = [row("hia", 2.0, extra={"forms": "a/b", "plan_flops": 10**9, "textbook_flops": 2 * 10**9}),
+            row("gemms", 1.0, extra={"limit": "the bare products of our plan"}), row("eager", 3.0)]  # fmt: skip
+    (standing,) = report_data.standings(rows)
+    assert set(standing.against) == {"eager"} and standing.slower == ()
+    _, ((*_, ratio),) = report_markdown.limit_cells(rows)
+    assert ratio == "2.00"
+    write_records(tmp_path / "device" / "kernels.json", rows)
+    results = report_data.load(tmp_path / "device")
+    page = report_markdown.page(results, [])
+    assert "## Beside the bare matrix products" in page and "limit: the bare products of our plan" in page
+
+
+def test_memory_left_is_what_a_forward_keeps():
+    x = torch.ones(1000, requires_grad=True)
+    found = memory_of(lambda: (x.exp() * 2).sum(), "cpu")
+    assert 4000 <= found.left <= found.peak  # exp's output is kept for the backward
+    assert memory_of(lambda: None, "cpu").left == 0
+
+
+def test_a_time_limit_ends_what_is_inside_alone():
+    began = time.perf_counter()
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        while time.perf_counter() - began < 5:
+            pass
+    assert time.perf_counter() - began < 1
+    with time_limit(None):
+        pass
+    time.sleep(0.06)  # nothing is left of the timer
+
+
+def test_compiling_too_long_is_a_reason(tmp_path, monkeypatch):
+    class Slow(providers.Eager):
+        name, compiles = "eager", True
+
+        def bind(self, *args, **kwargs):
+            time.sleep(5)
+
+    monkeypatch.setattr(figures_run, "all_providers", lambda: {"hia": providers.Ours(), "eager": Slow()})
+    chosen = (Figure("slow", "speedup", "stem", "px-tiny", "forward", ("eager",), 1.0),)
+    for module in (figures, figures_run):
+        monkeypatch.setattr(module, "FIGURES", chosen)
+    arguments = ["--device", "cpu", "--quick", "--compile-minutes", "0.001", "--out", str(tmp_path)]
+    assert figures_run.main(arguments) == 0
+    (verdict,) = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert verdict["verdict"] == "not measured" and "compiling took more than the 0 s" in verdict["note"]

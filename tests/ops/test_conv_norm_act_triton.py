@@ -1,0 +1,166 @@
+"""The Triton kernels of ``hia::conv_norm_act``, in the interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hia_kernels import conv_norm_act, last_backend, use_backend
+from hia_kernels.core import triton_support, tuning
+from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_bwd_ref, conv_norm_act_ref
+from tests.compare import assert_close
+from tests.inputs import conv_norm_act_inputs as make_inputs
+from tests.ops.harness import DTYPES, EXACT, assert_matches, assert_repeatable, opcheck, upcast
+from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
+
+pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
+pytestmark = pytest.mark.interpreter
+
+OP = "conv_norm_act"
+CASES = [
+    pytest.param((9, 12), {"kernel": 1, "activation": "none"}, id="1x1-none"),
+    pytest.param((9, 13), {"residual": True}, id="3x3-relu-residual"),
+    pytest.param((7, 11), {"stride": 2, "activation": "gelu", "residual": True, "nchw": True}, id="3x3-s2-gelu-odd"),
+    pytest.param((10, 7), {"kernel": 1, "stride": 2, "channels": (13, 5)}, id="1x1-s2-ragged-channels"),
+    pytest.param((32, 20), {"images": 1, "channels": (3, 70), "activation": "gelu"}, id="several-tiles"),
+    pytest.param((1, 1), {"images": 1, "residual": True}, id="one-pixel"),
+    pytest.param((17, 1), {"stride": 2, "channels": (1, 1)}, id="one-wide-one-channel"),
+    pytest.param((8, 8), {"images": 0, "residual": True}, id="no-images"),
+]
+SPLIT = {"images": 2, "channels": (100, 20), "residual": True}  # 9 taps of 2 chunks: 18 steps, 3 shares of 6
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with use_backend("triton"):
+        yield
+
+
+def blocks_become(monkeypatch, **changes):
+    """Other meta-parameters than the heuristic's; returns the list of what it had chosen."""
+    chosen = []
+
+    def pick(op, key, device, heuristic):
+        chosen.append(dict(heuristic))
+        return {**heuristic, **{name: value for name, value in changes.items() if name in heuristic}}
+
+    monkeypatch.setattr(tuning, "pick", pick)
+    return chosen
+
+
+@pytest.mark.parametrize(("size", "options"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(size, options, dtype, triton_device):
+    assert_matches(OP, conv_norm_act, conv_norm_act_ref, make_inputs(size, dtype, triton_device, **options), dtype)
+    assert last_backend(OP) == "triton"
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_split_sums(activation, triton_device, monkeypatch):
+    """Few pixels and many steps: the heuristic splits the sums, in whichever dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        chosen = blocks_become(monkeypatch)
+        inputs = make_inputs((5, 4), dtype, triton_device, activation=activation, **SPLIT)
+        out, plain = conv_norm_act(**inputs), conv_norm_act_ref(**inputs)
+        assert [blocks["SPLITS"] for blocks in chosen] == [8 if dtype == torch.float32 else 2]
+        assert_close("out", out, conv_norm_act_ref(**upcast(inputs, EXACT[dtype])), plain, dtype=dtype)
+    assert last_backend(OP) == "triton"
+
+
+def test_a_split_may_get_nothing(triton_device, monkeypatch):
+    """A measured configuration with more shares than steps."""
+    blocks_become(monkeypatch, SPLITS=8, BLOCK_M=16, BLOCK_OC=16)
+    inputs = make_inputs((5, 9), torch.float32, triton_device, kernel=1, channels=(40, 20), residual=True)
+    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    assert_close("out", conv_norm_act(**inputs), exact, plain, dtype=torch.float32)
+
+
+def test_small_blocks(triton_device, monkeypatch):
+    """Several tiles along every axis, forward and backward, with edges that do not fill them."""
+    blocks_become(monkeypatch, BLOCK_M=16, BLOCK_OC=16, BLOCK_C=16)
+    for options in ({"stride": 2, "residual": True}, {"activation": "gelu", "kernel": 1}):
+        inputs = make_inputs((9, 7), torch.float32, triton_device, channels=(37, 35), **options)
+        assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, torch.float32)
+
+
+def test_backward_masks(triton_device):
+    """Only what is asked for is computed, from whatever strides."""
+    for activation in ("none", "relu", "gelu"):
+        inputs = make_inputs((5, 4), torch.float32, triton_device, activation=activation, residual=True)
+        out = conv_norm_act_ref(**inputs)
+        x, weight, scale, shift, residual, *options = inputs.values()
+        dout = torch.randn(5, 4, 24, 2, device=triton_device).permute(3, 0, 1, 2)
+        arguments = (dout, x, weight, scale, shift, residual, out, *options)
+        exact_arguments = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        for mask in (
+            [False, False, False, False, True],
+            [True, False, False, True, False],
+            [False, True, True] + [False] * 2,
+        ):
+            got = torch.ops.hia.conv_norm_act_bwd(*arguments, mask)
+            plain, exact = conv_norm_act_bwd_ref(*arguments, mask), conv_norm_act_bwd_ref(*exact_arguments, mask)
+            for name, *grads in zip(("dx", "dweight", "dscale", "dshift", "dresidual"), got, exact, plain):
+                assert_close(f"{activation} {name}", *grads, dtype=torch.float32, slack=4)
+    assert last_backend(OP) == "triton"
+
+
+@pytest.mark.parametrize("options", [{"kernel": 1}, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_image_has_the_same_bits_in_any_batch(options, dtype, triton_device):
+    inputs = make_inputs((9, 7), dtype, triton_device, **{**options, "images": 3})
+    together = conv_norm_act(**inputs)
+    for image in range(3):
+        alone = {
+            name: x[image : image + 1] for name, x in inputs.items() if name in ("x", "residual") and x is not None
+        }
+        assert torch.equal(conv_norm_act(**{**inputs, **alone})[0], together[image])
+
+
+def test_nan_in_another_image_does_not_leak(triton_device):
+    inputs = make_inputs((9, 7), torch.float32, triton_device, images=2, residual=True)
+    dirty = inputs["x"].clone()
+    dirty[0] = float("nan")
+    out = conv_norm_act(**{**inputs, "x": dirty})
+    assert torch.equal(out[1], conv_norm_act(**inputs)[1]) and out[0].isnan().all()
+
+
+def test_nan_around_a_crop_does_not_leak(triton_device):
+    """x, weights and residual are views of larger tensors that hold NaN elsewhere."""
+    inputs = make_inputs((6, 5), torch.float32, triton_device, channels=(13, 11), residual=True)
+    clean = conv_norm_act(**inputs)
+
+    def framed(x, last):
+        wide = torch.full([side + 3 for side in x.shape], float("nan"), device=x.device)
+        view = wide.movedim(1, -1) if last == 1 else wide
+        view = view.as_strided(x.shape, view.stride(), view.storage_offset() + sum(view.stride()))
+        return view.copy_(x)
+
+    weight = framed(inputs["weight"].permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2)  # channels last
+    crops = {"x": framed(inputs["x"], 3), "residual": framed(inputs["residual"], 3), "weight": weight}
+    assert torch.equal(conv_norm_act(**{**inputs, **crops}), clean)
+
+
+def test_two_runs_are_bit_identical(triton_device):
+    assert_repeatable(OP, conv_norm_act, make_inputs((9, 13), torch.float32, triton_device, residual=True))
+
+
+def test_opcheck(triton_device):
+    inputs = make_inputs((4, 3), torch.float32, triton_device, channels=(3, 6), activation="gelu", residual=True)
+    opcheck(OP, torch.ops.hia.conv_norm_act.default, inputs)
+
+
+def test_fp64_is_left_to_the_reference(triton_device):
+    inputs = make_inputs((4, 3), torch.float64, triton_device)
+    with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
+        conv_norm_act(**inputs)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(3, 12)), channels=st.tuples(st.integers(4, 40), st.integers(8, 40)),
+    kernel=st.sampled_from([1, 3]), stride=st.sampled_from([1, 2]), images=st.integers(1, 2),
+    activation=st.sampled_from(["none", "relu", "gelu"]), dtype=st.sampled_from(DTYPES), residual=st.booleans(),
+)  # fmt: skip
+def test_any_shape(size, dtype, **options):
+    if triton_support.interpreted():
+        assert_matches(OP, conv_norm_act, conv_norm_act_ref, make_inputs(size, dtype, **options), dtype)

@@ -1,0 +1,172 @@
+"""The Triton kernels of ``hia::stem``, in the interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hia_kernels import last_backend, stem, use_backend
+from hia_kernels.core import triton_support, tuning
+from hia_kernels.ops.stem import library
+from hia_kernels.ops.stem.functional import stem_reach
+from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
+from tests.compare import assert_close
+from tests.inputs import stem_inputs as make_inputs
+from tests.ops.harness import DTYPES, assert_matches, assert_repeatable, opcheck, upcast
+from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
+
+pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
+pytestmark = pytest.mark.interpreter
+
+OP = "stem"
+U16, F16, BF16, F32 = torch.uint16, torch.float16, torch.bfloat16, torch.float32
+CASES = [  # size, options, dtype of the weights; the dtypes rotate over the pixels' axes
+    pytest.param((19, 27), {}, F32, id="uint8-grey-odd-fp32"),
+    pytest.param((19, 27), {}, F16, id="uint8-grey-odd-fp16"),
+    pytest.param((19, 27), {}, BF16, id="uint8-grey-odd-bf16"),
+    pytest.param((32, 20), {"channels": 3, "images": 1}, BF16, id="uint8-rgb-even"),
+    pytest.param((13, 70), {"pixel_dtype": U16, "channels": 3, "images": 1}, F32, id="uint16-rgb-two-tiles"),
+    pytest.param((13, 30), {"pixel_dtype": U16, "images": 1}, F16, id="uint16-grey"),
+    pytest.param((9, 13), {"pixel_dtype": F16, "kernel": 3}, F32, id="fp16-grey-3x3"),
+    pytest.param((9, 13), {"pixel_dtype": BF16, "kernel": 3}, BF16, id="bf16-grey-3x3-bf16"),
+    pytest.param((18, 23), {"pixel_dtype": F32, "channels": 3, "pool": 1, "images": 1}, F32, id="fp32-rgb-no-pool"),
+    pytest.param((18, 23), {"pixel_dtype": F32, "pool": 1, "kernel": 3}, F16, id="fp32-grey-3x3-no-pool-fp16"),
+    pytest.param((11, 11), {"pixel_dtype": U16, "images": 1, "out_channels": 70}, F32, id="smallest-image"),
+    pytest.param((16, 16), {"images": 0}, F32, id="no-images"),
+]
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with use_backend("triton"):
+        yield
+
+
+def blocks_become(monkeypatch, **changes):
+    """Other meta-parameters than the heuristic's."""
+
+    def pick(op, key, device, heuristic):
+        return {**heuristic, **{name: value for name, value in changes.items() if name in heuristic}}
+
+    monkeypatch.setattr(tuning, "pick", pick)
+
+
+@pytest.mark.parametrize(("size", "options", "dtype"), CASES)
+def test_matches_reference(size, options, dtype, triton_device):
+    assert_matches(OP, stem, stem_ref, make_inputs(size, dtype, triton_device, **options), dtype)
+    assert last_backend(OP) == "triton"
+
+
+@pytest.mark.parametrize(("channels", "pool", "rows"), [(1, 3, 2), (1, 3, 4), (1, 1, 1), (3, 3, 4)])
+def test_tiles_inside_and_along_the_borders(channels, pool, rows, triton_device, monkeypatch):
+    """Several programs along both axes; strips that end inside and outside the image."""
+    blocks_become(monkeypatch, ROWS=rows, BLOCK_R=2, BLOCK_Q=4)
+    inputs = make_inputs((41, 43), F32, triton_device, channels=channels, images=1, kernel=3, pool=pool)
+    inputs["mean"] = torch.tensor([0.9, 0.5, -0.7], device=triton_device)  # a wrong share of them would show
+    inputs["scale"][::2] *= -1  # their pool is a minimum of the convolution
+    exact, plain = stem_ref(**upcast(inputs, torch.float64)), stem_ref(**inputs)
+    out = stem(**inputs)
+    assert_close("out", out, exact, plain, dtype=F32)
+    for name, where in (
+        ("top", (0, 0)),
+        ("bottom", (0, -1)),
+        ("left", (0, slice(None), 0)),
+        ("right", (0, ..., -1, slice(None))),
+    ):
+        assert_close(name, out[where], exact[where], plain[where], dtype=F32)
+
+
+def test_backward_masks(triton_device):
+    """Only what is asked for is computed, from whatever strides; pixels of an integer dtype have no gradient."""
+    for pixel_dtype, pool in ((F32, 3), (F32, 1), (torch.uint8, 3)):
+        inputs = make_inputs((11, 9), F32, triton_device, pixel_dtype=pixel_dtype, pool=pool, kernel=3)
+        out = stem_ref(**inputs)
+        dout = torch.randn(*out.shape[::-1], device=triton_device).permute(3, 2, 1, 0)
+        exact_arguments = [dout.double(), *upcast(inputs, torch.float64).values()]
+        for mask in ([pixel_dtype == F32] + [False] * 3, [False, False, True, True], [False, True, False, False]):
+            got = torch.ops.hia.stem_bwd(dout, *inputs.values(), mask)
+            plain, exact = stem_bwd_ref(dout, *inputs.values(), mask), stem_bwd_ref(*exact_arguments, mask)
+            for name, *grads in zip(("dpixels", "dweight", "dscale", "dshift"), got, exact, plain):
+                assert_close(f"{name} of {mask}", *grads, dtype=F32, slack=4)
+    assert last_backend(OP) == "triton"
+
+
+def test_a_tie_goes_to_the_first(triton_device):
+    """A constant image: every window of the pool ties inside."""
+    inputs = make_inputs((19, 21), F32, triton_device, images=1)
+    inputs["pixels"].fill_(200)
+    out = stem_ref(**inputs)
+    mask = [False, True, True, True]
+    got = torch.ops.hia.stem_bwd(torch.ones_like(out), *inputs.values(), mask)
+    exact = stem_bwd_ref(torch.ones_like(out).double(), *upcast(inputs, torch.float64).values(), mask)
+    plain = stem_bwd_ref(torch.ones_like(out), *inputs.values(), mask)
+    for name, *grads in zip(("dpixels", "dweight", "dscale", "dshift"), got, exact, plain):
+        assert_close(name, *grads, dtype=F32, slack=4)
+
+
+def test_strided_pixels(triton_device):
+    """A crop of a planar image, NaN around it."""
+    inputs = make_inputs((9, 13), F32, triton_device, pixel_dtype=F32, channels=3, kernel=3)
+    planar = torch.full((2, 3, 17, 20), float("nan"), device=triton_device)
+    crop = planar[:, :, 3:12, 5:18]
+    crop.copy_(inputs["pixels"].permute(0, 3, 1, 2))
+    strided = {**inputs, "pixels": crop.permute(0, 2, 3, 1)}
+    assert torch.equal(stem(**strided), stem(**inputs))
+    assert_matches(OP, stem, stem_ref, strided, F32)
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 7), (3, 7), (1, 3)])
+@pytest.mark.parametrize("pool", [1, 3])
+def test_nan_reaches_as_far_as_in_the_reference(channels, kernel, pool, triton_device):
+    """Tiles of taps are two rows higher than the kernel: those may not carry a NaN."""
+    options = {"pixel_dtype": F32, "channels": channels, "kernel": kernel, "pool": pool}
+    inputs = make_inputs((30, 27), F32, triton_device, **options)
+    for place in ((0, 0), (13, 12), (14, 13), (29, 26)):
+        inputs["pixels"][0][place] = float("nan")
+    inputs["pixels"][0, 20, 3] = float("inf")
+    out, expected = stem(**inputs), stem_ref(**inputs)
+    assert torch.equal(out.isnan(), expected.isnan()) and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("channels", "pool", "dtype"), [(1, 3, F32), (1, 3, BF16), (3, 1, BF16)])
+def test_an_image_has_the_same_bits_in_any_batch(channels, pool, dtype, triton_device):
+    inputs = make_inputs((15, 19), dtype, triton_device, images=3, channels=channels, pool=pool)
+    together = stem(**inputs)
+    for image in range(3):
+        alone = {name: inputs[name][image : image + 1] for name in ("pixels", "window")}
+        assert torch.equal(stem(**{**inputs, **alone})[0], together[image])
+
+
+def test_two_runs_are_bit_identical(triton_device):
+    assert_repeatable(OP, stem, make_inputs((19, 17), F32, triton_device, pixel_dtype=F32))
+
+
+def test_opcheck(triton_device):
+    opcheck(
+        OP, torch.ops.hia.stem.default, make_inputs((7, 8), F32, triton_device, pixel_dtype=U16, images=1, kernel=3)
+    )
+
+
+def test_what_is_left_to_the_reference(triton_device):
+    inputs = make_inputs((12, 11), torch.float64, triton_device)
+    with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
+        stem(**inputs)
+    inputs = make_inputs((12, 11), F32, triton_device, pixel_dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
+        stem(**inputs)
+    pixels = torch.empty_strided((2, 12, 11, 1), (11, 2**23, 1, 1), dtype=torch.uint8, device="meta")
+    reasons = library._triton_unsupported(pixels, *list(make_inputs((12, 11), F32, triton_device).values())[1:])
+    assert "rows and columns of pixels must lie at most 4194304 elements apart, got (11, 8388608, 1, 1)" in reasons
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    extra=st.tuples(st.integers(0, 9), st.integers(0, 9)), kernel=st.sampled_from([3, 7]),
+    pool=st.sampled_from([1, 3]), channels=st.sampled_from([1, 3]), out_channels=st.integers(8, 20),
+    pixel_dtype=st.sampled_from([torch.uint8, U16, F32, BF16]), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(extra, kernel, pool, dtype, **options):
+    if triton_support.interpreted():
+        size = tuple(stem_reach(kernel, pool) + more for more in extra)
+        inputs = make_inputs(size, dtype, kernel=kernel, pool=pool, images=1, **options)
+        assert_matches(OP, stem, stem_ref, inputs, dtype)
