@@ -15,7 +15,7 @@ NORM = {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
 def _signature(dtype, **pointers):
     return {
         "x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "out_ptr": f"*{dtype}",
-        **NORM, **pointers, **{name: "i32" for name in (*PIXELS, "C", "OC")}, **STRIDES,
+        **NORM, **pointers, **dict.fromkeys((*PIXELS, "C", "OC"), "i32"), **STRIDES,
     }  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hia_kernels.ops.conv_norm_act.functional import packing_reasons
+
 from .folding import FoldedConv, Steps
 
 if TYPE_CHECKING:
@@ -161,8 +163,8 @@ def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None
     """
     weight = encoder.conv1.weight
     size = weight.element_size()
-    if weight.device.type == "cpu" and weight.dtype != torch.float32:
-        size *= 4  # plain PyTorch serves these, with temporaries in fp32 or fp64
+    if weight.device.type == "cpu" and packing_reasons(weight):
+        size *= 4  # plain PyTorch serves it, with temporaries in fp32 or fp64
     for _ in range(encoder.stem_stride // 2):
         height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
     stem_rows = height if rows is None else min(height, rows + 2 * STEM_HALO)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.interpreter
 OP = "stem"
 U16, F16, BF16, F32 = torch.uint16, torch.float16, torch.bfloat16, torch.float32
 CASES = [  # size, options, dtype of the weights; the dtypes rotate over the pixels' axes
-    pytest.param((19, 27), {}, F32, id="uint8-grey-odd-fp32"),
+    pytest.param((19, 27), {"images": 1}, F32, id="uint8-grey-odd-fp32"),
     pytest.param((19, 27), {}, F16, id="uint8-grey-odd-fp16"),
     pytest.param((19, 27), {}, BF16, id="uint8-grey-odd-bf16"),
     pytest.param((32, 20), {"channels": 3, "images": 1}, BF16, id="uint8-rgb-even"),
@@ -67,13 +67,8 @@ def test_tiles_inside_and_along_the_borders(channels, pool, rows, triton_device,
     exact, plain = stem_ref(**upcast(inputs, torch.float64)), stem_ref(**inputs)
     out = stem(**inputs)
     assert_close("out", out, exact, plain, dtype=F32)
-    for name, where in (
-        ("top", (0, 0)),
-        ("bottom", (0, -1)),
-        ("left", (0, slice(None), 0)),
-        ("right", (0, ..., -1, slice(None))),
-    ):
-        assert_close(name, out[where], exact[where], plain[where], dtype=F32)
+    for name, dim, place in (("top", 1, 0), ("bottom", 1, -1), ("left", 2, 0), ("right", 2, -1)):
+        assert_close(name, *(x.select(dim, place) for x in (out, exact, plain)), dtype=F32)
 
 
 def test_backward_masks(triton_device):
@@ -92,14 +87,16 @@ def test_backward_masks(triton_device):
 
 
 def test_a_tie_goes_to_the_first(triton_device):
-    """A constant image: every window of the pool ties inside."""
-    inputs = make_inputs((19, 21), F32, triton_device, images=1)
-    inputs["pixels"].fill_(200)
-    out = stem_ref(**inputs)
-    mask = [False, True, True, True]
-    got = torch.ops.hia.stem_bwd(torch.ones_like(out), *inputs.values(), mask)
-    exact = stem_bwd_ref(torch.ones_like(out).double(), *upcast(inputs, torch.float64).values(), mask)
-    plain = stem_bwd_ref(torch.ones_like(out), *inputs.values(), mask)
+    """A constant image and weights of few bits: every window of the pool ties inside, and dpixels tells who got it."""
+    inputs = make_inputs((15, 13), F32, triton_device, images=1, pixel_dtype=F32, kernel=3)
+    inputs |= {"mean": torch.zeros(3, device=triton_device), "std": torch.ones(3, device=triton_device)}
+    inputs |= {"pixels": inputs["pixels"].fill_(0.5), "window": torch.tensor([[0.0, 1.0]], device=triton_device)}
+    inputs["weight"] = (inputs["weight"] * 8).round() / 8
+    inputs["shift"] += 2
+    dout = torch.randn(stem_ref(**inputs).shape, device=triton_device)
+    got = torch.ops.hia.stem_bwd(dout, *inputs.values(), [True] * 4)
+    plain = stem_bwd_ref(dout, *inputs.values(), [True] * 4)
+    exact = stem_bwd_ref(dout.double(), *upcast(inputs, torch.float64).values(), [True] * 4)
     for name, *grads in zip(("dpixels", "dweight", "dscale", "dshift"), got, exact, plain):
         assert_close(name, *grads, dtype=F32, slack=4)
 
@@ -120,17 +117,17 @@ def test_strided_pixels(triton_device):
 def test_nan_reaches_as_far_as_in_the_reference(channels, kernel, pool, triton_device):
     """Tiles of taps are two rows higher than the kernel: those may not carry a NaN."""
     options = {"pixel_dtype": F32, "channels": channels, "kernel": kernel, "pool": pool}
-    inputs = make_inputs((30, 27), F32, triton_device, **options)
-    for place in ((0, 0), (13, 12), (14, 13), (29, 26)):
+    inputs = make_inputs((22, 19), F16, triton_device, images=1, **options)
+    for place in ((0, 0), (9, 8), (10, 9), (21, 18)):
         inputs["pixels"][0][place] = float("nan")
-    inputs["pixels"][0, 20, 3] = float("inf")
+    inputs["pixels"][0, 15, 3] = float("inf")
     out, expected = stem(**inputs), stem_ref(**inputs)
-    assert torch.equal(out.isnan(), expected.isnan()) and out[1].isfinite().all()
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any(-1).sum() < out[..., 0].numel()
 
 
 @pytest.mark.parametrize(("channels", "pool", "dtype"), [(1, 3, F32), (1, 3, BF16), (3, 1, BF16)])
 def test_an_image_has_the_same_bits_in_any_batch(channels, pool, dtype, triton_device):
-    inputs = make_inputs((15, 19), dtype, triton_device, images=3, channels=channels, pool=pool)
+    inputs = make_inputs((9, 11), dtype, triton_device, images=3, channels=channels, pool=pool, kernel=3)
     together = stem(**inputs)
     for image in range(3):
         alone = {name: inputs[name][image : image + 1] for name in ("pixels", "window")}
@@ -138,13 +135,12 @@ def test_an_image_has_the_same_bits_in_any_batch(channels, pool, dtype, triton_d
 
 
 def test_two_runs_are_bit_identical(triton_device):
-    assert_repeatable(OP, stem, make_inputs((19, 17), F32, triton_device, pixel_dtype=F32))
+    assert_repeatable(OP, stem, make_inputs((11, 13), F32, triton_device, pixel_dtype=F32, kernel=3))
 
 
 def test_opcheck(triton_device):
-    opcheck(
-        OP, torch.ops.hia.stem.default, make_inputs((7, 8), F32, triton_device, pixel_dtype=U16, images=1, kernel=3)
-    )
+    inputs = make_inputs((7, 8), F32, triton_device, pixel_dtype=U16, images=1, kernel=3, out_channels=4)
+    opcheck(OP, torch.ops.hia.stem.default, inputs)
 
 
 def test_what_is_left_to_the_reference(triton_device):
@@ -159,9 +155,9 @@ def test_what_is_left_to_the_reference(triton_device):
     assert "rows and columns of pixels must lie at most 4194304 elements apart, got (11, 8388608, 1, 1)" in reasons
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
-    extra=st.tuples(st.integers(0, 9), st.integers(0, 9)), kernel=st.sampled_from([3, 7]),
+    extra=st.tuples(st.integers(0, 6), st.integers(0, 6)), kernel=st.sampled_from([3, 7]),
     pool=st.sampled_from([1, 3]), channels=st.sampled_from([1, 3]), out_channels=st.integers(8, 20),
     pixel_dtype=st.sampled_from([torch.uint8, U16, F32, BF16]), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip

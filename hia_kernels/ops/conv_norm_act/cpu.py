@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
+LONGEST_SUM = 2**13  # outputs that one call adds up for a weight's gradient
 
 
 def unavailable_reasons() -> list[str]:
@@ -58,7 +59,7 @@ def conv_norm_act_packed(
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x_nchw, weight, shift, *geometry, name, [], algorithm)
         return y.permute(0, 2, 3, 1).contiguous()
-    # oneDNN fuses a sum with relu and with nothing else
+    # oneDNN fuses a sum with relu and with nothing else, and wants the bias in the image's dtype then
     relu = "relu" if activation == "relu" else None
     residual_nchw = residual.contiguous().permute(0, 3, 1, 2)
     y = torch.ops.mkldnn._convolution_pointwise.binary(
@@ -90,21 +91,54 @@ def conv_norm_act_fwd(
     return conv_norm_act_packed(x, _scaled(weight, scale), shift, residual, stride, activation, True)
 
 
+def _backward(
+    dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int], mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dz.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
+        [stride, stride], padding, [1, 1], False, [0, 0], 1, [*mask, False],
+    )  # fmt: skip
+    return dx, dweight
+
+
+def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """[OC, C, K, K], as the sum of strips': oneDNN's own sum over a large image loses digits."""
+    images, height, width, _ = dz.shape
+    pad = weight.shape[-1] // 2
+    rows = max(1, LONGEST_SUM // width)
+    if images * height <= rows:
+        return _backward(dz, x, weight, stride, [pad, pad], [False, True])[1].contiguous()
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for image in range(images):
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            start, stop = first * stride - pad, (last - 1) * stride + pad + 1
+            above, below = max(0, -start), max(0, stop - x.shape[1])
+            strip = x[image : image + 1, start + above : stop - below]
+            if above or below:
+                strip = F.pad(strip, (0, 0, 0, 0, above, below))
+            total += _backward(dz[image : image + 1, first:last], strip, weight, stride, [0, pad], [False, True])[1]
+    return total.to(weight.dtype)
+
+
 def _convolution_bwd(
     dz: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz [N, OH, OW, OC], x [N, IH, IW, C] -> dx, dweight."""
-    kernel = weight.shape[-1]
-    if kernel == 1 and stride == 1:  # two products: MKL is faster at them than oneDNN's backward
+    pad = weight.shape[-1] // 2
+    dx, dweight = None, None
+    if pad == 0 and stride == 1:  # two products: MKL is faster at them than oneDNN's backward
         rows, x_rows = dz.flatten(0, 2), x.flatten(0, 2)
-        dx = (rows @ weight.flatten(1)).view(x.shape) if output_mask[0] else None
-        return dx, (rows.mT @ x_rows).view(weight.shape) if output_mask[1] else None
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
-        [stride, stride], [kernel // 2] * 2, [1, 1], False, [0, 0], 1, [*output_mask, False],
-    )  # fmt: skip
-    dx = dx.permute(0, 2, 3, 1).contiguous() if output_mask[0] else None
-    return dx, dweight.contiguous() if output_mask[1] else None
+        if output_mask[0]:
+            dx = (rows @ weight.flatten(1)).view(x.shape)
+        if output_mask[1]:
+            dweight = (rows.mT @ x_rows).view(weight.shape)
+        return dx, dweight
+    if output_mask[0]:
+        dx = _backward(dz, x, weight, stride, [pad, pad], [True, False])[0].permute(0, 2, 3, 1).contiguous()
+    if output_mask[1]:
+        dweight = _weight_gradient(dz, x, weight, stride)
+    return dx, dweight
 
 
 def conv_norm_act_bwd(

@@ -36,7 +36,7 @@ def conv_tile(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The convolution's sums [BLOCK_M, BLOCK_OC] fp32 over steps ``first`` to ``last``; a step is a tap, BLOCK_C wide."""
+    """The convolution's sums [BLOCK_M, BLOCK_OC] fp32, steps ``first`` to ``last``; a step is a tap, BLOCK_C wide."""
     chunks = tl.cdiv(C, BLOCK_C)
     range_c = tl.arange(0, BLOCK_C)
     # int64: an image may hold more than 2**31 elements, and so may the weights

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
+from . import sdpa
 from .reference import cross_attention_bwd_ref, cross_attention_ref, cross_attention_with_lse_ref
 
 _PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale"
@@ -36,6 +37,15 @@ BACKENDS = register_table(
         },
         _triton_unsupported,
         triton_support.unavailable_reasons,
+    ),
+    Backend(
+        "sdpa",
+        {
+            "cross_attention": sdpa.cross_attention_sdpa,
+            "cross_attention_with_lse": sdpa.cross_attention_with_lse_sdpa,
+            "cross_attention_bwd": sdpa.cross_attention_bwd_sdpa,
+        },
+        sdpa.unsupported_reasons,
     ),
     Backend(
         "reference",

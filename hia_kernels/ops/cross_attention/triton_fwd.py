@@ -174,7 +174,8 @@ def _fill(out, lse, q, k, *rest):
         if lse is not None:
             lse.fill_(float("-inf"))
         return
-    (_fused_fwd if is_fused(q) else staged_fwd)(q, k, *rest, out, lse)
+    launch = _fused_fwd if is_fused(q) else staged_fwd
+    launch(*(q, k, *rest, out, lse))
 
 
 def cross_attention_fwd(q, *rest):

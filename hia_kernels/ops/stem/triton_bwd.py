@@ -86,7 +86,7 @@ def _stem_dpixels_kernel(
 
 @triton.jit
 def _pooled(dout_ptr, y_ptr, n, p, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC):
-    """The gradient of pooled pixel (p, q), and which of its nine it goes to: the first largest above zero; -1 is none."""
+    """The gradient of pooled pixel (p, q), and which of its nine gets it: the first largest above zero; -1 is none."""
     mask = ((p < PH) & (q < PW))[:, None] & mask_oc
     pooled_ptrs = dout_ptr + ((n * PH + p) * PW + q)[:, None] * OC + offs_oc[None, :]
     dout = tl.load(pooled_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK, BLOCK_OC]
@@ -146,7 +146,8 @@ def _stem_bwd_kernel(
             dout, winner = _pooled(
                 dout_ptr, y_ptr, n, p + window // 2, q + window % 2, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC
             )
-            douts, winners = douts + (dout,), winners + (winner,)
+            douts += (dout,)
+            winners += (winner,)
         for pixel in tl.static_range(4):
             dz = tl.zeros((BLOCK, BLOCK_OC), dtype=tl.float32)
             for down in tl.static_range(pixel // 2 + 1):
@@ -221,7 +222,7 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
 
 
 def _convolution_bwd(dy, x, weight, output_mask):
-    """dx [N, IH, IW, 3], dweight; None where ``output_mask`` wants none. cuDNN keeps to its deterministic algorithms."""
+    """dx [N, IH, IW, 3], dweight; None where ``output_mask`` wants none. cuDNN is held to deterministic algorithms."""
     padding = [weight.shape[-1] // 2] * 2
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True

@@ -15,15 +15,16 @@ from ...core import tuning
 from ...core.triton_math import INTERPRETED, dot
 
 MULTIPROCESSORS = 132  # of an H100 or H200
+PACK_OC = 16  # output channels a program packs
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """fp32 to nearest in DTYPE; Triton's interpreter would cut bf16 off."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+def rounded(x, dtype: tl.constexpr):
+    """fp32 to nearest in dtype; Triton's interpreter would cut bf16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -84,8 +85,9 @@ def _normalised(p, low, high, mean, std, PIXELS: tl.constexpr, IS_FP32: tl.const
         p = tl.clamp(tl.div_rn(p, width), 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         x = tl.div_rn(p - mean, tl.zeros_like(p) + std)
     else:
-        black, white = tl.div_rn(0.0 - mean, std), tl.div_rn(1.0 - mean, std)
-        x = p * tl.div_rn(tl.div_rn(1.0, high - low), std) + black
+        gain = tl.div_rn(1.0, std)
+        black, white = -mean * gain, (1.0 - mean) * gain
+        x = p * (tl.div_rn(1.0, high - low) * gain) + black
         x = tl.clamp(x, tl.minimum(black, white), tl.maximum(black, white), propagate_nan=tl.PropagateNan.ALL)
     return x
 
@@ -153,7 +155,9 @@ def _best(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["IH", "IW", "OH", "OW", "PH", "PW", "tiles_r", "tiles_q", "stride_pixels_n"])
+@triton.jit(
+    do_not_specialize=["IH", "IW", "OH", "OW", "PH", "PW", "tiles_r", "tiles_q", "stride_pixels_n", "stride_pixels_h"]
+)
 def _stem_pool_fwd_kernel(
     pixels_ptr,  # [N, IH, IW, CP]
     window_ptr,  # [N, 2] fp32
@@ -215,7 +219,7 @@ def _stem_pool_fwd_kernel(
             tl.store(out_ptrs, out, mask=((pooled < PH) & (q < PW))[:, None] & mask_oc[None, :])
 
 
-@triton.jit(do_not_specialize=["IH", "IW", "OH", "OW", "tiles_r", "tiles_q", "stride_pixels_n"])
+@triton.jit(do_not_specialize=["IH", "IW", "OH", "OW", "tiles_r", "tiles_q", "stride_pixels_n", "stride_pixels_h"])
 def _stem_conv_kernel(
     pixels_ptr,  # [N, IH, IW, CP]
     window_ptr,  # [N, 2] fp32
@@ -274,28 +278,31 @@ def pixel_kind(pixels):
     return pixels, "float" if pixels.is_floating_point() else "uint8"
 
 
-def _packed(weight, mean, std, sign_of, channels, block_oc):
+def _packed(weight, mean, std, sign_of, channels):
     """[2, planes, taps, OC]."""
     oc, _, kernel, _ = weight.shape
     taps = kernel * (kernel + 2) + 1
     packed = torch.empty((2, 4 if channels == 1 else 3, taps, oc), dtype=weight.dtype, device=weight.device)
-    _stem_pack_kernel[(2, triton.cdiv(oc, block_oc))](
+    _stem_pack_kernel[(2, triton.cdiv(oc, PACK_OC))](
         weight, mean, std, sign_of, packed, oc, *weight.stride(),
-        CP=channels, KERNEL=kernel, TAPS=taps, HAS_SIGN=sign_of is not None, BLOCK_OC=block_oc,
+        CP=channels, KERNEL=kernel, TAPS=taps, HAS_SIGN=sign_of is not None, BLOCK_OC=PACK_OC,
     )  # fmt: skip
     return packed
 
 
 def _heuristic(pool, taps, itemsize, height, width, device):
-    """A tile of 64 pixels; strips as long as leave two programs for every multiprocessor.
+    """A tile of 64 pixels, strips as long as leave two programs for every multiprocessor.
 
     Two tiles of sums, two of maxima and a slice of taps fill a thread's registers; before Hopper the product's
-    operands are there too, and the slice is shorter.
+    operands are there too, and the slice is shorter. In fp32 32 pixels: from 64 on Triton 3.6 turns an ieee product
+    into TF32 on Blackwell if an operand was 16 bits wide or less when it was loaded.
     """
-    short = itemsize == 4 or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9)
-    block_k = min(taps, 16 if short else 32)
-    warps = 8 if itemsize == 4 else 4
-    config = {"BLOCK_R": 4, "BLOCK_Q": 16, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1}
+    if itemsize == 4:
+        config = {"BLOCK_R": 2, "BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
+    else:
+        before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+        block_k = min(taps, 16 if before_hopper else 32)
+        config = {"BLOCK_R": 4, "BLOCK_Q": 16, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 1}
     if pool == 3:
         tiles = triton.cdiv(height, 4) * triton.cdiv(width, 16)
         config["ROWS"] = next((rows for rows in (16, 8, 4) if tiles >= 2 * MULTIPROCESSORS * rows), 2)
@@ -315,7 +322,7 @@ def convolve(pixels, window, mean, std, weight, norm, pool):
     block_oc = min(64, max(16, tuning.bucket(oc)))
     window, mean, std = window.contiguous(), mean.contiguous(), std.contiguous()
     scale, shift = (None, None) if norm is None else (norm[0].contiguous(), norm[1].contiguous())
-    packed = _packed(weight, mean, std, scale if pool == 3 else None, channels, block_oc)
+    packed = _packed(weight, mean, std, scale if pool == 3 else None, channels)
     taps = packed.shape[2]
     key = f"fwd-k{kernel}-pool{pool}-c{channels}-px{tuning.bucket(ph * pw)}-{str(weight.dtype).removeprefix('torch.')}"
     config = tuning.pick(

@@ -1,0 +1,186 @@
+"""``hia::conv_norm_act`` on the CPU: oneDNN with its epilogue, packed weights, a backward without recomputation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hia_kernels
+from hia_kernels import conv_norm_act
+from hia_kernels.ops.conv_norm_act import functional
+from hia_kernels.ops.conv_norm_act.functional import conv_norm_act_packed, conv_norm_act_packed_, pack_conv
+from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
+from tests.compare import assert_close
+from tests.inputs import conv_norm_act_inputs as make_inputs
+from tests.ops.harness import DTYPES, assert_matches, flops_by_op, forward_backward, upcast
+
+OP = "conv_norm_act"
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def packed_call(inputs):
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], inputs["stride"])
+    return conv_norm_act_packed(inputs["x"], packed, inputs["residual"], inputs["activation"])
+
+
+def assert_forward_matches(run, inputs, dtype=F32):
+    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    out = run(inputs)
+    assert out.is_contiguous()
+    assert_close("out", out, exact, plain, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backend_used(dtype):
+    inputs = make_inputs((5, 4), dtype)
+    if dtype == torch.float16:
+        with hia_kernels.use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: float16 is left to the"):
+            conv_norm_act(**inputs)
+        return
+    conv_norm_act(**inputs)
+    assert hia_kernels.last_backend(OP) == "cpu"
+    with hia_kernels.use_backend("reference"):
+        conv_norm_act(**inputs)
+    assert hia_kernels.last_backend(OP) == "reference"
+
+
+def test_gelus_backward_in_bf16_is_left_to_the_reference():
+    inputs = make_inputs((5, 4), BF16, activation="gelu")
+    forward_backward(OP, conv_norm_act, inputs)
+    assert hia_kernels.last_backend(OP) == "reference"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_size(data):
+    """Odd and prime sizes, one row or column, channels that fill no vector; forward, packed, and written over."""
+    size = data.draw(st.tuples(st.sampled_from([1, 2, 3, 7, 16, 31]), st.sampled_from([1, 2, 5, 13, 32])))
+    stride, residual = data.draw(st.sampled_from([1, 2])), data.draw(st.booleans())
+    options = {"kernel": data.draw(st.sampled_from([1, 3])), "stride": stride, "residual": residual}
+    options |= {"channels": data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))}
+    options |= {"activation": data.draw(st.sampled_from(["none", "relu", "gelu"])), "images": data.draw(st.just(1))}
+    dtype = data.draw(st.sampled_from([F32, BF16]))
+    inputs = make_inputs(size, dtype, **options)
+    assert_forward_matches(lambda given: conv_norm_act(**given), inputs, dtype)
+    assert_forward_matches(packed_call, inputs, dtype)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_scales_of_zero_have_gradients(activation):
+    """A block's last norm starts at zero, where the convolution's output can't be had back from the result."""
+    inputs = make_inputs((6, 5), F32, activation=activation, residual=True)
+    inputs["scale"][:5] = torch.tensor([0.0, -1.0, 0.0, 1e-20, -0.0])
+    assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
+
+
+def test_gradients_at_a_real_size():
+    """50,176 outputs a channel: the scale's gradient comes from the weight's and must not lose digits there."""
+    inputs = make_inputs((224, 224), F32, images=1, channels=(8, 8))
+    inputs["x"].relu_()
+    assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
+
+
+@pytest.mark.parametrize(("activation", "kept"), [("relu", 2), ("none", 1)])
+def test_saves_input_and_output_alone(activation, kept):
+    inputs = make_inputs((12, 12), F32, activation=activation, residual=True, channels=(16, 16))
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    for name in ("x", "weight", "scale", "shift", "residual"):
+        inputs[name] = inputs[name].detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        conv_norm_act(**inputs)
+    assert sum(tensor.dim() == 4 and tensor.shape[1] == 12 for tensor in saved) == kept
+
+
+def test_gradients_never_share_memory_with_the_incoming_one():
+    inputs = make_inputs((6, 5), F32, activation="none", residual=True)
+    out = conv_norm_act(**inputs)
+    mask = [False, False, False, False, True]
+    tensors = (inputs[name] for name in ("x", "weight", "scale", "shift", "residual"))
+    dresidual = torch.ops.hia.conv_norm_act_bwd(out, *tensors, out, 1, "none", mask)[4]
+    assert torch.equal(dresidual, out) and dresidual.data_ptr() != out.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_packed_over_its_residual(dtype, activation):
+    inputs = make_inputs((9, 12), dtype, residual=True, stride=2, activation=activation)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], 2)
+    residual = inputs["residual"].contiguous()
+    expected = conv_norm_act_packed(inputs["x"], packed, residual.clone(), activation)
+    out = conv_norm_act_packed_(residual, inputs["x"], packed, activation)
+    assert out is residual and torch.equal(out, expected)
+    assert_forward_matches(lambda _: out, inputs, dtype)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2)])
+def test_strips_bring_their_own_rows(kernel, stride):
+    """Rows cut out of an image, with their neighbours and zeros at its borders: the image's own rows."""
+    inputs = make_inputs((13, 10), F32, images=1, kernel=kernel, stride=stride)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], stride)
+    whole, pad = conv_norm_act_packed(inputs["x"], packed), kernel // 2
+    padded = torch.nn.functional.pad(inputs["x"], (0, 0, 0, 0, pad, pad))
+    for first, last in ((0, 3), (3, 6), (2, whole.shape[1])):
+        strip = padded[:, first * stride : (last - 1) * stride + kernel]
+        out = conv_norm_act_packed(strip, packed, pad_rows=False)
+        assert_close("out", out, whole[:, first:last].double(), whole[:, first:last], dtype=F32)
+
+
+def test_layouts_of_the_last_sizes_are_kept():
+    inputs = make_inputs((8, 8), F32, channels=(64, 128))
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
+    assert packed.layout((8, 8)) is packed.layout((8, 8))
+    for side in (5, 6, 8, 7):
+        packed.layout((side, side))
+    assert list(packed.layouts) == [(8, 8), (7, 7)] and functional.KEPT_LAYOUTS == 2
+    assert packed.nbytes == 2 * 4 * inputs["weight"].numel() + 2 * 4 * 128
+    x = torch.randn(1, 11, 3, 64)
+    expected = conv_norm_act(x, inputs["weight"], inputs["scale"], inputs["shift"])
+    assert_close("out", conv_norm_act_packed(x, packed), expected.double(), expected, dtype=F32)
+
+
+def test_packed_ops_are_registered():
+    inputs = make_inputs((5, 4), F32, channels=(8, 16), residual=True)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
+    x, residual = inputs["x"], inputs["residual"].contiguous()
+    arguments = (x, inputs["weight"], inputs["shift"])  # a plain weight: opcheck can't copy a packed one
+    for mode in (True, False):
+        fitting = residual if mode else residual[:, 1:-1]
+        torch.library.opcheck(torch.ops.hia.conv_norm_act_packed.default, (*arguments, fitting, 1, "relu", mode))
+    torch.library.opcheck(torch.ops.hia.conv_norm_act_packed_.default, (residual, *arguments, 1, "relu", True))
+    count = 2 * 2 * 5 * 4 * 16 * 8 * 9
+    assert flops_by_op(lambda: conv_norm_act_packed(x, packed)) == {"hia.conv_norm_act_packed": count}
+    assert flops_by_op(lambda: conv_norm_act_packed_(residual, x, packed)) == {"hia.conv_norm_act_packed_": count}
+
+
+def test_packed_errors():
+    inputs = make_inputs((5, 4), F32, residual=True)
+    x, weight, scale, shift, residual = (inputs[name] for name in ("x", "weight", "scale", "shift", "residual"))
+    packed = pack_conv(weight, scale, shift)
+    calls = [
+        (lambda: pack_conv(weight.half(), scale, shift), NotImplementedError, "weight can't be packed: float16 is"),
+        (lambda: pack_conv(weight, scale[1:], shift), ValueError, r"scale must have shape \[OC\], got \[23\]"),
+        (lambda: pack_conv(weight, scale.double(), shift), TypeError, "scale must be float32, got float64"),
+        (lambda: pack_conv(weight, scale, shift, 3), ValueError, "stride must be 1 or 2, got 3"),
+        (lambda: pack_conv(weight.new_ones(3, 3, 5, 5), scale[:3], shift[:3]), ValueError, "weight's K must be 1 or"),
+        (lambda: conv_norm_act_packed(x[..., :5], packed), ValueError, r"x must have shape \[N, IH, IW, 16\]"),
+        (lambda: conv_norm_act_packed(x.half(), packed), TypeError, "x must be float32, got float16"),
+        (lambda: conv_norm_act_packed(x, packed, residual[:, 1:]), ValueError, "residual must have the output's"),
+        (lambda: conv_norm_act_packed(x, packed, activation="silu"), ValueError, "activation must be 'none' or"),
+        (lambda: conv_norm_act_packed(x[:, :2], packed, pad_rows=False), ValueError, "x must hold at least one out"),
+        (lambda: conv_norm_act_packed(x.requires_grad_(), packed), RuntimeError, "x and residual must not be part of"),
+    ]
+    for call, error, message in calls:
+        with pytest.raises(error, match=f"^hia::conv_norm_act_packed: {message}"):
+            call()
+    x.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^hia::conv_norm_act_packed_: residual must be contiguous, got strides"):
+        conv_norm_act_packed_(residual, x, packed)
+    with hia_kernels.use_backend("reference"), pytest.raises(NotImplementedError, match="HIA_BACKEND=reference"):
+        pack_conv(weight, scale, shift)
+    with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast is on"):
+        pack_conv(weight, scale, shift)
