@@ -30,7 +30,7 @@ def _fwd(name, dtype, channels, pixels="uint8", pool=3, kernel=7, has_norm=True,
     signature = {name: kind for name, kind in _signature(dtype, pixels).items() if name not in constexprs}
     return Spec(
         f"stem fwd {name} {pixels} {dtype}", FWD, "_stem_pool_fwd_kernel" if pool == 3 else "_stem_conv_kernel",
-        signature, constexprs, num_warps=8 if dtype == "fp32" else 4, num_stages=1, uses_dot=dtype != "fp32",
+        signature, constexprs, num_warps=8 if dtype == "fp32" and pool == 3 else 4, num_stages=1, uses_dot=dtype != "fp32",
         unaligned=(*SIZES, *STRIDES), **options,
     )  # fmt: skip
 
@@ -55,6 +55,7 @@ SPECS = [
     _fwd("grey pool", "fp32", 1, "uint16", block_k=16),
     _fwd("grey 3x3", "fp16", 1, "uint16", pool=1, kernel=3),
     _fwd("rgb conv k16", "bf16", 3, pool=1, has_norm=False, block_k=16),
+    _fwd("rgb conv", "fp32", 3, pool=1, has_norm=False, block_k=16),
     _bwd("pack", "_stem_pack_kernel", module=FWD, CP=1, KERNEL=7, TAPS=64, HAS_SIGN=True, BLOCK_OC=16),
     _bwd("bwd pool", "_stem_bwd_kernel", POOL=3, HAS_DY=True, BLOCK=16, BLOCK_OC=64),
     _bwd("normalise", "_stem_normalise_kernel", PIXELS="uint8", BLOCK=256),

@@ -129,6 +129,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: the budget can't hold a strip, or gradients or live statistics want the whole image.
         """
+        tiling.check_budget(max_activation_bytes)
         return self._encode(pixels[None], window[None], self._steps(), max_activation_bytes)[0]
 
     def forward_many(
@@ -147,11 +148,12 @@ class Encoder(nn.Module):
         Raises:
             ValueError: as :meth:`forward`.
         """
+        tiling.check_budget(max_activation_bytes)
         step = self._steps()
         maps: dict[int, Tensor] = {}
         for group in self._groups(images, max_activation_bytes):
-            pixels = images[group[0]][None] if len(group) == 1 else torch.stack([images[index] for index in group])
-            maps.update(zip(group, self._encode(pixels, windows[group], step, max_activation_bytes), strict=True))
+            pixels, window = _stacked(images, group), _stacked(windows, group)
+            maps.update(zip(group, self._encode(pixels, window, step, max_activation_bytes), strict=True))
         return [maps[index] for index in range(len(images))]
 
     def prepare(self) -> PreparedEncoder:
@@ -241,6 +243,12 @@ class Encoder(nn.Module):
                 count = max(1, min(count, budget // tiling.activation_bytes(self, *shape[:2])))
             groups += [members[start : start + count] for start in range(0, len(members), count)]
         return groups
+
+
+def _stacked(tensors: Sequence[Tensor] | Tensor, group: list[int]) -> Tensor:
+    if len(group) == 1:
+        return tensors[group[0]][None]
+    return torch.stack([tensors[index] for index in group])
 
 
 class StemConv(FoldedConv):

@@ -163,7 +163,7 @@ def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None
     """
     weight = encoder.conv1.weight
     size = weight.element_size()
-    if weight.device.type == "cpu" and packing_reasons(weight):
+    if weight.device.type == "cpu" and (weight.dtype != torch.float32 or packing_reasons(weight)):
         size *= 4  # plain PyTorch serves it, with temporaries in fp32 or fp64
     for _ in range(encoder.stem_stride // 2):
         height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
@@ -184,14 +184,18 @@ def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None
     return peak + folded + waiting + height * width * encoder.channels * weight.element_size()
 
 
+def check_budget(budget: int | None) -> None:
+    """Raises ValueError unless ``max_activation_bytes`` is a positive int or None."""
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0):
+        raise ValueError(f"hia: max_activation_bytes must be a positive int or None, got {budget!r}")
+
+
 def strip_rows(encoder: Encoder, height: int, width: int, budget: int) -> int | None:
     """The largest strip within the budget, in rows of the stem's output; None: the whole image fits.
 
     Raises:
         ValueError: not even the smallest strip does.
     """
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
-        raise ValueError(f"hia: max_activation_bytes must be a positive int or None, got {budget!r}")
     if activation_bytes(encoder, height, width) <= budget:
         return None
     unit = 32 // encoder.stem_stride  # rows of the stem's output behind one row of features

@@ -1,6 +1,4 @@
-"""``cross_attention`` in Triton: fused and staged, split over keys or not, forward and backward."""
-
-from __future__ import annotations
+"""The Triton kernels of ``hia::cross_attention``, in the interpreter."""
 
 import pytest
 import torch
@@ -8,120 +6,237 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hia_kernels import cross_attention, cross_attention_with_lse, last_backend, use_backend
+from hia_kernels.core import triton_support
+from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref as backward_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross_attention_with_lse_ref
+from tests.compare import assert_close
 from tests.inputs import cross_attention_inputs as make_inputs
-from tests.ops.harness import DTYPES, HALVES, assert_identical, assert_matches, forward_backward
+from tests.inputs import packing
+from tests.ops.harness import DTYPES, assert_matches, assert_repeatable, forward_backward, opcheck, upcast
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
-triton_split = pytest.importorskip(
-    "hia_kernels.ops.cross_attention.triton_split", reason="NO TRITON: its kernels are not tested"
-)
+pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
 
 OP = "cross_attention"
-CASES = [
-    pytest.param([20, 5], [40, 70], {"head_dim": 32}, id="ragged"),
-    pytest.param([3], [33 * 33], {"head_dim": 16}, id="odd-grid"),
-    pytest.param([4, 0, 7, 2], [9, 5, 0, 1], {"head_dim": 80}, id="empty-and-single"),
-    pytest.param([9], [33], {"head_dim": 96}, id="head-dim-96"),
-    pytest.param([130], [150], {"head_dim": 128, "heads": 1}, id="several-blocks"),
-    pytest.param([5], [60], {"head_dim": 256, "heads": 1}, id="widest-fused"),
-    pytest.param([5, 17], [20, 200], {"head_dim": 512}, id="staged-512"),
-    pytest.param([5], [40], {"head_dim": 640}, id="staged-640"),
+FULL = 132 * 16  # programs of which no split makes sense
+CASES = [  # up to head_dim 256 fp16 and bf16 stay in registers; wider ones and fp32 pass through memory
+    pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float32, id="ragged-fp32"),
+    pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float16, id="ragged-fp16"),
+    pytest.param([7, 1, 12], [9, 30, 5], {}, torch.bfloat16, id="ragged-bf16"),
+    pytest.param([0, 7, 3, 0], [5, 0, 4, 0], {}, torch.float32, id="empty-queries-empty-keys-both-fp32"),
+    pytest.param([0, 7, 3, 0], [5, 0, 4, 0], {}, torch.bfloat16, id="empty-queries-empty-keys-both-bf16"),
+    pytest.param([4], [0], {}, torch.bfloat16, id="no-keys-at-all"),
+    pytest.param([0], [4], {}, torch.float32, id="no-queries-at-all"),
+    pytest.param([], [], {}, torch.float16, id="no-sequences"),
+    pytest.param([1], [1], {"heads": 1, "head_dim": 16}, torch.float32, id="one-query-one-key-fp32"),
+    pytest.param([1], [1], {"heads": 1, "head_dim": 16}, torch.float16, id="one-query-one-key-fp16"),
+    pytest.param([140, 5], [17, 300], {"head_dim": 16}, torch.float16, id="several-blocks-of-queries-and-keys-fp16"),
+    pytest.param([140, 5], [17, 300], {"head_dim": 16}, torch.float32, id="several-blocks-of-queries-and-keys-fp32"),
+    pytest.param([33, 5], [17, 40], {"head_dim": 80}, torch.bfloat16, id="head-dim-80-bf16"),
+    pytest.param([33, 5], [17, 40], {"head_dim": 80}, torch.float32, id="head-dim-80-fp32"),
+    pytest.param([70, 5], [128, 64], {"head_dim": 96}, torch.float16, id="head-dim-96-whole-blocks-of-keys"),
+    pytest.param([33, 5], [17, 70], {"head_dim": 192}, torch.bfloat16, id="head-dim-192"),
+    pytest.param([33, 5], [17, 40], {"head_dim": 272}, torch.float16, id="head-dim-272-part-of-a-slice"),
+    pytest.param([33, 5], [17, 40], {"head_dim": 512}, torch.float16, id="head-dim-512"),
+    pytest.param([70, 5], [17, 140], {"head_dim": 640, "heads": 1}, torch.bfloat16, id="head-dim-640-bf16"),
+    pytest.param([9], [70], {"head_dim": 640, "heads": 1}, torch.float32, id="head-dim-640-fp32"),
+    pytest.param([3, 2], [33 * 33, 5], {"heads": 1, "head_dim": 16}, torch.float16, id="1089-keys"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def in_triton():
+def forced():
     with use_backend("triton"):
         yield
 
 
-@pytest.mark.parametrize(("lengths_q", "lengths_k", "options"), CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_reference(lengths_q, lengths_k, options, dtype, triton_device):
-    inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, **options)
+@pytest.fixture
+def modules():
+    """Kernels are imported when first used: after this process has made up its mind about the interpreter."""
+    from hia_kernels.ops.cross_attention import triton_bwd, triton_fwd, triton_split, triton_staged
+
+    return triton_fwd, triton_bwd, triton_staged, triton_split
+
+
+@pytest.fixture
+def split(modules, monkeypatch):
+    """Cut the keys into as many shares as asked for."""
+
+    def into(shares):
+        for module in modules[:3]:
+            monkeypatch.setattr(module, "split_count", lambda *sizes: shares)
+
+    return into
+
+
+def assert_both_match(inputs, dtype):
     assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, dtype)
+    with torch.no_grad():
+        out = cross_attention(**inputs)
+    exact, plain = cross_attention_ref(**upcast(inputs, torch.float64)), cross_attention_ref(**inputs)
+    assert_close("out without lse", out, exact, plain, dtype=dtype)
     assert last_backend(OP) == "triton"
 
 
-@pytest.mark.parametrize("head_dim", [32, 512], ids=["fused", "staged"])
-@pytest.mark.parametrize("splits", [1, 2, 5], ids="splits-{}".format)
-def test_any_number_of_splits(splits, head_dim, triton_device, monkeypatch):
-    """More of them than blocks of keys, too: some shares are empty."""
-    from hia_kernels.ops.cross_attention import triton_bwd, triton_fwd, triton_staged
-
-    for module in (triton_fwd, triton_bwd, triton_staged):
-        monkeypatch.setattr(module, "split_count", lambda *_: splits)
-    inputs = make_inputs([7, 3], [300, 20], torch.float16, triton_device, head_dim=head_dim)
-    assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, torch.float16)
+@pytest.mark.parametrize(("lengths_q", "lengths_k", "options", "dtype"), CASES)
+def test_matches_reference(lengths_q, lengths_k, options, dtype, triton_device):
+    assert_both_match(make_inputs(lengths_q, lengths_k, dtype, triton_device, **options), dtype)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_without_lse(dtype, triton_device):
-    inputs = make_inputs([7, 3], [30, 20], dtype, triton_device)
-    with torch.no_grad():
-        assert torch.equal(cross_attention(**inputs), cross_attention_with_lse(**inputs)[0])
-    assert_matches(OP, cross_attention, cross_attention_ref, inputs, dtype)
-
-
-def test_workspace_in_several_chunks(triton_device, monkeypatch):
-    from hia_kernels.ops.cross_attention import triton_staged
-
-    inputs = make_inputs([7, 3], [30, 20], torch.float16, triton_device, head_dim=512, heads=3)
-    whole = forward_backward(OP, cross_attention_with_lse, inputs)
-    monkeypatch.setattr(triton_staged, "WORKSPACE", 1)
-    monkeypatch.setattr(triton_staged, "split_count", lambda *_: 1)
-    assert_identical(forward_backward(OP, cross_attention_with_lse, inputs), whole)
-
-
-@pytest.mark.parametrize("head_dim", [32, 640], ids=["fused", "staged"])
-def test_two_runs_and_neighbours(head_dim, triton_device):
-    """Bit for bit: a second run, and a sequence by itself."""
-    inputs = make_inputs([5, 9], [40, 17], torch.float16, triton_device, head_dim=head_dim)
-    first = forward_backward(OP, cross_attention_with_lse, inputs)
-    assert_identical(first, forward_backward(OP, cross_attention_with_lse, inputs))
-    with torch.no_grad():
-        together = cross_attention(**inputs)
-        alone = {
-            **inputs, "q": inputs["q"][5:], "k": inputs["k"][40:], "v": inputs["v"][40:],
-            "cu_seqlens_q": torch.tensor([0, 9], dtype=torch.int32, device=triton_device),
-            "cu_seqlens_k": torch.tensor([0, 17], dtype=torch.int32, device=triton_device),
-        }  # fmt: skip
-        assert torch.equal(cross_attention(**alone), together[5:])
-
-
-def test_what_lies_behind_a_sequence_is_not_seen(triton_device):
-    inputs = make_inputs([5, 9], [40, 17], torch.float16, triton_device)
-    expected = cross_attention(**inputs)[:5]
-    for name, start in (("q", 5), ("k", 40), ("v", 40)):
-        inputs[name] = inputs[name].clone()
-        inputs[name][start:] = float("nan")
-    assert torch.equal(cross_attention(**inputs)[:5], expected)
-
-
-def test_channels_that_are_strided_and_a_negative_scale(triton_device):
-    inputs = make_inputs([5], [20], torch.float16, triton_device)
-    inputs["q"] = inputs["q"].transpose(1, 2).contiguous().transpose(1, 2)
-    inputs["softmax_scale"] = -0.3
-    assert inputs["q"].stride(-1) != 1
-    assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, torch.float16)
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=4),
-    heads=st.integers(1, 3),
-    head_dim=st.sampled_from([16, 48, 112, 272]),
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(32, torch.float32), (80, torch.bfloat16), (272, torch.float16)], ids=str
 )
-def test_any_packing(lengths, heads, head_dim, triton_device):
-    lengths_q, lengths_k = (list(column) for column in zip(*lengths, strict=True))
-    inputs = make_inputs(lengths_q, lengths_k, torch.float16, triton_device, heads=heads, head_dim=head_dim)
-    assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, torch.float16)
+def test_splits_of_the_keys(head_dim, dtype, split, triton_device):
+    """More shares than some sequences have blocks of keys; none at all has keys for some."""
+    inputs = make_inputs([7, 5, 2], [9, 300, 0], dtype, triton_device, head_dim=head_dim, heads=1)
+    split(3)
+    assert_both_match(inputs, dtype)
+    assert_repeatable(OP, cross_attention_with_lse, inputs)
 
 
-def test_splits_follow_shapes_alone():
-    device = torch.device("cpu")
-    assert triton_split.split_count(1, 256, device) == triton_split.MAX_SPLITS
-    assert triton_split.split_count(10_000, 256, device) == 1
-    assert triton_split.split_count(1, 1, device) == 1
+@pytest.mark.parametrize("head_dim", [64, 272])
+def test_shares_without_keys_change_no_bit(head_dim, split, triton_device):
+    """So neither does a generous max_seqlen, on which the number of splits depends."""
+    inputs = make_inputs([7, 5], [9, 20], torch.float16, triton_device, head_dim=head_dim)
+    results = []
+    for shares in (1, 4):
+        split(shares)
+        results.append(forward_backward(OP, cross_attention_with_lse, {**inputs, "max_seqlen_k": 200 * shares}))
+    assert all(torch.equal(x, y) for x, y in zip(results[0].values(), results[1].values(), strict=True))
+
+
+def test_number_of_splits(modules, triton_device):
+    """For a device of 132 multiprocessors, as the interpreter plays."""
+    split_count = modules[3].split_count
+    if triton_device == "cpu":
+        assert [split_count(programs, 7, torch.device("cpu")) for programs in (0, 1, 80, 160, FULL)] == [1, 1, 1, 1, 1]
+        assert [split_count(programs, 128, torch.device("cpu")) for programs in (1, 80, 160, FULL)] == [16, 3, 4, 1]
+        assert split_count(1, 0, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_workspace_for_a_few_heads_at_a_time(dtype, modules, monkeypatch, triton_device):
+    staged = modules[2]
+    assert staged._chunks(16, staged.WORKSPACE // 4) == [(0, 4), (4, 4), (8, 4), (12, 4)]
+    assert staged._chunks(3, staged.WORKSPACE * 2) == [(0, 1), (1, 1), (2, 1)]
+    assert staged._chunks(80, 1000) == [(0, 80)]
+    monkeypatch.setattr(staged, "WORKSPACE", 128 * 128 * 4)
+    assert_both_match(make_inputs([7, 3], [9, 40], dtype, triton_device, heads=3, head_dim=272), dtype)
+
+
+@pytest.mark.parametrize("head_dim", [32, 320])
+def test_any_strides(head_dim, triton_device):
+    """Channels apart, one head's keys for all, a gradient that came through a transpose, one of lse that is strided."""
+    dtype = torch.float16
+    inputs = make_inputs([5, 4], [6, 3], dtype, triton_device, head_dim=head_dim)
+    inputs["q"] = inputs["q"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    inputs["k"] = inputs["k"][:, :1].expand(-1, 2, -1)
+    inputs["v"] = inputs["v"].transpose(0, 1).contiguous().transpose(0, 1)
+    q, k, v, *rest = inputs.values()
+    out, lse = cross_attention_with_lse(**inputs)
+    exact, plain = cross_attention_ref(**upcast(inputs, torch.float64)), cross_attention_ref(**inputs)
+    assert_close("out", out, exact, plain, dtype=dtype)
+    dout = torch.randn(head_dim, 2, 9, device=triton_device).to(dtype).permute(2, 1, 0)
+    dlse = torch.randn(9, 2, device=triton_device).T
+    arguments = dout, dlse, q, k, v, out, lse
+    got, plain = (function(*arguments, *rest) for function in (torch.ops.hia.cross_attention_bwd, backward_ref))
+    exact = backward_ref(*(x.double() for x in arguments), *rest)
+    for name, *values in zip(("dq", "dk", "dv"), got, exact, plain, strict=True):
+        assert values[0].is_contiguous()
+        assert_close(name, *values, dtype=dtype, slack=4)
+
+
+def test_a_huge_row_stride_is_copied(modules):
+    x = torch.empty_strided((2, 1, 16), (2**24, 16, 1), device="meta")
+    assert modules[3].readable(x)[0].stride(0) == 16 and modules[3].readable(x[:1])[0] is not None
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float16), (16, torch.float32)], ids=str)
+def test_negative_and_zero_scale(head_dim, dtype, triton_device):
+    inputs = make_inputs([5, 4], [6, 3], dtype, triton_device, head_dim=head_dim)
+    for scale in (-0.5, 0.0):
+        assert_both_match({**inputs, "softmax_scale": scale}, dtype)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.bfloat16), (32, torch.float32)], ids=str)
+def test_large_scores_do_not_overflow(head_dim, dtype, triton_device):
+    inputs = make_inputs([5, 3], [200, 2], dtype, triton_device, head_dim=head_dim)
+    inputs["q"] = inputs["q"] * 1e4
+    got = forward_backward(OP, cross_attention_with_lse, inputs)
+    exact = cross_attention_with_lse_ref(**upcast(inputs, torch.float64))
+    plain = cross_attention_with_lse_ref(**inputs)
+    for i, name in enumerate(("out", "lse")):
+        assert_close(name, got[name], exact[i], plain[i], dtype=dtype)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(48, torch.float16), (48, torch.float32)], ids=str)
+def test_nan_beyond_a_sequence_does_not_leak(head_dim, dtype, triton_device):
+    """The neighbours hold NaN, infinity, and an lse that would overflow."""
+    inputs = make_inputs([4, 6, 3], [8, 3, 9], dtype, triton_device, head_dim=head_dim)
+    clean = forward_backward(OP, cross_attention_with_lse, inputs)
+    dirty = {name: inputs[name].clone() for name in "qkv"}
+    dirty["q"][:4] = dirty["k"][:8] = dirty["v"][:8] = float("nan")
+    dirty["q"][10:] = dirty["k"][11:] = dirty["v"][11:] = float("inf")
+    leaked = forward_backward(OP, cross_attention_with_lse, {**inputs, **dirty})
+    inside = {"out": slice(4, 10), "dq": slice(4, 10), "dk": slice(8, 11), "dv": slice(8, 11)}
+    for name, rows in inside.items():
+        assert torch.equal(leaked[name][rows], clean[name][rows]), name
+        assert leaked[name][: rows.start].isnan().all(), name
+    assert torch.equal(leaked["lse"][:, 4:10], clean["lse"][:, 4:10])
+
+
+def test_packed_is_a_loop_over_samples(triton_device):
+    lengths_q, lengths_k = [7, 0, 12, 1], [9, 30, 5, 0]
+    inputs = make_inputs(lengths_q, lengths_k, torch.float16, triton_device)
+    packed = cross_attention(**inputs)
+    starts_q, starts_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
+    outs = []
+    for b, (lq, lk) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        alone = {"q": inputs["q"][rows_q], "k": inputs["k"][rows_k], "v": inputs["v"][rows_k]}
+        outs.append(cross_attention(**alone, **packing([lq], [lk], triton_device)))
+    exact = cross_attention_ref(**upcast(inputs, torch.float64))
+    assert_close("out", torch.cat(outs), exact, packed, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_are_bit_identical(dtype, triton_device):
+    assert_repeatable(OP, cross_attention_with_lse, make_inputs([64, 7], [150, 9], dtype, triton_device))
+
+
+def test_opcheck(triton_device):
+    inputs = make_inputs([3, 0, 4], [5, 4, 0], torch.float32, triton_device, head_dim=16)
+    opcheck(OP, torch.ops.hia.cross_attention_with_lse.default, inputs)
+
+
+def test_fp64_is_left_to_the_reference(triton_device):
+    with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
+        cross_attention(**make_inputs([3], [4], torch.float64, triton_device))
+    assert triton_support.unavailable_reasons() == []
+
+
+@pytest.mark.parametrize("family", ["amd", "ampere", "hopper", "blackwell"])
+def test_every_head_dim_has_blocks(family, modules, monkeypatch):
+    fwd, bwd = modules[:2]
+    monkeypatch.setattr(fwd, "family_of", lambda device: family)
+    for head_dim in range(16, 656, 16):
+        q = torch.empty(1, 1, head_dim, dtype=torch.float16)
+        assert fwd.is_fused(q) == (head_dim <= (128 if family == "ampere" else 256))
+        assert not fwd.is_fused(q.float())
+        if fwd.is_fused(q):
+            for table in (fwd.BLOCKS, bwd.DQ_BLOCKS, bwd.DKV_BLOCKS):
+                assert len(fwd.blocks_of(table, q)) == 4
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=3),
+    heads=st.integers(1, 3), head_dim=st.sampled_from([16, 48, 144, 320]), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(lengths, heads, head_dim, dtype):
+    lengths_q, lengths_k = zip(*lengths, strict=True)
+    inputs = make_inputs(lengths_q, lengths_k, dtype, heads=heads, head_dim=head_dim)
+    if triton_support.interpreted():
+        assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, dtype)

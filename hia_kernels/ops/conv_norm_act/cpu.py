@@ -18,17 +18,30 @@ def unavailable_reasons() -> list[str]:
 
 
 def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
-    """``first`` is an image, a residual, a weight or the incoming gradient: all have one device and dtype."""
+    """``first`` is an image, a residual or the incoming gradient; the packed functions' arguments end in a bool.
+
+    bf16 is for packed weights alone: to round a weight again after scaling it flips more of ReLU's decisions than the
+    gradients' bound has room for.
+    """
+    if isinstance(rest[-1], bool):
+        return packing_unsupported_reasons(first)
+    return _reasons(first, (torch.float32,))
+
+
+def packing_unsupported_reasons(tensor: Tensor) -> list[str]:
+    """Why a weight, or an image that meets one, can't be of packed weights."""
+    found = _reasons(tensor, (torch.float32, torch.bfloat16))
+    if tensor.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found.append("bfloat16 needs AVX-512 here")
+    return found
+
+
+def _reasons(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
     found = []
-    if first.device.type != "cpu":
-        found.append(f"tensors must be on the CPU, got {first.device}")
-    if first.dtype not in (torch.float32, torch.bfloat16):
-        found.append(f"{str(first.dtype).removeprefix('torch.')} is left to the reference")
-    if first.dtype == torch.bfloat16:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            found.append("bfloat16 needs AVX-512 here")
-        if rest and isinstance(rest[-1], list) and rest[-2] == "gelu":
-            found.append("gelu's backward in bfloat16 is left to the reference")
+    if tensor.device.type != "cpu":
+        found.append(f"tensors must be on the CPU, got {tensor.device}")
+    if tensor.dtype not in dtypes:
+        found.append(f"{str(tensor.dtype).removeprefix('torch.')} is left to the reference")
     return found
 
 
@@ -101,44 +114,52 @@ def _backward(
     return dx, dweight
 
 
-def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """[OC, C, K, K], as the sum of strips': oneDNN's own sum over a large image loses digits."""
-    images, height, width, _ = dz.shape
+def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """dz [N, OH, OW, OC] -> [N, IH, IW, C]."""
     pad = weight.shape[-1] // 2
+    if pad == 0 and stride == 1:  # MKL is faster at the product than oneDNN's backward
+        return (dz.flatten(0, 2) @ weight.flatten(1)).view(x.shape)
+    return _backward(dz, x, weight, stride, [pad, pad], [True, False])[0].permute(0, 2, 3, 1).contiguous()
+
+
+def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """[OC, C, K, K]: products of MKL's where the kernel or the stride makes oneDNN slow."""
+    if weight.shape[-1] == 1:
+        seen = x[:, ::stride, ::stride].flatten(0, 2)
+        return (dz.flatten(0, 2).mT @ seen).view(weight.shape)
+    if stride == 2:
+        return _weight_gradient_by_taps(dz, x, stride)
+    return _weight_gradient_by_strips(dz, x, weight)
+
+
+def _weight_gradient_by_taps(dz: Tensor, x: Tensor, stride: int) -> Tensor:
+    """3 x 3: the product of the gradient with what each of the nine taps saw."""
+    rows, columns = (stride * (side - 1) + 1 for side in dz.shape[1:3])
+    padded, flat = F.pad(x, (0, 0, 1, 1, 1, 1)), dz.flatten(0, 2).mT  # [OC, N * OH * OW]
+    taps = x.new_empty(3, 3, dz.shape[-1], x.shape[-1])
+    for ky in range(3):
+        for kx in range(3):
+            seen = padded[:, ky : ky + rows : stride, kx : kx + columns : stride].flatten(0, 2)
+            torch.mm(flat, seen, out=taps[ky, kx])
+    return taps.permute(2, 3, 0, 1).contiguous()
+
+
+def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """3 x 3 with stride 1, as the sum of strips': oneDNN's own sum over a large image loses digits."""
+    images, height, width, _ = dz.shape
     rows = max(1, LONGEST_SUM // width)
     if images * height <= rows:
-        return _backward(dz, x, weight, stride, [pad, pad], [False, True])[1].contiguous()
+        return _backward(dz, x, weight, 1, [1, 1], [False, True])[1].contiguous()
     total = torch.zeros(weight.shape, dtype=torch.float64)
     for image in range(images):
         for first in range(0, height, rows):
             last = min(first + rows, height)
-            start, stop = first * stride - pad, (last - 1) * stride + pad + 1
-            above, below = max(0, -start), max(0, stop - x.shape[1])
-            strip = x[image : image + 1, start + above : stop - below]
+            above, below = int(first == 0), int(last == height)
+            strip = x[image : image + 1, first - 1 + above : last + 1 - below]
             if above or below:
                 strip = F.pad(strip, (0, 0, 0, 0, above, below))
-            total += _backward(dz[image : image + 1, first:last], strip, weight, stride, [0, pad], [False, True])[1]
+            total += _backward(dz[image : image + 1, first:last], strip, weight, 1, [0, 1], [False, True])[1]
     return total.to(weight.dtype)
-
-
-def _convolution_bwd(
-    dz: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """dz [N, OH, OW, OC], x [N, IH, IW, C] -> dx, dweight."""
-    pad = weight.shape[-1] // 2
-    dx, dweight = None, None
-    if pad == 0 and stride == 1:  # two products: MKL is faster at them than oneDNN's backward
-        rows, x_rows = dz.flatten(0, 2), x.flatten(0, 2)
-        if output_mask[0]:
-            dx = (rows @ weight.flatten(1)).view(x.shape)
-        if output_mask[1]:
-            dweight = (rows.mT @ x_rows).view(weight.shape)
-        return dx, dweight
-    if output_mask[0]:
-        dx = _backward(dz, x, weight, stride, [pad, pad], [True, False])[0].permute(0, 2, 3, 1).contiguous()
-    if output_mask[1]:
-        dweight = _weight_gradient(dz, x, weight, stride)
-    return dx, dweight
 
 
 def conv_norm_act_bwd(
@@ -169,10 +190,10 @@ def conv_norm_act_bwd(
         dz = torch.ops.aten.gelu_backward(dz, conv_norm_act_fwd(x, weight, scale, shift, residual, stride, "none"))
 
     dx, dweight, dscale, dshift, dresidual = (x.new_empty(0) for _ in range(5))
-    wanted = [output_mask[0], output_mask[1] or output_mask[2]]
-    if any(wanted):
-        image, plain = _convolution_bwd(dz, x, _scaled(weight, scale), stride, wanted)
-        dx = dx if image is None else image
+    if output_mask[0]:
+        dx = _image_gradient(dz, x, _scaled(weight, scale), stride)
+    if output_mask[1] or output_mask[2]:
+        plain = _weight_gradient(dz, x, weight, stride)  # of the weight before its scale
         if output_mask[2]:
             dscale = (plain * weight).sum((1, 2, 3), dtype=scale.dtype)
         if output_mask[1]:

@@ -98,9 +98,9 @@ class PackedConv:
         """The scaled weight as oneDNN wants it for images of this height and width."""
         found = self.layouts.pop(size, None)
         if found is None:
-            found = cpu.pack_weight(self.weight, self.scale, self.stride, size)
             while len(self.layouts) >= KEPT_LAYOUTS:
                 self.layouts.pop(next(iter(self.layouts)))
+            found = cpu.pack_weight(self.weight, self.scale, self.stride, size)
         self.layouts[size] = found
         return found
 
@@ -114,10 +114,10 @@ class PackedConv:
 def packing_reasons(weight: Tensor) -> list[str]:
     """Why packed weights can't serve a call with ``weight`` now; empty if they can.
 
-    They serve oneDNN alone: fp32 and bf16 on the CPU, no other backend forced, no autocast, outside torch.compile (which
-    packs by itself when its freezing is on).
+    They serve oneDNN alone: fp32 and bf16 on the CPU, no other backend forced, no autocast, outside torch.compile
+    (which packs by itself when its freezing is on).
     """
-    found = cpu.unavailable_reasons() + cpu.unsupported_reasons(weight)
+    found = cpu.unavailable_reasons() + cpu.packing_unsupported_reasons(weight)
     forced = backend.requested_backend()
     if forced not in ("auto", "cpu"):
         found.append(f"HIA_BACKEND={forced} is forced")

@@ -298,7 +298,8 @@ def _heuristic(pool, taps, itemsize, height, width, device):
     into TF32 on Blackwell if an operand was 16 bits wide or less when it was loaded.
     """
     if itemsize == 4:
-        config = {"BLOCK_R": 2, "BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
+        warps = 8 if pool == 3 else 4
+        config = {"BLOCK_R": 2, "BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": warps, "num_stages": 1}
     else:
         before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
         block_k = min(taps, 16 if before_hopper else 32)

@@ -1,0 +1,41 @@
+"""Small encoders with statistics and images to try them on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import hia
+from hia.encoder import Encoder, build_encoder
+from tests.hia.hosts import text_config
+
+WINDOW = torch.tensor([0.0, 255.0])
+
+
+def encoder_of(seed: int = 0, **changes) -> Encoder:
+    """In evaluation, fp32; every norm has weights and statistics of its own."""
+    small = {"num_queries": 5, "encoder_width": 8, "dim": 32, "num_heads": 2, **changes}
+    encoder = build_encoder(hia.HiAConfig.paper(text_config(), **small)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in encoder.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif name.endswith(("running_mean", "bias")):
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+            elif "bn" in name or "downsample.1" in name or "norms" in name:
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator) / 2)
+            else:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5)
+    return encoder
+
+
+def pixels_of(height: int, width: int, channels: int = 1, seed: int = 0) -> Tensor:
+    """uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (height, width, channels), generator=generator).to(torch.uint8)
+
+
+def distance(x: Tensor, truth: Tensor) -> float:
+    """Root mean square, relative."""
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()

@@ -1,0 +1,286 @@
+"""Prepared weights, images of several sizes, real radiographs: the encoder against its plain parameters."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import hia_kernels
+from hia.images import load_image
+from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
+
+KINDS = {
+    "resnet50": {},
+    "released": {"encoder_bias": True},
+    "strided": {"encoder": "strided"},
+    "strided-16": {"encoder": "strided", "encoder_stride": 16},
+}
+each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+
+
+def reference_of(encoder, pixels, window=WINDOW):
+    """The plain implementation, in fp64."""
+    exact = copy.deepcopy(encoder).double()
+    with hia_kernels.use_backend("reference"), torch.no_grad():
+        return exact(pixels, window)
+
+
+@each_kind
+@pytest.mark.parametrize("channels", [1, 3])
+def test_prepared_is_the_same_encoder(changes, channels):
+    encoder, pixels = encoder_of(**changes), pixels_of(75, 101, channels)
+    exact = reference_of(encoder, pixels)
+    with torch.no_grad():
+        plain = encoder(pixels, WINDOW)
+        prepared = encoder.prepare()
+        out = encoder(pixels, WINDOW)
+    assert hia_kernels.last_backend("conv_norm_act") == hia_kernels.last_backend("stem") == "cpu"
+    assert out.shape == (encoder.halved(75), encoder.halved(101), encoder.channels) and out.dtype == torch.float32
+    assert distance(plain, exact) < 2e-6 and distance(out, exact) < 2e-6
+    assert encoder.current() is prepared and prepared.nbytes > 0
+    encoder.unprepare()
+    with torch.no_grad():
+        assert torch.equal(encoder(pixels, WINDOW), plain)
+
+
+@settings(max_examples=15, deadline=None)
+@given(height=st.integers(11, 160), width=st.integers(11, 160), channels=st.sampled_from([1, 3]))
+def test_any_size(height, width, channels):
+    encoder, pixels = encoder_of(encoder_width=4), pixels_of(height, width, channels)
+    exact = reference_of(encoder, pixels)
+    encoder.prepare()
+    with torch.no_grad():
+        assert distance(encoder(pixels, WINDOW), exact) < 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_prepared_in_other_dtypes(dtype, bound):
+    encoder, pixels = encoder_of().to(dtype), pixels_of(64, 90)
+    exact = reference_of(encoder, pixels)
+    encoder.prepare()
+    with torch.no_grad():
+        out = encoder(pixels, WINDOW)
+    assert out.dtype == dtype and distance(out, exact) < bound
+
+
+def test_prepared_weights_are_no_state():
+    encoder = encoder_of()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    keys, parameters = list(before), len(list(encoder.parameters()))
+    encoder.prepare()
+    with torch.no_grad():
+        out = encoder(pixels_of(64, 64), WINDOW)
+    assert list(encoder.state_dict()) == keys and len(list(encoder.parameters())) == parameters
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    torch.save(encoder.state_dict(), io.BytesIO())
+    copied = copy.deepcopy(encoder)  # packed weights can't be copied: a copy starts without
+    assert copied.current() is None and encoder.current() is not None
+    with torch.no_grad():
+        assert distance(copied(pixels_of(64, 64), WINDOW), out) < 2e-6
+
+
+def step_of(encoder, pixels):
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-3)
+    encoder(pixels, WINDOW).square().mean().backward()
+    optimizer.step()
+
+
+def test_training_after_prepare_sees_its_own_weights():
+    encoder, other, pixels = encoder_of(), encoder_of(), pixels_of(64, 75)
+    encoder.prepare()
+    for trained in (encoder, other):
+        step_of(trained.train(), pixels)
+        assert all(p.grad is not None for p in trained.parameters())
+        trained.eval()
+    with torch.no_grad():
+        expected = other(pixels, WINDOW)
+        with pytest.warns(UserWarning, match="parameters have changed since prepare"):
+            out = encoder(pixels, WINDOW)
+        assert torch.equal(out, expected) and encoder.current() is None
+        encoder.prepare()
+        assert distance(encoder(pixels, WINDOW), expected) < 2e-6
+
+
+CHANGES = {
+    "in-place": lambda encoder: encoder.conv1.weight.mul_(2),
+    "statistics": lambda encoder: encoder.layer2[0].bn2.running_var.mul_(2),
+    "replaced": lambda encoder: setattr(encoder.layer1[0].bn3, "weight", nn.Parameter(torch.ones(32))),
+    "loaded": lambda encoder: encoder.load_state_dict(encoder_of(seed=1).state_dict()),
+    "cast": lambda encoder: encoder.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_any_change_ends_prepared_weights(change):
+    encoder, pixels = encoder_of(), pixels_of(64, 64)
+    encoder.prepare()
+    with torch.no_grad():
+        encoder(pixels, WINDOW)
+        change(encoder)
+        with pytest.warns(UserWarning, match="parameters have changed since prepare"):
+            out = encoder(pixels, WINDOW)
+        assert distance(out, reference_of(encoder, pixels)) < 2e-6
+
+
+def test_gradients_flow_past_prepared_weights():
+    encoder, pixels = encoder_of(), pixels_of(48, 64)
+    expected = torch.autograd.grad(encoder(pixels, WINDOW).square().mean(), list(encoder.parameters()))
+    encoder.prepare()
+    found = torch.autograd.grad(encoder(pixels, WINDOW).square().mean(), list(encoder.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_prepared_where_packed_weights_cant_serve():
+    """Another backend, autocast, the compiler: the plain ops, and the same features."""
+    encoder, pixels = encoder_of(), pixels_of(64, 75)
+    exact = reference_of(encoder, pixels)
+    encoder.prepare()
+    with torch.no_grad():
+        with hia_kernels.use_backend("reference"):
+            assert distance(encoder(pixels, WINDOW), exact) < 2e-6
+        assert hia_kernels.last_backend("conv_norm_act") == "reference"
+        with torch.autocast("cpu", torch.bfloat16):
+            out = encoder(pixels, WINDOW)
+        assert out.dtype == torch.bfloat16 and distance(out, exact) < 3e-2
+        compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+        assert distance(compiled(pixels, WINDOW), exact) < 2e-6
+
+
+def test_many_are_each_alone_bit_for_bit():
+    encoder = encoder_of()
+    sizes = [(64, 64), (33, 90), (64, 64), (75, 41)]
+    images = [pixels_of(*size, seed=seed) for seed, size in enumerate(sizes)]
+    windows = torch.tensor([[0.0, 255.0], [255.0, 0.0], [10.0, 200.0], [0.0, 100.0]])
+    for prepared in (False, True):
+        if prepared:
+            encoder.prepare()
+        with torch.no_grad():
+            together = encoder.forward_many(images, windows)
+            alone = [encoder(image, window) for image, window in zip(images, windows, strict=True)]
+            assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+            stacked = encoder._encode(torch.stack(images[::2]), windows[::2], encoder._steps(), None)
+            assert distance(stacked[0], alone[0]) < 2e-6 and distance(stacked[1], alone[2]) < 2e-6
+
+
+def test_a_device_gets_images_of_one_size_together():
+    encoder = encoder_of().to("meta")
+    images = [torch.empty(*size, device="meta") for size in [(64, 64, 1), (64, 64, 3), (64, 64, 1), (32, 64, 1)]]
+    assert encoder._groups(images, None) == [[0, 2], [1], [3]]
+    assert encoder._groups([torch.empty(2048, 1024, 1)] * 5, None) == [[0, 1], [2, 3], [4]]
+    assert encoder._groups([torch.empty(4096, 4096, 1)] * 2, None) == [[0], [1]]
+    live = encoder_of(batch_norm="batch").train().to("meta")
+    assert live._groups(images, None) == [[0], [1], [2], [3]]
+
+
+def test_synchronised_batch_norm_keeps_its_statistics_too():
+    encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder_of()).train()
+    assert isinstance(encoder.layer1[0].bn1, nn.SyncBatchNorm) and not encoder.layer1[0].bn1.training
+    before = encoder.bn1.running_mean.clone()
+    encoder(pixels_of(48, 48), WINDOW).sum().backward()
+    assert torch.equal(encoder.bn1.running_mean, before) and encoder.bn1.weight.grad.any()
+
+
+class Modules(nn.Module):
+    """What eager PyTorch does with the same parameters: convolution, batch-norm and ReLU as modules, NCHW."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels, window):
+        encoder, conv = self.encoder, nn.Conv2d.forward
+        mean, std = (torch.tensor(value)[:, None, None] for value in (encoder.image_mean, encoder.image_std))
+        x = (pixels.permute(2, 0, 1).float() - window[0]) / (window[1] - window[0])
+        x = ((x.clamp(0, 1) - mean) / std)[None]
+        x = F.max_pool2d(F.relu(encoder.bn1(conv(encoder.conv1, x))), 3, 2, 1)
+        for block in encoder.units():
+            y = F.relu(block.bn1(conv(block.conv1, x)))
+            y = F.relu(block.bn2(conv(block.conv2, y)))
+            y = block.bn3(conv(block.conv3, y))
+            if block.downsample is not None:
+                x = block.downsample[1](conv(block.downsample[0], x))
+            x = F.relu(y + x)
+        return x[0].permute(1, 2, 0)
+
+
+def kept_bytes(module, parameters, pixels):
+    """Of everything autograd keeps but the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(pixels, WINDOW)
+    return sum(kept.values()), out
+
+
+def test_training_keeps_less_than_half_of_what_eager_keeps():
+    encoder, pixels = encoder_of(encoder_width=16).train(), pixels_of(224, 224)
+    ours, out = kept_bytes(encoder, encoder.parameters(), pixels)
+    eager, expected = kept_bytes(Modules(encoder), encoder.parameters(), pixels)
+    assert ours <= 0.45 * eager
+    grads = [torch.autograd.grad(x.square().mean(), list(encoder.parameters())) for x in (out, expected)]
+    ours, eager = (torch.cat([grad.flatten() for grad in x]) for x in grads)
+    assert distance(out, expected) < 2e-6 and distance(ours, eager) < 1e-4
+
+
+def test_real_radiographs(radiographs):
+    encoder = encoder_of()
+    encoder.prepare()
+    for path in radiographs:
+        image = load_image(path)
+        assert min(image.pixels.shape[:2]) > 800
+        pixels, window = image.pixels[::7, ::7], torch.tensor(image.window)
+        with torch.no_grad():
+            out = encoder(pixels, window)
+        assert distance(out, reference_of(encoder, pixels, window)) < 2e-6, path.name
+
+
+@pytest.mark.parametrize("name", ["RG1_J2KI", "RG3_J2KR", "RG3_deflated"])
+def test_real_dicom(name, data_dir):
+    """10 and 15 bits, bright means dark."""
+    pytest.importorskip("pydicom")
+    if name != "RG3_deflated":
+        pytest.importorskip("openjpeg")
+    image = load_image(data_dir / "dicom" / f"{name}.dcm")
+    assert image.pixels.dtype == torch.uint16 and int(image.pixels.numpy().astype(np.int64).max()) > 255
+    encoder, window = encoder_of(), torch.tensor(image.window)
+    pixels = image.pixels[::6, ::6]
+    exact = reference_of(encoder, pixels, window)
+    encoder.prepare()
+    with torch.no_grad():
+        assert distance(encoder(pixels, window), exact) < 2e-6
+
+
+BAD = [
+    (torch.zeros(64, 64), WINDOW, ValueError, "pixels must have shape"),
+    (torch.zeros(64, 64, 2), WINDOW, ValueError, "pixels' channels must be 1 or 3, got 2"),
+    (torch.zeros(64, 10, 1), WINDOW, ValueError, "pixels must be at least 11 x 11, the stem's reach, got 64 x 10"),
+    (torch.zeros(64, 64, 1).int(), WINDOW, TypeError, "pixels must be uint8 or uint16"),
+    (torch.zeros(64, 64, 1), torch.tensor([1.0, 1.0]), ValueError, "window must hold two different finite values"),
+    (torch.zeros(64, 64, 1), torch.zeros(3), ValueError, r"window must have shape \[N, 2\]"),
+]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_bad_input(prepared):
+    encoder = encoder_of(encoder_width=4)
+    if prepared:
+        encoder.prepare()
+    for pixels, window, error, message in BAD:
+        with torch.no_grad(), pytest.raises(error, match=f"^hia::stem: {message}"):
+            encoder(pixels, window)
+    assert encoder.forward_many([], torch.zeros(0, 2)) == []

@@ -1,0 +1,128 @@
+"""Encoding in strips: exact at any size and strip, within its budget, refused where it can't be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.timing import peak_bytes
+from hia import tiling
+from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
+
+EXACT = 1e-5  # what a strip may add in fp32; oneDNN adds nothing at most sizes
+
+
+def in_strips(encoder, pixels, rows):
+    return tiling.encode_strips(encoder, pixels[None], WINDOW[None], encoder._steps(), rows)[0]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("size", [(149, 101), (256, 64), (97, 211), (33, 11), (161, 40)], ids=str)
+def test_strips_are_the_whole(size, prepared):
+    encoder, pixels = encoder_of(), pixels_of(*size)
+    if prepared:
+        encoder.prepare()
+    with torch.no_grad():
+        whole = encoder(pixels, WINDOW)
+        for rows in (1, 3, 8, 16, 1000):
+            assert distance(in_strips(encoder, pixels, rows), whole) < EXACT
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_any_size_any_strip(data):
+    kind = data.draw(st.sampled_from([{}, {"encoder": "strided"}, {"encoder": "strided", "encoder_stride": 16}]))
+    encoder = encoder_of(encoder_width=4, **kind)
+    size = data.draw(st.tuples(st.integers(11, 200), st.integers(11, 90)))
+    pixels = pixels_of(*size, channels=data.draw(st.sampled_from([1, 3])))
+    if data.draw(st.booleans()):
+        encoder.prepare()
+    with torch.no_grad():
+        strips = in_strips(encoder, pixels, data.draw(st.integers(1, 30)))
+        assert distance(strips, encoder(pixels, WINDOW)) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype):
+    encoder, pixels = encoder_of().to(dtype), pixels_of(149, 75)
+    with torch.no_grad():
+        bound = {torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+        assert distance(in_strips(encoder, pixels, 8), encoder(pixels, WINDOW)) < bound
+
+
+@pytest.mark.parametrize("changes", [{}, {"encoder": "strided"}], ids=["resnet50", "strided"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_stays_within_its_budget(changes, prepared):
+    encoder, pixels = encoder_of(encoder_width=16, **changes), pixels_of(1237, 1101)
+    if prepared:
+        encoder.prepare()
+    with torch.no_grad():
+        whole = encoder(pixels, WINDOW)
+        assert peak_bytes(lambda: encoder(pixels, WINDOW), "cpu") <= tiling.activation_bytes(encoder, 1237, 1101)
+        unit = 32 // encoder.stem_stride
+        for budget in (tiling.activation_bytes(encoder, 1237, 1101, rows) for rows in (unit, 5 * unit)):
+            assert tiling.strip_rows(encoder, 1237, 1101, budget) is not None
+            # the first call also packs weights for its strips' sizes, which aren't activations
+            assert distance(encoder(pixels, WINDOW, budget), whole) < EXACT
+            assert peak_bytes(lambda budget=budget: encoder(pixels, WINDOW, budget), "cpu") <= budget
+
+
+@pytest.mark.parametrize("side", [4096, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gigabyte_is_enough_for_large_images(side, dtype):
+    """By the estimate, which the test above holds against measured peaks."""
+    with torch.device("meta"):
+        encoder = encoder_of_width_64().to(dtype)
+    rows = tiling.strip_rows(encoder, side, side, 2**30)
+    assert rows is not None and tiling.activation_bytes(encoder, side, side, rows) <= 2**30
+
+
+def encoder_of_width_64():
+    import hia
+    from hia.encoder import build_encoder
+    from tests.hia.hosts import text_config
+
+    return build_encoder(hia.HiAConfig.paper(text_config(), num_queries=5, dim=32, num_heads=2)).eval()
+
+
+def test_a_budget_for_the_whole_image_changes_nothing():
+    encoder, pixels = encoder_of(), pixels_of(90, 75)
+    plenty = tiling.activation_bytes(encoder, 90, 75)
+    assert tiling.strip_rows(encoder, 90, 75, plenty) is None
+    assert torch.equal(encoder(pixels, WINDOW, plenty), encoder(pixels, WINDOW))
+
+
+def test_many_within_a_budget():
+    encoder = encoder_of(encoder_width=16)
+    images = [pixels_of(700, 500), pixels_of(64, 64), pixels_of(700, 500, seed=1)]
+    budget = tiling.activation_bytes(encoder, 700, 500, 16)
+    assert budget < tiling.activation_bytes(encoder, 700, 500)
+    windows = WINDOW.expand(3, 2)
+    with torch.no_grad():
+        maps = encoder.forward_many(images, windows, max_activation_bytes=budget)
+        for found, image in zip(maps, images, strict=True):
+            assert distance(found, encoder(image, WINDOW)) < EXACT
+    on_meta = encoder.to("meta")
+    twice = 2 * tiling.activation_bytes(on_meta, 700, 500)
+    same = [image.to("meta") for image in images[::2]] * 3
+    assert [len(group) for group in on_meta._groups(same, twice)] == [2, 2, 2]
+
+
+def test_errors_name_the_argument():
+    encoder, pixels = encoder_of(encoder_width=16), pixels_of(700, 500)
+    message = "^hia: max_activation_bytes must hold one strip of a 700 x 500 image, [0-9]+ bytes, got 1000$"
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        encoder(pixels, WINDOW, 1000)
+    for budget in (0, -5, 1.5, True, "1 GiB"):
+        with pytest.raises(ValueError, match="^hia: max_activation_bytes must be a positive int or None, got"):
+            encoder(pixels, WINDOW, budget)
+    budget = tiling.activation_bytes(encoder, 700, 500, 16)
+    with pytest.raises(ValueError, match="^hia: max_activation_bytes must hold the whole image where gradients are"):
+        encoder(pixels, WINDOW, budget)
+    live = encoder_of(batch_norm="batch", encoder_width=16).train()
+    with torch.no_grad(), pytest.raises(ValueError, match="must hold the whole image where batch-norm takes live"):
+        live(pixels, WINDOW, budget)
+    encoder.requires_grad_(False)
+    assert distance(encoder(pixels, WINDOW, budget), encoder(pixels, WINDOW)) < EXACT
