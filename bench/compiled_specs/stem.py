@@ -30,8 +30,8 @@ def _fwd(name, dtype, channels, pixels="uint8", pool=3, kernel=7, has_norm=True,
     signature = {name: kind for name, kind in _signature(dtype, pixels).items() if name not in constexprs}
     return Spec(
         f"stem fwd {name} {pixels} {dtype}", FWD, "_stem_pool_fwd_kernel" if pool == 3 else "_stem_conv_kernel",
-        signature, constexprs, num_warps=8 if dtype == "fp32" and pool == 3 else 4, num_stages=1, uses_dot=dtype != "fp32",
-        unaligned=(*SIZES, *STRIDES), **options,
+        signature, constexprs, num_warps=8 if dtype == "fp32" and pool == 3 else 4, num_stages=1,
+        uses_dot=dtype != "fp32", unaligned=(*SIZES, *STRIDES), **options,
     )  # fmt: skip
 
 

@@ -202,8 +202,8 @@ class Encoder(nn.Module):
         mean = torch.tensor(self.image_mean, device=pixels.device)
         std = torch.tensor(self.image_std, device=pixels.device)
         if not self.bn1.training:
-            scale, shift = step.folded(self.conv1, self.bn1)
-            return hia_kernels.stem(pixels, window, mean, std, self.conv1.weight, scale, shift, self.pool)
+            weight, scale, shift = step.folded(self.conv1, self.bn1)
+            return hia_kernels.stem(pixels, window, mean, std, weight, scale, shift, self.pool)
         low, high = window[:, :, None, None, None].unbind(1)
         x = (((pixels.float() - low) / (high - low)).clamp(0, 1) - mean) / std  # [N, H, W, 3]
         x = self.conv1.apply_to_stem(x.to(self.conv1.weight.dtype))

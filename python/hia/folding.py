@@ -51,19 +51,22 @@ class PreparedStep:
     """One convolution's inference weights.
 
     Attributes:
+        weight: [OC, C, K, K], channels last where our kernels want it so.
         scale: [OC] of its norm.
         shift: [OC] of its norm and bias.
         packed: both convolution and norm as oneDNN takes them; None where it doesn't serve.
     """
 
+    weight: Tensor
     scale: Tensor
     shift: Tensor
     packed: PackedConv | None
 
     @property
     def nbytes(self) -> int:
-        """Bytes it occupies."""
-        return self.scale.nbytes + self.shift.nbytes + (0 if self.packed is None else self.packed.nbytes)
+        """Bytes it occupies; on the CPU the weight is the parameter itself."""
+        own = 0 if self.weight.device.type == "cpu" else self.weight.nbytes
+        return own + self.scale.nbytes + self.shift.nbytes + (0 if self.packed is None else self.packed.nbytes)
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,12 @@ def prepare_step(conv: FoldedConv, norm: nn.BatchNorm2d, *, pack: bool = True) -
         pack: whether ``conv_norm_act`` will compute it.
     """
     scale, shift = conv.folded(norm)
-    packed = None
-    if pack and not packing_reasons(conv.weight):
-        packed = pack_conv(conv.weight, scale, shift, conv.stride[0])
-    return PreparedStep(scale, shift, packed)
+    weight, packed = conv.weight.detach(), None
+    if weight.device.type != "cpu":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    if pack and not packing_reasons(weight):
+        packed = pack_conv(weight, scale, shift, conv.stride[0])
+    return PreparedStep(weight, scale, shift, packed)
 
 
 class Steps:
@@ -111,10 +116,10 @@ class Steps:
     def __init__(self, prepared: Mapping[nn.Module, PreparedStep] | None = None, packed: bool = False):
         self.prepared, self.packed = prepared or {}, packed
 
-    def folded(self, conv: FoldedConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        """Scale and shift of the norm behind a convolution."""
+    def folded(self, conv: FoldedConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+        """A convolution's weight, and scale and shift of the norm behind it."""
         step = self.prepared.get(conv)
-        return conv.folded(norm) if step is None else (step.scale, step.shift)
+        return (conv.weight, *conv.folded(norm)) if step is None else (step.weight, step.scale, step.shift)
 
     def __call__(
         self,
@@ -142,11 +147,11 @@ class Steps:
             return conv_norm_act_packed_(residual, x, step.packed, activation, pad_rows)
         if norm.training:
             return conv.with_live_statistics(x, norm, residual, activation)
-        scale, shift = self.folded(conv, norm)
+        weight, scale, shift = self.folded(conv, norm)
         stride = conv.stride[0]
         if pad_rows or conv.kernel_size[0] == 1:
-            return hia_kernels.conv_norm_act(x, conv.weight, scale, shift, residual, stride, activation)
-        return _without_padded_rows(x, conv.weight, scale, shift, stride, activation)
+            return hia_kernels.conv_norm_act(x, weight, scale, shift, residual, stride, activation)
+        return _without_padded_rows(x, weight, scale, shift, stride, activation)
 
 
 def _without_padded_rows(

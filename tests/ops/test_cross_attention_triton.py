@@ -1,5 +1,7 @@
 """The Triton kernels of ``hia::cross_attention``, in the interpreter."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -29,12 +31,10 @@ CASES = [  # up to head_dim 256 fp16 and bf16 stay in registers; wider ones and 
     pytest.param([4], [0], {}, torch.bfloat16, id="no-keys-at-all"),
     pytest.param([0], [4], {}, torch.float32, id="no-queries-at-all"),
     pytest.param([], [], {}, torch.float16, id="no-sequences"),
-    pytest.param([1], [1], {"heads": 1, "head_dim": 16}, torch.float32, id="one-query-one-key-fp32"),
-    pytest.param([1], [1], {"heads": 1, "head_dim": 16}, torch.float16, id="one-query-one-key-fp16"),
+    pytest.param([1], [1], {"heads": 1, "head_dim": 16}, torch.float16, id="one-query-one-key"),
     pytest.param([140, 5], [17, 300], {"head_dim": 16}, torch.float16, id="several-blocks-of-queries-and-keys-fp16"),
     pytest.param([140, 5], [17, 300], {"head_dim": 16}, torch.float32, id="several-blocks-of-queries-and-keys-fp32"),
     pytest.param([33, 5], [17, 40], {"head_dim": 80}, torch.bfloat16, id="head-dim-80-bf16"),
-    pytest.param([33, 5], [17, 40], {"head_dim": 80}, torch.float32, id="head-dim-80-fp32"),
     pytest.param([70, 5], [128, 64], {"head_dim": 96}, torch.float16, id="head-dim-96-whole-blocks-of-keys"),
     pytest.param([33, 5], [17, 70], {"head_dim": 192}, torch.bfloat16, id="head-dim-192"),
     pytest.param([33, 5], [17, 40], {"head_dim": 272}, torch.float16, id="head-dim-272-part-of-a-slice"),
@@ -152,10 +152,9 @@ def test_a_huge_row_stride_is_copied(modules):
     assert modules[3].readable(x)[0].stride(0) == 16 and modules[3].readable(x[:1])[0] is not None
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float16), (16, torch.float32)], ids=str)
-def test_negative_and_zero_scale(head_dim, dtype, triton_device):
-    inputs = make_inputs([5, 4], [6, 3], dtype, triton_device, head_dim=head_dim)
-    for scale in (-0.5, 0.0):
+def test_negative_and_zero_scale(triton_device):
+    for scale, dtype in product((-0.5, 0.0), (torch.float16, torch.float32)):
+        inputs = make_inputs([5, 4], [6, 3], dtype, triton_device, head_dim=16)
         assert_both_match({**inputs, "softmax_scale": scale}, dtype)
 
 
@@ -201,9 +200,9 @@ def test_packed_is_a_loop_over_samples(triton_device):
     assert_close("out", torch.cat(outs), exact, packed, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_runs_are_bit_identical(dtype, triton_device):
-    assert_repeatable(OP, cross_attention_with_lse, make_inputs([64, 7], [150, 9], dtype, triton_device))
+def test_two_runs_are_bit_identical(triton_device):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_repeatable(OP, cross_attention_with_lse, make_inputs([9, 7], [150, 9], dtype, triton_device))
 
 
 def test_opcheck(triton_device):
@@ -217,11 +216,10 @@ def test_fp64_is_left_to_the_reference(triton_device):
     assert triton_support.unavailable_reasons() == []
 
 
-@pytest.mark.parametrize("family", ["amd", "ampere", "hopper", "blackwell"])
-def test_every_head_dim_has_blocks(family, modules, monkeypatch):
+def test_every_head_dim_has_blocks(modules, monkeypatch):
     fwd, bwd = modules[:2]
-    monkeypatch.setattr(fwd, "family_of", lambda device: family)
-    for head_dim in range(16, 656, 16):
+    for family, head_dim in product(("amd", "ampere", "hopper", "blackwell"), range(16, 656, 16)):
+        monkeypatch.setattr(fwd, "family_of", lambda device, family=family: family)
         q = torch.empty(1, 1, head_dim, dtype=torch.float16)
         assert fwd.is_fused(q) == (head_dim <= (128 if family == "ampere" else 256))
         assert not fwd.is_fused(q.float())
@@ -236,7 +234,14 @@ def test_every_head_dim_has_blocks(family, modules, monkeypatch):
     heads=st.integers(1, 3), head_dim=st.sampled_from([16, 48, 144, 320]), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_any_shape(lengths, heads, head_dim, dtype):
+    """fp32 forward only: over a single key its gradient is the rounding of a difference that should be zero."""
     lengths_q, lengths_k = zip(*lengths, strict=True)
     inputs = make_inputs(lengths_q, lengths_k, dtype, heads=heads, head_dim=head_dim)
-    if triton_support.interpreted():
+    if not triton_support.interpreted():
+        return
+    if dtype != torch.float32:
         assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, dtype)
+        return
+    exact, plain = cross_attention_with_lse_ref(**upcast(inputs, torch.float64)), cross_attention_with_lse_ref(**inputs)
+    for name, *values in zip(("out", "lse"), cross_attention_with_lse(**inputs), exact, plain, strict=True):
+        assert_close(name, *values, dtype=dtype)

@@ -26,7 +26,7 @@ DQ_BLOCKS = {
     "amd": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
     "ampere": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
     "hopper": {128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    "blackwell": {128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "blackwell": {128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
 }
 DKV_BLOCKS = {
     "amd": {64: (32, 128, 8, 2), 128: (32, 64, 4, 2), 256: (16, 64, 8, 2)},
@@ -42,12 +42,11 @@ def _cross_attention_delta_kernel(
     out_ptr,  # [T, H, D]
     lse_ptr,  # [H, T] fp32
     dlse_ptr,  # [H, T] fp32
-    rows_ptr,  # [H, 2, T] fp32: lse in powers of 2, delta
-    tokens, H, stride_dout_t, stride_dout_h, stride_out_t, stride_out_h,
+    rows_ptr,  # [H, 2, T] fp32: lse * factor, delta
+    tokens, H, factor, stride_dout_t, stride_dout_h, stride_out_t, stride_out_h,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What the backward wants to know of each row: delta = sum_d dout * out - dlse; grid = (cdiv(T, BLOCK_T), H)."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     h = tl.program_id(1).to(tl.int64)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
     offs_d = tl.arange(0, BLOCK_D)
@@ -60,7 +59,7 @@ def _cross_attention_delta_kernel(
     delta = tl.sum(dout * tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32), axis=1)  # [BLOCK_T]
     delta -= tl.load(dlse_ptr + h * tokens + offs_t, mask=mask_t, other=0.0)
     lse = tl.load(lse_ptr + h * tokens + offs_t, mask=mask_t, other=0.0)  # [BLOCK_T]
-    tl.store(rows_ptr + 2 * h * tokens + offs_t, lse * LOG2E, mask=mask_t)
+    tl.store(rows_ptr + 2 * h * tokens + offs_t, lse * factor, mask=mask_t)
     tl.store(rows_ptr + (2 * h + 1) * tokens + offs_t, delta, mask=mask_t)
 
 
@@ -215,15 +214,15 @@ def _config(mode, table, q, max_seqlens):
     return tuning.pick("cross_attention", tuning_key(mode, q, *max_seqlens), q.device, heuristic)
 
 
-def _rows_stats(dout, out, lse, dlse):
-    """[H, 2, Tq] fp32."""
+def _rows_stats(dout, out, lse, dlse, factor):
+    """lse * factor and delta, [H, 2, Tq] fp32."""
     tokens, heads, head_dim = dout.shape
     rows = torch.empty((heads, 2, tokens), dtype=torch.float32, device=dout.device)
     block_d = triton.next_power_of_2(head_dim)
     block_t = max(1, 4096 // block_d)  # 32 elements a thread
     _cross_attention_delta_kernel[(triton.cdiv(tokens, block_t), heads)](
-        dout, out, lse.contiguous(), dlse.contiguous(), rows, tokens=tokens, H=heads, **strides_of(dout=dout, out=out),
-        D=head_dim, BLOCK_T=block_t, BLOCK_D=block_d,
+        dout, out, lse.contiguous(), dlse.contiguous(), rows, tokens=tokens, H=heads, factor=factor,
+        **strides_of(dout=dout, out=out), D=head_dim, BLOCK_T=block_t, BLOCK_D=block_d,
     )  # fmt: skip
     return rows
 
@@ -249,7 +248,7 @@ def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, sof
         *inputs, target, tiles_m=tiles_m, splits=splits, **sizes, **config
     )
     if splits > 1:
-        combine(target, None, dq, None)
+        combine(target, None, dq, None, natural=False)
 
     config = _config("dkv", DKV_BLOCKS, q, max_seqlens)
     tiles_n = triton.cdiv(max_seqlens[1], config["BLOCK_N"])
@@ -264,7 +263,9 @@ def cross_attention_bwd(
     if q.numel() == 0 or k.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     q, k, v, dout, out = readable(q, k, v, dout, out)
-    rows = _rows_stats(dout, out, lse, dlse)
-    launch = _fused_bwd if is_fused(q) else staged_bwd
-    launch(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), softmax_scale, grads)
+    fused = is_fused(q)
+    rows = _rows_stats(dout, out, lse, dlse, LOG2E if fused else 1.0)
+    (_fused_bwd if fused else staged_bwd)(
+        q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), softmax_scale, grads
+    )
     return tuple(grads)

@@ -26,7 +26,7 @@ LOG2E = 1.4426950408889634
 # BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number: as large as the registers allow
 BLOCKS = {
     "amd": {128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
-    "ampere": {128: (128, 64, 8, 3)},
+    "ampere": {32: (128, 64, 8, 2), 128: (128, 64, 8, 3)},
     "hopper": {128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
     "blackwell": {128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
 }
@@ -42,11 +42,12 @@ def _attend(
     """One block of keys: what was summed so far is rescaled to the new maximum."""
     k = load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
     scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    if MASKED:
-        scores = tl.where(mask_n[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2e)  # [BLOCK_M]
+    seen = tl.where(mask_n[None, :], scores, float("-inf")) if MASKED else scores
+    new_top = tl.maximum(top, tl.max(seen, axis=1) * scale_log2e)  # [BLOCK_M]
     shift = finite_or_zero(new_top)
     p = tl.exp2(scores * scale_log2e - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        p = tl.where(mask_n[None, :], p, 0.0)
     decay = tl.exp2(top - shift)  # [BLOCK_M]
     v = load_rows(v_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
     acc = dot(p.to(v.dtype), v, acc * decay[:, None])
@@ -163,7 +164,7 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
         D=head_dim, HAS_LSE=lse is not None, IS_SPLIT=splits > 1, BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
     )  # fmt: skip
     if splits > 1:
-        combine(target, (top, total), out, lse)
+        combine(target, (top, total), out, lse, natural=False)
 
 
 def _fill(out, lse, q, k, *rest):

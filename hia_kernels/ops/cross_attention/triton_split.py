@@ -53,15 +53,17 @@ def finite_or_zero(top):
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def _cross_attention_combine_kernel(
     partial_ptr,  # [splits, T, H, D] fp32
-    top_ptr,  # [splits, H, T] fp32, only with HAS_STATS
+    top_ptr,  # [splits, H, T] fp32, only with HAS_STATS; IS_NATURAL or in powers of 2
     total_ptr,  # [splits, H, T] fp32, only with HAS_STATS
     out_ptr,  # [T, H, D]
     lse_ptr,  # [H, T] fp32, only with HAS_LSE
     tokens, splits, H,
-    D: tl.constexpr, HAS_STATS: tl.constexpr, HAS_LSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HAS_STATS: tl.constexpr, IS_NATURAL: tl.constexpr, HAS_LSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds partial results in their order, softmax weighted; grid = (cdiv(T, BLOCK_T), H, cdiv(D, BLOCK_D))."""
     LN2: tl.constexpr = 0.6931471805599453
+    LOG2E: tl.constexpr = 1.4426950408889634
     h = tl.program_id(1).to(tl.int64)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -84,7 +86,8 @@ def _cross_attention_combine_kernel(
         partial = tl.load(partial_ptr + split * stride_partial + offsets, mask=mask, other=0.0)
         if HAS_STATS:
             at = split * stride_stats + h * tokens + offs_t
-            weight = tl.exp2(tl.load(top_ptr + at, mask=mask_t, other=float("-inf")) - shift)  # [BLOCK_T]
+            below = tl.load(top_ptr + at, mask=mask_t, other=float("-inf")) - shift  # [BLOCK_T]
+            weight = tl.exp2(below * LOG2E if IS_NATURAL else below)
             total += weight * tl.load(total_ptr + at, mask=mask_t, other=0.0)
             partial *= weight[:, None]
         acc += partial
@@ -93,18 +96,27 @@ def _cross_attention_combine_kernel(
         acc /= total[:, None]
         if HAS_LSE:
             mask_lse = mask_t & (tl.program_id(2) == 0)
-            tl.store(lse_ptr + h * tokens + offs_t, (top + tl.log2(total)) * LN2, mask=mask_lse)
+            lse = top + tl.log2(total) * LN2 if IS_NATURAL else (top + tl.log2(total)) * LN2
+            tl.store(lse_ptr + h * tokens + offs_t, lse, mask=mask_lse)
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def combine(partial, stats, out, lse):
-    """Fill ``out``, and ``lse`` if there is one, from partial results; ``stats``: their maxima and sums, or None."""
+def combine(partial, stats, out, lse, *, natural):
+    """Fill ``out``, and ``lse`` if there is one, from partial results.
+
+    Args:
+        partial: [splits, T, H, D] fp32.
+        stats: their maxima and sums, [splits, H, T] each, or None: they are added as they are.
+        out: [T, H, D].
+        lse: [H, T], or None.
+        natural: the maxima are scores, not powers of 2.
+    """
     tokens, heads, head_dim = out.shape
     top, total = (None, None) if stats is None else stats
     block_d = min(128, triton.next_power_of_2(head_dim))
     _cross_attention_combine_kernel[(triton.cdiv(tokens, 16), heads, triton.cdiv(head_dim, block_d))](
         partial, top, total, out, lse, tokens=tokens, splits=partial.shape[0], H=heads, D=head_dim,
-        HAS_STATS=stats is not None, HAS_LSE=lse is not None, BLOCK_T=16, BLOCK_D=block_d,
+        HAS_STATS=stats is not None, IS_NATURAL=natural, HAS_LSE=lse is not None, BLOCK_T=16, BLOCK_D=block_d,
     )  # fmt: skip
 
 

@@ -25,7 +25,6 @@ from .triton_split import (
     tuning_key,
 )
 
-LOG2E = 1.4426950408889634
 WORKSPACE = 64 * 2**20  # bytes of probabilities held at once, about an H100's L2; one head's are held in any case
 
 
@@ -58,12 +57,13 @@ def _cross_attention_scores_kernel(
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
     p_ptr,  # [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]; a pair is a sequence and a head
-    top_ptr,  # [pairs, tiles_n, tiles_m * BLOCK_M] fp32, in powers of 2
+    top_ptr,  # [pairs, tiles_n, tiles_m * BLOCK_M] fp32
     total_ptr,  # [pairs, tiles_n, tiles_m * BLOCK_M] fp32
-    tiles_m, tiles_n, first_pair, H, scale_log2e, stride_q_t, stride_q_h, stride_k_t, stride_k_h,
+    tiles_m, tiles_n, first_pair, H, scale, stride_q_t, stride_q_h, stride_k_t, stride_k_h,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of exp(scores) relative to its rows' maxima, 0 beyond the keys; grid = (tiles_m * tiles_n * pairs,)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     tile_m = tl.program_id(0) % tiles_m
     tile_n = tl.program_id(0) // tiles_m % tiles_n
     pair = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
@@ -82,9 +82,9 @@ def _cross_attention_scores_kernel(
         k_ptr + (start_k + start_n) * stride_k_t + h * stride_k_h,
         offs_m < len_q - start_m, mask_n, stride_q_t, stride_k_t, D, BLOCK_M, BLOCK_N, BLOCK_C,
     )  # fmt: skip
-    scores = tl.where(mask_n[None, :], scores * scale_log2e, float("-inf"))  # [BLOCK_M, BLOCK_N]
+    scores = tl.where(mask_n[None, :], scores * scale, float("-inf"))  # [BLOCK_M, BLOCK_N]
     top = tl.max(scores, axis=1)  # [BLOCK_M]
-    p = tl.exp2(scores - finite_or_zero(top)[:, None])  # [BLOCK_M, BLOCK_N]
+    p = tl.exp2((scores - finite_or_zero(top)[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
 
     stats = (pair * tiles_n + tile_n) * (tiles_m * BLOCK_M) + start_m + offs_m  # [BLOCK_M]
     tl.store(top_ptr + stats, top)
@@ -103,13 +103,14 @@ def _cross_attention_values_kernel(
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
     out_ptr,  # [Tq, H, D]; with IS_SPLIT [splits, Tq, H, D] fp32, not yet divided by the sum
-    lse_ptr,  # [H, Tq] fp32, only with HAS_LSE; with IS_SPLIT maxima [splits, H, Tq], in powers of 2
+    lse_ptr,  # [H, Tq] fp32, only with HAS_LSE; with IS_SPLIT maxima [splits, H, Tq]
     sum_ptr,  # [splits, H, Tq] fp32, only with IS_SPLIT
     tokens, tiles_m, tiles_n, splits, first_pair, H, stride_v_t, stride_v_h,
     D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Probabilities times a slice of the values' columns; grid = (cdiv(D, BLOCK_D) * tiles_m * splits * pairs,)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     tiles_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tile_d = tl.program_id(0) % tiles_d
@@ -137,7 +138,8 @@ def _cross_attention_values_kernel(
         tile_top = tl.load(top_ptr + at)  # [BLOCK_M]
         new_top = tl.maximum(top, tile_top)
         shift = finite_or_zero(new_top)
-        total = total * tl.exp2(top - shift) + tl.load(total_ptr + at) * tl.exp2(tile_top - shift)
+        total *= tl.exp2((top - shift) * LOG2E)
+        total += tl.load(total_ptr + at) * tl.exp2((tile_top - shift) * LOG2E)
         top = new_top
     shift = finite_or_zero(top)
 
@@ -150,7 +152,8 @@ def _cross_attention_values_kernel(
         mask_k = (offs_k < last - start_k)[:, None]
         v_ptrs = v_ptr + (offs_k[:, None] * stride_v_t + offs_d[None, :])  # [BLOCK_K, BLOCK_D]
         v = tl.load(v_ptrs, mask=mask_k if D % BLOCK_D == 0 else mask_k & mask_d, other=0.0)
-        weight = tl.exp2(tl.load(top_ptr + stats + start_k // BLOCK_N * pitch) - shift)  # [BLOCK_M]
+        tile_top = tl.load(top_ptr + stats + start_k // BLOCK_N * pitch)  # [BLOCK_M]
+        weight = tl.exp2((tile_top - shift) * LOG2E)  # [BLOCK_M]
         acc += dot(p, v, tl.zeros((BLOCK_M, BLOCK_D), tl.float32)) * weight[:, None]
         v_ptr += BLOCK_K * stride_v_t
 
@@ -164,7 +167,7 @@ def _cross_attention_values_kernel(
         total = tl.where(total == 0.0, 1.0, total)
         acc /= total[:, None]
         if HAS_LSE:
-            tl.store(lse_ptr + at, (top + tl.log2(total)) * LN2, mask=mask_m & (tile_d == 0))
+            tl.store(lse_ptr + at, top + tl.log2(total) * LN2, mask=mask_m & (tile_d == 0))
     out_ptr += ((tl.cast(split, tl.int64) * tokens + start_q) * H + h) * D
     out_ptrs = out_ptr + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d)
@@ -176,16 +179,17 @@ def _cross_attention_dscores_kernel(
     k_ptr,  # [Tk, H, D]
     v_ptr,  # [Tk, H, D]
     dout_ptr,  # [Tq, H, D]
-    rows_ptr,  # [H, 2, Tq] fp32: lse in powers of 2, delta
+    rows_ptr,  # [H, 2, Tq] fp32: lse, delta
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
     p_ptr,  # [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
     ds_ptr,  # likewise
-    tokens, tiles_m, tiles_n, first_pair, H, scale_log2e,  # tokens = Tq
+    tokens, tiles_m, tiles_n, first_pair, H, scale,  # tokens = Tq
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of p and of ds = p * (dout v^T - delta), 0 beyond the ends; grid = (tiles_m * tiles_n * pairs,)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     tile_m = tl.program_id(0) % tiles_m
     tile_n = tl.program_id(0) // tiles_m % tiles_n
     pair = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
@@ -207,7 +211,8 @@ def _cross_attention_dscores_kernel(
     )  # fmt: skip
     rows_ptr += 2 * h * tokens + start_q
     lse = tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]; p = 0 beyond the queries
-    p = tl.where(mask_n[None, :], tl.exp2(scores * scale_log2e - lse[:, None]), 0.0)  # [BLOCK_M, BLOCK_N]
+    p = tl.exp2((scores * scale - lse[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
+    p = tl.where(mask_n[None, :], p, 0.0)
     columns = tiles_n * BLOCK_N
     offset = (pair * (tiles_m * BLOCK_M) + start_m) * columns + start_n
     offs_p = offs_m[:, None] * columns + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
@@ -289,7 +294,8 @@ def _blocks(mode, q, max_seqlen_q, max_seqlen_k):
         block_m = 64 if max_seqlen_q <= 64 else 128
         heuristic = {
             "BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 128 if large and mode == "fwd" else 64,
-            "BLOCK_D": min(128, block_d), "num_warps": block_m // 16, "num_stages": 3 if large else 2,
+            "BLOCK_D": min(128, block_d), "num_warps": 4 if mode == "fwd" and block_m == 64 else 8,
+            "num_stages": 3 if large else 2,
         }  # fmt: skip
     key = tuning_key(f"{mode}-staged", q, max_seqlen_q, max_seqlen_k)
     return tuning.pick("cross_attention", key, q.device, heuristic)
@@ -329,7 +335,7 @@ def staged_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     sizes = {"tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
     for first_pair, count in chunks:
         _cross_attention_scores_kernel[(tiles_m * tiles_n * count,)](
-            q, k, *cu_seqlens, p, *stats, **sizes, first_pair=first_pair, scale_log2e=softmax_scale * LOG2E,
+            q, k, *cu_seqlens, p, *stats, **sizes, first_pair=first_pair, scale=softmax_scale,
             **strides_of(q=q, k=k), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
         )  # fmt: skip
         _cross_attention_values_kernel[(tiles * splits * count,)](
@@ -338,11 +344,11 @@ def staged_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
             **strides_of(v=v), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
         )  # fmt: skip
     if splits > 1:
-        combine(target, (top, total), out, lse)
+        combine(target, (top, total), out, lse, natural=True)
 
 
 def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
-    """Fill ``grads``, those of q, k, v; ``rows_stats`` [H, 2, Tq]: lse in powers of 2, delta."""
+    """Fill ``grads``, those of q, k, v; ``rows_stats`` [H, 2, Tq]: lse, delta."""
     dq, dk, dv = grads
     heads, head_dim = q.shape[1:]
     config = _blocks("bwd", q, *max_seqlens)
@@ -362,7 +368,7 @@ def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlen
         sizes["first_pair"] = first_pair
         _cross_attention_dscores_kernel[(tiles_m * tiles_n * count,)](
             q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, p, ds, **sizes, tokens=q.shape[0],
-            scale_log2e=softmax_scale * LOG2E, **strides_of(q=q, k=k, v=v, dout=dout),
+            scale=softmax_scale, **strides_of(q=q, k=k, v=v, dout=dout),
             **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
         )  # fmt: skip
         by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, "splits": splits}
@@ -378,4 +384,4 @@ def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlen
                 **strides_of(x=x), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
             )  # fmt: skip
     if splits > 1:
-        combine(partial, None, dq, None)
+        combine(partial, None, dq, None, natural=True)

@@ -141,19 +141,19 @@ def _stem_bwd_kernel(
     p = tl.where(inside, p, PH)  # behind the last tile: outside everything
 
     if POOL == 3:
-        douts, winners = (), ()
-        for window in tl.static_range(4):
-            dout, winner = _pooled(
-                dout_ptr, y_ptr, n, p + window // 2, q + window % 2, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC
-            )
-            douts += (dout,)
-            winners += (winner,)
+        windows = (  # gradient, winner
+            _pooled(dout_ptr, y_ptr, n, p, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+            _pooled(dout_ptr, y_ptr, n, p, q + 1, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+            _pooled(dout_ptr, y_ptr, n, p + 1, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+            _pooled(dout_ptr, y_ptr, n, p + 1, q + 1, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+        )
         for pixel in tl.static_range(4):
             dz = tl.zeros((BLOCK, BLOCK_OC), dtype=tl.float32)
             for down in tl.static_range(pixel // 2 + 1):
                 for right in tl.static_range(pixel % 2 + 1):
+                    dout, winner = windows[2 * down + right]
                     place = (pixel // 2 - 2 * down + 1) * 3 + pixel % 2 - 2 * right + 1  # in that window
-                    dz += tl.where(winners[2 * down + right] == place, douts[2 * down + right], 0.0)
+                    dz += tl.where(winner == place, dout, 0.0)
             of_y, of_one = _finished(
                 dz, y_ptr, dy_ptr, n, 2 * p + pixel // 2, 2 * q + pixel % 2, offs_oc, mask_oc, scale, OH, OW, OC, HAS_DY
             )
