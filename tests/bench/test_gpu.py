@@ -84,10 +84,10 @@ def test_deadline_interrupts_first_and_kills_what_stays(tmp_path, monkeypatch):
     started = time.monotonic()
     for name, script in (("polite", polite), ("stubborn", stubborn)):
         done = gpu.run_step(
-            Step(name, ("-c", script), 2), 2.0, tmp_path / f"{name}.log", gpu.child_environment(tmp_path)
+            Step(name, ("-c", script), 4), 4.0, tmp_path / f"{name}.log", gpu.child_environment(tmp_path)
         )
         assert done.status == "out of time"
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 30
     assert "written" in (tmp_path / "polite.log").read_text()
 
 

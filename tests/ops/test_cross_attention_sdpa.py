@@ -64,14 +64,16 @@ def test_heads_in_groups_and_no_products_in_bf16(dtype, monkeypatch):
     assert_both_match(make_inputs([7, 3], [30, 4], dtype, heads=5), dtype)
 
 
-def test_what_serves_which_shape():
-    batch = (1, slice(0, 256), slice(0, 784))
+def test_what_serves_which_shape(monkeypatch):
+    batch, no_keys = (2, slice(0, 512), slice(0, 1568)), (1, slice(0, 256), slice(5, 5))
     many_keys, many_scores = (1, slice(0, 256), slice(0, 3136)), (1, slice(0, 8192), slice(0, 8192))
-    narrow, wide, half = torch.empty(1, 1, 128), torch.empty(1, 1, 640), torch.empty(1, 1, 128).half()
-    assert sdpa._flash_wins(narrow, batch) and sdpa._flash_wins(narrow, batch, backward=True)
-    assert sdpa._flash_wins(narrow, many_keys) and not sdpa._flash_wins(narrow, many_keys, backward=True)
-    assert not sdpa._flash_wins(wide, batch) and not sdpa._flash_wins(half, batch)
-    assert sdpa._flash_wins(wide, many_scores) and sdpa._flash_wins(half, many_scores, backward=True)
+    narrow, wide = torch.empty(1, 1, 128), torch.empty(1, 1, 640)
+    for native in (False, True):
+        monkeypatch.setattr(sdpa, "_product_dtype", lambda dtype, native=native: dtype if native else torch.float32)
+        assert sdpa._flash_wins(narrow, batch) and not sdpa._flash_wins(narrow, many_keys)
+        assert sdpa._flash_wins(narrow.bfloat16(), batch) != native
+        assert not sdpa._flash_wins(wide, batch) and sdpa._flash_wins(wide, many_scores)
+        assert not sdpa._flash_wins(narrow, no_keys)
 
 
 @pytest.mark.parametrize("head_dim", [32, 144])
@@ -128,6 +130,7 @@ def test_two_runs_are_bit_identical(dtype):
 def test_packed_is_a_loop_over_samples(lengths, dtype):
     inputs = make_inputs(*lengths, dtype, head_dim=96)
     packed = forward_backward(OP, cross_attention, inputs)
+    assert all(x.is_contiguous() for x in packed.values())
     starts_q, starts_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
     outs = []
     for b, (lq, lk) in enumerate(zip(*lengths, strict=True)):

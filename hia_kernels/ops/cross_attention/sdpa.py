@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLASH_HEAD_DIM = 128  # up to it the flash kernel wins in fp32; it is slower in half precision and for wider heads
-FLASH_BWD_KEYS = 1024  # up to it its backward does
+FLASH_HEAD_DIM, FLASH_KEYS = 128, 1024  # up to them the flash kernel is faster in fp32
 MANY_SCORES = 2**24  # a head's scores in fp32 take 64 MiB: beyond it flash, which keeps none
 GROUP_SCORES = 2**20  # scores of the heads that a thread works on together: 4 MiB, which caches hold
 
@@ -53,10 +52,14 @@ def _batches(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[Rows]:
 
 
 def _batched(x: Tensor, count: int, rows: slice) -> Tensor:
-    """[count, H, L, D]; fp16 as fp32, in which the flash kernel's products are many times faster."""
-    x = x[rows].unflatten(0, (count, (rows.stop - rows.start) // count)).transpose(1, 2)
-    x = x.float() if x.dtype == torch.float16 else x
+    """[count, H, L, D] fp32: the flash kernel's backward in fp16 takes 30 times as long."""
+    x = x[rows].unflatten(0, (count, (rows.stop - rows.start) // count)).transpose(1, 2).float()
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[count, H, L, D] -> [count * L, H, D], without a copy if the heads lie as they should."""
+    return x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
 
 
 def _singles(batch: Rows) -> Iterator[tuple[slice, slice]]:
@@ -75,10 +78,12 @@ def _scores_of(batch: Rows) -> tuple[int, int]:
     return length_k, (rows_q.stop - rows_q.start) // count * length_k
 
 
-def _flash_wins(q: Tensor, batch: Rows, *, backward: bool = False) -> bool:
+def _flash_wins(q: Tensor, batch: Rows) -> bool:
     length_k, scores = _scores_of(batch)
-    narrow = q.dtype == torch.float32 and q.shape[2] <= FLASH_HEAD_DIM
-    return scores > MANY_SCORES or (narrow and not (backward and length_k > FLASH_BWD_KEYS))
+    if scores == 0 or scores > MANY_SCORES:
+        return scores > 0
+    small = q.shape[2] <= FLASH_HEAD_DIM and length_k <= FLASH_KEYS
+    return small and _product_dtype(q.dtype) == torch.float32
 
 
 def _head_groups(heads: int, scores: int) -> Iterator[slice]:
@@ -119,32 +124,34 @@ def _products_fwd(
             out[rows_q, heads] = values.transpose(0, 1).to(out.dtype)
 
 
-def _flash_fwd(
-    q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: float, out: Tensor, lse: Tensor | None
-) -> None:
+def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: float) -> tuple[Tensor, Tensor]:
     count, rows_q, rows_k = batch
-    arguments = _batched(q, count, rows_q), _batched(k, count, rows_k), _batched(v, count, rows_k)
-    values, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments, scale=softmax_scale)
-    out[rows_q].unflatten(0, (count, -1)).copy_(values.transpose(1, 2))
-    if lse is not None:
-        lse[:, rows_q].unflatten(1, (count, -1)).copy_(sums.transpose(0, 1))
+    triple = _batched(q, count, rows_q), _batched(k, count, rows_k), _batched(v, count, rows_k)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*triple, scale=softmax_scale)
+    return _packed(out, q.dtype), lse.transpose(0, 1).flatten(1).contiguous()  # [H, count * Lq]
 
 
-def _fill(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float,
-    out: Tensor, lse: Tensor | None,
-) -> None:  # fmt: skip
-    for batch in _batches(cu_seqlens_q, cu_seqlens_k):
+def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
+    if len(batches) == 1 and _flash_wins(q, batches[0]):
+        return _flash_fwd(q, k, v, batches[0], softmax_scale)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[1], q.shape[0]) if with_lse else None
+    for batch in batches:
         _, rows_q, rows_k = batch
-        if rows_q.start == rows_q.stop:
-            continue
         if rows_k.start == rows_k.stop:
             out[rows_q] = 0
             if lse is not None:
                 lse[:, rows_q] = float("-inf")
-            continue
-        fill = _flash_fwd if _flash_wins(q, batch) else _products_fwd
-        fill(q, k, v, batch, softmax_scale, out, lse)
+        elif _flash_wins(q, batch):
+            out[rows_q], sums = _flash_fwd(q, k, v, batch, softmax_scale)
+            if lse is not None:
+                lse[:, rows_q] = sums
+        elif rows_q.start < rows_q.stop:
+            _products_fwd(q, k, v, batch, softmax_scale, out, lse)
+    return out, lse
 
 
 def _equal_lengths_on_cuda(
@@ -166,21 +173,17 @@ def cross_attention_sdpa(
     """[Tq, H, D], dtype of ``q``."""
     if q.is_cuda:
         return _equal_lengths_on_cuda(q, k, v, max_seqlen_q, max_seqlen_k, softmax_scale, with_lse=False)[0]
-    out = torch.empty(q.shape, dtype=q.dtype)
-    _fill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, out, None)
-    return out
+    return _on_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, with_lse=False)[0]
 
 
 def cross_attention_with_lse_sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """out [Tq, H, D], lse [H, Tq] fp32."""
     if q.is_cuda:
         return _equal_lengths_on_cuda(q, k, v, max_seqlen_q, max_seqlen_k, softmax_scale, with_lse=True)
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[1], q.shape[0])
-    _fill(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, out, lse)
-    return out, lse
+    return _on_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, with_lse=True)
 
 
 def _products_bwd(
@@ -202,18 +205,16 @@ def _products_bwd(
 
 
 def _flash_bwd(
-    dout: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, batch: Rows, softmax_scale: float,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:  # fmt: skip
+    dout: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, batch: Rows, softmax_scale: float
+) -> list[Tensor]:
     count, rows_q, rows_k = batch
-    (q, k, v), owners = qkv, (rows_q, rows_k, rows_k)
-    triple = [_batched(x, count, rows) for x, rows in zip((q, k, v), owners, strict=True)]
+    owners = (rows_q, rows_k, rows_k)
+    triple = [_batched(x, count, rows) for x, rows in zip(qkv, owners, strict=True)]
     sums = lse[:, rows_q].unflatten(1, (count, -1)).transpose(0, 1)  # [count, H, Lq]
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _batched(dout, count, rows_q), *triple, _batched(out, count, rows_q), sums, 0.0, False, scale=softmax_scale
     )
-    for grad, values, rows in zip(grads, found, owners, strict=True):
-        grad[rows].unflatten(0, (count, -1)).copy_(values.transpose(1, 2))
+    return [_packed(grad, x.dtype) for grad, x in zip(grads, qkv, strict=True)]
 
 
 def cross_attention_bwd_sdpa(
@@ -222,16 +223,18 @@ def cross_attention_bwd_sdpa(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v. The flash kernel knows no ``dlse``: where there is one, products serve the call."""
     qkv, dout = (q, k, v), dout.to(q.dtype)
+    batches, has_dlse = list(_batches(cu_seqlens_q, cu_seqlens_k)), bool(dlse.any())
+    if len(batches) == 1 and not has_dlse and _flash_wins(q, batches[0]):
+        dq, dk, dv = _flash_bwd(dout, qkv, out, lse, batches[0], softmax_scale)
+        return dq, dk, dv
+    delta = (dout.float() * out.float()).sum(-1).T - dlse  # [H, Tq]
     dq, dk, dv = grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in qkv)
-    delta, has_dlse = None, bool(dlse.any())
-    for batch in _batches(cu_seqlens_q, cu_seqlens_k):
+    for batch in batches:
         _, rows_q, rows_k = batch
         if rows_q.start == rows_q.stop or rows_k.start == rows_k.stop:
             dq[rows_q], dk[rows_k], dv[rows_k] = 0, 0, 0
-        elif not has_dlse and _flash_wins(q, batch, backward=True):
-            _flash_bwd(dout, qkv, out, lse, batch, softmax_scale, grads)
+        elif not has_dlse and _flash_wins(q, batch):
+            dq[rows_q], dk[rows_k], dv[rows_k] = _flash_bwd(dout, qkv, out, lse, batch, softmax_scale)
         else:
-            if delta is None:
-                delta = (dout.float() * out.float()).sum(-1).T - dlse  # [H, Tq]
             _products_bwd(dout, qkv, (lse, delta), batch, softmax_scale, grads)
     return dq, dk, dv
