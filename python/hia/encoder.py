@@ -47,11 +47,11 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, step: Steps | None = None) -> Tensor:
         """[N, H, W, C] -> [N, H', W', 4 * width]; with prepared weights and without ``downsample`` written over x."""
         step = step or Steps()
-        residual = x
-        if self.downsample is not None:
-            residual = step(self.downsample[0], self.downsample[1], x, activation="none")
         y = step(self.conv1, self.bn1, x)
         y = step(self.conv2, self.bn2, y)
+        residual = x
+        if self.downsample is not None:  # last: the larger of the two is not there yet while conv2 runs
+            residual = step(self.downsample[0], self.downsample[1], x, activation="none")
         return step(self.conv3, self.bn3, y, residual)
 
     def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:

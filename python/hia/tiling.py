@@ -7,6 +7,7 @@ the result is that of the whole image (docs/encoder.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .encoder import Encoder
 
 STEM_TEMPORARY = 8 * 2**20  # bytes the stem holds beside its output where it works strip by strip itself
+LARGE_MAP = 32 * 2**20  # bytes; the C library asks the system for larger blocks every time
+LARGE_STRIP = 8 * 2**20  # bytes of a strip's widest map
 STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with three a cut is never below the stem's reach
 
 
@@ -126,8 +129,8 @@ class _Shape:
         """Elements alive at once when it takes the whole image."""
         inside, outside = height * width, self.halved(height) * self.halved(width)
         residual = outside * self.out if self.shortcut else 0
-        later = max(inside * self.mid + outside * self.mid, outside * (self.mid + self.out))
-        return inside * self.channels + residual + later
+        convolved = (inside + outside) * self.mid if self.mid else outside * self.out
+        return inside * self.channels + max(convolved, outside * (self.mid + self.out) + residual)
 
     def strip(self, rows: int, width: int) -> int:
         """Elements alive at once for a strip of so many rows, without what waits between strips."""
@@ -152,6 +155,19 @@ def _shape_of(unit: Any) -> _Shape:
     return _Shape(first.in_channels, first.out_channels, last.out_channels, unit.stride, unit.downsample is not None)
 
 
+def stem_size(encoder: Encoder, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the stem's output."""
+    for _ in range(encoder.stem_stride // 2):
+        height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    return height, width
+
+
+def _size_behind(units: Sequence[Any], height: int, width: int) -> tuple[int, int]:
+    for shape in map(_shape_of, units):
+        height, width = shape.halved(height), shape.halved(width)
+    return height, width
+
+
 def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None = None) -> int:
     """How many bytes of activations encoding one image takes at most; its pixels and the parameters not counted.
 
@@ -165,8 +181,7 @@ def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None
     size = weight.element_size()
     if weight.device.type == "cpu" and (weight.dtype != torch.float32 or packing_reasons(weight)):
         size *= 4  # plain PyTorch serves it, with temporaries in fp32 or fp64
-    for _ in range(encoder.stem_stride // 2):
-        height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    height, width = stem_size(encoder, height, width)
     stem_rows = height if rows is None else min(height, rows + 2 * STEM_HALO)
     stem = stem_rows * width * weight.shape[0] * size
     peak = stem + (encoder.stem_stride**2 * stem if weight.dtype == torch.float64 else STEM_TEMPORARY)
@@ -214,6 +229,21 @@ def strip_rows(encoder: Encoder, height: int, width: int, budget: int) -> int | 
     return low * unit
 
 
+def head(encoder: Encoder, height: int, width: int) -> tuple[int, int]:
+    """How many units to take strip by strip because their maps are large, and the rows of a strip.
+
+    Memory asked of the system anew for every map costs more than a strip's bookkeeping; small strips use theirs again.
+    """
+    size = encoder.conv1.weight.element_size()
+    height, width = stem_size(encoder, height, width)
+    rows = max(8, LARGE_STRIP // (width * size * max(_shape_of(unit).out for unit in encoder.units()[:1])))
+    for count, shape in enumerate(map(_shape_of, encoder.units())):
+        before, height, width = height * width * shape.channels, shape.halved(height), shape.halved(width)
+        if max(before, height * width * shape.out) * size <= LARGE_MAP:
+            return count, rows
+    return len(encoder.units()), rows
+
+
 def check_inference(encoder: Encoder, pixels: Tensor, height: int, width: int, budget: int) -> None:
     """Raise where strips can't be used: an image has one graph, and live statistics are of the whole of it.
 
@@ -237,7 +267,9 @@ def _stream(unit: Any, step: Steps) -> _BottleneckStream | _ConvStream:
     return _BottleneckStream(unit, step) if hasattr(unit, "conv3") else _ConvStream(unit, step)
 
 
-def encode_strips(encoder: Encoder, pixels: Tensor, window: Tensor, step: Steps, rows: int) -> Tensor:
+def encode_strips(
+    encoder: Encoder, pixels: Tensor, window: Tensor, step: Steps, rows: int, count: int | None = None
+) -> Tensor:
     """[1, H, W, CP] -> [1, H', W', C], ``rows`` rows of the stem's output at a time.
 
     Args:
@@ -246,22 +278,23 @@ def encode_strips(encoder: Encoder, pixels: Tensor, window: Tensor, step: Steps,
         window: [1, 2].
         step: how convolutions are computed.
         rows: of a strip.
+        count: units behind the stem to go through; None: all.
     """
-    height, width = pixels.shape[1:3]
-    streams, stride = [_stream(unit, step) for unit in encoder.units()], encoder.stem_stride
-    total = -(-height // stride)  # rows of the stem's output
+    units, stride = encoder.units()[:count], encoder.stem_stride
+    height, width = stem_size(encoder, *pixels.shape[1:3])
+    streams = [_stream(unit, step) for unit in units]
     out, filled = None, 0
-    for start in range(0, total, rows):
-        stop, above = min(start + rows, total), max(0, start - STEM_HALO)
+    for start in range(0, height, rows):
+        stop, above = min(start + rows, height), max(0, start - STEM_HALO)
         cut = pixels[:, above * stride : (stop + STEM_HALO) * stride]
         x = encoder.stem(cut, window, step)[:, start - above : stop - above]
         for stream in streams:
-            x = stream.push(x, stop == total)
+            x = stream.push(x, stop == height)
             if x is None:
                 break
         if x is not None:
             if out is None:
-                out = x.new_empty(1, encoder.halved(height), encoder.halved(width), x.shape[-1])
+                out = x.new_empty(1, *_size_behind(units, height, width), x.shape[-1])
             out[:, filled : filled + x.shape[1]] = x
             filled += x.shape[1]
     if out is None or filled != out.shape[1]:
