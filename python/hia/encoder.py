@@ -190,10 +190,10 @@ class Encoder(nn.Module):
         """What follows the stem, in order."""
         raise NotImplementedError("Encoder is abstract: use build_encoder")
 
-    def body(self, x: Tensor, step: Steps | None = None) -> Tensor:
-        """What follows the stem: [N, H, W, C] -> [N, H', W', C']."""
+    def body(self, x: Tensor, step: Steps | None = None, start: int = 0) -> Tensor:
+        """What follows the stem, from unit ``start`` on: [N, H, W, C] -> [N, H', W', C']."""
         step = step or self._steps()
-        for unit in self.units():
+        for unit in self.units()[start:]:
             x = unit(x, step)
         return x
 
@@ -227,6 +227,9 @@ class Encoder(nn.Module):
             if rows is not None:
                 tiling.check_inference(self, pixels, height, width, budget)
                 return tiling.encode_strips(self, pixels, window, step, rows)
+        count, rows = tiling.head(self, *pixels.shape[1:3]) if step.packed and pixels.shape[0] == 1 else (0, 0)
+        if count:  # nothing here may hold a map that the body has done with
+            return self.body(tiling.encode_strips(self, pixels, window, step, rows, count), step, count)
         return self.body(self.stem(pixels, window, step), step)
 
     def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:

@@ -230,18 +230,17 @@ def strip_rows(encoder: Encoder, height: int, width: int, budget: int) -> int | 
 
 
 def head(encoder: Encoder, height: int, width: int) -> tuple[int, int]:
-    """How many units to take strip by strip because their maps are large, and the rows of a strip.
+    """How many units to take in strips though memory is no question, and the rows of a strip.
 
-    Memory asked of the system anew for every map costs more than a strip's bookkeeping; small strips use theirs again.
+    Those up to the first that halves the map, where maps are largest: asking the system for such a map's memory, and
+    for every one anew, costs what the strips' bookkeeping does, and half of the peak is saved. Deeper it costs more.
     """
-    size = encoder.conv1.weight.element_size()
     height, width = stem_size(encoder, height, width)
-    rows = max(8, LARGE_STRIP // (width * size * max(_shape_of(unit).out for unit in encoder.units()[:1])))
-    for count, shape in enumerate(map(_shape_of, encoder.units())):
-        before, height, width = height * width * shape.channels, shape.halved(height), shape.halved(width)
-        if max(before, height * width * shape.out) * size <= LARGE_MAP:
-            return count, rows
-    return len(encoder.units()), rows
+    units = encoder.units()
+    row = width * _shape_of(units[0]).out * encoder.conv1.weight.element_size()
+    if height * row <= LARGE_MAP:
+        return 0, 0
+    return 1 + next(number for number, unit in enumerate(units) if unit.stride == 2), max(8, LARGE_STRIP // row)
 
 
 def check_inference(encoder: Encoder, pixels: Tensor, height: int, width: int, budget: int) -> None:

@@ -87,6 +87,21 @@ def encoder_of_width_64():
     return build_encoder(hia.HiAConfig.paper(text_config(), num_queries=5, dim=32, num_heads=2)).eval()
 
 
+def test_large_maps_go_through_in_strips_unasked(monkeypatch):
+    """With packed weights: the same features, with less memory."""
+    encoder, pixels = encoder_of(encoder_width=16), pixels_of(600, 701)
+    assert tiling.head(encoder, 600, 701) == (0, 0)
+    encoder.prepare()
+    with torch.no_grad():
+        whole, before = encoder(pixels, WINDOW), peak_bytes(lambda: encoder(pixels, WINDOW), "cpu")
+        monkeypatch.setattr(tiling, "LARGE_MAP", 2**20)
+        monkeypatch.setattr(tiling, "LARGE_STRIP", 2**19)
+        assert tiling.head(encoder, 600, 701) == (4, 11)
+        assert distance(encoder(pixels, WINDOW), whole) < EXACT
+        assert peak_bytes(lambda: encoder(pixels, WINDOW), "cpu") < 0.7 * before
+    assert tiling.head(encoder_of(encoder="strided"), 600, 701)[0] == 1
+
+
 def test_a_budget_for_the_whole_image_changes_nothing():
     encoder, pixels = encoder_of(), pixels_of(90, 75)
     plenty = tiling.activation_bytes(encoder, 90, 75)
