@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hia_kernels.core import triton_support
+
 DATA_VARIABLE = "HIA_TEST_DATA"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 NO_GPU = "no CUDA device here: the gpu tier is not tested"
@@ -38,7 +40,13 @@ def pytest_report_header() -> list[str]:
     return [f"versions: {versions}; GPU: {device}", f"real data: {data_folder()} ({found})"]
 
 
+@pytest.hookimpl(tryfirst=True)  # -m chooses after this
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the interpreter runs, a GPU runs too: splits, workspaces and routes that no heuristic takes by itself."""
+    if torch.cuda.is_available() and not triton_support.interpreted():
+        for item in items:
+            if item.get_closest_marker("interpreter"):
+                item.add_marker("gpu")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason=NO_GPU)
         for item in items:
@@ -62,6 +70,12 @@ def seeded() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers' own block sizes on every machine, never what was measured on this one."""
+    monkeypatch.setenv("HIA_TUNED", "0")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # so that property tests may ask for it
 def triton_device() -> str:
     """Where Triton kernels run: the GPU, or the CPU in the interpreter's process."""
     if triton_support.interpreted():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from hia_kernels import last_backend
 from tests.compare import assert_close
 from tests.inputs import DIFFERENTIABLE, Inputs
 
@@ -60,8 +61,20 @@ def upcast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def assert_matches(
     op: str, function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, dtype: torch.dtype
 ) -> None:
-    """Outputs and gradients of ``function`` against the reference in higher precision and the reference as it is."""
-    got = forward_backward(op, function, inputs)
+    """Outputs and gradients of ``function`` against the reference in higher precision and the reference as it is.
+
+    On a GPU the reference may have served neither: comparing it with itself would pass.
+    """
+    served = []
+
+    def watched(**kwargs: Any) -> Any:
+        outs = function(**kwargs)
+        served.append(last_backend(op))
+        return outs
+
+    got = forward_backward(op, watched, inputs)
+    served.append(last_backend(op))
+    assert device_type(inputs) == "cpu" or not {None, "reference"} & set(served), f"{op} was served by {served}"
     exact = forward_backward(op, reference, upcast(inputs, EXACT[dtype]))
     plain = forward_backward(op, reference, inputs)
     assert set(got) == set(plain)
