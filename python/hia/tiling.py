@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 
-from .folding import FoldedConv, Steps
+from .folding import Steps
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -27,53 +27,69 @@ LARGE_STRIP = 8 * 2**20  # bytes of a strip's widest map
 STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with three a cut is never below the stem's reach
 
 
-class _Rows:
-    """The input of a convolution as its rows arrive.
+Rows = list[Tensor]  # neighbouring rows of one map, [N, R, W, C] each: joining them would copy the map
+
+
+class _Windows:
+    """The input of a 3 x 3 convolution as its rows arrive.
 
     Args:
-        conv: kernel 1 or 3, padding as its kernel wants.
+        stride: of the convolution.
     """
 
-    def __init__(self, conv: FoldedConv):
-        self.kernel, self.stride, self.pad = conv.kernel_size[0], conv.stride[0], conv.kernel_size[0] // 2
+    def __init__(self, stride: int):
+        self.stride = stride
         self.kept: Tensor | None = None
-        self.start = -self.pad  # row that the first of ``kept`` is; rows below 0 and beyond the last are zeros
-        self.next = -self.pad  # first row that the next output looks at
 
-    def push(self, x: Tensor, last: bool) -> Tensor | None:
-        """[N, R, W, C] more rows -> what the outputs now complete look at; None if there are none."""
-        zeros = x.new_zeros(x.shape[0], self.pad, *x.shape[2:])
-        parts = [zeros] if self.start < 0 and self.kept is None and self.pad else []
-        parts += [] if self.kept is None else [self.kept]
-        parts += [x, zeros] if last and self.pad else [x]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        skipped = min(self.next - self.start, rows.shape[1])
-        rows, self.start = rows[:, skipped:], self.start + skipped
-        outputs = max(0, (rows.shape[1] - self.kernel) // self.stride + 1)
-        self.next += outputs * self.stride
-        rest = rows[:, min(outputs * self.stride, rows.shape[1]) :]
-        self.start += rows.shape[1] - rest.shape[1]
-        self.kept = rest.clone() if rest.shape[1] else None
-        return rows[:, : (outputs - 1) * self.stride + self.kernel] if outputs else None
+    def push(self, parts: Rows, last: bool) -> Tensor | None:
+        """More rows -> what the outputs now complete look at, zeros at the image's borders; None if there are none."""
+        zeros = parts[0].new_zeros(parts[0].shape[0], 1, *parts[0].shape[2:])
+        above = zeros if self.kept is None else self.kept
+        rows = torch.cat([above, *parts, zeros] if last else [above, *parts], dim=1)
+        outputs = max(0, (rows.shape[1] - 3) // self.stride + 1)
+        self.kept = rows[:, outputs * self.stride :].clone()
+        return rows[:, : (outputs - 1) * self.stride + 3] if outputs else None
+
+
+class _Strided:
+    """Every row, or every second one, as a 1 x 1 convolution of that stride wants them."""
+
+    def __init__(self, stride: int):
+        self.stride, self.skip = stride, 0
+
+    def push(self, parts: Rows) -> Rows:
+        """More rows -> those from the first that counts on; the convolution's own stride passes over the others."""
+        found = []
+        for part in parts:
+            if self.skip < part.shape[1]:
+                found.append(part[:, self.skip :])
+            self.skip = (self.skip - part.shape[1]) % self.stride
+        return found
 
 
 class _Queue:
     """Rows that wait for those they are added to."""
 
     def __init__(self) -> None:
-        self.kept: Tensor | None = None
+        self.kept: Rows = []
 
-    def push(self, x: Tensor) -> None:
-        """Take [N, R, W, C]; it may be written over once it is popped."""
-        self.kept = x if self.kept is None else torch.cat([self.kept, x], dim=1)
+    def push(self, parts: Rows) -> None:
+        """Take more rows; they may be written over once they are popped."""
+        self.kept += parts
 
-    def pop(self, rows: int) -> Tensor:
-        """The first rows."""
-        if self.kept is None or self.kept.shape[1] < rows:
+    def pop(self, rows: int) -> Rows:
+        """The first rows, the longest part of them where it lies."""
+        if sum(part.shape[1] for part in self.kept) < rows:
             raise RuntimeError("hia: a strip's residual must not be behind its convolutions")
-        first, rest = self.kept[:, :rows], self.kept[:, rows:]
-        self.kept = rest.clone() if rest.shape[1] else None
-        return first
+        taken = []
+        while rows:
+            first = self.kept.pop(0)
+            taken.append(first[:, :rows])
+            if first.shape[1] > rows:
+                self.kept.insert(0, first[:, rows:])
+            rows -= taken[-1].shape[1]
+        self.kept = [part.clone() for part in self.kept]  # few rows must not hold a strip's memory
+        return taken if len(taken) == 1 else [torch.cat(taken[:-1], dim=1), taken[-1]]
 
 
 class _BottleneckStream:
@@ -81,35 +97,35 @@ class _BottleneckStream:
 
     def __init__(self, block: Any, step: Steps):
         self.block, self.step = block, step
-        self.rows, self.residual = _Rows(block.conv2), _Queue()
-        self.shortcut = None if block.downsample is None else _Rows(block.downsample[0])
+        self.windows, self.residual = _Windows(block.stride), _Queue()
+        self.shortcut = None if block.downsample is None else _Strided(block.stride)
 
-    def push(self, x: Tensor, last: bool) -> Tensor | None:
-        """Rows of the input -> those of the output that are complete; ``x`` may be written over."""
+    def push(self, parts: Rows, last: bool) -> Rows:
+        """Rows of the input -> those of the output that are complete; ``parts`` may be written over."""
         block, step = self.block, self.step
-        y = self.rows.push(step(block.conv1, block.bn1, x), last)
-        if self.shortcut is None:
-            self.residual.push(x)
-        else:
-            seen = self.shortcut.push(x, last)
-            if seen is not None:
-                self.residual.push(step(block.downsample[0], block.downsample[1], seen, activation="none"))
+        y = self.windows.push([step(block.conv1, block.bn1, part) for part in parts], last)
+        if self.shortcut is not None:
+            conv, norm = block.downsample
+            parts = [step(conv, norm, part, activation="none") for part in self.shortcut.push(parts)]
+        self.residual.push(parts)
         if y is None:
-            return None
+            return []
         y = step(block.conv2, block.bn2, y, pad_rows=False)
-        return step(block.conv3, block.bn3, y, self.residual.pop(y.shape[1]))
+        residual = self.residual.pop(y.shape[1])
+        shares = y.split([part.shape[1] for part in residual], dim=1)
+        return [step(block.conv3, block.bn3, *pair) for pair in zip(shares, residual, strict=True)]
 
 
 class _ConvStream:
-    """One convolution with its norm, strip by strip."""
+    """One 3 x 3 convolution with its norm, strip by strip."""
 
     def __init__(self, unit: Any, step: Steps):
-        self.unit, self.step, self.rows = unit, step, _Rows(unit.conv)
+        self.unit, self.step, self.windows = unit, step, _Windows(unit.stride)
 
-    def push(self, x: Tensor, last: bool) -> Tensor | None:
+    def push(self, parts: Rows, last: bool) -> Rows:
         """Rows of the input -> those of the output that are complete."""
-        seen = self.rows.push(x, last)
-        return None if seen is None else self.step(self.unit.conv, self.unit.norm, seen, pad_rows=False)
+        seen = self.windows.push(parts, last)
+        return [] if seen is None else [self.step(self.unit.conv, self.unit.norm, seen, pad_rows=False)]
 
 
 @dataclass(frozen=True)
@@ -286,16 +302,15 @@ def encode_strips(
     for start in range(0, height, rows):
         stop, above = min(start + rows, height), max(0, start - STEM_HALO)
         cut = pixels[:, above * stride : (stop + STEM_HALO) * stride]
-        x = encoder.stem(cut, window, step)[:, start - above : stop - above]
+        parts = [encoder.stem(cut, window, step)[:, start - above : stop - above]]
         for stream in streams:
-            x = stream.push(x, stop == height)
-            if x is None:
-                break
-        if x is not None:
+            if parts:
+                parts = stream.push(parts, stop == height)
+        for part in parts:
             if out is None:
-                out = x.new_empty(1, *_size_behind(units, height, width), x.shape[-1])
-            out[:, filled : filled + x.shape[1]] = x
-            filled += x.shape[1]
+                out = part.new_empty(1, *_size_behind(units, height, width), part.shape[-1])
+            out[:, filled : filled + part.shape[1]] = part
+            filled += part.shape[1]
     if out is None or filled != out.shape[1]:
         raise RuntimeError(f"hia: strips must make every row of the features, got {filled}")
     return out

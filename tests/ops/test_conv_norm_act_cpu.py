@@ -137,14 +137,28 @@ def test_strips_bring_their_own_rows(kernel, stride):
         assert_close("out", out, whole[:, first:last].double(), whole[:, first:last], dtype=F32)
 
 
-def test_layouts_of_the_last_sizes_are_kept():
+def test_sizes_share_layouts_and_the_last_are_kept(monkeypatch):
     inputs = make_inputs((8, 8), F32, channels=(64, 128))
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
-    assert packed.layout((8, 8)) is packed.layout((8, 8))
-    for side in (5, 6, 8, 7):
-        packed.layout((side, side))
-    assert list(packed.layouts) == [(8, 8), (7, 7)] and functional.KEPT_LAYOUTS == 2
+    assert packed.layout(8, 8) is packed.layout(8, 8)
+    made = []
+    pack_weight = functional.cpu.pack_weight
+    monkeypatch.setattr(functional.cpu, "pack_weight", lambda *args: made.append(args[3:]) or pack_weight(*args))
+    monkeypatch.setattr(functional.cpu, "layout_of", lambda _: b"even" if made[-1][0][0] % 2 == 0 else b"odd")
+    packed.layouts.clear(), packed.kinds.clear()
+    even = packed.layout(8, 8)
+    assert packed.layout(6, 6) is even and packed.layout(5, 5) is not even and packed.layout(6, 6, False) is even
+    assert [packed.layout(side, side) is even for side in (8, 6, 5)] == [True, True, False]
+    assert made == [((8, 8), True), ((6, 6), True), ((5, 5), True), ((6, 6), False)]  # no size twice
     assert packed.nbytes == 2 * 4 * inputs["weight"].numel() + 2 * 4 * 128
+
+    monkeypatch.setattr(functional.cpu, "layout_of", lambda _: b"")  # an older torch: a layout a size
+    for side in (9, 10, 11, 12):
+        packed.layout(side, side)
+    assert len(packed.layouts) == functional.KEPT_LAYOUTS == 3
+    monkeypatch.setattr(functional, "KEPT_SIZES", 2)
+    packed.layout(13, 13)
+    assert list(packed.kinds) == [(13, 13, True)]
     x = torch.randn(1, 11, 3, 64)
     expected = conv_norm_act(x, inputs["weight"], inputs["scale"], inputs["shift"])
     assert_close("out", conv_norm_act_packed(x, packed), expected.double(), expected, dtype=F32)

@@ -49,12 +49,18 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight * scale[:, None, None, None]).to(weight.dtype)
 
 
-def pack_weight(weight: Tensor, scale: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+def pack_weight(weight: Tensor, scale: Tensor, stride: int, size: tuple[int, int], pad_rows: bool = True) -> Tensor:
     """Scale a weight and lay it out as oneDNN wants it for images of ``size``; others are correct too, and slow."""
-    padding, image = [weight.shape[-1] // 2] * 2, [1, weight.shape[1], *size]
+    padding, strides, dilation, groups = _geometry(weight, stride, pad_rows)
     return torch.ops.mkldnn._reorder_convolution_weight(
-        _scaled(weight, scale).contiguous(), padding, [stride] * 2, [1, 1], 1, image
+        _scaled(weight, scale).contiguous(), padding, strides, dilation, groups, [1, weight.shape[1], *size]
     )
+
+
+def layout_of(packed: Tensor) -> bytes:
+    """oneDNN's description of a packed weight: equal ones are interchangeable. Empty if this torch can't tell."""
+    describe = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
+    return b"" if describe is None else bytes(describe(packed).tolist())
 
 
 def _geometry(weight: Tensor, stride: int, pad_rows: bool) -> tuple[list[int], list[int], list[int], int]:

@@ -13,7 +13,8 @@ from . import cpu
 from . import library as _library  # noqa: F401  (defines the ops)
 
 ACTIVATIONS = ("none", "relu", "gelu")
-KEPT_LAYOUTS = 2
+KEPT_LAYOUTS = 3
+KEPT_SIZES = 1024
 
 
 def conv_norm_act(
@@ -76,32 +77,41 @@ def conv_norm_act(
 class PackedConv:
     """Inference weights of one step, made by :func:`pack_conv`: plain values, no parameters.
 
-    oneDNN chooses the layout by the image's size, and reading another one's is up to eight times slower than packing
-    again; so the layouts of the last sizes are kept.
+    oneDNN chooses the layout by the image's size, and reading another one's is slower than packing again; most sizes
+    share one of a few layouts, so the last of those are kept, and which size takes which is remembered.
 
     Attributes:
-        weight: [OC, C, K, K], the caller's: not copied, and read again for a new size.
+        weight: [OC, C, K, K], the caller's: not copied, and read again for a new layout.
         scale: [OC].
         shift: [OC].
         stride: 1 or 2.
-        layouts: scaled weights by the image's height and width, at most :data:`KEPT_LAYOUTS`, oldest first. Such a
-            tensor can't be indexed or saved.
+        layouts: scaled weights by oneDNN's description of their layout, at most :data:`KEPT_LAYOUTS`, oldest first.
+            Such a tensor can't be indexed or saved.
+        kinds: which of them images take, by height, width and whether rows are padded; at most :data:`KEPT_SIZES`.
     """
 
     weight: Tensor
     scale: Tensor
     shift: Tensor
     stride: int
-    layouts: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    layouts: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+    kinds: dict[tuple[int, int, bool], bytes] = field(default_factory=dict, repr=False)
 
-    def layout(self, size: tuple[int, int]) -> Tensor:
-        """The scaled weight as oneDNN wants it for images of this height and width."""
-        found = self.layouts.pop(size, None)
-        if found is None:
+    def layout(self, height: int, width: int, pad_rows: bool = True) -> Tensor:
+        """The scaled weight as oneDNN wants it for images of this size."""
+        size = (height, width, pad_rows)
+        kind = self.kinds.get(size)
+        found = None if kind is None else self.layouts.pop(kind, None)
+        if kind is None or found is None:
+            packed = cpu.pack_weight(self.weight, self.scale, self.stride, (height, width), pad_rows)
+            kind = cpu.layout_of(packed) or repr(size).encode()
+            found = self.layouts.pop(kind, packed)
             while len(self.layouts) >= KEPT_LAYOUTS:
                 self.layouts.pop(next(iter(self.layouts)))
-            found = cpu.pack_weight(self.weight, self.scale, self.stride, size)
-        self.layouts[size] = found
+            if len(self.kinds) >= KEPT_SIZES:
+                self.kinds.clear()
+            self.kinds[size] = kind
+        self.layouts[kind] = found
         return found
 
     @property
@@ -194,7 +204,7 @@ def conv_norm_act_packed(
         NotImplementedError: another backend is forced.
     """
     _check_packed("conv_norm_act_packed", x, packed, residual, activation, pad_rows)
-    weight = packed.layout((x.shape[1], x.shape[2]))
+    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
     return torch.ops.hia.conv_norm_act_packed(x, weight, packed.shift, residual, packed.stride, activation, pad_rows)
 
 
@@ -210,6 +220,6 @@ def conv_norm_act_packed_(
     _check_packed(op, x, packed, residual, activation, pad_rows)
     if not residual.is_contiguous():
         raise ValueError(f"hia::{op}: residual must be contiguous, got strides {list(residual.stride())}")
-    weight = packed.layout((x.shape[1], x.shape[2]))
+    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
     torch.ops.hia.conv_norm_act_packed_(residual, x, weight, packed.shift, packed.stride, activation, pad_rows)
     return residual

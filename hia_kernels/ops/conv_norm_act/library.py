@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import cpu
+from . import cpu, cudnn
 from .reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 
 registration.define(
@@ -36,14 +36,19 @@ def _triton_unsupported(first, *rest):
     return triton_support.device_reasons(first)  # x, or dout, which has its dtype
 
 
+_BACKWARD = {"conv_norm_act_bwd": triton_support.lazy(f"{_TRITON}_bwd", "conv_norm_act_bwd")}
 BACKENDS = register_table(
     "conv_norm_act",
     Backend(
+        "cudnn",
+        {"conv_norm_act": cudnn.conv_norm_act_fwd, **_BACKWARD},
+        cudnn.unsupported_reasons,
+        cudnn.unavailable_reasons,
+        cudnn.slower_reasons,
+    ),
+    Backend(
         "triton",
-        {
-            "conv_norm_act": triton_support.lazy(f"{_TRITON}_fwd", "conv_norm_act_fwd"),
-            "conv_norm_act_bwd": triton_support.lazy(f"{_TRITON}_bwd", "conv_norm_act_bwd"),
-        },
+        {"conv_norm_act": triton_support.lazy(f"{_TRITON}_fwd", "conv_norm_act_fwd"), **_BACKWARD},
         _triton_unsupported,
         triton_support.unavailable_reasons,
     ),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.cudnn import convolution_backward
 from .triton_fwd import (
     block_sizes,
     conv_tile,
@@ -119,22 +120,6 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
     return dy, *(None if sums is None else sums.sum(0) for sums in (dscale, dshift)), dresidual
 
 
-def _convolution_bwd(dy, x, weight, stride, output_mask):
-    """dx, dweight; None where ``output_mask`` wants none. cuDNN is held to its deterministic algorithms."""
-    padding = [weight.shape[-1] // 2] * 2
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
-            [stride, stride], padding, [1, 1], False, [0, 0], 1, [*output_mask, False],
-        )  # fmt: skip
-    finally:
-        torch.backends.cudnn.deterministic = before
-    dx = dx.permute(0, 2, 3, 1).contiguous() if output_mask[0] else None
-    return dx, dweight.contiguous() if output_mask[1] else None
-
-
 def conv_norm_act_bwd(dout, x, weight, scale, shift, residual, out, stride, activation, output_mask):
     """Gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty."""
     if out.numel() == 0:
@@ -147,5 +132,5 @@ def conv_norm_act_bwd(dout, x, weight, scale, shift, residual, out, stride, acti
     )
     dx, dweight = None, None
     if dy is not None:
-        dx, dweight = _convolution_bwd(dy, x, weight, stride, output_mask[:2])
+        dx, dweight = convolution_backward(dy, x, weight, stride, output_mask[:2])
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, dweight, dscale, dshift, dresidual))

@@ -142,7 +142,7 @@ def _conv_norm_act_fwd_kernel(
 
 @triton.jit(do_not_specialize=["OW", "pixels", "rows", "tiles_m"])
 def _conv_norm_act_reduce_kernel(
-    partial_ptr,  # [SPLITS, N, OH, OW, OC] fp32
+    partial_ptr,  # [SPLITS, N, OH, OW, OC]; not in fp32, and out_ptr itself, for another's convolution
     scale_ptr,  # [OC] fp32
     shift_ptr,  # [OC] fp32
     residual_ptr,  # [N, OH, OW, OC], only with HAS_RESIDUAL
@@ -159,7 +159,7 @@ def _conv_norm_act_reduce_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_OC), dtype=tl.float32)
     for split in tl.static_range(SPLITS):
         share = tl.cast(rows, tl.int64) * split * OC
-        acc += tl.load(partial_ptr + share + offsets, mask=mask, other=0.0)
+        acc += tl.load(partial_ptr + share + offsets, mask=mask, other=0.0).to(tl.float32)
     z = normed(acc, scale_ptr, shift_ptr, offs_oc, OC)
     if HAS_RESIDUAL:
         oy = offs_m // OW
@@ -224,6 +224,25 @@ def tuning_key(mode, pixels, c, oc, kernel, stride, dtype):
     return f"{mode}-k{kernel}s{stride}-{sizes}-{str(dtype).removeprefix('torch.')}"
 
 
+def _norm_and_activation(y, out, scale, shift, residual, activation, splits, block_oc):
+    """``y``: [splits, N, OH, OW, OC], added up; it may be ``out`` itself."""
+    n, oh, ow, oc = out.shape
+    pixels = oh * ow
+    tiles_m = triton.cdiv(pixels, 32)
+    _conv_norm_act_reduce_kernel[(n * tiles_m * triton.cdiv(oc, block_oc),)](
+        y, scale.contiguous(), shift.contiguous(), residual, out, OW=ow, pixels=pixels, rows=n * pixels,
+        tiles_m=tiles_m, OC=oc, **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
+        ACTIVATION=activation, HAS_RESIDUAL=residual is not None, BLOCK_M=32, BLOCK_OC=block_oc, SPLITS=splits,
+    )  # fmt: skip
+    return out
+
+
+def finish(y, scale, shift, residual, activation):
+    """Norm, residual and activation of another's convolution [N, OH, OW, OC], contiguous; written over it."""
+    block_oc = min(128, max(16, tuning.bucket(y.shape[3])))
+    return _norm_and_activation(y, y, scale, shift, with_channels_last(residual), activation, 1, block_oc)
+
+
 def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
     """[N, OH, OW, OC], dtype of ``x``."""
     x, residual, weight = with_channels_last(x), with_channels_last(residual), weight_channels_last(weight)
@@ -253,8 +272,5 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
         **config,
     )  # fmt: skip
     if splits > 1:
-        tiles_m = triton.cdiv(pixels, 32)
-        _conv_norm_act_reduce_kernel[(n * tiles_m * triton.cdiv(oc, block_oc),)](
-            target, *norm, out, tiles_m=tiles_m, BLOCK_M=32, BLOCK_OC=block_oc, SPLITS=splits, **options
-        )
+        _norm_and_activation(target, out, *norm, activation, splits, block_oc)
     return out
