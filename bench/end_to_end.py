@@ -212,15 +212,24 @@ class Run:
             case = cases[record.case + record.op]
             print(f"[{number + 1}/{len(self.records)}] memory: {record.provider} {case.op} {case.name}",
                   file=sys.stderr, flush=True)  # fmt: skip
-            subject = Subject(record.provider, self._model(record.provider, False), self.setting, case)
-            try:
-                _, peak = repeat_with_peak(subject)
-            finally:
-                subject.close()
-            total = None if peak is None else record.extra["model_bytes"] + peak
-            extra = record.extra | {"total_bytes": total}
-            self.records[number] = dataclasses.replace(record, peak_bytes=peak, extra=extra)
+            self.records[number] = self._with_peak(record, case)
             self.write()
+
+    def _with_peak(self, record: Measurement, case: Case) -> Measurement:
+        """The record with the peak of one more repetition; where that fails, a failure."""
+        subject = None
+        try:
+            subject = Subject(record.provider, self._model(record.provider, False), self.setting, case)
+            _, peak = repeat_with_peak(subject)
+        except Exception as error:
+            failed = self._record(case, record.provider, error=error)
+            print("  " + line_of(failed, self.records), flush=True)
+            return failed
+        finally:
+            if subject is not None:
+                self._close(subject)
+        total = None if peak is None else record.extra["model_bytes"] + peak
+        return dataclasses.replace(record, peak_bytes=peak, extra=record.extra | {"total_bytes": total})
 
     def write(self) -> None:
         """Bring the files up to date: this run's records, and earlier ones of other cases."""
@@ -255,15 +264,19 @@ class Run:
                     times[provider] = []
                 except Exception as error:
                     found[provider] = self._record(case, provider, error=error)
-            self._take_turns(subjects, first, times)
+                    if provider not in subjects:  # who knows how far it came
+                        self._models.pop(provider, None)
+            broken = self._take_turns(subjects, first, times)
             for provider, milliseconds in times.items():
-                if not milliseconds:
+                if provider in broken:
+                    found[provider] = self._record(case, provider, error=broken[provider])
+                elif not milliseconds:
                     found[provider] = self._record(case, provider, reason=self._too_late())
-                    continue
-                found[provider] = self._timed(case, subjects[provider], milliseconds, peaks[provider])
+                else:
+                    found[provider] = self._timed_or_failed(case, subjects[provider], milliseconds, peaks[provider])
         finally:
             for subject in subjects.values():
-                subject.close()
+                self._close(subject)
             free(self.options.device)
         return [found[provider] for provider in providers]
 
@@ -274,14 +287,37 @@ class Run:
         subject.repetition()
         return None
 
-    def _take_turns(self, subjects: dict[str, Subject], first: dict[str, float], times: dict[str, list[float]]) -> None:
-        """A B C A B C, at least twice each, until the budget is spent; the deadline ends it anywhere."""
+    def _take_turns(
+        self, subjects: dict[str, Subject], first: dict[str, float], times: dict[str, list[float]]
+    ) -> dict[str, Exception]:
+        """A B C A B C, at least twice each, until the budget is spent; the deadline ends it anywhere.
+
+        Returns:
+            What those raised that are broken; they have no more turns.
+        """
+        broken: dict[str, Exception] = {}
         seconds = sum(first.values())
         rounds = int(max(2, min(self.options.repeats, self.options.budget / seconds))) if seconds else 0
         for _ in range(rounds):
             for provider in times:
-                if not self._over():
+                if provider in broken or self._over():
+                    continue
+                try:
                     times[provider] += subjects[provider].repetition()
+                except Exception as error:
+                    # its frames hold what it had allocated, which the others need
+                    broken[provider] = error.with_traceback(None)
+                    self._close(subjects[provider])
+                    free(self.options.device)
+        return broken
+
+    def _close(self, subject: Subject) -> None:
+        """Leave its model as it was; one that can't be left so is built anew for the next case."""
+        try:
+            subject.close()
+        except Exception as error:
+            print(f"  {subject.provider} is built anew: {describe_error(error)}", file=sys.stderr, flush=True)
+            self._models.pop(subject.provider, None)
 
     def _over(self) -> bool:
         return self._end is not None and time.monotonic() > self._end
@@ -296,6 +332,12 @@ class Run:
                 free(self.options.device)
             self._models[provider] = build(provider, self.setting)
         return self._models[provider]
+
+    def _timed_or_failed(self, case: Case, subject: Subject, times: list[float], peak: int | None) -> Measurement:
+        try:
+            return self._timed(case, subject, times, peak)
+        except Exception as error:
+            return self._record(case, subject.provider, error=error)
 
     def _timed(self, case: Case, subject: Subject, times: list[float], peak: int | None) -> Measurement:
         samples = Samples(times)
@@ -394,12 +436,16 @@ def main(arguments: list[str] | None = None) -> int:
     out = [Path(options.out or folder) / "end_to_end.json", *([Path(options.json)] if options.json else [])]
     print(f"{spec.name}, random {options.dtype} weights, {options.device}, {torch.get_num_threads()} threads; "
           f"{source.note}; text by {text.tokenizer}")  # fmt: skip
-    run = Run(options, setting, out)
+    run = None
     try:
+        run = Run(options, setting, out)
         run.go(steps)
     except KeyboardInterrupt:
-        run.write()
-        print("interrupted; what was measured is written")
+        if run is None:
+            print("interrupted before anything was measured; nothing is written")
+        else:
+            run.write()
+            print("interrupted; what was measured is written")
         return 130
     print(f"written: {', '.join(os.path.relpath(path) for path in out)}")
     return 1 if any(record.status == "failed" and record.reason != "out of memory" for record in run.records) else 0

@@ -170,7 +170,11 @@ class Subject:
             with torch.no_grad():
                 self.inputs["features"] = model.encode_images(pixels, windows)
         if case.op == "train_step":
-            self._start_training()
+            try:
+                self._start_training()
+            except BaseException:  # half begun, the model would stay in training mode
+                self.close()
+                raise
 
     def close(self) -> None:
         """Leave the model as it was found."""

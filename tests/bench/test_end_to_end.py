@@ -171,6 +171,109 @@ def test_a_failure_is_a_row(tiny_run, tmp_path, monkeypatch):
     assert {record.reason for record in read_records(tmp_path / "end_to_end.json")} == {"ValueError: no such luck"}
 
 
+def repetitions(breaks: str = "", calls: int = 0):
+    """Repetitions that take 1 ms; those of one provider run out of memory after so many calls."""
+    seen = iter(range(1000))
+
+    def repetition(self):
+        if self.provider == breaks and next(seen) >= calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return [1.0] * (self.setting.new_tokens if self.case.op == "decode" else 1)
+
+    return repetition
+
+
+TWO = ["--device", "cpu", "--resolutions", "224", "--batch", "1", "--images-per-prompt", "1", "--new-tokens", "2",
+       "--repeats", "3", "--op", "decode", "train_step", "--provider", "hia", "plain"]  # fmt: skip
+
+
+@pytest.mark.parametrize("calls", [1, 2], ids=["first-round", "second-round"])
+def test_a_failure_in_the_timed_rounds_is_one_row(calls, tiny_run, tmp_path, monkeypatch):
+    """Its own later steps are tried again, the other provider keeps its turns, and no half-measured time is left."""
+    monkeypatch.setattr(Subject, "repetition", repetitions("hia", calls))
+    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 0, "out of memory is a finding"
+    found = {(record.op, record.provider): record for record in read_records(tmp_path / "end_to_end.json")}
+    assert len(found) == 4
+    for op in ("decode", "train_step"):
+        assert (found[op, "hia"].status, found[op, "hia"].reason) == ("failed", "out of memory")
+        assert found[op, "hia"].p50_ms is None
+        assert found[op, "plain"].status == "ok"
+    assert found["decode", "plain"].repeats == 3 * 2, "the other one had all its rounds"
+
+
+def test_a_failure_in_the_peak_pass_is_one_row(tiny_run, tmp_path, monkeypatch, capsys):
+    def peak(subject):
+        if subject.provider == "hia" and subject.case.op == "train_step":
+            raise RuntimeError("no memory left\nmore")
+        return [1.0], 4096
+
+    monkeypatch.setattr(Subject, "repetition", repetitions())
+    monkeypatch.setattr(end_to_end, "process_peak_unavailable", lambda: None)
+    monkeypatch.setattr(end_to_end, "repeat_with_peak", peak)
+    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 1
+    found = {(record.op, record.provider): record for record in read_records(tmp_path / "end_to_end.json")}
+    assert found["train_step", "hia"].reason == "RuntimeError: no memory left"
+    others = [record for key, record in found.items() if key != ("train_step", "hia")]
+    assert len(others) == 3
+    for record in others:
+        assert (record.status, record.peak_bytes) == ("ok", 4096)
+        assert record.extra["total_bytes"] == record.extra["model_bytes"] + 4096
+    assert "hia       failed: RuntimeError: no memory left" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_left_as_it_was_is_built_anew(tiny_run, tmp_path, monkeypatch, capsys):
+    built, close = [], Subject.close
+
+    def build(provider, setting):
+        built.append(provider)
+        return run.build(provider, setting)
+
+    def broken_close(self):
+        close(self)
+        raise RuntimeError("nothing folds again")
+
+    monkeypatch.setattr(Subject, "repetition", repetitions())
+    monkeypatch.setattr(end_to_end, "build", build)
+    monkeypatch.setattr(Subject, "close", broken_close)
+    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 0
+    assert sorted(built) == ["hia", "hia", "plain", "plain"]
+    assert "hia is built anew: RuntimeError: nothing folds again" in capsys.readouterr().err
+
+
+def test_a_training_step_that_cannot_start_leaves_the_model_as_it_was(setting, monkeypatch):
+    model = run.build("plain", setting)
+    monkeypatch.setattr(run.torch.optim, "AdamW", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Subject("plain", model, setting, Case("train_step", 224, 1, 1))
+    assert not model.training
+    assert not any(value.requires_grad for value in model.parameters())
+
+
+def test_ctrl_c_before_anything_is_measured(tiny_run, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(end_to_end.limits, "measure", interrupted)
+    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 130
+    assert "interrupted before anything was measured; nothing is written" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_keeps_what_was_measured(tiny_run, tmp_path, monkeypatch, capsys):
+    plain = end_to_end.Run._measure
+
+    def measure(self, case, providers):
+        if case.op == "train_step":
+            raise KeyboardInterrupt
+        return plain(self, case, providers)
+
+    monkeypatch.setattr(Subject, "repetition", repetitions())
+    monkeypatch.setattr(end_to_end.Run, "_measure", measure)
+    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 130
+    assert {record.op for record in read_records(tmp_path / "end_to_end.json")} == {"decode"}
+    assert "interrupted; what was measured is written" in capsys.readouterr().out
+
+
 def test_list_says_why_not(capsys):
     assert end_to_end.main(["--device", "cpu", "--list"]) == 0
     said = capsys.readouterr().out
