@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from rich.table import Table
 
 from . import environment
 from .cases import Workload
-from .figures import FIGURES, KINDS, OURS, Figure, Verdict, cells, judge
-from .kernels import Run, measure_workload, start
+from .figures import FIGURES, KINDS, OURS, Figure, Verdict, cells, importance, judge
+from .kernels import OVER, Run, measure_workload, start
 from .kernels_args import DEFAULT_DTYPES, DEVICES, names
-from .kernels_output import console_for
-from .measurement import Measurement, read_records, write_records
+from .kernels_output import console_for, earlier_records, merged, print_end
+from .measurement import Measurement, write_records
 from .providers import all_providers
 from .timing import exact_matmuls
 
@@ -42,14 +42,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, or auto (default)")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=["*"], help="these figures, or patterns of names")
-    parser.add_argument("--no-compile", action="store_true", help="leave out whoever compiles")
+    compiling = parser.add_mutually_exclusive_group()
+    compiling.add_argument("--no-compile", action="store_true", help="leave out whoever compiles")
+    compiling.add_argument("--compiled", action="store_true", help="only workloads that somebody compiles")
     parser.add_argument("--compile-minutes", type=float, metavar="M",
                         help="until a provider that compiles has a first result "
                         f"(default: {COMPILE_MINUTES['cpu']:g}, on CUDA {COMPILE_MINUTES['cuda']:g})")  # fmt: skip
-    parser.add_argument("--minutes", type=float, metavar="M", help="start no new workload after that long")
+    parser.add_argument("--minutes", type=float, metavar="M",
+                        help="begin nothing new after that long; the least important come last")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help=f"of {FILE} (default, for all figures: bench/results/<device>)")  # fmt: skip
-    parser.add_argument("--add", action="store_true", help="keep what the file holds of other workloads")
+    parser.add_argument("--add", action="store_true", help="keep what the file holds and this run has no row for")
     parser.add_argument("--list", action="store_true", help="print the figures and their targets, and exit")
     parser.add_argument("--quick", action="store_true", help="a few repetitions, as a smoke test")
     options = parser.parse_args(arguments)
@@ -67,20 +70,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     options.dtype = DEFAULT_DTYPES[options.device]
-    options.filtered = len(chosen) < len(FIGURES) or options.quick
+    options.filtered = len(chosen) < len(FIGURES) or options.quick or options.compiled
     options.figures = [figure for figure in FIGURES if figure.name in chosen]
     return options
 
 
 def grouped(figures: Sequence[Figure]) -> dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Modes and providers of each workload."""
+    """Modes and providers of each workload, the most important first."""
     found: dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-    for figure in figures:
-        if figure.mode:
-            modes, providers = found.get(figure.workload, ((), (OURS,)))
-            found[figure.workload] = (
-                tuple(dict.fromkeys((*modes, figure.mode))), tuple(dict.fromkeys((*providers, *figure.against))),
-            )  # fmt: skip
+    for figure in sorted((one for one in figures if one.mode), key=lambda one: importance(one.workload)):
+        modes, providers = found.get(figure.workload, ((), (OURS,)))
+        found[figure.workload] = (
+            tuple(dict.fromkeys((*modes, figure.mode))), tuple(dict.fromkeys((*providers, *figure.against))),
+        )  # fmt: skip
     return found
 
 
@@ -88,12 +90,12 @@ class Progress:
     """A line for everything that begins, with the seconds since the start."""
 
     def __init__(self) -> None:
-        self._started, self._task = time.perf_counter(), ""
+        self.started, self._task = time.perf_counter(), ""
 
     @property
     def seconds(self) -> float:
         """Since the start."""
-        return time.perf_counter() - self._started
+        return time.perf_counter() - self.started
 
     def task(self, text: str) -> None:
         """What the lines that follow belong to."""
@@ -107,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, judge, print, write.
 
     Returns:
-        0; 1 if a provider failed; 130 after Ctrl-C, with what was measured written.
+        0; 1 if a provider or the device failed; 2 if the records of before can't be read; 130 after Ctrl-C, with what
+        was measured written.
     """
     options = parse(arguments)
     console = console_for(sys.stdout)
@@ -117,47 +120,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{figure.name}  {figure.op} {figure.case} {figure.mode}  {what} ({', '.join(figure.against)}) "
                   f"{sense} cpu {figure.cpu or '-'}, cuda {figure.cuda or '-'}")  # fmt: skip
         return 0
+    progress = Progress()
     facts = environment.describe(options.device, "bench.figures")
     path = output_path(options, facts["device"])
-    kept = read_records(path) if options.add and path is not None and path.exists() else []
-    records: list[Measurement] = []
+    try:
+        kept = earlier_records(path) if options.add and path is not None else []
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    run: Run | None = None
+    interrupted = False
     try:
         with exact_matmuls():
-            for run in measure(options, facts):
-                records = run.records
-                save(path, merged(kept, records), options.device)
-        interrupted = False
+            progress.task("limits")
+            progress("measuring the device")
+            run = start(options, facts, progress.started)
+            run.saves_time, run.say = False, progress
+            for _ in measure(options, run, progress):
+                save(path, merged(kept, run.records), options.device)
     except KeyboardInterrupt:
         interrupted = True
-    save(path, merged(kept, records), options.device)
-    print_table([judge(figure, records, options.device) for figure in options.figures], console)
-    console.print(f"written: {path or 'nowhere (not all figures: give --out)'}", highlight=False, soft_wrap=True)
+    records = run.records if run is not None else []
+    failure = run.failure if run is not None else None
+    found = merged(kept, records)
+    save(path, found, options.device)
+    print_table([judge(figure, found, options.device) for figure in options.figures], console)
+    written = [path] if path is not None else []
+    print_end(interrupted, failure, written, progress.seconds, console)
     if interrupted:
         return 130
-    return 1 if any(record.status == "failed" for record in records) else 0
+    return 1 if failure or any(record.status == "failed" for record in records) else 0
 
 
-def measure(options: Any, facts: dict[str, Any]) -> Any:
-    """Yields the run after each workload."""
-    progress, everyone = Progress(), all_providers()
-    progress.task("limits")
-    progress("measuring the device")
-    options.quick = bool(options.quick)
-    run: Run = start(options, facts)
-    run.saves_time, run.say = False, progress
+def measure(options: Any, run: Run, progress: Progress) -> Iterator[None]:
+    """Pauses after each workload."""
     run.seconds, run.at_least = SECONDS[options.device], AT_LEAST
     run.compile_seconds = 60 * (options.compile_minutes or COMPILE_MINUTES[options.device])
-    workloads = grouped(options.figures)
+    everyone, workloads = all_providers(), grouped(options.figures)
     for number, (workload, (modes, providers)) in enumerate(workloads.items(), 1):
         progress.task(f"{number}/{len(workloads)} {workload.op} {workload.name}")
-        if options.minutes and progress.seconds > 60 * options.minutes:
-            progress("not begun: the time is over")
-            continue
         chosen = [everyone[name] for name in everyone if name in providers]
         run.providers = [one for one in chosen if not (one.compiles and options.no_compile)]
+        if options.compiled and not any(one.compiles for one in run.providers):
+            continue
+        own_floor = any(one.kind == "floor" and one.workload == workload for one in options.figures if one.mode)
+        if options.no_compile and len(run.providers) == 1 and not own_floor:
+            progress("not begun: whom it is compared with compiles")
+            continue
+        reason = run.stopped()
+        if reason == OVER:
+            progress("not begun: the time is over")
+            continue
         measure_workload(run, workload, options.dtype[0], modes)
-        progress("done")
-        yield run
+        progress(reason or "done")
+        yield
 
 
 def output_path(options: Any, device: str) -> Path | None:
@@ -166,12 +182,6 @@ def output_path(options: Any, device: str) -> Path | None:
     if folder is None and not options.filtered:
         folder = environment.REPOSITORY / "bench" / "results" / environment.slug(device)
     return folder and folder / FILE
-
-
-def merged(kept: Sequence[Measurement], records: Sequence[Measurement]) -> list[Measurement]:
-    """What was measured now, and of before what wasn't."""
-    measured = {(record.op, record.case) for record in records}
-    return [record for record in kept if (record.op, record.case) not in measured] + list(records)
 
 
 def save(path: Path | None, records: Sequence[Measurement], device: str) -> None:

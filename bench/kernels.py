@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import costs, environment, limits
-from .cases import FIRST, TRAIN_STEPS, Workload
+from .cases import Workload
 from .composites import make_weights
 from .gate import Bound, Truth, backward_call, both_call, dout_like, results_of, truth_of
 from .inputs import Inputs, make_inputs
-from .kernels_args import parse
-from .kernels_output import Steps, console_for, print_interrupted, print_list, print_report
+from .kernels_args import parse, tasks_of, too_slow_to_compile
+from .kernels_output import Steps, Writer, console_for, print_end, print_list, print_report
 from .limits import DTYPES, Limits
-from .measurement import Measurement, write_records
+from .measurement import Measurement
 from .providers import GRADIENT_MODES, Provider, all_providers
 from .timing import (
     Budget,
@@ -36,14 +36,16 @@ from .timing import (
     interleaved,
     memory_of,
     peak_bytes,
+    synchronize,
     time_limit,
 )
 
 SECONDS = {"cpu": 0.25, "cuda": 0.3}  # of repetitions, for each provider of a workload in a mode
 QUICK_BUDGET = Budget(0.02, at_least=2, at_most=4)
-# composites of which a CPU run without names compiles none: the encoder takes minutes, the others are parts of
-# second_question, which it does compile
-NOT_COMPILED = ("encode", "extract", "inject", "adapter_layer", *TRAIN_STEPS)
+COMPILE_SECONDS = {"cpu": 45.0, "cuda": 60.0}  # to a first result, in a run that has to end
+LATE_S = 5.0  # what is begun just before the end of a run may take that long beyond it
+UNFORCED = ("hia", "textbook", "gemms")  # ours, with a backend for every input unless one is forced
+OVER = "not run: --minutes was over before its turn"
 NO_KERNEL = ("no available kernel", "no operator found", "not supported", "not implemented for")
 
 
@@ -63,6 +65,9 @@ class Run:
         seconds: of repetitions, for each provider of a workload in a mode; None takes the device's.
         at_least: repetitions, however long they take.
         compile_seconds: what a provider that compiles may take to its first result; None doesn't limit it.
+        end: when the run is over, by ``perf_counter``; None where it has no end.
+        failure: how the device failed, after which nothing can run on it in this process; None if it works.
+        cut: whether something wasn't run because the run was over.
         say: told what is being done.
     """
 
@@ -77,36 +82,48 @@ class Run:
     seconds: float | None = None
     at_least: int = 4
     compile_seconds: float | None = None
+    end: float | None = None
+    failure: str | None = None
+    cut: bool = False
     say: Callable[[str], None] = lambda _: None
 
+    @property
+    def left(self) -> float:
+        """Seconds until it is over."""
+        return float("inf") if self.end is None else self.end - time.perf_counter()
+
     def budget(self, contenders: int) -> Budget:
-        """For so many of a workload in a mode."""
+        """For so many of a workload in a mode; less where the run is nearly over."""
         if self.quick:
             return QUICK_BUDGET
-        seconds = SECONDS[self.device] if self.seconds is None else self.seconds
-        return Budget(seconds * contenders, at_least=self.at_least)
+        seconds = contenders * (SECONDS[self.device] if self.seconds is None else self.seconds)
+        return Budget(seconds, self.at_least) if seconds < self.left else Budget(max(0.0, self.left), at_least=2)
 
+    def allowance(self, *, compiles: bool) -> float | None:
+        """Seconds that a provider may take to its first result; None doesn't limit it."""
+        own = self.compile_seconds if compiles else None
+        late = None if self.end is None else max(0.0, self.left) + LATE_S
+        return min((seconds for seconds in (own, late) if seconds is not None), default=None)
 
-@dataclass(frozen=True)
-class Task:
-    """A step of the run.
+    def stopped(self) -> str | None:
+        """Why nothing more can be run; None if it can."""
+        if self.failure is not None:
+            return f"not run: {self.failure}"
+        if self.left > 0:
+            return None
+        self.cut = True
+        return OVER
 
-    Attributes:
-        workload: op and case.
-        modes: in which it is measured.
-        dtype: its name.
-        providers: who is.
-    """
-
-    workload: Workload
-    modes: tuple[str, ...]
-    dtype: str
-    providers: list[Provider]
-
-    @property
-    def name(self) -> str:
-        """For the progress bar."""
-        return f"{self.workload.op} {self.workload.name} {self.dtype}"
+    def check_device(self, provider: str, workload: Workload) -> str | None:
+        """How the device failed in this provider's work. An illegal access, say, makes all later calls of the process
+        fail, which is none of the others' faults."""
+        if self.failure is None:
+            try:
+                synchronize(self.device)
+            except Exception as raised:
+                why = str(raised).strip().partition("\n")[0]
+                self.failure = f"the device failed in {provider} {workload.op} {workload.name} ({why})"
+        return self.failure
 
 
 @dataclass
@@ -157,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print.
 
     Returns:
-        0; 1 if a provider failed; 130 after Ctrl-C, with what was measured written.
+        0; 1 if a provider or the device failed; 2 if the records of before can't be read; 130 after Ctrl-C, with what
+        was measured written.
     """
     options = parse(arguments)
     console = console_for(sys.stdout)
@@ -169,7 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     started = time.perf_counter()
     facts = environment.describe(options.device, "bench.kernels")
-    paths = output_paths(options, facts["device"])
+    try:
+        writer = Writer(options, facts["device"])
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     left_out: list[str] = []
     interrupted = False
     run: Run | None = None
@@ -177,65 +199,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tasks = tasks_of(options, providers)
         with exact_matmuls(), Steps(console_for(sys.stderr), len(tasks)).shown() as steps:
             steps.now("measuring the device's limits")
-            run = start(options, facts)
+            run = start(options, facts, started)
             for task in tasks:
                 steps.now(task.name)
-                if options.minutes and time.perf_counter() - started > 60 * options.minutes:
+                if run.stopped() == OVER:
                     left_out.append(task.name)
                 else:
                     run.providers = task.providers
                     measure_workload(run, task.workload, task.dtype, task.modes)
-                    write(paths, run.records)
+                    writer(run.records)
                 steps.done()
     except KeyboardInterrupt:
         interrupted = True
     records = run.records if run is not None else []
-    write(paths, records)
+    failure = run.failure if run is not None else None
+    whole = not (options.filtered or interrupted or failure or run is None or run.cut)
+    writer(records, complete=whole)
     print_report(records, run.limits if run is not None else None, left_out, console)
-    print_interrupted(interrupted, paths, time.perf_counter() - started, console)
+    print_end(interrupted, failure, writer.paths, time.perf_counter() - started, console)
     if interrupted:
         return 130
-    return 1 if any(record.status == "failed" for record in records) else 0
+    return 1 if failure or any(record.status == "failed" for record in records) else 0
 
 
-def tasks_of(options: Any, providers: list[Provider]) -> list[Task]:
-    """In order. On CUDA, where nothing was asked for by name, compiling comes last and for the first shapes only:
-    max-autotune takes as long as everything else together."""
-    if options.filtered or options.device == "cpu":
-        return [Task(*item, dtype, providers) for dtype in options.dtype for item in options.plan]
-    plain = [provider for provider in providers if not provider.compiles]
-    compiled = [provider for provider in providers if provider.compiles]
-    first = [item for item in options.plan if item[0].case.name in FIRST and item[0].op not in NOT_COMPILED]
-    tasks = [Task(*item, dtype, plain) for dtype in options.dtype for item in options.plan]
-    return tasks + [Task(*item, dtype, compiled) for dtype in options.dtype for item in first]
-
-
-def start(options: Any, facts: dict[str, Any]) -> Run:
-    """Measure the limits."""
+def start(options: Any, facts: dict[str, Any], started: float) -> Run:
+    """Measure the limits; ``--minutes`` count from ``started``."""
     found = limits.measure(options.device, options.dtype, quick=options.quick)
     clock = CudaClock() if options.device == "cuda" else cpu_clock
     facts = {**facts, "limits": found.to_dict()}
-    return Run(options.device, [], found, facts, options.quick, not options.filtered, clock)
-
-
-def output_paths(options: Any, device: str) -> list[Path]:
-    """Where records go: a filtered run is no record of the device unless a place is named."""
-    folder = options.out
-    if folder is None and not options.filtered:
-        folder = environment.REPOSITORY / "bench" / "results" / environment.slug(device)
-    return [path for path in (folder and folder / "kernels.json", options.json) if path]
-
-
-def write(paths: list[Path], records: list[Measurement]) -> None:
-    """Everything measured so far, to every path; nothing replaces no record."""
-    for path in paths if records else []:
-        write_records(path, records)
+    run = Run(options.device, [], found, facts, options.quick, not options.filtered, clock)
+    if options.minutes:
+        run.end, run.compile_seconds = started + 60 * options.minutes, COMPILE_SECONDS[options.device]
+    return run
 
 
 def measure_workload(run: Run, workload: Workload, dtype: str, modes: Sequence[str]) -> None:
-    """All providers in all modes. A case whose reference raises, too large for the device say, is a failed row a
-    mode."""
+    """All providers in all modes. A case whose reference raises, too large for the device say, is a failed row for
+    every mode that has none yet."""
+    finished: set[str] = set()
     try:
+        if run.stopped() is not None:
+            refuse_rest(run, workload, dtype, modes)
+            return
         inputs = make_inputs(workload, DTYPES[dtype], run.device)
         composite = workload.level == "composite"
         weights = make_weights(workload.case, DTYPES[dtype], run.device) if composite else None
@@ -243,41 +248,65 @@ def measure_workload(run: Run, workload: Workload, dtype: str, modes: Sequence[s
         for gradients in (False, True):
             chosen = [mode for mode in modes if (mode in GRADIENT_MODES) == gradients]
             if chosen:
-                measure_modes(run, subject, chosen, gradients=gradients)
+                measure_modes(run, subject, chosen, finished, gradients=gradients)
     except Exception as raised:
+        run.check_device("the reference of", workload)
         reason = f"the inputs or the reference raised {refusal(raised, [])['reason']}"
         for mode in modes:
-            record(run, workload, "reference", mode, dtype, status="failed", reason=reason)
-    if run.device == "cuda":
-        torch.cuda.empty_cache()
+            if mode not in finished:
+                record(run, workload, "reference", mode, dtype, status="failed", reason=reason)
+    if run.device == "cuda" and run.failure is None:
+        try:
+            torch.cuda.empty_cache()
+        except Exception:
+            run.check_device("the last call of", workload)
 
 
-def measure_modes(run: Run, subject: Subject, modes: Sequence[str], *, gradients: bool) -> None:
-    """Modes that need gradients, or those that don't: every provider is bound and checked once for them."""
+def refuse_rest(run: Run, workload: Workload, dtype: str, modes: Sequence[str]) -> None:
+    """Rows of a workload that isn't run at all."""
+    for mode in modes:
+        for provider in run.providers:
+            if provider.serves(workload):
+                reason = run.stopped()
+                record(run, workload, provider.name, mode, dtype, status="unavailable", reason=reason)
+
+
+def measure_modes(run: Run, subject: Subject, modes: Sequence[str], finished: set[str], *, gradients: bool) -> None:
+    """Modes that need gradients, or those that don't: every provider is bound and checked once for them. A mode that
+    has its rows is added to ``finished``."""
     torch._dynamo.reset()  # a function compiled for many shapes would be given up
     run.say("the reference")
-    truth = subject.truth(gradients=gradients)
+    truth: Truth | None = None
+    if run.stopped() is None:
+        with suppress(OutOfTime), time_limit(run.allowance(compiles=False)):
+            truth = subject.truth(gradients=gradients)
+    if truth is None:
+        refuse_rest(run, subject.workload, subject.dtype, modes)
+        finished.update(modes)
+        return
     verdicts: dict[str, Contender | dict[str, str]] = {}
     for provider in run.providers:
         if not provider.serves(subject.workload):
             continue
-        reason = unavailable_reason(run, provider, subject, modes[0])
+        reason = run.stopped() or unavailable_reason(run, provider, subject, modes[0])
         if reason is not None:
             verdicts[provider.name] = {"status": "unavailable", "reason": reason}
-        else:
-            run.say(f"checking {provider.name}")
-            verdicts[provider.name] = admit(run, subject, truth, provider, gradients=gradients)
+            continue
+        run.say(f"checking {provider.name}")
+        verdicts[provider.name] = admit(run, subject, truth, provider, gradients=gradients)
+        problem = run.check_device(provider.name, subject.workload)
+        if problem is not None:
+            verdicts[provider.name] = {"status": "failed", "reason": problem}
     outs = [tensor for name, tensor in truth.plain.items() if name.startswith("out")]
     del truth  # in twice the precision, with every gradient: more than all that is timed
     for mode in modes:
         time_mode(run, subject, verdicts, outs, mode)
+        finished.add(mode)
 
 
 def unavailable_reason(run: Run, provider: Provider, subject: Subject, mode: str) -> str | None:
     """The provider's own, or that this run leaves it out."""
-    op, case = subject.workload.op, subject.workload.case
-    slow = op in NOT_COMPILED or not getattr(case, "is_even", True)
-    if run.device == "cpu" and run.saves_time and provider.compiles and slow:
+    if run.saves_time and provider.compiles and too_slow_to_compile(run.device, subject.workload):
         return "left out to save time where nothing was asked for by name"
     return provider.unavailable_reason(run.device, DTYPES[subject.dtype], subject.workload, mode)
 
@@ -289,12 +318,16 @@ def time_mode(
     workload, dtype = subject.workload, subject.dtype
     contenders: dict[str, Contender] = {}
     for name, verdict in verdicts.items():
-        refused = make_call(verdict, mode, run.device) if isinstance(verdict, Contender) else verdict
+        refused = prepare_call(run, subject, verdict, mode) if isinstance(verdict, Contender) else verdict
         if refused is None:
             contenders[name] = verdict
         else:
             record(run, workload, name, mode, dtype, **refused)
-    if not contenders:
+    reason = run.stopped()
+    if reason is not None:
+        for name in contenders:
+            record(run, workload, name, mode, dtype, status="unavailable", reason=reason)
+    if not contenders or reason is not None:
         return
     run.say(f"timing {mode}")
     timed = interleaved(
@@ -303,10 +336,26 @@ def time_mode(
         run.budget(len(contenders)),
         shortest_ms=0.0 if run.device == "cuda" and mode != "dispatch" else 0.5,
     )
+    ended = [name for name, samples in timed.items() if samples.error is not None]
+    culprit = min(ended, key=lambda name: len(timed[name].times_ms), default="timing")  # whose call raised first
+    broken = run.check_device(culprit, workload) is not None
     flops = costs.flops(workload, subject.inputs, subject.weights, mode)
     moved = costs.moved_bytes(workload, subject.inputs, subject.weights, outs, mode)
     for name, samples in timed.items():
-        record_times(run, subject, mode, contenders[name], samples, flops, moved)
+        if broken and samples.error is not None and name != culprit:
+            record(run, workload, name, mode, dtype, status="unavailable", reason=run.stopped())
+        else:
+            record_times(run, subject, mode, contenders[name], samples, flops, moved)
+
+
+def prepare_call(run: Run, subject: Subject, contender: Contender, mode: str) -> dict[str, str] | None:
+    """A status and a reason if it can't be timed."""
+    reason = run.stopped()
+    if reason is not None:
+        return {"status": "unavailable", "reason": reason}
+    refused = make_call(contender, mode, run.device)
+    problem = run.check_device(contender.provider.name, subject.workload)
+    return refused if problem is None else {"status": "failed", "reason": problem}
 
 
 def admit(
@@ -314,7 +363,7 @@ def admit(
 ) -> Contender | dict[str, str]:
     """The provider bound and checked, or a status and a reason."""
     began = time.perf_counter()
-    seconds = run.compile_seconds if provider.compiles else None
+    seconds = run.allowance(compiles=provider.compiles)
     with warnings.catch_warnings(record=True) as caught, always_warning():
         warnings.simplefilter("always")
         try:
@@ -322,10 +371,12 @@ def admit(
                 bound = provider.bind(subject.workload, subject.inputs, subject.weights, gradients=gradients)
                 problem, error = checked(bound, truth, gradients=gradients)
         except OutOfTime:
+            if run.stopped() is not None:
+                return {"status": "unavailable", "reason": OVER}
             reason = f"compiling took more than the {seconds:.0f} s it was given, which is no bound of ours to meet"
             return {"status": "unavailable", "reason": reason}
         except Exception as raised:
-            return refusal(raised, [str(warning.message) for warning in caught])
+            return refusal(raised, [str(warning.message) for warning in caught], provider.name)
     if problem is not None:
         return {"status": "failed", "reason": f"beyond the tolerance: {problem}"}
     return Contender(provider, bound, error, time.perf_counter() - began)
@@ -351,10 +402,13 @@ def always_warning() -> Iterator[None]:
         torch.set_warn_always(before)
 
 
-def refusal(raised: Exception, warned: list[str]) -> dict[str, str]:
-    """A library that says it takes no such input isn't available here; anything else is a failure."""
+def refusal(raised: Exception, warned: list[str], provider: str = "") -> dict[str, str]:
+    """A library that says it takes no such input isn't available here; anything else is a failure. Ours takes every
+    input, unless a backend is forced: from it the same words are a failure."""
     text = str(raised).strip().partition("\n")[0]
-    if isinstance(raised, NotImplementedError) or any(phrase in str(raised).lower() for phrase in NO_KERNEL):
+    refuses = isinstance(raised, NotImplementedError) or any(phrase in str(raised).lower() for phrase in NO_KERNEL)
+    must = provider in UNFORCED and os.environ.get("HIA_BACKEND", "auto") == "auto"
+    if refuses and not must:
         why = "; ".join(dict.fromkeys(line.partition(" (Triggered")[0].strip() for line in warned))
         return {"status": "unavailable", "reason": f"{text} {why}".strip()}
     return {"status": "failed", "reason": f"{type(raised).__name__}: {text}"}
@@ -378,7 +432,7 @@ def make_call(contender: Contender, mode: str, device: str) -> dict[str, str] | 
             contender.call = torch.no_grad()(bound.forward)
         contender.peak = peak_bytes(contender.call, device)
     except Exception as raised:
-        return refusal(raised, [])
+        return refusal(raised, [], contender.provider.name)
     return None
 
 
@@ -388,7 +442,7 @@ def record_times(
     """A row of a provider that was timed, or that raised while it was."""
     workload, dtype, name = subject.workload, subject.dtype, contender.provider.name
     if samples.error is not None or not samples.times_ms:
-        record(run, workload, name, mode, dtype, **refusal(samples.error or RuntimeError("no repetition"), []))
+        record(run, workload, name, mode, dtype, **refusal(samples.error or RuntimeError("no repetition"), [], name))
         return
     p20, p50, p80 = (samples.percentile(percent) for percent in (20, 50, 80))
     least = costs.least_flops(workload, flops, DTYPES[dtype].itemsize)

@@ -6,7 +6,9 @@ import argparse
 import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +16,37 @@ from .cases import CASES, COMPOSITES, FIRST, OPS, ROLES, TRAIN_STEPS, Workload, 
 from .figures import FIGURES
 from .limits import DTYPES
 from .measurement import MODES
-from .providers import all_providers
+from .providers import Provider, all_providers
 
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_DTYPES = {"cpu": ("fp32",), "cuda": ("bf16",)}
 FILTERS = ("op", "case", "provider", "mode", "dtype", "set")
 SETS = ("cpu", "gpu", "quick", "figures")
+# composites of which a CPU run without names compiles none: the encoder takes minutes, the others are parts of
+# second_question, which it does compile
+NOT_COMPILED = ("encode", "extract", "inject", "adapter_layer", *TRAIN_STEPS)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step of the run.
+
+    Attributes:
+        workload: op and case.
+        modes: in which it is measured.
+        dtype: its name.
+        providers: who is.
+    """
+
+    workload: Workload
+    modes: tuple[str, ...]
+    dtype: str
+    providers: list[Provider]
+
+    @property
+    def name(self) -> str:
+        """For the progress bar."""
+        return f"{self.workload.op} {self.workload.name} {self.dtype}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     chosen.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, or auto (default)")
     chosen.add_argument("--quick", action="store_true",
                         help="tiny shapes, few repetitions, nothing compiled: a smoke test")  # fmt: skip
-    chosen.add_argument("--minutes", type=float, metavar="M", help="start nothing new after that long")
+    chosen.add_argument(
+        "--minutes", type=float, metavar="M", help="begin nothing new after that long, and limit what compiles"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--list", action="store_true", help="print what would be measured, and exit")
     output.add_argument("--json", metavar="PATH", help="write the records here too")
@@ -85,7 +114,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan(options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
-    """The workloads of the chosen ops and cases, ops first, each with its modes.
+    """The workloads of the chosen ops and cases, the most telling first, each with its modes.
 
     Raises:
         ValueError: an unknown op or case, ops that don't occur in the chosen cases, or modes that don't.
@@ -103,8 +132,7 @@ def plan(options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
         planned = [(workload, modes_of(workload, options.mode)) for workload in chosen]
     else:
         planned = _default_plan(found, options)
-        if options.device == "cuda":
-            planned.sort(key=lambda item: _rank(item[0]))
+    planned.sort(key=lambda item: _rank(item[0]))
     planned = [(workload, modes) for workload, modes in planned if modes]
     if not planned:
         raise ValueError(f"--mode: must be one that the chosen ops and cases have, got {', '.join(options.mode)}")
@@ -128,11 +156,32 @@ def _default_plan(found: list[Workload], options: argparse.Namespace) -> list[tu
     return planned
 
 
-def _rank(workload: Workload) -> int:
-    """The most telling first, should the time be over early."""
-    if workload.case.name not in FIRST:
-        return 2
-    return 0 if workload.level == "composite" else 1
+def _rank(workload: Workload) -> tuple[bool, bool, bool]:
+    """The most telling first, should the time be over early: the first shapes, then images of 896 pixels, and of both
+    the composites before the ops."""
+    name = workload.case.name
+    return name not in FIRST, "896" not in name, workload.level != "composite"
+
+
+def tasks_of(options: Any, providers: list[Provider]) -> list[Task]:
+    """In order. On CUDA, where nothing was asked for by name, compiling comes last and for the first shapes only:
+    max-autotune takes as long as everything else together. The other shapes get a row that says so."""
+    if options.filtered or options.device == "cpu":
+        return [Task(*item, dtype, providers) for dtype in options.dtype for item in options.plan]
+    plain = [provider for provider in providers if not provider.compiles]
+    compiled = [provider for provider in providers if provider.compiles]
+    first = [item for item in options.plan if not too_slow_to_compile("cuda", item[0])]
+    tasks = [
+        Task(*item, dtype, plain if item in first else providers) for dtype in options.dtype for item in options.plan
+    ]
+    return tasks + [Task(*item, dtype, compiled) for dtype in options.dtype for item in first]
+
+
+def too_slow_to_compile(device: str, workload: Workload) -> bool:
+    """Whether a run without names leaves out who compiles."""
+    case = workload.case
+    known = case.name in FIRST if device == "cuda" else getattr(case, "is_even", True)
+    return workload.op in NOT_COMPILED or not known
 
 
 def modes_of(workload: Workload, modes: Iterable[str]) -> tuple[str, ...]:

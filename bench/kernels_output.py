@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import environment
 from .cases import Workload
 from .limits import Limits
-from .measurement import Measurement
+from .measurement import Measurement, read_records, write_records
 from .providers import Provider
 
 FURTHEST = 10
@@ -47,6 +48,57 @@ class Steps:
     def done(self) -> None:
         """One step more."""
         self._bar.advance(self._task)
+
+
+def output_paths(options: Any, device: str) -> list[Path]:
+    """Where records go: a filtered run is no record of the device unless a place is named."""
+    folder = options.out
+    if folder is None and not options.filtered:
+        folder = environment.REPOSITORY / "bench" / "results" / environment.slug(device)
+    return [path for path in (folder and folder / "kernels.json", options.json) if path]
+
+
+def earlier_records(path: Path) -> list[Measurement]:
+    """What a file holds that a run will add to; nothing where there is none.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        return read_records(path) if path.exists() else []
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--out: {path} must hold the records of an earlier run, got: {error}; move it away, or "
+                         "name another folder") from error  # fmt: skip
+
+
+def merged(kept: Sequence[Measurement], records: Sequence[Measurement]) -> list[Measurement]:
+    """What was found now, and of before what wasn't; that something could not run now replaces no number."""
+    numbers = {record.key for record in kept if record.status != "unavailable"}
+    new = [record for record in records if record.status != "unavailable" or record.key not in numbers]
+    replaced = {record.key for record in new}
+    return [record for record in kept if record.key not in replaced] + new
+
+
+class Writer:
+    """Keeps a run's files up to date. A folder's file keeps what it held and the run has no row for, until a complete
+    run ends; the file of ``--json`` is the run's alone.
+
+    Args:
+        options: of the command line.
+        device: its name.
+
+    Raises:
+        ValueError: the folder's file holds something else.
+    """
+
+    def __init__(self, options: Any, device: str) -> None:
+        self.paths = output_paths(options, device)
+        self._kept = {path: [] if path == options.json else earlier_records(path) for path in self.paths}
+
+    def __call__(self, records: Sequence[Measurement], *, complete: bool = False) -> None:
+        """Everything measured so far, to every path; nothing replaces no record."""
+        for path in self.paths if records else []:
+            write_records(path, merged([] if complete else self._kept[path], records))
 
 
 def print_list(
@@ -140,9 +192,12 @@ def _milliseconds(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def print_interrupted(interrupted: bool, paths: Sequence[Path], seconds: float, console: Console) -> None:
-    """Where it went."""
+def print_end(interrupted: bool, failure: str | None, paths: Sequence[Path], seconds: float, console: Console) -> None:
+    """How it ended, and where the records went."""
     if interrupted:
         console.print("interrupted: what was measured is kept")
-    written = ", ".join(map(str, paths)) or "nowhere (a filtered run: give --out or --json)"
+    if failure is not None:
+        line = f"{failure}: nothing more can run on it in this process, and the rest was not run"
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+    written = ", ".join(map(str, paths)) or "nowhere (not everything was asked for: name a place by --out)"
     console.print(f"{seconds:.0f} s; written: {written}", highlight=False, soft_wrap=True)

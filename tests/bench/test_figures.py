@@ -117,6 +117,80 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_second_run_adds_by_provider(tmp_path, capsys):
+    """What the first had and the second did not reach, interrupted say, stays; two runs' ratio says so."""
+    old = [row("hia", 8.0, environment={"date": "yesterday"}), row("textbook", environment={"date": "yesterday"}),
+           row("released", 4.0, environment={"date": "yesterday"})]  # fmt: skip
+    old = [replace(one, op="second_question", case="tiny-released") for one in old]
+    write_records(tmp_path / "figures.json", old)
+    arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--only", "tiny-gemms"]
+    assert figures_run.main([*arguments, "--add"]) == 0
+    found = {one.provider: one for one in read_records(tmp_path / "figures.json")}
+    assert set(found) == {"hia", "textbook", "released", "gemms"}
+    assert found["released"] == old[2] and found["hia"] != old[0]
+    verdicts = {one["name"]: one for one in json.loads((tmp_path / "figures.json").read_text())["figures"]}
+    assert "in two runs" not in verdicts["tiny-gemms"]["note"]
+    assert (
+        verdicts["tiny"]["note"].endswith("released yesterday") and "; in two runs: hia 20" in verdicts["tiny"]["note"]
+    )
+    (tmp_path / "figures.json").write_text("[")
+    assert figures_run.main([*arguments, "--add"]) == 2
+    assert f"--out: {tmp_path / 'figures.json'} must hold the records" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_only_what_compiles_or_only_what_does_not(tmp_path, capsys, monkeypatch):
+    def note(run, workload, *_rest):
+        asked.append((workload.op, [provider.name for provider in run.providers]))
+
+    monkeypatch.setattr(figures_run, "measure_workload", note)
+    asked = []
+    quick = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
+    figures_run.main([*quick, "--compiled"])
+    assert asked == [("second_question", ["hia", "gemms", "released", "released_compile"])], "all of it, in turns"
+    monkeypatch.setattr(figures_run, "FIGURES", (replace(figures.FIGURES[0], against=("released_compile",)),))
+    asked.clear()
+    figures_run.main([*quick, "--no-compile"])
+    assert not asked and "not begun: whom it is compared with compiles" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        figures_run.main([*quick, "--no-compile", "--compiled"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_deadline_cuts_the_least_important():
+    found = [(one.op, one.name) for one in figures_run.grouped(FIGURES)]
+    attention = [f"{kind}-896:extract" for kind in ("13b-released", "7b-released", "13b")]  # heads of 640, 512, 128
+    assert found[:7] == [
+        ("adapter_layer", CASE), ("second_question", CASE), *(("cross_attention", name) for name in attention),
+        ("encode", "px896"), ("stem", "px2048-16bit"),
+    ]  # fmt: skip
+    sides = [next(side for side in ("896", "1792", "2048", "4096", "3584") if side in name) for _, name in found[7:]]
+    order = ["896", "1792", "2048", "4096", "3584"]
+    assert sides == sorted(sides, key=order.index)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_nothing_begins_when_the_time_is_over(tmp_path, capsys):
+    assert figures_run.main(["--device", "cpu", "--quick", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("not begun: the time is over") == 2 and "3 not measured" in printed.out
+    assert not (tmp_path / "figures.json").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_ctrl_c_keeps_the_workload_it_was_at(tmp_path, monkeypatch):
+    measure = figures_run.measure_workload
+
+    def interrupted(run, *rest):
+        measure(run, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures_run, "measure_workload", interrupted)
+    assert figures_run.main(["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]) == 130
+    assert {one.op for one in read_records(tmp_path / "figures.json")} == {"second_question"}
+
+
+@pytest.mark.usefixtures("tiny")
 def test_some_figures_are_no_record_of_the_device():
     options = figures_run.parse(["--device", "cpu", "--only", "step"])
     assert figures_run.output_path(options, "A CPU") is None

@@ -244,8 +244,8 @@ def test_every_provider_but_the_compiled_passes_on_tiny_shapes(tmp_path):
 
 def test_a_filtered_run_is_no_record_of_the_device(monkeypatch):
     options = kernels_args.parse(["--device", "cpu", "--op", "stem"])
-    assert kernels.output_paths(options, "A CPU") == []
-    (path,) = kernels.output_paths(kernels_args.parse(["--device", "cpu"]), "A CPU")
+    assert kernels_output.output_paths(options, "A CPU") == []
+    (path,) = kernels_output.output_paths(kernels_args.parse(["--device", "cpu"]), "A CPU")
     assert path == environment.REPOSITORY / "bench" / "results" / "a-cpu" / "kernels.json"
 
 
@@ -325,6 +325,18 @@ def test_a_library_that_refuses_is_unavailable_and_says_why():
     assert kernels.refusal(ValueError("boom"), ["w"]) == {"status": "failed", "reason": "ValueError: boom"}
 
 
+def test_ours_has_no_input_to_refuse(monkeypatch):
+    monkeypatch.delenv("HIA_BACKEND", raising=False)
+    raised = NotImplementedError("hia::stem: 40 channels are not supported")
+    for name in ("hia", "textbook"):
+        found = kernels.refusal(raised, [], name)
+        assert found == {"status": "failed", "reason": f"NotImplementedError: {raised}"}
+        assert kernels.refusal(RuntimeError("dtype not supported"), [], name)["status"] == "failed"
+    assert kernels.refusal(raised, [], "hia-triton")["status"] == "unavailable"
+    monkeypatch.setenv("HIA_BACKEND", "triton")
+    assert kernels.refusal(raised, [], "hia")["status"] == "unavailable"
+
+
 def test_furthest_takes_the_fastest_provider_of_each_workload():
     slow = replace(RECORD, provider="eager", p20_ms=9.0, p50_ms=9.0, p80_ms=9.0, percent_of_floor=1.0)
     other = replace(RECORD, case="px448", percent_of_floor=10.0)
@@ -334,11 +346,25 @@ def test_furthest_takes_the_fastest_provider_of_each_workload():
 def test_the_most_telling_shapes_come_first_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = kernels_args.parse([])
-    tasks = kernels.tasks_of(options, list(providers.all_providers().values()))
+    everyone = list(providers.all_providers().values())
+    tasks = kernels_args.tasks_of(options, everyone)
     assert tasks[0].workload.case.name in cases.FIRST and tasks[0].workload.level == "composite"
-    compiling = [any(provider.compiles for provider in task.providers) for task in tasks]
+    compiling = [all(provider.compiles for provider in task.providers) for task in tasks]
     assert compiling == sorted(compiling), "compiling comes last"
-    assert {task.workload.case.name for task in tasks[compiling.index(True) :]} == set(cases.FIRST)
+    compiled = tasks[compiling.index(True) :]
+    assert {task.workload.case.name for task in compiled} == set(cases.FIRST)
+    for workload in {task.workload for task in tasks}:
+        asked = [provider.name for task in tasks if task.workload == workload for provider in task.providers]
+        assert sorted(asked) == sorted(provider.name for provider in everyone), "each once, measured or with a reason"
+        assert kernels_args.too_slow_to_compile("cuda", workload) is (workload not in {t.workload for t in compiled})
+
+
+def test_composites_and_896_pixels_come_early_on_the_cpu():
+    for arguments in ([], ["--op", "inject_rows,adapter_layer", "--case", "13b-448,13b-896"]):
+        found = [workload for workload, _ in kernels_args.parse(["--device", "cpu", *arguments]).plan]
+        levels = [found.level for found in found if "896" in found.case.name] or [one.level for one in found]
+        assert set(levels) == {"op", "composite"} and levels == sorted(levels)  # "composite" < "op"
+    assert ["896" in one.case.name for one in found] == [True, True, False, False]
 
 
 def test_no_new_task_after_the_time_is_over(tmp_path, capsys):
