@@ -100,20 +100,20 @@ def draw_roofline(records: Sequence[Measurement], path: Path) -> bool:
 
 
 def ceilings(records: Sequence[Measurement]) -> list[tuple[float, float, str]]:
-    """(bytes per second, FLOPs per second, dtype) as the floors of the records have them.
+    """(bytes per second, FLOPs per second, dtype) as the runs behind the records measured them.
 
-    A floor is max(bytes / bandwidth, FLOPs / rate): the row that moves most per FLOP tells the bandwidth, the one
-    with most FLOPs a byte the rate, where both kinds are there.
+    Of several runs the best: a limit is what the device can do. A run that measured none has no line; floors are
+    no help there, since they count the least FLOPs that do the job and a record's FLOPs are the textbook's.
     """
-    found = []
-    for dtype in sorted({record.dtype for record in records}):
-        own = [r for r in records if r.dtype == dtype and r.floor_ms and r.flops and r.bytes]
-        if not own:
-            continue
-        bandwidth = max((r.bytes or 0) / (r.floor_ms or 1) * 1e3 for r in own)
-        rate = max((r.flops or 0) / (r.floor_ms or 1) * 1e3 for r in own)
-        found.append((bandwidth, rate, dtype))
-    return found
+    found: dict[str, tuple[float, float]] = {}
+    for record in records:
+        limits = record.environment.get("limits") or {}
+        bandwidth = limits.get("bandwidth_gb_per_s")
+        rate = (limits.get("gemm_gflop_per_s") or {}).get(record.dtype)
+        if bandwidth and rate:
+            known = found.get(record.dtype, (0.0, 0.0))
+            found[record.dtype] = (max(known[0], bandwidth * 1e9), max(known[1], rate * 1e9))
+    return [(bandwidth, rate, dtype) for dtype, (bandwidth, rate) in sorted(found.items())]
 
 
 def _figure(columns: int, rows: int, width: float = 4.4, height: float = 3.6) -> tuple[Any, list[Any]]:

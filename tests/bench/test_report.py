@@ -14,7 +14,8 @@ from bench import report, report_data, report_html, report_markdown
 from bench.measurement import Measurement, read_records, write_records
 
 ENVIRONMENT = {"device": "made-up CPU", "threads": 2, "commit": "0123456789abcdef", "dirty": True, "date": "2026-01-01",
-               "command": "python -m bench.kernels --device cpu"}  # fmt: skip
+               "command": "python -m bench.kernels --device cpu",
+               "limits": {"bandwidth_gb_per_s": 20.0, "gemm_gflop_per_s": {"fp32": 500.0}}}  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROVIDERS = {"hia": 1.0, "eager": 2.0, "compile": 0.5}
 
@@ -22,8 +23,8 @@ PROVIDERS = {"hia": 1.0, "eager": 2.0, "compile": 0.5}
 def measurement(op="stem", case="13b-448-2img", provider="hia", p50=1.0, **more) -> Measurement:
     fields = {"p20_ms": 0.9 * p50, "p50_ms": p50, "p80_ms": 1.1 * p50, "repeats": 9, "flops": 10**9, "bytes": 10**7,
               "floor_ms": 0.1, "percent_of_floor": 10 / p50, "peak_bytes": 10**6}  # fmt: skip
-    return Measurement("op", op, case, provider, "forward", "fp32", "cpu", "ok", environment=ENVIRONMENT,
-                       **{**fields, **more})  # fmt: skip
+    fields["environment"] = ENVIRONMENT
+    return Measurement("op", op, case, provider, "forward", "fp32", "cpu", "ok", **{**fields, **more})
 
 
 def records() -> list[Measurement]:
@@ -120,14 +121,20 @@ def test_previous_record_is_the_last_committed_one_that_differs(tmp_path):
         report_data.previous_records(path, "nowhere", root=tmp_path)
 
 
-def test_ceilings_are_read_off_the_floors():
+def test_ceilings_are_the_limits_that_the_runs_measured():
+    """Not FLOPs over floors: a floor counts the least FLOPs, a record the textbook's, here ten times as many."""
     from bench.report_plots import ceilings
 
-    bandwidth, rate = 2e10, 5e11
-    rows = [measurement(case=str(n), flops=flops, bytes=moved, floor_ms=1e3 * max(moved / bandwidth, flops / rate))
-            for n, (flops, moved) in enumerate([(10**6, 10**8), (10**12, 10**7)])]  # fmt: skip
-    ((found_bandwidth, found_rate, dtype),) = ceilings(rows)
-    assert (found_bandwidth, found_rate, dtype) == (pytest.approx(bandwidth), pytest.approx(rate), "fp32")
+    def measured(bandwidth, **rates):
+        return {**ENVIRONMENT, "limits": {"bandwidth_gb_per_s": bandwidth, "gemm_gflop_per_s": rates}}
+
+    rows = [
+        measurement(flops=10**12, bytes=10**7, floor_ms=200.0, environment=measured(20.0, fp32=500.0)),
+        measurement(op="extract", environment=measured(25.0, fp32=450.0, bf16=900.0)),
+        measurement(op="norm_linear", environment={"device": "made-up CPU"}),
+    ]
+    assert ceilings(rows) == [(pytest.approx(25e9), pytest.approx(500e9), "fp32")]
+    assert ceilings(rows[2:]) == [], "no limit was measured"
 
 
 def test_markdown_tables_print_command_device_and_commit(written):
