@@ -16,6 +16,8 @@ import torch
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "hia-kernels")
 REPOSITORY = Path(__file__).resolve().parents[1]
+# what the benchmarks write themselves: an earlier step's records don't make a later step's code another one
+OUTPUTS = ("bench/results", "docs/benchmarks")
 
 
 def cpu_name() -> str:
@@ -45,7 +47,6 @@ def describe(device: str, module: str = "bench.table3") -> dict[str, Any]:
         device: "cpu" or "cuda".
         module: that was run, for the command.
     """
-    status = _git("status", "--porcelain")
     environment: dict[str, Any] = {
         "device": device_name(device),
         "cpu": cpu_name(),
@@ -56,7 +57,7 @@ def describe(device: str, module: str = "bench.table3") -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "dirty": dirty(),
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -67,16 +68,30 @@ def describe(device: str, module: str = "bench.table3") -> dict[str, Any]:
     return environment
 
 
+def dirty() -> bool | None:
+    """Whether the checkout differs from its commit, what the benchmarks write left out; None outside a repository."""
+    status = _git("status", "--porcelain", "--", ".", *(f":(exclude){folder}" for folder in OUTPUTS))
+    return None if status is None else bool(status)
+
+
 def _gpu_facts(properties: Any) -> dict[str, Any]:
-    """Driver and power limit in watts, by nvidia-smi; None where it doesn't say."""
+    """Driver and power limit in watts, by nvidia-smi; None for what it doesn't say."""
     device = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
     command = ["nvidia-smi", "-i", device, "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        driver, power = (part.strip() for part in done.stdout.strip().split(","))
-        return {"driver": driver, "power_limit_w": float(power)}
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.SubprocessError):
         return {"driver": None, "power_limit_w": None}
+    # a field it doesn't know reads "[N/A]" or "[Not Supported]"; the other one is still good
+    driver, power = (part.strip() for part in (done.stdout.strip() + ",").split(",")[:2])
+    return {"driver": None if driver.startswith("[") else driver or None, "power_limit_w": _number(power)}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -1,11 +1,15 @@
-"""Interleaving, percentiles, noise, limits and memory of the benchmark's clock."""
+"""Interleaving, percentiles, noise, limits and memory of the benchmark's clock; where a number was made."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import limits, timing
+from bench import environment, limits, timing
 from bench.timing import Budget, Samples, interleaved
 
 
@@ -104,3 +108,62 @@ def test_limits_of_this_machine_are_plausible():
     found = limits.measure("cpu", ("fp32", "bf16"), quick=True)
     assert 1e8 < found.bandwidth < 1e13
     assert 1e8 < found.rates["fp32"] < 1e14 and found.rates["bf16"] > 0
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of one commit, taken for ours."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+    for name in ("code.py", "bench/results/a-cpu/kernels.json", "docs/benchmarks/index.html", "docs/stem.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+def test_records_of_an_earlier_step_are_no_uncommitted_changes(checkout):
+    assert environment.describe("cpu")["dirty"] is False
+    (checkout / "bench" / "results" / "a-cpu" / "kernels.json").write_text("after")
+    (checkout / "bench" / "results" / "another-cpu").mkdir()
+    (checkout / "bench" / "results" / "another-cpu" / "table3.json").write_text("new")
+    (checkout / "docs" / "benchmarks" / "a-cpu.md").write_text("new")
+    assert environment.describe("cpu")["dirty"] is False
+
+
+@pytest.mark.parametrize("name", ["code.py", "docs/stem.md", "bench/new.py", "results.json"])
+def test_anything_else_is(checkout, name):
+    (checkout / name).write_text("after")
+    assert environment.describe("cpu")["dirty"] is True
+
+
+def test_outside_a_repository_nobody_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
+    assert environment.dirty() is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="NO SHELL: the stand-in for nvidia-smi is a shell script")
+@pytest.mark.parametrize(
+    ("answer", "driver", "power"),
+    [
+        ("580.65.06, 700.00", "580.65.06", 700.0),
+        ("580.65.06, [N/A]", "580.65.06", None),
+        ("[Not Supported], 350.00", None, 350.0),
+        ("580.65.06", "580.65.06", None),
+        ("", None, None),
+    ],
+    ids=["both", "no-power-limit", "no-driver", "one-field", "nothing"],
+)
+def test_driver_and_power_limit_are_read_separately(answer, driver, power, tmp_path, monkeypatch):
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\n[ \"$2\" = GPU-1234 ] && echo '{answer}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found = environment._gpu_facts(SimpleNamespace(uuid="1234"))
+    assert found == {"driver": driver, "power_limit_w": power}
+
+
+def test_no_nvidia_smi_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment._gpu_facts(SimpleNamespace()) == {"driver": None, "power_limit_w": None}
