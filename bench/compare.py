@@ -2,13 +2,14 @@
 
 The working tree and a git worktree of BASE each run a worker process with the small set of ``bench.regression``.
 They take turns, so a drift of the machine hits both, and the median of the paired ratios decides. A case that
-moved is measured again in new processes: only what is slower in all of them fails.
+seems to have moved is measured again in two more pairs of processes, and the median of the three decides.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import shutil
 import statistics
@@ -24,9 +25,17 @@ from .regression import CASES
 
 THRESHOLD = 0.10
 ROUNDS = 15
-PAIRS = 3  # of processes in which a case must be slower before it counts
+PAIRS = 3  # of processes that time a case which seems to have moved
 BLOCK_MS = 30.0  # a worker's turn
 LONGEST = 2000  # calls in a turn
+VERDICTS = ("slower", "faster", "same", "noisy", "not compared")
+RULE = (
+    "The rule: in each round both revisions are timed one after the other, and the round's ratio is now over base; a "
+    "pair of processes has the median of its rounds. Within the threshold in the first pair, a case is the same. "
+    f"Beyond it, {PAIRS - 1} more pairs are run, and the median of all {PAIRS} decides: slower, if it is above 1 + "
+    "threshold; faster, below 1 / (1 + threshold); noisy, if it is either and some pair points the other way; else "
+    "the same. Only slower fails."
+)
 
 
 @dataclass
@@ -50,22 +59,28 @@ class Row:
         return [now / base for base, now in zip(self.base_ms[pair], self.now_ms[pair], strict=True)]
 
     @property
-    def ratio(self) -> float:
-        """The median of the paired ratios, of the pair of processes where it is nearest to 1.
+    def medians(self) -> list[float]:
+        """The median of the paired ratios, one for each pair of processes."""
+        return [statistics.median(self.ratios(pair)) for pair in range(len(self.base_ms))]
 
-        Where a process's memory happens to lie can cost more than 10 % all its life; what is slower in every pair
-        of processes is the code.
+    @property
+    def ratio(self) -> float:
+        """The median of the pairs' medians.
+
+        Where a process's memory happens to lie can cost more than 10 % all its life: of three pairs of processes
+        one such is outvoted.
         """
-        medians = [statistics.median(self.ratios(pair)) for pair in range(len(self.base_ms))]
-        return min(medians, key=lambda ratio: abs(ratio - 1))
+        return statistics.median(self.medians)
 
     def verdict(self, threshold: float) -> str:
-        """ "slower", "faster", "same", or "not compared"."""
+        """ "slower", "faster", "same", "noisy" or "not compared"; see :data:`RULE`."""
         if self.problem is not None:
             return "not compared"
-        if self.ratio > 1 + threshold:
-            return "slower"
-        return "faster" if self.ratio < 1 / (1 + threshold) else "same"
+        if 1 / (1 + threshold) <= self.ratio <= 1 + threshold:
+            return "same"
+        word = "slower" if self.ratio > 1 else "faster"
+        contradicted = any((median > 1) != (self.ratio > 1) for median in self.medians)
+        return "noisy" if contradicted else word
 
 
 class Worker:
@@ -213,18 +228,20 @@ class Pair:
 
 
 def compare(cases: Sequence[str], make_pair: Callable[[], Pair], rounds: int, threshold: float) -> list[Row]:
-    """All cases with one pair of processes; what seems slower or faster again with new ones."""
+    """All cases with one pair of processes; what seems to have moved with two more, whatever the second one says."""
     rows = [Row(case) for case in cases]
     left = rows
     for number in range(PAIRS):
-        if number and left:
+        if number == 1:
+            left = [row for row in rows if row.verdict(threshold) not in ("same", "not compared")]
+        if not left:
+            break
+        if number:
             print(f"again, in new processes: {', '.join(row.case for row in left)}", flush=True)
-        if left:
-            with contextlib.closing(make_pair()) as pair:
-                for row in left:
-                    measure(row, pair.base, pair.now, rounds)
-                    print(line_of(row, threshold), flush=True)
-        left = [row for row in left if row.verdict(threshold) in ("slower", "faster")]
+        with contextlib.closing(make_pair()) as pair:
+            for row in left:
+                measure(row, pair.base, pair.now, rounds)
+                print(line_of(row, threshold), flush=True)
     return rows
 
 
@@ -252,16 +269,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: a value that isn't allowed.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__, epilog=RULE)
     parser.add_argument("base", metavar="BASE", help="revision to compare the working tree with")
     parser.add_argument("--case", nargs="+", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"pairs a case (default: {ROUNDS})")
     parser.add_argument("--threshold", type=float, default=100 * THRESHOLD, metavar="PERCENT",
-                        help="a median that is slower by more fails (default: 10)")  # fmt: skip
+                        help="a median that is slower by more fails, by the rule below (default: 10)")  # fmt: skip
     options = parser.parse_args(arguments)
-    unknown = [case for case in options.case if case not in CASES]
-    if unknown:
-        parser.error(f"--case: must be among {', '.join(CASES)}, got {', '.join(unknown)}")
+    for case in options.case:
+        if case not in CASES:
+            near = difflib.get_close_matches(case, CASES, n=2, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            parser.error(f"--case: must be among {', '.join(CASES)}, got {case!r}{hint}")
     if options.rounds < 2 or options.threshold <= 0:
         parser.error(f"--rounds and --threshold: must be at least 2 and above 0, got {options.rounds} and "
                      f"{options.threshold:g}")  # fmt: skip
@@ -287,7 +306,7 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     verdicts = [row.verdict(threshold) for row in rows]
-    print(", ".join(f"{verdicts.count(name)} {name}" for name in ("slower", "faster", "same", "not compared")))
+    print(", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS))
     if all(verdict == "not compared" for verdict in verdicts):
         return 2
     return 1 if "slower" in verdicts else 0

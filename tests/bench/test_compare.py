@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -21,10 +22,48 @@ def row(*medians: float) -> Row:
 
 @pytest.mark.parametrize(
     ("medians", "verdict"),
-    [((1.05,), "same"), ((1.2,), "slower"), ((0.8,), "faster"), ((1.3, 1.02), "same"), ((1.3, 1.2, 1.15), "slower")],
+    [
+        ((1.05,), "same"),
+        ((1.2,), "slower"),
+        ((0.8,), "faster"),
+        ((1.09, 1.3, 1.09), "same"),
+        ((1.3, 1.02, 1.05), "same"),
+        ((1.2, 0.7, 0.7), "noisy"),
+        ((0.7, 1.2, 1.3), "noisy"),
+        ((1.3, 0.98, 1.2), "noisy"),
+        ((1.3, 1.2, 1.05), "slower"),
+        ((1.3, 1.2, 1.15), "slower"),
+        ((0.7, 0.8, 0.95), "faster"),
+    ],
+    ids=str,
 )
-def test_median_of_the_pairs_decides_and_must_repeat(medians, verdict):
+def test_median_of_the_pairs_decides_and_none_may_contradict(medians, verdict):
     assert row(*medians).verdict(0.10) == verdict
+
+
+@pytest.mark.parametrize(
+    ("medians", "verdict"),
+    [([1.2, 0.7, 0.7], "noisy"), ([1.2, 1.0, 1.3], "noisy"), ([1.2, 1.01, 1.3], "slower"), ([1.0], "same")],
+    ids=str,
+)
+def test_what_moved_is_measured_three_times(medians, verdict, monkeypatch):
+    """A second pair that finds nothing doesn't end it: the median of two would be their mean."""
+    left = list(medians)
+
+    class Closed:
+        base = now = None
+
+        def close(self):
+            pass
+
+    def measure(found, *_):
+        found.base_ms.append([1.0] * 3)
+        found.now_ms.append([left.pop(0)] * 3)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    (found,) = compare.compare(["stem"], Closed, 3, 0.10)
+    assert found.verdict(0.10) == verdict
+    assert not left
 
 
 def test_what_cannot_run_is_not_compared():
@@ -71,7 +110,7 @@ def test_a_regression_fails_and_the_worktree_goes(repository, capsys, monkeypatc
     assert verdicts["stem"].endswith("slower")
     assert verdicts["norm_linear"].endswith("same")
     assert "not compared: BASE can't run it: AttributeError" in verdicts["inject_rows"]
-    assert "1 slower, 0 faster, 1 same, 1 not compared" in said
+    assert "1 slower, 0 faster, 1 same, 0 noisy, 1 not compared" in said
     assert worktrees(repository) == 1
 
 
@@ -87,7 +126,15 @@ def test_unknown_revision(repository, capsys):
 def test_unknown_case(capsys):
     with pytest.raises(SystemExit):
         compare.parse(["HEAD", "--case", "stm"])
-    assert "--case: must be among stem, " in capsys.readouterr().err
+    assert re.search(r"--case: must be among stem, .*, got 'stm'; did you mean stem\?", capsys.readouterr().err)
+
+
+def test_help_says_the_rule(capsys):
+    with pytest.raises(SystemExit):
+        compare.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Beyond it, 2 more pairs are run, and the median of all 3 decides" in said
+    assert "noisy, if it is either and some pair points the other way" in said
 
 
 def test_a_worker_of_another_checkout_is_refused(tmp_path):
