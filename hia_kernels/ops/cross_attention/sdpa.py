@@ -108,6 +108,14 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b of [heads, ., .], where it lies: a fresh product costs a copy and its pages."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
+
+
 def _products_fwd(
     q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: float, out: Tensor, lse: Tensor | None
 ) -> None:
@@ -120,8 +128,7 @@ def _products_fwd(
             torch.softmax(p, -1, out=p)
             if lse is not None:  # the largest probability is 1 / sum(exp(scores - top))
                 lse[heads, rows_q] = top - p.amax(-1).log_()
-            values = _product(p.to(dtype), _heads_first(v, rows_k, heads).to(dtype))
-            out[rows_q, heads] = values.transpose(0, 1).to(out.dtype)
+            _product_into(_heads_first(out, rows_q, heads), p.to(dtype), _heads_first(v, rows_k, heads).to(dtype))
 
 
 def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -198,10 +205,11 @@ def _products_bwd(
             v_h, do_h = _heads_first(v, rows_k, heads).float(), _heads_first(dout, rows_q, heads).to(q.dtype)
             lse_h, delta_h = lse[heads, rows_q, None], delta[heads, rows_q, None]  # [heads, Lq, 1]
             p = torch.baddbmm(lse_h, q_h.float(), k_h.float().mT, beta=-1, alpha=softmax_scale).exp_()
-            dv[rows_k, heads] = _product(p.to(dtype).mT, do_h.to(dtype)).transpose(0, 1).to(dv.dtype)
-            ds = p.mul_(torch.baddbmm(delta_h, do_h.float(), v_h.mT, beta=-1)).to(dtype)  # [heads, Lq, Lk]
-            dq[rows_q, heads] = _product(ds, k_h.to(dtype), softmax_scale).transpose(0, 1).to(dq.dtype)
-            dk[rows_k, heads] = _product(ds.mT, q_h.to(dtype), softmax_scale).transpose(0, 1).to(dk.dtype)
+            _product_into(_heads_first(dv, rows_k, heads), p.to(dtype).mT, do_h.to(dtype))
+            ds = torch.baddbmm(delta_h, do_h.float(), v_h.mT, beta=-1)  # [heads, Lq, Lk]
+            ds = ds.mul_(p).mul_(softmax_scale).to(dtype)
+            _product_into(_heads_first(dq, rows_q, heads), ds, k_h.to(dtype))
+            _product_into(_heads_first(dk, rows_k, heads), ds.mT, q_h.to(dtype))
 
 
 def _flash_bwd(
