@@ -17,6 +17,7 @@ from .measurement import Measurement, read_records
 
 OURS = "hia"
 FILES = ("kernels.json", "end_to_end.json")
+FIGURE = ("name", "kind", "where", "target", "ratio", "verdict", "note")  # of a verdict of bench.figures
 CHANGED = 0.05  # a median that moved less counts as unchanged
 SIDE = re.compile(r"(?<![0-9a-z])(?:px)?(\d{3,4})(?:px)?(?=[-:]|$)")
 SHORT = 10  # characters of a commit
@@ -97,7 +98,7 @@ class Results:
     @property
     def device(self) -> str:
         """The device's name."""
-        environments = [record.environment for record in self.records]
+        environments = [record.environment for record in (*self.records, *self.figure_records)]
         if self.table3 is not None:
             environments.append(self.table3.get("environment", {}))
         return next((str(e["device"]) for e in environments if e.get("device")), self.slug)
@@ -117,8 +118,23 @@ def load(folder: Path) -> Results:
     path = folder / "figures.json"
     if path.exists():
         results.figure_records = read_records(path)
-        results.figures = (_json(path) or {}).get("figures", [])
+        results.figures = _figures(path)
     return results
+
+
+def _figures(path: Path) -> list[dict[str, Any]]:
+    """The verdicts beside a file's records; none in a file that another command wrote.
+
+    Raises:
+        ValueError: one without what the tables show.
+    """
+    found = (_json(path) or {}).get("figures", [])
+    for one in found if isinstance(found, list) else [found]:
+        missing = [name for name in FIGURE if not isinstance(one, dict) or name not in one]
+        if missing:
+            raise ValueError(f"bench.report: each of {path}'s figures must have {', '.join(FIGURE)}, got no "
+                             f"{', '.join(missing)}")  # fmt: skip
+    return list(found)
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -249,8 +265,11 @@ def previous_records(path: Path, revision: str | None, root: Path = REPOSITORY) 
         revision: whose version to take; None takes the last committed one that differs.
         root: of the repository.
 
+    Returns:
+        The records, none where there were none; and what they are of, in words.
+
     Raises:
-        ValueError: the revision has no such file, or the file can't be read.
+        ValueError: no such revision, or the file can't be read.
     """
     try:
         name = path.resolve().relative_to(root.resolve()).as_posix()
@@ -258,28 +277,29 @@ def previous_records(path: Path, revision: str | None, root: Path = REPOSITORY) 
         return [], "nothing: the records are not in the repository"
     wanted = [revision] if revision else (_git("log", "-n", "20", "--format=%H", "--", name, root=root) or "").split()
     now = path.read_text(encoding="utf-8")
+    if revision and _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", root=root) is None:
+        raise ValueError(f"--previous: must be a revision of this repository, got {revision!r}")
     for commit in wanted:
         text = _git("show", f"{commit}:{name}", root=root)
-        if text is None and revision:
-            raise ValueError(f"--previous: {revision} must have {name}, got none")
         if text is None or (text == now and not revision):
             continue
         with tempfile.TemporaryDirectory() as folder:
             old = Path(folder) / path.name
             old.write_text(text, encoding="utf-8")
             return read_records(old), f"{name} of {commit[:SHORT]}"
-    return [], "nothing: there is no previous record"
+    return [], f"nothing: {name} is new since {revision}" if revision else "nothing: there is no previous record"
 
 
-def add_changes(results: Results, folder: Path, revision: str | None) -> None:
+def add_changes(results: Results, folder: Path, revision: str | None, root: Path = REPOSITORY) -> None:
     """Fill in what changed since the previous record of every file."""
-    known, before = [], []
+    origins, before = [], []
     for name in FILES:
         if (folder / name).exists():
-            records, origin = previous_records(folder / name, revision)
+            records, origin = previous_records(folder / name, revision, root)
             before += records
-            if records:
-                known.append(origin)
+            origins.append((bool(records), origin))
     results.changes = compare(results.records, before)
+    # a file that is new has nothing to say beside one that has a past
+    known = [origin for found, origin in origins if found] or [origin for _, origin in origins]
     if known:
-        results.previous = ", ".join(known)
+        results.previous = ", ".join(dict.fromkeys(known))

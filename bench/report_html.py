@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .figures import cells
 from .measurement import Measurement
-from .report_data import Results, family_of, note_of, side_of, source_line, standings, total_bytes
+from .report_data import Results, family_of, note_of, side_of, source_line, sources, standings, total_bytes
 from .report_plots import ceilings
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -67,7 +68,17 @@ def device_of(results: Results) -> dict[str, Any]:
         "previous": results.previous,
         "ceilings": limits,
         "table3": _table3(results.table3),
+        "figures": _figures(results),
     }  # fmt: skip
+
+
+def _figures(results: Results) -> dict[str, Any]:
+    """The table of ``bench.figures`` by its own headings, and the bare ratio to sort by."""
+    header, rows = cells(results.figures)
+    named = [dict(zip(header, row, strict=True)) for row in rows]
+    for row, figure in zip(named, results.figures, strict=True):
+        row["ratio"] = figure["ratio"]
+    return {"rows": named, "sources": sources(results.figure_records)}
 
 
 def _table3(record: dict[str, Any] | None) -> dict[str, Any] | None:

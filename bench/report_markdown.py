@@ -148,12 +148,17 @@ def limit_cells(records: Sequence[Measurement]) -> Cells:
     return header, rows
 
 
-def figures_page(results: Results) -> str:
-    """The figures the project is held to on one device: target, measured, verdict."""
+def figure_lines(results: Results) -> list[str]:
+    """The figures the project is held to: target, measured, verdict, note, and how many are met."""
     counts = {word: sum(one["verdict"] == word for one in results.figures) for word in VERDICTS}
     tally = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    lines = [f"# Figures on {results.device}", "", f"{tally}.", "", *table(cells(results.figures))]
-    return "\n".join(lines + source_lines(results.figure_records)).rstrip() + "\n"
+    return [f"{tally}.", "", *table(cells(results.figures)), *source_lines(results.figure_records)]
+
+
+def figures_page(results: Results) -> str:
+    """The figures alone, on one device."""
+    lines = [f"# Figures on {results.device}", "", *figure_lines(results)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def table3_cells(record: dict[str, Any]) -> Cells:
@@ -188,6 +193,8 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     whole = [record for record in results.records if record.level == "end_to_end"]
     lines = [f"# {results.device}", ""]
     lines += [f"![{name.rsplit('.', 1)[0].replace('-', ' ')}]({name})" for name in pictures] + [""]
+    if results.figures:
+        lines += ["## Figures", "", *figure_lines(results)]
     lines += [
         "## Ours beside the others",
         "",

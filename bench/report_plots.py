@@ -19,6 +19,7 @@ STYLES = {
 }  # fmt: skip
 OTHERS = (("#4c72b0", "P"), ("#937860", "<"), ("#da8bc3", ">"), ("#64b5cd", "h"), ("#55a868", "p"))
 PANELS = 6
+LEGEND_INCHES = 2.0  # of the longest provider's name and its mark
 MODES = ("forward", "both")
 
 
@@ -87,13 +88,14 @@ def draw_roofline(records: Sequence[Measurement], path: Path) -> bool:
         y = [(r.flops or 0) / (r.p50_ms or 1) / 1e6 for r in own]
         colour, marker = look[provider]
         axes[0].scatter(x, y, s=26, color=colour, marker=marker, alpha=0.75, linewidths=0, label=provider)
+    intensities = [(r.flops or 0) / (r.bytes or 1) for r in points]
     for bandwidth, rate, dtype in ceilings(points):
-        low, high = axes[0].get_xlim()
         ridge = rate / bandwidth
-        xs = sorted({max(low, 1e-3), ridge, max(high, ridge * 4)})
-        ys = [min(rate, x * bandwidth) / 1e9 for x in xs]
-        axes[0].plot(xs, ys, color=INK, lw=1.2, ls="--")
-        axes[0].annotate(f"measured limit, {dtype}", (xs[-1], ys[-1]), ha="right", va="bottom", fontsize=8, color=INK)
+        xs = sorted({min(*intensities, ridge / 4), ridge, max(*intensities, ridge * 4)})
+        axes[0].plot(xs, [min(rate, x * bandwidth) / 1e9 for x in xs], color=INK, lw=1.2, ls="--")
+        # left of the corner, where no mark can be
+        axes[0].annotate(f"measured limit, {dtype}", (ridge, rate / 1e9), (-6, 0), textcoords="offset points",
+                         ha="right", va="center", fontsize=8, color=INK)  # fmt: skip
     _finish(axes[0], "roofline: marks on the dashed line are at the hardware's limit", "FLOPs per byte", "GFLOP/s")
     _save(figure, axes, path)
     return True
@@ -150,7 +152,8 @@ def _save(figure: Any, axes: Sequence[Any], path: Path) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             entries.setdefault(label, handle)
     names = sorted(entries, key=lambda name: (name != "hia", name))
-    figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False,
+    columns = max(2, int(figure.get_figwidth() // LEGEND_INCHES))  # more would be cut off at both sides
+    figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False,
                   fontsize=8.5)  # fmt: skip
     figure.savefig(path)
 

@@ -99,9 +99,13 @@ function chart({ series, lines = false, limits = [], xLabel, yLabel, xTicks = nu
     root.append(svg("line", { x1: left, x2: width - right, y1: Y(value), y2: Y(value), class: "grid" }));
     root.append(svg("text", { x: left - 8, y: Y(value) + 4, "text-anchor": "end" }, number(value)));
   }
+  let reached = -Infinity;
   for (const value of xTicks ?? ticks(x0, x1)) {
     root.append(svg("line", { x1: X(value), x2: X(value), y1: top, y2: height - bottom, class: "grid" }));
-    root.append(svg("text", { x: X(value), y: height - bottom + 18, "text-anchor": "middle" }, String(xTicks ? value : number(value))));
+    const name = String(xTicks ? value : number(value));
+    if (X(value) - reached < 4 * name.length + 6) continue; // it would run into the one before
+    reached = X(value) + 4 * name.length;
+    root.append(svg("text", { x: X(value), y: height - bottom + 18, "text-anchor": "middle" }, name));
   }
   root.append(svg("line", { x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, class: "axis" }));
   root.append(svg("text", { x: (left + width - right) / 2, y: height - 10, "text-anchor": "middle" }, xLabel));
@@ -109,7 +113,10 @@ function chart({ series, lines = false, limits = [], xLabel, yLabel, xTicks = nu
   for (const limit of limits) {
     const ridge = limit.rate / limit.bandwidth, low = Math.max(x0, y0 / limit.bandwidth);
     root.append(svg("path", { class: "limit", d: `M${X(low)} ${Y(low * limit.bandwidth)}L${X(ridge)} ${Y(limit.rate)}L${X(x1)} ${Y(limit.rate)}` }));
-    root.append(svg("text", { x: X(x1) - 4, y: Y(limit.rate) - 6, "text-anchor": "end" }, limit.name));
+    // left of the roof's corner, where no mark can be, unless that is too near the edge for its text
+    const room = X(ridge) - left > 8 * limit.name.length;
+    root.append(svg("text", room ? { x: X(ridge) - 8, y: Y(limit.rate) + 4, "text-anchor": "end", class: "halo" }
+      : { x: left + 6, y: Y(limit.rate) - 6, class: "halo" }, limit.name));
   }
   for (const one of [...series].reverse()) {
     if (lines) {
@@ -193,7 +200,7 @@ function sources(rows) {
   return el("ul", { class: "sources", "aria-label": "Command, device and commit" }, ...lines.map((line) => el("li", {}, el("code", {}, line))));
 }
 
-function sortable(id, caption, columns, rows, { facets = [], sort = "", filter = true } = {}) {
+function sortable(id, caption, columns, rows, { facets = [], sort = "", filter = true, most = SHOWN, dense = false } = {}) {
   const box = el("div"), count = el("span", { role: "status" }), body = el("tbody");
   let all = false;
   const view = { q: state.get(`${id}.q`) ?? "", sort: state.get(`${id}.sort`) ?? sort };
@@ -217,7 +224,7 @@ function sortable(id, caption, columns, rows, { facets = [], sort = "", filter =
     });
   }
   function fill() {
-    const found = chosen(), shown = all ? found : found.slice(0, SHOWN);
+    const found = chosen(), shown = all ? found : found.slice(0, most);
     body.replaceChildren(...shown.map((row) => el("tr", { class: [row.status ?? "", row.provider === OURS || row.method === OURS ? "ours" : ""].join(" ").trim() || null },
       ...columns.map((column) => cell(column, row)))));
     heads.forEach((head, index) => {
@@ -238,7 +245,7 @@ function sortable(id, caption, columns, rows, { facets = [], sort = "", filter =
     }
     filters.append(count);
   }
-  const table = el("table", { id: "table-" + id }, el("caption", {}, caption), el("thead", {}, el("tr", {}, ...heads)), body);
+  const table = el("table", { id: "table-" + id, class: dense ? "dense" : null }, el("caption", {}, caption), el("thead", {}, el("tr", {}, ...heads)), body);
   box.append(filters, el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, table), more, sources(rows));
   fill();
   return box;
@@ -247,7 +254,7 @@ function sortable(id, caption, columns, rows, { facets = [], sort = "", filter =
 function cell(column, row) {
   const value = row[column.key];
   const text = column.show ? column.show(value, row) : column.text ? (value ?? "") : number(value);
-  return el("td", { class: [column.text ? "" : "n", column.wrap ? "wrap" : "", column.tone ? column.tone(value, row) : ""].join(" ").trim() || null }, text);
+  return el("td", { class: [column.text ? "" : "n", column.wrap ? "wrap" : "", column.fold ? "fold" : "", column.tone ? column.tone(value, row) : ""].join(" ").trim() || null }, text);
 }
 
 const text = (key, label = key, more = {}) => ({ key, label, text: true, ...more });
@@ -258,6 +265,18 @@ const bytes = (unit) => (count) => (count === null || count === undefined ? "–
 // sections
 function section(id, title, about, ...content) {
   return el("section", { id: "section-" + id, "aria-labelledby": "h-" + id }, el("h2", { id: "h-" + id }, title), el("p", {}, about), ...content);
+}
+
+function figures(device) {
+  const { rows, sources: lines } = device.figures;
+  const about = "What the project is held to: each figure is a ratio of two measurements of one workload, taken in turns in one run. A missed target is a result like any other.";
+  if (!rows.length) return section("figures", "Figures", about, el("p", { class: "empty" }, "No figures were recorded on this device."));
+  const tone = (verdict) => ({ met: "good", MISSED: "bad", "not measured": "warn" })[verdict] ?? "";
+  const columns = [text("figure"), text("workload", "workload", { wrap: true }), text("ratio of", "ratio of", { wrap: true }), value("target", "target", { show: (v) => v }),
+    value("ratio", "measured", { show: (v, row) => row.measured }), text("verdict", "verdict", { tone }), text("note", "note", { wrap: true })];
+  const counts = ["met", "MISSED", "not measured", "no target"].map((word) => `${rows.filter((row) => row.verdict === word).length} ${word}`).join(", ");
+  return section("figures", "Figures", `${about} ${counts}.`, sortable("figures", "Figures and their targets", columns, rows, { facets: ["verdict"] }),
+    sources(lines.map((source) => ({ source }))));
 }
 
 function standing(device) {
@@ -306,7 +325,7 @@ function memory(device) {
   const ours = new Map(rows.filter((row) => row.provider === OURS).map((row) => [[row.op, row.case, row.mode, row.dtype].join(), row.peak]));
   const filled = rows.map((row) => ({ ...row, over: ours.get([row.op, row.case, row.mode, row.dtype].join()) ? row.peak / ours.get([row.op, row.case, row.mode, row.dtype].join()) : null }));
   return section("memory", "Memory", "Peak bytes: of a whole model its weights, inputs and activations; of an op what one call adds. Above 1 ours needs less.",
-    rows.length ? sortable("memory", "Peak memory", columns, filled, { facets: ["op", "provider"], sort: "-peak" }) : el("p", { class: "empty" }, "No peak was measured."));
+    rows.length ? sortable("memory", "Peak memory", columns, filled, { facets: ["op", "provider"], sort: "-peak", most: 40 }) : el("p", { class: "empty" }, "No peak was measured."));
 }
 
 function table3(device) {
@@ -315,7 +334,7 @@ function table3(device) {
   if (!record) return section("table3", "Table 3", about, el("p", { class: "empty" }, "No Table 3 was recorded on this device."));
   const rows = record.rows.map((row) => ({ ...row, provider: row.method, source: record.source, side: row.resolution,
     paper: row.paper_out_of_memory ? "x" : row.paper_memory_gb }));
-  const columns = [value("resolution", "px"), text("method"), text("attention"), value("tokens", "tokens"),
+  const columns = [value("resolution", "px", { show: String }), text("method"), text("attention"), value("tokens", "tokens"),
     value("flops", "TFLOPs", { show: bytes(1e12) }), value("paper_flops_t", "paper TFLOPs"), value("memory_bytes", "GB", { show: bytes(1e9) }),
     value("paper", "paper GB", { show: (v) => (v === "x" ? "x" : number(v)) }), value("fits", "fits the card", { show: (v) => (v === null ? "–" : v ? "yes" : "no"), tone: (v) => (v === false ? "bad" : "") })];
   const draw = (key, unit) => (left, names) => bySide(left, names, (r) => r[key] && r[key] / unit, () => null, () => null, key === "flops" ? "TFLOPs" : "GB", key + " against resolution");
@@ -331,18 +350,28 @@ function changes(device) {
   const columns = [text("verdict", "verdict", { tone: (v) => (v === "slower" ? "bad" : v === "faster" ? "good" : "") }), value("ratio", "now / before", { show: (v) => v.toFixed(2) }),
     text("note", "note", { tone: () => "warn" }), value("before", "before ms"), value("now", "now ms"), text("op"), text("case", "case", { wrap: true }), text("provider"), text("mode"), text("dtype")];
   const counts = ["slower", "faster", "unchanged"].map((verdict) => `${rows.filter((row) => row.verdict === verdict).length} ${verdict}`).join(", ");
-  return section("changes", "Changes since the previous record", `Against ${device.previous}: ${counts}. Regressions and wins stand in one table; within 5 % counts as unchanged.`,
+  return section("changes", "Changes since the previous record", `Against ${device.previous}${rows.length ? `: ${counts}` : ""}. Regressions and wins stand in one table; within 5 % counts as unchanged.`,
     rows.length ? sortable("changes", "Regressions and wins", columns, rows, { facets: ["verdict", "op", "provider"], sort: "-ratio" }) : el("p", { class: "empty" }, "Nothing to compare with."));
 }
 
+// a name that may be broken behind its underscores
+function foldable(name) {
+  const whole = document.createDocumentFragment();
+  String(name ?? "").split(/(?<=_)/).forEach((part, index) => whole.append(...(index ? [el("wbr"), part] : [part])));
+  return whole;
+}
+
 function everything(device) {
-  const columns = [text("level"), text("op"), text("case"), text("provider"), text("mode"), text("dtype"), text("status"), value("p20", "p20 ms"), value("p50", "p50 ms"),
-    value("p80", "p80 ms"), value("floor", "floor ms"), value("pof", "% of floor"), value("gflops", "GFLOP/s"), value("gbs", "GB/s"), value("peak", "peak MB", { show: bytes(1e6) }),
-    value("tps", "tokens/s"), value("repeats", "runs"), text("note", "note", { wrap: true, tone: (v, row) => (row.status === "failed" ? "bad" : row.noisy ? "warn" : "") })];
-  const rows = device.rows.map((row) => ({ ...row, note: row.reason ?? "",
+  // as many columns as a window of 1280 pixels holds: the level is a filter alone, the status a part of the note
+  const tps = device.rows.some((row) => row.tps) ? [value("tps", "tokens/s")] : [];
+  const columns = [text("op", "op", { show: foldable }), text("case", "case", { fold: true }), text("provider", "provider", { show: foldable }), text("mode"), text("dtype"),
+    value("p50", "p50 ms"), value("p20", "p20 \u2013 p80", { show: (v, row) => (v === null ? "\u2013" : `${number(v)} \u2013 ${number(row.p80)}`) }), value("floor", "floor ms"), value("pof", "% of floor"),
+    value("gflops", "GFLOP/s"), value("gbs", "GB/s"), value("peak", "peak MB", { show: bytes(1e6) }), ...tps, value("repeats", "runs"),
+    text("note", "note", { wrap: true, tone: (v, row) => (row.status === "failed" ? "bad" : row.noisy ? "warn" : "") })];
+  const rows = device.rows.map((row) => ({ ...row, note: row.status === "ok" ? row.reason ?? "" : `${row.status}: ${row.reason}`,
     gflops: row.flops && row.p50 ? row.flops / row.p50 / 1e6 : null, gbs: row.bytes && row.p50 ? row.bytes / row.p50 / 1e6 : null }));
   return section("all", "All measurements", "Every record. Press a column's name to sort by it, again to turn it round; the address keeps what you chose.",
-    sortable("all", "All measurements", columns, rows, { facets: ["level", "op", "provider", "mode", "dtype", "status"] }));
+    sortable("all", "All measurements", columns, rows, { facets: ["level", "op", "provider", "mode", "dtype", "status"], dense: true }));
 }
 
 function show() {
@@ -350,7 +379,7 @@ function show() {
   const main = document.getElementById("main");
   document.getElementById("made").textContent = device ? `${device.name} · ${device.rows.length} measurements · report of ${DATA.made}` : DATA.made;
   if (!device) return main.replaceChildren(section("none", "Nothing measured yet", "Run make bench, then make report."));
-  main.replaceChildren(standing(device), curves(device), roofline(device), memory(device), table3(device), changes(device), everything(device));
+  main.replaceChildren(figures(device), standing(device), curves(device), roofline(device), memory(device), table3(device), changes(device), everything(device));
 }
 
 const picker = document.getElementById("device");

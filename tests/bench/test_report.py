@@ -9,6 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 
 from bench import report, report_data, report_html, report_markdown
 from bench.measurement import Measurement, read_records, write_records
@@ -18,6 +19,15 @@ ENVIRONMENT = {"device": "made-up CPU", "threads": 2, "commit": "0123456789abcde
                "limits": {"bandwidth_gb_per_s": 20.0, "gemm_gflop_per_s": {"fp32": 500.0}}}  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROVIDERS = {"hia": 1.0, "eager": 2.0, "compile": 0.5}
+FIGURES = [
+    {"name": "encode-896", "kind": "speedup", "where": "encode px896 forward", "target": 2.5, "ratio": 2.75,
+     "verdict": "met", "note": "hia 4 ms, eager 11 ms"},
+    {"name": "stem-16bit-memory", "kind": "peak", "where": "stem px2048-16bit forward", "target": 0.25, "ratio": 0.5,
+     "verdict": "MISSED", "note": "hia 50 MB, eager_rgb 100 MB"},
+    {"name": "encode-2048-compile", "kind": "speedup", "where": "encode px2048 forward", "target": 1.3, "ratio": None,
+     "verdict": "not measured", "note": "compile: a <b>made-up</b> | reason"},
+]  # fmt: skip
+SCREEN = (1280, 1600)
 
 
 def measurement(op="stem", case="13b-448-2img", provider="hia", p50=1.0, **more) -> Measurement:
@@ -59,6 +69,8 @@ def results(tmp_path):
               "rows": [row, {**row, "method": "baseline", "fits": False, "paper_memory_gb": None,
                              "paper_out_of_memory": True}]}  # fmt: skip
     (folder / "table3.json").write_text(json.dumps(table3))
+    judged = {**ENVIRONMENT, "command": "python -m bench.figures", "commit": "fedcba9876543210", "dirty": False}
+    write_records(folder / "figures.json", [measurement("encode", "px896", environment=judged)], figures=FIGURES)
     return tmp_path / "results"
 
 
@@ -117,8 +129,29 @@ def test_previous_record_is_the_last_committed_one_that_differs(tmp_path):
     assert origin.startswith("results/cpu/kernels.json of ")
     write_records(path, [measurement(p50=1.0)])
     assert report_data.previous_records(path, None, root=tmp_path)[0][0].p50_ms == 2.0, "changed: what is committed"
-    with pytest.raises(ValueError, match="--previous: nowhere must have results/cpu/kernels.json, got none"):
+    with pytest.raises(ValueError, match="--previous: must be a revision of this repository, got 'nowhere'"):
         report_data.previous_records(path, "nowhere", root=tmp_path)
+
+
+def test_a_file_that_is_new_has_no_previous_record(tmp_path):
+    """The others are compared all the same, and what is new isn't a reason to stop."""
+    folder = tmp_path / "results" / "cpu"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    write_records(folder / "kernels.json", [measurement(p50=4.0)])
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    write_records(folder / "kernels.json", [measurement(p50=2.0)])
+    write_records(folder / "end_to_end.json", [r for r in records() if r.level == "end_to_end"])
+    results = report_data.load(folder)
+    report_data.add_changes(results, folder, "HEAD", root=tmp_path)
+    assert [change.verdict for change in results.changes] == ["faster"]
+    assert results.previous == f"results/cpu/kernels.json of {'HEAD'}"
+    (folder / "kernels.json").unlink()
+    results = report_data.load(folder)
+    report_data.add_changes(results, folder, "HEAD", root=tmp_path)
+    assert results.changes == []
+    assert results.previous == "nothing: results/cpu/end_to_end.json is new since HEAD"
 
 
 def test_ceilings_are_the_limits_that_the_runs_measured():
@@ -139,16 +172,43 @@ def test_ceilings_are_the_limits_that_the_runs_measured():
 
 def test_markdown_tables_print_command_device_and_commit(written):
     page = (written / "made-up-cpu.md").read_text()
-    for title in ("Ours beside the others", "Changes", "Furthest from the floor", "Ops and composites", "End to end"):
+    for title in (
+        "Figures",
+        "Ours beside the others",
+        "Changes",
+        "Furthest from the floor",
+        "Ops and composites",
+        "End to end",
+    ):
         section = page.split(f"## {title}\n")[1].split("\n## ")[0]
-        expected = title != "Changes"  # nothing to compare with
+        expected = title not in ("Changes", "Figures")  # nothing to compare with; a run of their own
         assert ("python -m bench.kernels --device cpu · made-up CPU, 2 threads · 0123456789 with uncommitted changes"
                 in section) is expected, title  # fmt: skip
     assert "python -m bench.table3" in page.split("## Table 3\n")[1]
+    assert ("python -m bench.figures · made-up CPU, 2 threads · fedcba9876 · 2026-01-01"
+            in page.split("## Figures\n")[1].split("\n## ")[0])  # fmt: skip
     assert "| **failed**: output: <script>alert(1)</script> \\| rel-RMS" in page
     assert "| hia | fp32 | 80.0 | 1.00 | 12.5 | 2.00 |" in page
     widths = {line.count("|") - line.count("\\|") for line in page.split("## Ops")[1].splitlines() if line[:1] == "|"}
     assert len({width for width in widths if width > 10}) == 1
+
+
+def test_figures_are_in_the_markdown(written):
+    for name in ("made-up-cpu.md", "figures-made-up-cpu.md"):
+        page = (written / name).read_text()
+        assert "1 met, 1 MISSED, 1 not measured." in page
+        assert "| figure | workload | ratio of | target | measured | verdict | note |" in page
+        assert "| encode-896 | encode px896 forward | their time / ours | >= 2.5 | 2.75 | met | hia 4 ms, " in page
+        assert "| <= 0.25 | 0.50 | MISSED | hia 50 MB, eager_rgb 100 MB |" in page
+        assert "| >= 1.3 | - | not measured | compile: a <b>made-up</b> \\| reason |" in page
+
+
+def test_figures_without_a_verdict_are_no_file_of_ours(results, capsys, tmp_path):
+    path = results / "made-up-cpu" / "figures.json"
+    stripped = [{name: value for name, value in FIGURES[0].items() if name != "verdict"}]
+    write_records(path, [measurement()], figures=stripped)
+    assert report.main(["--results", str(results), "--out", str(tmp_path / "out")]) == 2
+    assert re.search(r"each of .*figures.json's figures must have name, .*, got no verdict", capsys.readouterr().err)
 
 
 def test_pictures(written):
@@ -162,7 +222,8 @@ def test_no_matplotlib_is_said_and_the_rest_is_written(results, tmp_path, monkey
     monkeypatch.setattr(report, "plotting_unavailable", lambda: "matplotlib is not installed")
     assert report.main(["--results", str(results), "--out", str(tmp_path / "out")]) == 0
     assert "no pictures: matplotlib is not installed" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "made-up-cpu.md"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["figures-made-up-cpu.md", "index.html", "made-up-cpu.md"]
 
 
 class Page(HTMLParser):
@@ -220,19 +281,35 @@ def browser() -> str:
     return found
 
 
-def opened(page, fragment: str, tmp_path) -> tuple[str, str]:
-    """The document after its scripts ran, and what the console said."""
+def chromium(page, fragment: str, tmp_path, *what: str) -> tuple[str, str]:
+    """What it prints, and what the page's console said."""
     command = [
         browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", f"file://{page}#{fragment}",
+        "--enable-logging=stderr", "--virtual-time-budget=2000", *what, f"file://{page}#{fragment}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
 
 
+def opened(page, fragment: str, tmp_path) -> tuple[str, str]:
+    """The document after its scripts ran, and what the console said."""
+    return chromium(page, fragment, tmp_path, "--dump-dom")
+
+
+def photographed(page, fragment: str, tmp_path) -> Image.Image:
+    """The window as a reader sees it first."""
+    path = tmp_path / "screenshot.png"
+    size = f"--window-size={SCREEN[0]},{SCREEN[1]}"
+    _, console = chromium(page, fragment, tmp_path, f"--screenshot={path}", size, "--hide-scrollbars",
+                          "--run-all-compositor-stages-before-draw")  # fmt: skip
+    assert console == ""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
 def cells(dom: str, table: str) -> list[list[str]]:
-    body = re.search(rf'<table id="table-{table}">.*?<tbody>(.*?)</tbody>', dom, flags=re.DOTALL)
+    body = re.search(rf'<table id="table-{table}"[^>]*>.*?<tbody>(.*?)</tbody>', dom, flags=re.DOTALL)
     rows = re.findall(r"<tr.*?>(.*?)</tr>", body.group(1), flags=re.DOTALL)
     return [re.findall(r"<td.*?>(.*?)</td>", row, flags=re.DOTALL) for row in rows]
 
@@ -243,20 +320,43 @@ def test_page_in_a_browser_filters_and_sorts(written, tmp_path):
     assert 'data-ready="yes"' in dom
     assert 'data-theme="dark"' in dom
     rows = cells(dom, "all")
-    assert [row[2] for row in rows] == ["13b-1792-2img", "13b-896-2img", "13b-448-2img"]
-    assert {row[1] for row in rows} == {"stem"}
-    assert {row[3] for row in rows} == {"hia"}
+    assert [row[1] for row in rows] == ["13b-1792-2img", "13b-896-2img", "13b-448-2img"]
+    assert {row[0] for row in rows} == {"stem"}
+    assert {row[2] for row in rows} == {"hia"}
     assert 'aria-sort="descending"' in dom
     assert f"3 of {len(records())} rows" in dom
-    for section in ("standing", "curves", "roofline", "memory", "table3", "changes", "all"):
+    for section in ("figures", "standing", "curves", "roofline", "memory", "table3", "changes", "all"):
         assert f'id="section-{section}"' in dom
     assert dom.count('class="chart"') >= 4
     assert "python -m bench.table3 · made-up CPU" in dom
+    assert "python -m bench.figures · made-up CPU, 2 threads · fedcba9876 · 2026-01-01" in dom
+    assert "1 met, 1 MISSED, 1 not measured, 0 no target." in dom
+    figures = {row[0]: row for row in cells(dom, "figures")}
+    assert figures["stem-16bit-memory"][1:] == ["stem px2048-16bit forward", "our peak memory / theirs", "&lt;= 0.25",
+                                                "0.50", "MISSED", "hia 50 MB, eager_rgb 100 MB"]  # fmt: skip
+    assert figures["encode-2048-compile"][4:] == ["-", "not measured", "compile: a &lt;b&gt;made-up&lt;/b&gt; | reason"]
 
     dom, console = opened(written / "index.html", "all.status=failed", tmp_path)
     assert console == ""
-    assert len(cells(dom, "all")) == 1
+    ((*_, note),) = cells(dom, "all")
+    assert note.startswith("failed: output: ")
     assert "&lt;script&gt;alert(1)" in dom
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_page_in_a_browser_is_painted(theme, written, tmp_path):
+    """Not what it shows, but that it shows: a background, and ink of several colours from top to bottom."""
+    picture = photographed(written / "index.html", f"theme={theme}", tmp_path)
+    assert picture.size == SCREEN
+    colours = sorted(picture.getcolors(maxcolors=2**24), reverse=True)
+    assert len(colours) > 50, "anti-aliased text alone has more"
+    shares = [count / (SCREEN[0] * SCREEN[1]) for count, _ in colours]
+    assert 0.3 < shares[0] < 0.98, "one colour covers a page that is blank"
+    assert (sum(colours[0][1]) > 600) is (theme == "light")
+    accent = {"light": (11, 122, 117), "dark": (79, 209, 197)}[theme]
+    assert accent in {colour for _, colour in colours}, "links and our own marks have it"
+    for top in range(0, SCREEN[1], 400):  # each quarter has something on it
+        assert len(picture.crop((0, top, SCREEN[0], top + 400)).getcolors(maxcolors=2**24)) > 10
 
 
 def test_records_survive_the_page(written, results):
