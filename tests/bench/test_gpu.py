@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import subprocess
 import sys
 import time
 
@@ -21,11 +23,14 @@ def nothing_missing(_packages):
 
 def test_order_and_commands(tmp_path):
     steps = gpu.plan("cuda", FAKE, tmp_path, None)
-    assert [step.name for step in steps] == ["info", "build", "tests", "kernels", "end_to_end", "table3"]
+    order = ["info", "build", "tests", "figures", "kernels", "end_to_end", "table3", "compiled"]
+    assert [step.name for step in steps] == order
     commands = {step.name: " ".join(step.command) for step in steps}
     assert commands["build"] == "setup.py build_ext --inplace"
     assert "-m gpu" in commands["tests"]
-    for name in ("kernels", "end_to_end", "table3"):
+    assert commands["figures"].endswith("--add --no-compile --minutes {minutes}")
+    assert "--add --compiled --compile-minutes 1 --minutes {minutes}" in commands["compiled"]
+    for name in ("figures", "kernels", "end_to_end", "table3"):
         assert f"-m bench.{name} --device cuda --out {tmp_path}" in commands[name]
     assert not any("pip" in command for command in commands.values()), "nothing is installed"
 
@@ -42,7 +47,8 @@ def test_fake_device_names_the_folder(capsys):
 
 def test_unknown_step(capsys):
     assert gpu.main(["--list", "--device", "cpu", "--only", "kernel"]) == 2
-    assert "--only: must be among info, build, tests" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--only: must be among info, build, tests" in error and "got 'kernel'; did you mean kernels" in error
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,8 @@ def test_build_is_left_out_aloud(nvcc, sources, reason):
 
 def test_missing_packages_leave_a_step_out(tmp_path, capsys):
     steps = [Step("tests", ("-c", "raise SystemExit(1)"), 5, needs=("pytest",)), Step("fine", ("-c", ""), 5)]
-    results = gpu.run_all(steps, tmp_path, 60, lacking=lambda packages: [p for p in packages if p == "pytest"])
+    results = []
+    gpu.run_all(steps, tmp_path, 60, results, lacking=lambda packages: [p for p in packages if p == "pytest"])
     assert [done.status for done in results] == ["left out", "ok"]
     assert results[0].detail == "not installed here: pytest"
     assert "tests: left out, not installed here: pytest" in capsys.readouterr().out
@@ -65,13 +72,14 @@ def test_missing_packages_leave_a_step_out(tmp_path, capsys):
 
 def test_what_a_step_can_do_without_is_said(tmp_path, capsys):
     step = Step("table3", ("-c", ""), 5, without=("matplotlib",))
-    gpu.run_all([step], tmp_path, 60, lacking=lambda packages: list(packages))
+    gpu.run_all([step], tmp_path, 60, [], lacking=lambda packages: list(packages))
     assert "table3: goes on without matplotlib" in capsys.readouterr().out
 
 
 def test_a_failure_does_not_stop_the_rest(tmp_path, capsys):
     steps = [Step("bad", ("-c", "print('the cause'); raise SystemExit(3)"), 5), Step("good", ("-c", ""), 5)]
-    results = gpu.run_all(steps, tmp_path, 60, lacking=nothing_missing)
+    results = []
+    gpu.run_all(steps, tmp_path, 60, results, lacking=nothing_missing)
     assert [(done.status, done.detail) for done in results] == [("failed", "exit code 3"), ("ok", "")]
     assert "the cause" in capsys.readouterr().out
     assert [entry["name"] for entry in json.loads((tmp_path / "gpu.json").read_text())] == ["bad", "good"]
@@ -92,7 +100,8 @@ def test_deadline_interrupts_first_and_kills_what_stays(tmp_path, monkeypatch):
 
 
 def test_no_step_starts_when_the_time_is_up(tmp_path):
-    results = gpu.run_all([Step("late", ("-c", ""), 5)], tmp_path, 1.0, lacking=nothing_missing)
+    results = []
+    gpu.run_all([Step("late", ("-c", ""), 5)], tmp_path, 1.0, results, lacking=nothing_missing)
     assert [(done.status, done.detail) for done in results] == [("left out", "no time left of 1 s")]
 
 
@@ -101,6 +110,90 @@ def test_time_is_shared_by_what_is_left():
     assert gpu.share(steps, 0, 1000) == 100
     assert gpu.share(steps, 0, 200) == 50
     assert gpu.share(steps, 1, 200) == 200
+
+
+def test_a_spare_step_takes_what_is_left_alone():
+    steps = [Step("a", (), 100), Step("b", (), 300), Step("more", (), 400, spare=True)]
+    assert gpu.share(steps, 0, 200) == 50 and gpu.share(steps, 1, 150) == 150, "nothing is kept for it"
+    assert gpu.share(steps, 2, 90) == 90 and gpu.share(steps, 2, 900) == 400
+
+
+def test_everything_fits_into_nine_minutes(tmp_path):
+    """Even if every step takes all it may and has to be killed, there is time for the tables."""
+    steps = gpu.plan("cuda", FAKE, tmp_path, None)
+    now = 15.0  # torch's import
+    for number, _ in enumerate(steps):
+        left = gpu.TOTAL_S - now - gpu.RESERVE_S
+        if left >= 5:
+            now += gpu.share(steps, number, left) + gpu.GRACE_S + 5
+    assert now < gpu.TOTAL_S - 10
+
+
+def test_the_clock_starts_before_torch_is_imported():
+    script = "import sys, bench.gpu; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], env=gpu.child_environment(gpu.REPOSITORY),
+                          cwd=gpu.REPOSITORY, capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout.strip() == "False"
+
+
+def test_a_trial_is_no_record_of_the_device(capsys):
+    assert gpu.main(["--device", "cpu", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert f"--out {gpu.REPOSITORY / 'build' / 'gpu'} " in printed and "bench/results" not in printed
+
+
+FAILING = """
+import time, sys
+print("..F.s")
+sys.stdout.flush()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print(%r)
+"""
+
+
+@pytest.mark.parametrize("last", ["nothing", "===== 1 failed, 3 passed in 2.31s ====="], ids=["killed", "summary"])
+def test_tests_that_had_failed_at_the_deadline_are_a_failure(last, tmp_path):
+    step = Step("tests", ("-c", FAILING % last, "pytest"), 3)
+    done = gpu.run_step(step, 3.0, tmp_path / "log", gpu.child_environment(tmp_path))
+    assert (done.status, done.detail) == ("failed", "1 tests had failed when it was stopped after 3 s")
+
+
+@pytest.mark.parametrize(
+    ("log", "failures"),
+    [
+        ("..F.s  [ 50%]\nEx..F", 3),
+        ("....\nE   assert 1 == 2\nFAILED tests/a.py", 0),
+        ("..F\n= FAILURES =\nE\n== 2 failed, 1 error, 7 passed in 0.31s ==", 3),
+        ("....  [100%]\n4 passed, 2 skipped in 60.31s (0:01:00)", 0),
+    ],
+    ids=["letters", "none", "summary", "passed"],
+)
+def test_failures_are_read_from_the_log(log, failures, tmp_path):
+    (tmp_path / "log").write_text(log)
+    assert gpu.failed_tests(tmp_path / "log") == failures
+
+
+def test_test_files_without_their_packages_are_left_out(tmp_path):
+    """An absent package in one file must not fail the collection of all."""
+    ops = tmp_path / "tests" / "ops"
+    ops.mkdir(parents=True)
+    (tmp_path / "tests" / "hia").mkdir()
+    files = {
+        "harness.py": "from hypothesis import given", "test_b.py": "import torch", "test_c.py": "from . import harness",
+        "test_a.py": "import torch, json\nfrom tests.ops.harness import x",
+        "test_d.py": "def f():\n    import hypothesis",
+        "test_e.py": "from hia import config\nimport hypothesis.strategies as st",
+    }  # fmt: skip
+    for name, text in files.items():
+        (ops / name).write_text(text)
+    found = gpu.unimportable_tests(tmp_path, lambda packages: [name for name in packages if name == "hypothesis"])
+    assert found == ["tests/ops/test_a.py", "tests/ops/test_c.py", "tests/ops/test_e.py"]
+    assert gpu.unimportable_tests(tmp_path, nothing_missing) == []
+    asked = []
+    gpu.unimportable_tests(tmp_path, lambda packages: asked.extend(packages) or [])
+    assert set(asked) == {"torch", "hypothesis"}, "neither ours nor the standard library's"
 
 
 def test_steps_are_told_their_time(tmp_path):
@@ -132,6 +225,71 @@ def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
     assert [line.split()[-1] for line in lines[2:12]] == [f"px{side}" for side in range(100, 110)]
     assert "python -m bench.kernels" in lines[12]
     assert "0123456789" in lines[12]
+
+
+def measured(case, date, provider="hia", p50=1.0):
+    where = {"device": "made up", "date": date}
+    return Measurement("op", "stem", case, provider, "forward", "bf16", "cuda", "ok", None, p50, p50, p50,
+                       floor_ms=0.5, percent_of_floor=50 / p50, environment=where)  # fmt: skip
+
+
+SINCE = datetime.datetime(2026, 5, 5, 12, 0, 0, 700, tzinfo=datetime.timezone.utc)
+BEFORE, AFTER = "2026-05-05T11:59:59+00:00", "2026-05-05T12:00:00+00:00"
+
+
+def test_the_tables_are_of_this_run_alone(tmp_path):
+    write_records(tmp_path / "kernels.json", [measured("old", BEFORE), measured("new", AFTER)])
+    lines = gpu.furthest_table(tmp_path, SINCE)
+    assert lines[0].startswith("the 1 rows") and lines[2].endswith("new")
+    (tmp_path / "kernels.json").write_text("[")
+    assert "kernels.json can't be read: read_records:" in gpu.furthest_table(tmp_path, SINCE)[0]
+
+
+def test_verdicts_are_of_this_run_alone(tmp_path):
+    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["figures: none was measured"]
+    stored = [{"name": "table3-flops-896", "kind": "flops", "where": "", "target": 0.7, "ratio": 0.6, "verdict": "met",
+               "note": "as stored"}]  # fmt: skip
+    rows = [measured("px2048-16bit", AFTER), measured("px2048-16bit", AFTER, "eager_rgb", 4.0)]
+    write_records(tmp_path / "figures.json", rows, figures=stored)
+    lines = gpu.verdict_table(tmp_path, "cuda", SINCE)
+    (line,) = [line for line in lines if " stem-16bit " in line]
+    assert line.split()[:3] == ["MISSED", "4.00", "5.00"] and line.endswith("hia 1 ms, eager_rgb 4 ms")
+    assert any(line.endswith("as stored") for line in lines)
+    assert any("1 MISSED" in line and "not measured" in line for line in lines)
+    write_records(tmp_path / "figures.json", [measured("px2048-16bit", BEFORE)], figures=stored)
+    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["figures: none was measured"]
+    (tmp_path / "figures.json").write_text("[")
+    assert "figures.json can't be read" in gpu.verdict_table(tmp_path, "cuda", SINCE)[0]
+
+
+def test_ctrl_c_ends_with_the_tables(tmp_path, monkeypatch, capsys):
+    def interrupted(_steps, _out, _seconds, results):
+        results.append(gpu.Done("info", "ok", "", 1.0))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_all", interrupted)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 130
+    printed = capsys.readouterr().out
+    assert "info        ok" in printed and "interrupted: what was measured is kept" in printed
+
+
+@pytest.mark.slow
+def test_a_trial_on_the_cpu(tmp_path, capsys):
+    """The steps for real, as far as a CPU goes: their commands are accepted, their records become the tables."""
+    steps = ["info", "tests", "figures", "kernels", "compiled"]
+    began = time.monotonic()
+    code = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "100", "--only", *steps])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert time.monotonic() - began < 115
+    results = {entry["name"]: entry for entry in json.loads((tmp_path / "gpu.json").read_text())}
+    assert list(results) == steps and results.pop("compiled")["status"] == "left out"
+    assert {entry["status"] for entry in results.values()} <= {"ok", "out of time"}, printed
+    assert results["figures"]["status"] == "ok", printed
+    for name in ("figures.json", "kernels.json", *(f"logs/{step}.log" for step in results)):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "the figures and their targets" in printed and "rows of ours furthest from their floor" in printed
+    assert "met" in printed and "python -m bench.kernels --device cpu" in printed
 
 
 def test_interpreter_is_the_running_one(tmp_path):
