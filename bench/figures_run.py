@@ -16,7 +16,7 @@ from . import environment
 from .cases import Workload
 from .figures import FIGURES, KINDS, OURS, Figure, Verdict, cells, importance, judge
 from .kernels import OVER, Run, measure_workload, start
-from .kernels_args import DEFAULT_DTYPES, DEVICES, names
+from .kernels_args import DEFAULT_DTYPES, DEVICES, Resume, add_resume, names
 from .kernels_output import console_for, earlier_records, merged, print_end
 from .measurement import Measurement, write_records
 from .providers import all_providers
@@ -53,6 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help=f"of {FILE} (default, for all figures: bench/results/<device>)")  # fmt: skip
     parser.add_argument("--add", action="store_true", help="keep what the file holds and this run has no row for")
+    add_resume(parser)
     parser.add_argument("--list", action="store_true", help="print the figures and their targets, and exit")
     parser.add_argument("--quick", action="store_true", help="a few repetitions, as a smoke test")
     options = parser.parse_args(arguments)
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = environment.describe(options.device, "bench.figures")
     path = output_path(options, facts["device"])
     try:
-        kept = earlier_records(path) if options.add and path is not None else []
+        kept = earlier_records(path) if path is not None and (options.add or options.resume != Resume()) else []
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     save(path, found, options.device)
     print_table([judge(figure, found, options.device) for figure in options.figures], console)
     written = [path] if path is not None else []
-    print_end(interrupted, failure, written, progress.seconds, console)
+    print_end(interrupted, run, written, progress.seconds, console)
     if interrupted:
         return 130
     return 1 if failure or any(record.status == "failed" for record in records) else 0
@@ -157,11 +158,11 @@ def measure(options: Any, run: Run, progress: Progress) -> Iterator[None]:
     run.seconds, run.at_least = SECONDS[options.device], AT_LEAST
     run.compile_seconds = 60 * (options.compile_minutes or COMPILE_MINUTES[options.device])
     everyone, workloads = all_providers(), grouped(options.figures)
-    for number, (workload, (modes, providers)) in enumerate(workloads.items(), 1):
-        progress.task(f"{number}/{len(workloads)} {workload.op} {workload.name}")
-        chosen = [everyone[name] for name in everyone if name in providers]
+    for run.task, (workload, (modes, providers)) in enumerate(workloads.items()):
+        progress.task(f"{run.task + 1}/{len(workloads)} {workload.op} {workload.name}")
+        chosen = options.resume.providers(run.task, [everyone[name] for name in everyone if name in providers])
         run.providers = [one for one in chosen if not (one.compiles and options.no_compile)]
-        if options.compiled and not any(one.compiles for one in run.providers):
+        if not run.providers or (options.compiled and not any(one.compiles for one in chosen)):
             continue
         own_floor = any(one.kind == "floor" and one.workload == workload for one in options.figures if one.mode)
         if options.no_compile and len(run.providers) == 1 and not own_floor:

@@ -221,29 +221,56 @@ def share(steps: Sequence[Step], number: int, left: float) -> float:
 
 
 def run_step(step: Step, seconds: float, log: Path, environment: dict[str, str]) -> Done:
-    """Run it in a process group of its own; at its deadline ask it to stop, as Ctrl-C does, and then end it."""
+    """Run it; where the device fails in one of its tasks, which no process survives, go on in a fresh one."""
     started = time.monotonic()
+    log.write_bytes(b"")
+    point, resumed = None, 0
+    while True:
+        left = seconds - (time.monotonic() - started)
+        code = run_once(step, left, log, environment, ("--resume", point) if point else ())
+        before, point = point, resume_point(log)
+        left = seconds - (time.monotonic() - started)
+        if code != 1 or point in (None, before) or left < 2 * MARGIN_S:
+            break
+        resumed += 1
+    taken = time.monotonic() - started
+    again = f"the device failed, and {resumed} fresh processes went on" if resumed else ""
+    failed = failed_tests(log) if "pytest" in step.command else 0
+    if code is None and failed:
+        return Done(step.name, "failed", f"{failed} tests had failed when it was stopped after {seconds:.0f} s", taken)
+    if code is None and not resumed:
+        return Done(step.name, "out of time", f"stopped after {seconds:.0f} s; what it had measured is written", taken)
+    status = "ok" if code == 0 and not resumed else "failed"
+    ended = f"stopped after {seconds:.0f} s" if code is None else f"exit code {code}" if code else ""
+    return Done(step.name, status, "; ".join(filter(None, (ended, again))), taken)
+
+
+def resume_point(log: Path) -> str | None:
+    """Where the last process says that a fresh one could go on."""
+    found = re.findall(r"the same command with --resume (\d+:\S*) goes on", log.read_text("utf-8", errors="replace"))
+    return found[-1] if found else None
+
+
+def run_once(step: Step, seconds: float, log: Path, environment: dict[str, str], more: Sequence[str]) -> int | None:
+    """One process in a group of its own; at its deadline ask it to stop, as Ctrl-C does, and then end it.
+
+    Returns:
+        Its exit code; None if it had to be stopped.
+    """
     own = max(1, round(seconds - MARGIN_S))
     known = {SECONDS: str(own), MINUTES: f"{own / 60:.2f}"}
-    command = [known.get(part, part) for part in step.command]
-    with log.open("w", encoding="utf-8") as file:
+    command = [known.get(part, part) for part in step.command] + list(more)
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
         )  # fmt: skip
         try:
-            code: int | None = process.wait(timeout=seconds)
+            return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            code = None
+            return None
         finally:
             stop(process)
-    taken = time.monotonic() - started
-    failed = failed_tests(log) if "pytest" in step.command else 0
-    if code is None and failed:
-        return Done(step.name, "failed", f"{failed} tests had failed when it was stopped after {seconds:.0f} s", taken)
-    if code is None:
-        return Done(step.name, "out of time", f"stopped after {seconds:.0f} s; what it had measured is written", taken)
-    return Done(step.name, "ok" if code == 0 else "failed", "" if code == 0 else f"exit code {code}", taken)
 
 
 def failed_tests(log: Path) -> int:

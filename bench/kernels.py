@@ -19,7 +19,7 @@ from .cases import Workload
 from .composites import make_weights
 from .gate import Bound, Truth, backward_call, both_call, dout_like, results_of, truth_of
 from .inputs import Inputs, make_inputs
-from .kernels_args import parse, tasks_of, too_slow_to_compile
+from .kernels_args import Resume, parse, tasks_of, too_slow_to_compile
 from .kernels_output import Steps, Writer, console_for, print_end, print_list, print_report
 from .limits import DTYPES, Limits
 from .measurement import Measurement
@@ -66,7 +66,9 @@ class Run:
         at_least: repetitions, however long they take.
         compile_seconds: what a provider that compiles may take to its first result; None doesn't limit it.
         end: when the run is over, by ``perf_counter``; None where it has no end.
+        task: its number, of what is at hand.
         failure: how the device failed, after which nothing can run on it in this process; None if it works.
+        resume: where a fresh process can go on then.
         cut: whether something wasn't run because the run was over.
         say: told what is being done.
     """
@@ -83,7 +85,9 @@ class Run:
     at_least: int = 4
     compile_seconds: float | None = None
     end: float | None = None
+    task: int = 0
     failure: str | None = None
+    resume: Resume = field(default_factory=Resume)
     cut: bool = False
     say: Callable[[str], None] = lambda _: None
 
@@ -123,6 +127,7 @@ class Run:
             except Exception as raised:
                 why = str(raised).strip().partition("\n")[0]
                 self.failure = f"the device failed in {provider} {workload.op} {workload.name} ({why})"
+                self.resume = self.resume.after(self.task, provider, [one.name for one in self.providers])
         return self.failure
 
 
@@ -200,12 +205,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with exact_matmuls(), Steps(console_for(sys.stderr), len(tasks)).shown() as steps:
             steps.now("measuring the device's limits")
             run = start(options, facts, started)
-            for task in tasks:
+            for run.task, task in enumerate(tasks):
                 steps.now(task.name)
+                run.providers = options.resume.providers(run.task, task.providers)
                 if run.stopped() == OVER:
                     left_out.append(task.name)
-                else:
-                    run.providers = task.providers
+                elif run.providers:
                     measure_workload(run, task.workload, task.dtype, task.modes)
                     writer(run.records)
                 steps.done()
@@ -213,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted = True
     records = run.records if run is not None else []
     failure = run.failure if run is not None else None
-    whole = not (options.filtered or interrupted or failure or run is None or run.cut)
+    whole = not (options.filtered or interrupted or failure or run is None or run.cut or options.resume != Resume())
     writer(records, complete=whole)
     print_report(records, run.limits if run is not None else None, left_out, console)
-    print_end(interrupted, failure, writer.paths, time.perf_counter() - started, console)
+    print_end(interrupted, run, writer.paths, time.perf_counter() - started, console)
     if interrupted:
         return 130
     return 1 if failure or any(record.status == "failed" for record in records) else 0
@@ -227,7 +232,7 @@ def start(options: Any, facts: dict[str, Any], started: float) -> Run:
     found = limits.measure(options.device, options.dtype, quick=options.quick)
     clock = CudaClock() if options.device == "cuda" else cpu_clock
     facts = {**facts, "limits": found.to_dict()}
-    run = Run(options.device, [], found, facts, options.quick, not options.filtered, clock)
+    run = Run(options.device, [], found, facts, options.quick, not options.filtered, clock, resume=options.resume)
     if options.minutes:
         run.end, run.compile_seconds = started + 60 * options.minutes, COMPILE_SECONDS[options.device]
     return run

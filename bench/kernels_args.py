@@ -49,6 +49,47 @@ class Task:
         return f"{self.workload.op} {self.workload.name} {self.dtype}"
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Where a fresh process goes on after the device failed in the one before.
+
+    Attributes:
+        number: of the first task.
+        without: providers that it leaves out there: in their work the device failed.
+    """
+
+    number: int = 0
+    without: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Resume:
+        """The inverse of ``str``, for argparse."""
+        number, colon, without = text.partition(":")
+        if not number.isdigit() or not colon:
+            raise argparse.ArgumentTypeError(f"must be NUMBER:[PROVIDER,...] as a failed run prints it, got {text!r}")
+        return cls(int(number), tuple(name for name in without.split(",") if name))
+
+    def __str__(self) -> str:
+        return f"{self.number}:{','.join(self.without)}"
+
+    def providers(self, number: int, found: Iterable[Provider]) -> list[Provider]:
+        """Those that a task still asks: nobody in a task before the first."""
+        without = self.without if number == self.number else ()
+        return [one for one in found if one.name not in without] if number >= self.number else []
+
+    def after(self, number: int, culprit: str, known: Iterable[str]) -> Resume:
+        """Behind a failure: the task again without the culprit, or the next one if it was none of the providers."""
+        if culprit not in known:
+            return Resume(number + 1)
+        return Resume(number, (*(self.without if number == self.number else ()), culprit))
+
+
+def add_resume(parser: Any) -> None:
+    """The flag."""
+    parser.add_argument("--resume", type=Resume.parse, default=Resume(), metavar="POINT",
+                        help="go on in a fresh process, as a run that a failed device ended says")  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags; names may be patterns such as ``13b-*``, repeated, or separated by commas."""
     parser = argparse.ArgumentParser(
@@ -75,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     chosen.add_argument(
         "--minutes", type=float, metavar="M", help="begin nothing new after that long, and limit what compiles"
     )
+    add_resume(chosen)
     output = parser.add_argument_group("output")
     output.add_argument("--list", action="store_true", help="print what would be measured, and exit")
     output.add_argument("--json", metavar="PATH", help="write the records here too")

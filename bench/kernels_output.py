@@ -13,6 +13,7 @@ from rich.table import Table
 
 from . import environment
 from .cases import Workload
+from .kernels_args import Resume
 from .limits import Limits
 from .measurement import Measurement, read_records, write_records
 from .providers import Provider
@@ -81,7 +82,7 @@ def merged(kept: Sequence[Measurement], records: Sequence[Measurement]) -> list[
 
 class Writer:
     """Keeps a run's files up to date. A folder's file keeps what it held and the run has no row for, until a complete
-    run ends; the file of ``--json`` is the run's alone.
+    run ends; the file of ``--json`` is the run's alone, with what a run that ``--resume`` goes on with had put there.
 
     Args:
         options: of the command line.
@@ -93,7 +94,8 @@ class Writer:
 
     def __init__(self, options: Any, device: str) -> None:
         self.paths = output_paths(options, device)
-        self._kept = {path: [] if path == options.json else earlier_records(path) for path in self.paths}
+        own = options.json if options.resume == Resume() else None
+        self._kept = {path: [] if path == own else earlier_records(path) for path in self.paths}
 
     def __call__(self, records: Sequence[Measurement], *, complete: bool = False) -> None:
         """Everything measured so far, to every path; nothing replaces no record."""
@@ -192,12 +194,13 @@ def _milliseconds(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def print_end(interrupted: bool, failure: str | None, paths: Sequence[Path], seconds: float, console: Console) -> None:
+def print_end(interrupted: bool, run: Any, paths: Sequence[Path], seconds: float, console: Console) -> None:
     """How it ended, and where the records went."""
     if interrupted:
         console.print("interrupted: what was measured is kept")
-    if failure is not None:
-        line = f"{failure}: nothing more can run on it in this process, and the rest was not run"
+    if run is not None and run.failure is not None:
+        line = f"{run.failure}: nothing more can run on it in this process, and the rest was not run; the same command "
+        line += f"with --resume {run.resume} goes on"
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     written = ", ".join(map(str, paths)) or "nowhere (not everything was asked for: name a place by --out)"
     console.print(f"{seconds:.0f} s; written: {written}", highlight=False, soft_wrap=True)

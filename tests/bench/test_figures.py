@@ -191,6 +191,24 @@ def test_ctrl_c_keeps_the_workload_it_was_at(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_fresh_run_goes_on_where_the_device_failed(tmp_path, monkeypatch, capsys):
+    before = kernels.synchronize
+
+    def synchronize(_device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "synchronize", synchronize)
+    arguments = ["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]
+    assert figures_run.main(arguments) == 1
+    assert "with --resume 0:hia goes on" in capsys.readouterr().out
+    monkeypatch.setattr(kernels, "synchronize", before)
+    assert figures_run.main([*arguments, "--resume", "0:hia"]) == 0
+    found = {(one.op, one.provider): one.status for one in read_records(tmp_path / "figures.json")}
+    assert found.pop(("second_question", "hia")) == "failed" and set(found.values()) == {"ok"}
+    assert len(found) == 4
+
+
+@pytest.mark.usefixtures("tiny")
 def test_some_figures_are_no_record_of_the_device():
     options = figures_run.parse(["--device", "cpu", "--only", "step"])
     assert figures_run.output_path(options, "A CPU") is None

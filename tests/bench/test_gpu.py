@@ -142,6 +142,29 @@ def test_a_trial_is_no_record_of_the_device(capsys):
     assert f"--out {gpu.REPOSITORY / 'build' / 'gpu'} " in printed and "bench/results" not in printed
 
 
+RESUMED = """
+import sys
+if "--resume" not in sys.argv:
+    print("the device failed in ffpa: ...; the same command with --resume 3:ffpa goes on")
+elif sys.argv[-1] == "3:ffpa":
+    print("the device failed in hia: ...; the same command with --resume 3:ffpa,hia goes on")
+else:
+    print("done with", sys.argv[-1])
+    sys.exit()
+sys.exit(1)
+"""
+
+
+def test_a_fresh_process_goes_on_where_the_device_failed(tmp_path):
+    step = Step("kernels", ("-c", RESUMED), 60)
+    done = gpu.run_step(step, 60.0, tmp_path / "log", gpu.child_environment(tmp_path))
+    assert (done.status, done.detail) == ("failed", "the device failed, and 2 fresh processes went on")
+    assert (tmp_path / "log").read_text().strip().endswith("done with 3:ffpa,hia")
+    step = Step("kernels", ("-c", RESUMED.replace("    sys.exit()\n", "")), 60)  # a failure of another kind at last
+    assert gpu.run_step(step, 60.0, tmp_path / "log", gpu.child_environment(tmp_path)).status == "failed"
+    assert (tmp_path / "log").read_text().count("done with") == 1
+
+
 FAILING = """
 import time, sys
 print("..F.s")

@@ -57,6 +57,7 @@ def test_a_device_that_fails_is_one_failure(monkeypatch):
     kernels.measure_workload(run, workload("inject_rows", "tiny"), "fp32", ("forward",))
     why = "the device failed in breaks stem px-tiny (CUDA error: an illegal memory access was encountered)"
     assert run.failure == why
+    assert str(run.resume) == "0:breaks"
     found = {(one.op, one.mode, one.provider): (one.status, one.reason) for one in run.records}
     rest = {("stem", mode, name) for mode in ("forward", "backward") for name in ("hia", "breaks", "eager")}
     rest |= {("inject_rows", "forward", name) for name in ("hia", "breaks", "eager")}
@@ -102,10 +103,11 @@ def test_a_device_that_fails_while_it_is_timed(monkeypatch):
     assert {one.status for name, one in found.items() if name != failed} == {"unavailable"}
 
 
-def test_a_failed_device_ends_in_a_clear_message(tmp_path, monkeypatch, capsys):
+def test_a_failed_device_ends_in_a_clear_message_and_a_fresh_run_goes_on(tmp_path, monkeypatch, capsys):
     def synchronize(_device):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
+    before = kernels.synchronize
     monkeypatch.setattr(kernels, "synchronize", synchronize)
     arguments = ["--quick", "--device", "cpu", "--op", "stem,inject_rows", "--mode", "forward"]
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 1
@@ -113,6 +115,27 @@ def test_a_failed_device_ends_in_a_clear_message(tmp_path, monkeypatch, capsys):
     assert "the device failed in hia stem px-tiny (CUDA error: device-side assert triggered): nothing more" in printed
     rows = [one for one in read_records(tmp_path / "kernels.json") if one.op == "inject_rows"]
     assert rows and all(one.reason.startswith("not run: the device failed in hia stem px-tiny") for one in rows)
+    assert "the same command with --resume 0:hia goes on" in printed
+    monkeypatch.setattr(kernels, "synchronize", before)
+    assert kernels.main([*arguments, "--out", str(tmp_path), "--resume", "0:hia"]) == 0
+    found = {(one.op, one.provider): one for one in read_records(tmp_path / "kernels.json")}
+    assert found["stem", "hia"].status == "failed", "what the first run found stays"
+    assert found["stem", "eager"].status == found["inject_rows", "hia"].status == "ok"
+    assert not [one for one in found.values() if "not run" in (one.reason or "")]
+
+
+def test_where_a_fresh_process_goes_on(capsys):
+    first = kernels_args.Resume()
+    again = first.after(3, "ffpa", ["hia", "ffpa"])
+    assert str(again) == "3:ffpa" and kernels_args.Resume.parse("3:ffpa") == again
+    assert str(again.after(3, "hia", ["hia"])) == "3:ffpa,hia" and str(again.after(4, "hia", ["hia"])) == "4:hia"
+    assert str(again.after(3, "the reference of", ["hia"])) == "4:", "the task can't be done at all"
+    ours, eager = providers.Ours(), providers.Eager()
+    resume = kernels_args.Resume.parse("3:hia")
+    assert [resume.providers(number, [ours, eager]) for number in (2, 3, 4)] == [[], [eager], [ours, eager]]
+    with pytest.raises(SystemExit):
+        kernels.main(["--device", "cpu", "--resume", "ffpa"])
+    assert "must be NUMBER:[PROVIDER,...] as a failed run prints it, got 'ffpa'" in capsys.readouterr().err
 
 
 def test_a_gradient_reference_that_raises_leaves_the_forward_alone(tmp_path, monkeypatch):
