@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hia_kernels import last_backend, stem, use_backend
-from hia_kernels.core import triton_support, tuning
+from hia_kernels.core import tuning
 from hia_kernels.ops.stem import library
-from hia_kernels.ops.stem.functional import stem_reach
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
 from tests.compare import assert_close
 from tests.inputs import stem_inputs as make_inputs
-from tests.ops.harness import DTYPES, assert_matches, assert_repeatable, opcheck, upcast
+from tests.ops.harness import assert_matches, assert_repeatable, opcheck, upcast
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
@@ -153,16 +150,3 @@ def test_what_is_left_to_the_reference(triton_device):
     pixels = torch.empty_strided((2, 12, 11, 1), (11, 2**23, 1, 1), dtype=torch.uint8, device="meta")
     reasons = library._triton_unsupported(pixels, *list(make_inputs((12, 11), F32, triton_device).values())[1:])
     assert "rows and columns of pixels must lie at most 4194304 elements apart, got (11, 8388608, 1, 1)" in reasons
-
-
-@settings(max_examples=6, deadline=None)
-@given(
-    extra=st.tuples(st.integers(0, 6), st.integers(0, 6)), kernel=st.sampled_from([3, 7]),
-    pool=st.sampled_from([1, 3]), channels=st.sampled_from([1, 3]), out_channels=st.integers(8, 20),
-    pixel_dtype=st.sampled_from([torch.uint8, U16, F32, BF16]), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
-def test_any_shape(extra, kernel, pool, dtype, **options):
-    if triton_support.interpreted():
-        size = tuple(stem_reach(kernel, pool) + more for more in extra)
-        inputs = make_inputs(size, dtype, kernel=kernel, pool=pool, images=1, **options)
-        assert_matches(OP, stem, stem_ref, inputs, dtype)

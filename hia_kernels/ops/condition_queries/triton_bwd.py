@@ -17,10 +17,10 @@ def _condition_queries_bwd_sums_kernel(
     B, M, D, stride_dout_b, stride_dout_m,
     HAS_SHIFT: tl.constexpr, HAS_QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Both sums of dout in one reading; grid = (cdiv(D, BLOCK_D), cdiv(M, BLOCK_M))."""
-    pid_m = tl.program_id(1).to(tl.int64)  # int64: B * M * D may exceed 2**31
+    """Both sums of dout in one reading; grid = (cdiv(M, BLOCK_M), cdiv(D, BLOCK_D))."""
+    pid_m = tl.program_id(0).to(tl.int64)  # int64: B * M * D may exceed 2**31
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     mask = (offs_m < M)[:, None] & mask_d[None, :]
     dout_ptrs = dout_ptr + offs_m[:, None] * stride_dout_m + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
@@ -73,7 +73,7 @@ def _sums(dout, wants_shift, wants_queries):
     parts = torch.empty(blocks, B, D, device=dout.device) if wants_shift else None
     dqueries = torch.empty(M, D, dtype=dout.dtype, device=dout.device) if wants_queries else None
     if M and D and (wants_shift or wants_queries):
-        _condition_queries_bwd_sums_kernel[(triton.cdiv(D, config["BLOCK_D"]), blocks)](
+        _condition_queries_bwd_sums_kernel[(blocks, triton.cdiv(D, config["BLOCK_D"]))](
             dout, parts, dqueries, B=B, M=M, D=D, stride_dout_b=dout.stride(0), stride_dout_m=dout.stride(1),
             HAS_SHIFT=wants_shift, HAS_QUERIES=wants_queries, **config,
         )  # fmt: skip

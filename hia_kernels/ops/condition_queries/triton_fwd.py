@@ -22,9 +22,9 @@ def _condition_queries_fwd_kernel(
     HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = queries + weight hidden[row_idx[b]] + bias; grid = (cdiv(D, BLOCK_D), cdiv(B, BLOCK_B))."""
-    offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # int64: sizes may exceed 2**31
-    first_b = tl.program_id(1) * BLOCK_B
+    """out[b] = queries + weight hidden[row_idx[b]] + bias; grid = (cdiv(B, BLOCK_B), cdiv(D, BLOCK_D))."""
+    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # int64: sizes may exceed 2**31
+    first_b = tl.program_id(0) * BLOCK_B  # samples along the axis that may be longer than 65535
     offs_b = first_b + tl.arange(0, BLOCK_B)
     offs_c = tl.arange(0, BLOCK_C)
     mask_b, mask_d = offs_b < B, offs_d < D
@@ -73,7 +73,7 @@ def condition_queries_fwd(hidden, row_idx, weight, bias, queries):
     if out.numel() == 0:
         return out
     config = _config(hidden, B, C, D)
-    _condition_queries_fwd_kernel[(triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(B, config["BLOCK_B"]))](
+    _condition_queries_fwd_kernel[(triton.cdiv(B, config["BLOCK_B"]), triton.cdiv(D, config["BLOCK_D"]))](
         hidden, row_idx.contiguous(), weight, None if bias is None else bias.contiguous(), queries, out,
         B=B, M=M, C=C, D=D, stride_hidden_t=hidden.stride(0), stride_weight_d=weight.stride(0),
         stride_queries_m=queries.stride(0), HAS_BIAS=bias is not None, **config,

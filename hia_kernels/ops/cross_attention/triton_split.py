@@ -150,6 +150,9 @@ def split_count(programs, steps, device):
     """Into how many shares to cut the inner loop's ``steps`` so that ``programs`` of them fill the device.
 
     Counts rounds of programs, one to a multiprocessor, and what a split adds: the fewest steps in a row win.
+    So the number follows how many sequences are packed: splits that one sequence alone needs would cost many together
+    a partial result each. With equal splits packed sequences have the bits of one at a time, else they agree to
+    rounding.
     """
 
     def cost(splits):
