@@ -6,6 +6,7 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 from bench import compare, regression
 from bench.compare import Row
@@ -152,6 +153,27 @@ def test_the_small_set_computes_something(case):
     for tensor in tensors:
         assert tensor.isfinite().all()
         assert tensor.any(), "a benchmark of zeros measures nothing"
+
+
+def test_the_small_set_has_every_op():
+    from bench.cases import OPS
+
+    assert set(OPS) == set(regression.INPUTS)
+    assert {"encode", "second_question"} <= set(regression.CASES)
+
+
+def test_calls_can_be_repeated():
+    """What writes in place must not go on from where the call before left it."""
+    call = regression.make_call("second_question")
+    assert torch.equal(call(), call())
+
+
+def test_composites_of_another_checkout_are_refused(tmp_path, monkeypatch):
+    import hia
+
+    monkeypatch.setattr(hia, "__file__", str(tmp_path / "python" / "hia" / "__init__.py"))
+    with pytest.raises(RuntimeError, match="bench.regression: hia must come from .*, got .*__init__.py"):
+        regression.make_call("encode")
 
 
 def test_the_small_set_is_no_part_of_make_test():
