@@ -62,15 +62,19 @@ class Bottleneck(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Raw pixels to features; an image's features never depend on its neighbours.
+    """Raw pixels to features; with running statistics an image's features never depend on its neighbours.
 
     Subclasses own ``conv1`` (3-channel stem), ``bn1`` and what :meth:`units` lists.
+
+    Attributes:
+        cuda_graphs: whether prepared weights may be used through CUDA graphs, which keep their activations' memory.
     """
 
     conv1: FoldedConv
     bn1: nn.BatchNorm2d
     pool = 3
     stem_stride = 4
+    cuda_graphs = True
 
     def __init__(self, config: HiAConfig):
         super().__init__()
@@ -79,10 +83,11 @@ class Encoder(nn.Module):
         self.live_statistics = config.batch_norm == "batch"
         self.image_mean, self.image_std = config.image_mean, config.image_std
         self._prepared: PreparedEncoder | None = None
+        self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not prepared: packed weights can't be copied or saved."""
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_constants": {}}
 
     @property
     def smallest_side(self) -> int:
@@ -137,6 +142,9 @@ class Encoder(nn.Module):
     ) -> list[Tensor]:
         """Encode images of any sizes: on a GPU those of one size together, on the CPU one after the other.
 
+        With live statistics, images of one size (and kind of pixel) are one batch everywhere: each such group has
+        statistics of its own.
+
         Args:
             images: [H, W, 1 or 3] each.
             windows: [n, 2] fp32.
@@ -146,9 +154,11 @@ class Encoder(nn.Module):
             One [H', W', C] map an image, in order; none is padded.
 
         Raises:
-            ValueError: as :meth:`forward`.
+            ValueError: as :meth:`forward`; not one window an image; a budget that can't hold a group that must be one.
         """
         tiling.check_budget(max_activation_bytes)
+        if tuple(windows.shape) != (len(images), 2):
+            raise ValueError(f"hia: windows must have shape [{len(images)}, 2], got {list(windows.shape)}")
         step = self._steps()
         maps: dict[int, Tensor] = {}
         for group in self._groups(images, max_activation_bytes):
@@ -164,11 +174,14 @@ class Encoder(nn.Module):
         steps = {self.conv1: prepare_step(self.conv1, self.bn1, pack=False)}
         for unit in self.units():
             steps.update({conv: prepare_step(conv, norm) for conv, norm in unit.pairs()})
-        self._prepared = PreparedEncoder(self.stamp(), steps)
+        self.unprepare()
+        self._prepared = PreparedEncoder(self.stamp(), steps, self._normalisation(self.conv1.weight.device))
         return self._prepared
 
     def unprepare(self) -> None:
         """Drop what :meth:`prepare` made."""
+        if self._prepared is not None:
+            self._prepared.graphs.clear()
         self._prepared = None
 
     def stamp(self) -> Stamp:
@@ -183,7 +196,7 @@ class Encoder(nn.Module):
                 "call prepare() again",
                 stacklevel=2,
             )
-            self._prepared = None
+            self.unprepare()
         return self._prepared
 
     def units(self) -> Sequence[Any]:
@@ -199,8 +212,7 @@ class Encoder(nn.Module):
 
     def stem(self, pixels: Tensor, window: Tensor, step: Steps) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H / stem_stride, W / stem_stride, width]."""
-        mean = torch.tensor(self.image_mean, device=pixels.device)
-        std = torch.tensor(self.image_std, device=pixels.device)
+        mean, std = self._normalisation(pixels.device)
         if not self.bn1.training:
             weight, scale, shift = step.folded(self.conv1, self.bn1)
             return hia_kernels.stem(pixels, window, mean, std, weight, scale, shift, self.pool)
@@ -212,12 +224,30 @@ class Encoder(nn.Module):
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         return x.permute(0, 2, 3, 1).contiguous()
 
+    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std on the device; made once, since copying them there makes the host wait."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # not the tensors of a trace
+            return torch.tensor(self.image_mean, device=device), torch.tensor(self.image_std, device=device)
+        key = (device, self.image_mean, self.image_std)
+        if key not in self._constants:
+            with torch.inference_mode(False):  # training saves them for its backward
+                tensors = [torch.tensor(values, device=device) for values in (self.image_mean, self.image_std)]
+            self._constants[key] = (tensors[0], tensors[1])
+        return self._constants[key]
+
+    def _is_live(self) -> bool:
+        """Whether any norm takes the statistics of what it is given."""
+        return self.bn1.training or any(norm.training for unit in self.units() for _, norm in unit.pairs())
+
     def _steps(self) -> Steps:
-        """With prepared weights, where no gradient is recorded."""
-        if self._prepared is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """With prepared weights, where no gradient is recorded and no norm takes live statistics."""
+        if self._prepared is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or self._is_live():
             return Steps()
         prepared = self.current()
-        return Steps() if prepared is None else Steps(prepared.steps, packed=not packing_reasons(self.conv1.weight))
+        if prepared is None:
+            return Steps()
+        graphs = prepared.graphs if self.cuda_graphs else None
+        return Steps(prepared.steps, not packing_reasons(self.conv1.weight), graphs)
 
     def _encode(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H', W', C]."""
@@ -230,15 +260,25 @@ class Encoder(nn.Module):
         count, rows = tiling.head(self, *pixels.shape[1:3]) if step.packed and pixels.shape[0] == 1 else (0, 0)
         if count:  # nothing here may hold a map that the body has done with
             return self.body(tiling.encode_strips(self, pixels, window, step, rows, count), step, count)
-        return self.body(self.stem(pixels, window, step), step)
+
+        def whole(pixels: Tensor, window: Tensor) -> Tensor:
+            return self.body(self.stem(pixels, window, step), step)
+
+        if step.graphs is None or budget is not None:
+            return whole(pixels, window)
+        return step.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
 
     def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
         """Indices of images to encode at once: of one size, and no more than the budget holds."""
-        if self.conv1.weight.device.type == "cpu" or self.bn1.training:  # live statistics are an image's own
+        live = self._is_live()
+        if self.conv1.weight.device.type == "cpu" and not live:
             return [[index] for index in range(len(images))]
         alike: dict[Any, list[int]] = {}
         for index, image in enumerate(images):
             alike.setdefault((image.shape, image.dtype), []).append(index)
+        if live:  # a limit would decide whose statistics an image sees
+            self._check_live_groups(alike, budget)
+            return list(alike.values())
         groups = []
         for (shape, _), members in alike.items():
             count = max(1, GROUP_PIXELS // max(1, shape[0] * shape[1]))
@@ -246,6 +286,15 @@ class Encoder(nn.Module):
                 count = max(1, min(count, budget // tiling.activation_bytes(self, *shape[:2])))
             groups += [members[start : start + count] for start in range(0, len(members), count)]
         return groups
+
+    def _check_live_groups(self, alike: dict[Any, list[int]], budget: int | None) -> None:
+        for (shape, _), members in alike.items():
+            needed = 0 if budget is None else len(members) * tiling.activation_bytes(self, *shape[:2])
+            if budget is not None and needed > budget:
+                raise ValueError(
+                    f"hia: max_activation_bytes must hold all {len(members)} images of {shape[0]} x {shape[1]} at once "
+                    f"where batch-norm takes live statistics, {needed} bytes, got {budget}"
+                )
 
 
 def _stacked(tensors: Sequence[Tensor] | Tensor, group: list[int]) -> Tensor:

@@ -18,6 +18,7 @@ from hia_kernels.ops.conv_norm_act.functional import (
     packing_reasons,
 )
 
+from .graphs import GraphCache
 from .prepared import Stamp
 
 
@@ -76,15 +77,20 @@ class PreparedEncoder:
     Attributes:
         stamp: versions of the parameters and statistics it was made from.
         steps: by convolution.
+        constants: mean and std of the stem, on the device.
+        graphs: of the whole encoder with these weights.
     """
 
     stamp: Stamp
     steps: dict[nn.Module, PreparedStep] = field(repr=False)
+    constants: tuple[Tensor, Tensor] = field(repr=False)
+    graphs: GraphCache = field(default_factory=GraphCache, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies."""
-        return sum(step.nbytes for step in self.steps.values())
+        constants = sum(tensor.nbytes for tensor in self.constants)
+        return sum(step.nbytes for step in self.steps.values()) + constants + self.graphs.nbytes
 
 
 @torch.no_grad()
@@ -111,10 +117,16 @@ class Steps:
     Args:
         prepared: by convolution.
         packed: whether packed weights serve now; where they don't, prepared scales and shifts still do.
+        graphs: of the encoder with these weights, if it may use them.
     """
 
-    def __init__(self, prepared: Mapping[nn.Module, PreparedStep] | None = None, packed: bool = False):
-        self.prepared, self.packed = prepared or {}, packed
+    def __init__(
+        self,
+        prepared: Mapping[nn.Module, PreparedStep] | None = None,
+        packed: bool = False,
+        graphs: GraphCache | None = None,
+    ):
+        self.prepared, self.packed, self.graphs = prepared or {}, packed, graphs
 
     def folded(self, conv: FoldedConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
         """A convolution's weight, and scale and shift of the norm behind it."""

@@ -177,7 +177,8 @@ def test_a_device_gets_images_of_one_size_together():
     assert encoder._groups([torch.empty(2048, 1024, 1)] * 5, None) == [[0, 1], [2, 3], [4]]
     assert encoder._groups([torch.empty(4096, 4096, 1)] * 2, None) == [[0], [1]]
     live = encoder_of(batch_norm="batch").train().to("meta")
-    assert live._groups(images, None) == [[0], [1], [2], [3]]
+    assert live._groups(images, None) == [[0, 2], [1], [3]]
+    assert live._groups([torch.empty(4096, 4096, 1)] * 2, None) == [[0, 1]]  # a limit would change the statistics
 
 
 def test_synchronised_batch_norm_keeps_its_statistics_too():
