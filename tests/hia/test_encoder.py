@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hia_kernels
+from hia import tiling
 from hia.images import load_image
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
@@ -51,14 +54,38 @@ def test_prepared_is_the_same_encoder(changes, channels):
         assert torch.equal(encoder(pixels, WINDOW), plain)
 
 
-@settings(max_examples=15, deadline=None)
-@given(height=st.integers(11, 160), width=st.integers(11, 160), channels=st.sampled_from([1, 3]))
-def test_any_size(height, width, channels):
-    encoder, pixels = encoder_of(encoder_width=4), pixels_of(height, width, channels)
+# resnet50's stem reaches over 11 pixels, strided's over 3; long and narrow, primes
+NARROW = [(11, 1021), (997, 11), (13, 13), (127, 251)]
+EXAMPLES = {
+    "resnet50": ({}, 11, NARROW),
+    "strided": ({"encoder": "strided"}, 3, [*NARROW, (3, 997), (1021, 3), (3, 3), (5, 7)]),
+    "strided-16": ({"encoder": "strided", "encoder_stride": 16}, 3, [(3, 997), (1021, 3), (3, 3), (31, 53)]),
+}
+each_example = pytest.mark.parametrize(("changes", "smallest", "sizes"), EXAMPLES.values(), ids=EXAMPLES)
+
+
+def check_size(changes, size, channels):
+    encoder, pixels = encoder_of(encoder_width=4, **changes), pixels_of(*size, channels)
     exact = reference_of(encoder, pixels)
-    encoder.prepare()
+    assert exact.shape == (-(-size[0] // encoder.stride), -(-size[1] // encoder.stride), encoder.channels)
     with torch.no_grad():
-        assert distance(encoder(pixels, WINDOW), exact) < 2e-6
+        for run in (encoder, encoder.prepare() and encoder):
+            assert distance(run(pixels, WINDOW), exact) < 2e-6
+
+
+@each_example
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_size(changes, smallest, sizes, data):
+    side = st.integers(smallest, 160)
+    check_size(changes, data.draw(st.tuples(side, side)), data.draw(st.sampled_from([1, 3])))
+
+
+@each_example
+def test_narrow_and_prime_sizes(changes, smallest, sizes):
+    assert encoder_of(**changes).smallest_side == smallest
+    for number, size in enumerate(sizes):
+        check_size(changes, size, (1, 3)[number % 2])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
@@ -189,6 +216,82 @@ def test_synchronised_batch_norm_keeps_its_statistics_too():
     assert torch.equal(encoder.bn1.running_mean, before) and encoder.bn1.weight.grad.any()
 
 
+def live_encoder(**changes):
+    """Takes live statistics and leaves the running ones alone, so that every call is the same."""
+    encoder = encoder_of(encoder_width=4, batch_norm="batch", **changes).train()
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    return encoder
+
+
+@pytest.mark.parametrize("changes", [{}, {"encoder": "strided"}], ids=["resnet50", "strided"])
+def test_prepared_weights_do_not_serve_live_statistics(changes, monkeypatch):
+    encoder, pixels = live_encoder(**changes), pixels_of(96, 80)
+    monkeypatch.setattr("hia.tiling.LARGE_MAP", 0)  # every map would go through in strips, of statistics of their own
+    with torch.no_grad():
+        expected = encoder(pixels, WINDOW)
+        encoder.eval().prepare()
+        running = encoder(pixels, WINDOW)
+        encoder.train()
+        encoder._prepared = dataclasses.replace(encoder._prepared, stamp=encoder.stamp())  # the call above moved it
+        assert torch.equal(encoder(pixels, WINDOW), expected) and distance(running, expected) > 0.1
+        encoder.eval()
+        last = encoder.units()[-1]
+        next(norm for _, norm in last.pairs()).train()  # one is enough
+        assert not encoder._steps().prepared and distance(encoder(pixels, WINDOW), running) > 1e-3
+
+
+def test_live_statistics_are_of_all_images_of_one_size():
+    encoder = live_encoder().double()
+    images = [pixels_of(*size, seed=seed) for seed, size in enumerate([(64, 48), (40, 52), (64, 48)])]
+    windows = torch.tensor([[0.0, 255.0], [255.0, 0.0], [10.0, 200.0]])
+    found = encoder.forward_many(images, windows)
+    together = Modules(encoder)(torch.stack(images[::2]), windows[::2])
+    alone = Modules(encoder)(images[1], windows[1])
+    for out, truth in zip(found, (together[0], alone, together[1]), strict=True):
+        assert distance(out, truth) < 1e-12
+    assert distance(encoder(images[0], windows[0]), found[0]) > 0.01
+    sum(out.sum() for out in found).backward()
+    assert encoder.layer4[2].bn3.weight.grad.any()
+
+
+def test_a_budget_never_splits_a_live_batch():
+    encoder, images = live_encoder(), [pixels_of(64, 48, seed=seed) for seed in range(3)]
+    windows, one = WINDOW.expand(3, 2), tiling.activation_bytes(encoder, 64, 48)
+    with torch.no_grad():
+        whole = encoder.forward_many(images, windows)
+        found = encoder.forward_many(images, windows, 3 * one)
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    message = (
+        "^hia: max_activation_bytes must hold all 3 images of 64 x 48 at once where batch-norm takes live statistics, "
+        f"{3 * one} bytes, got {3 * one - 1}$"
+    )
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        encoder.forward_many(images, windows, 3 * one - 1)
+
+
+def test_synchronised_batch_norm_with_live_statistics(monkeypatch):
+    """Every norm is called as the module it is, NCHW, once for a group: ranks with as many groups call as often."""
+    images, windows = [pixels_of(64, 48, seed=seed) for seed in range(2)], WINDOW.expand(2, 2)
+    encoder = live_encoder()
+    expected = encoder.forward_many(images, windows)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    norms = [module for module in converted.modules() if isinstance(module, nn.SyncBatchNorm)]
+    seen = []
+    for norm in norms:
+        norm.register_forward_hook(lambda norm, args, out: seen.append((norm.training, *args[0].shape)))
+    found = converted.forward_many(images, windows)
+    assert all(distance(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
+    assert len(seen) == len(norms) == 53 and seen[0] == (True, 2, 4, 32, 24)
+    sum(out.sum() for out in found).backward()
+    assert all(norm.weight.grad is not None for norm in norms)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)  # as in a group: torch wants a GPU there
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
+        converted.forward_many(images, windows)
+    assert converted.eval()(images[0], WINDOW).shape == (2, 2, converted.channels)
+
+
 class Modules(nn.Module):
     """What eager PyTorch does with the same parameters: convolution, batch-norm and ReLU as modules, NCHW."""
 
@@ -199,8 +302,10 @@ class Modules(nn.Module):
     def forward(self, pixels, window):
         encoder, conv = self.encoder, nn.Conv2d.forward
         mean, std = (torch.tensor(value)[:, None, None] for value in (encoder.image_mean, encoder.image_std))
-        x = (pixels.permute(2, 0, 1).float() - window[0]) / (window[1] - window[0])
-        x = ((x.clamp(0, 1) - mean) / std)[None]
+        one, window = pixels.dim() == 3, window.reshape(-1, 2, 1, 1, 1)
+        pixels = (pixels[None] if one else pixels).permute(0, 3, 1, 2).float()
+        x = (pixels - window[:, 0]) / (window[:, 1] - window[:, 0])
+        x = ((x.clamp(0, 1) - mean) / std).to(encoder.conv1.weight.dtype)
         x = F.max_pool2d(F.relu(encoder.bn1(conv(encoder.conv1, x))), 3, 2, 1)
         for block in encoder.units():
             y = F.relu(block.bn1(conv(block.conv1, x)))
@@ -209,7 +314,8 @@ class Modules(nn.Module):
             if block.downsample is not None:
                 x = block.downsample[1](conv(block.downsample[0], x))
             x = F.relu(y + x)
-        return x[0].permute(1, 2, 0)
+        x = x.permute(0, 2, 3, 1)
+        return x[0] if one else x
 
 
 def kept_bytes(module, parameters, pixels):
@@ -266,6 +372,63 @@ def test_real_dicom(name, data_dir):
         assert distance(encoder(pixels, window), exact) < 2e-6
 
 
+def kept_by_dtype(encoder, pixels):
+    """The largest tensor that autograd keeps of each dtype, in elements, parameters and pixels left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.setdefault(tensor.dtype, []).append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = encoder(pixels, WINDOW)
+    assert out.dtype == torch.bfloat16
+    return kept
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+@pytest.mark.parametrize("batch_norm", ["running", "batch"])
+def test_training_keeps_activations_in_the_compute_dtype(autocast, batch_norm):
+    """In fp32 are scales, shifts and statistics, a value a channel; cast parameters may be kept, too."""
+    encoder = encoder_of(encoder_width=16, batch_norm=batch_norm).train()
+    encoder = encoder if autocast else encoder.bfloat16()
+    pixels = pixels_of(224, 160)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = kept_by_dtype(encoder, pixels)
+    channels = max(norm.num_features for norm in encoder.modules() if isinstance(norm, nn.BatchNorm2d))
+    stem = 16 * 56 * 40  # of the largest map that is needed
+    assert max(kept[torch.bfloat16]) >= stem
+    assert max(kept[torch.float32]) <= channels
+    assert not set(kept) - {torch.bfloat16, torch.float32, torch.uint8, torch.int64}
+
+
+def check_full_size(image, least):
+    """Every pixel, at a small width, in the reference's fp64."""
+    assert min(image.pixels.shape[:2]) >= least
+    encoder, window = encoder_of(encoder_width=4), torch.tensor(image.window)
+    exact = reference_of(encoder, image.pixels, window)
+    with torch.no_grad():
+        for run in (encoder, encoder.prepare() and encoder):
+            assert distance(run(image.pixels, window), exact) < 2e-6
+
+
+def test_a_real_radiograph_at_full_size(radiographs):
+    images = (load_image(path) for path in radiographs)
+    image = next(image for image in images if min(image.pixels.shape[:2]) >= 1500)
+    assert image.pixels.dtype == torch.uint8
+    check_full_size(image, 1500)
+
+
+def test_a_real_dicom_at_full_size(data_dir):
+    pytest.importorskip("pydicom")
+    image = load_image(data_dir / "dicom" / "RG3_deflated.dcm")
+    bits = int(image.pixels.to(torch.int32).max()).bit_length()
+    assert image.pixels.dtype == torch.uint16 and 10 <= bits <= 15
+    check_full_size(image, 1500)
+
+
 BAD = [
     (torch.zeros(64, 64), WINDOW, ValueError, "pixels must have shape"),
     (torch.zeros(64, 64, 2), WINDOW, ValueError, "pixels' channels must be 1 or 3, got 2"),
@@ -285,3 +448,11 @@ def test_bad_input(prepared):
         with torch.no_grad(), pytest.raises(error, match=f"^hia::stem: {message}"):
             encoder(pixels, window)
     assert encoder.forward_many([], torch.zeros(0, 2)) == []
+
+
+def test_one_window_an_image():
+    encoder, images = encoder_of(encoder_width=4), [pixels_of(64, 64)] * 2
+    for windows in (WINDOW.expand(3, 2), WINDOW[None], WINDOW, torch.zeros(2, 3)):
+        message = rf"^hia: windows must have shape \[2, 2\], got {re.escape(str(list(windows.shape)))}$"
+        with pytest.raises(ValueError, match=message):
+            encoder.forward_many(images, windows)

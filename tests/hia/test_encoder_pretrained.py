@@ -17,6 +17,20 @@ def torchvision_weights(seed=3, **changes):
     return encoder_of(seed, **changes).state_dict() | CLASSIFIER
 
 
+def torchvision_keys():
+    """Of ``torchvision.models.resnet50().state_dict()``; timm's ``resnet50`` has the same."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    keys = ["conv1.weight", *(f"bn1.{leaf}" for leaf in norm)]
+    for layer, blocks in ((1, 3), (2, 4), (3, 6), (4, 3)):
+        for block in range(blocks):
+            here = f"layer{layer}.{block}"
+            for number in (1, 2, 3):
+                keys += [f"{here}.conv{number}.weight", *(f"{here}.bn{number}.{leaf}" for leaf in norm)]
+            if block == 0:
+                keys += [f"{here}.downsample.0.weight", *(f"{here}.downsample.1.{leaf}" for leaf in norm)]
+    return [*keys, "fc.weight", "fc.bias"]
+
+
 def normalised(encoder, pixels):
     """[1, 3, H, W] fp32."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (encoder.image_mean, encoder.image_std))
@@ -69,7 +83,8 @@ def test_hugging_face_at_every_stage(size, prefix):
 
 def test_torchvision_and_timm():
     encoder, weights = encoder_of(), torchvision_weights()
-    assert "layer1.0.downsample.1.num_batches_tracked" in weights
+    keys = torchvision_keys()
+    assert len(keys) == 320 and list(weights) == keys
     load_resnet50(encoder, {name: tensor.double() for name, tensor in weights.items()})
     with torch.no_grad():
         pixels = pixels_of(64, 75)
