@@ -1,5 +1,7 @@
 """``conv_norm_act``: tiles as the launchers choose them for ResNet-50's steps."""
 
+from dataclasses import replace
+
 from bench.compiled import Spec
 
 FWD, BWD = (f"hia_kernels.ops.conv_norm_act.triton_{mode}" for mode in ("fwd", "bwd"))
@@ -49,6 +51,12 @@ def _bwd(name, dtype, blocks, warps, activation="relu", dscale=True, **options):
     )  # fmt: skip
 
 
+def _far(spec):
+    """Images of more than 2**31 elements: Triton types every stride and count by its value."""
+    wide = {name: "i64" for name in (*STRIDES, "rows") if not name.startswith("stride_weight")}
+    return replace(spec, name=f"{spec.name} i64 strides", signature={**spec.signature, **wide})
+
+
 REDUCE = Spec(
     "conv_norm_act reduce bf16", FWD, "_conv_norm_act_reduce_kernel",
     _signature("bf16", partial_ptr="*fp32"),
@@ -62,9 +70,17 @@ SPECS = [
     _fwd("3x3 gelu", "bf16", (128, 64, 64), 4, kernel=3, activation="gelu", num_stages=4, targets=CUDA),
     _fwd("3x3 s2 split", "bf16", (64, 64, 64), 4, kernel=3, stride=2, splits=8, num_stages=4),
     _fwd("3x3", "fp32", (64, 64, 16), 4, kernel=3, residual=True, num_stages=3),
+    _far(_fwd("3x3 wide", "bf16", (128, 128, 64), 8, kernel=3, residual=True, num_stages=4, targets=CUDA)),
+    _far(_fwd("1x1 expand", "bf16", (128, 64, 64), 4, residual=True, num_stages=2)),
     REDUCE,
+    _far(REDUCE),
+    replace(
+        REDUCE, name="conv_norm_act finish bf16", signature={**REDUCE.signature, "partial_ptr": "*bf16"},
+        constexprs={**REDUCE.constexprs, "BLOCK_OC": 128, "SPLITS": 1},
+    ),
     _bwd("3x3 relu", "bf16", (128, 64, 64), 8, num_stages=4, targets=CUDA),
+    _far(_bwd("3x3 relu", "bf16", (128, 64, 64), 8, num_stages=4, targets=CUDA)),
     _bwd("3x3 gelu", "bf16", (64, 64, 64), 4, "gelu", num_stages=2),
     _bwd("3x3 relu", "fp32", (64, 64, 16), 4, num_stages=3),
     _bwd("no y", "bf16", (32, 128, 16), 4, dscale=False),
-]
+]  # fmt: skip

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-BACKEND_NAMES = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash_attn", "xformers")
+BACKEND_NAMES = (
+    "auto", "reference", "triton", "cuda", "cublas", "cudnn", "cpu", "sdpa", "flash_attn", "xformers",
+)  # fmt: skip
 
 _forced: list[str] = []  # a stack: use_backend nests
 _last: dict[str, str] = {}
@@ -34,12 +36,15 @@ class Backend:
         functions: for every ``torch.ops.hia`` function of the op, by its name, the Python function behind it.
         unsupported_reasons: why these inputs can't run here; empty if they can. Called with the op's arguments.
         unavailable_reasons: why this machine can't run it at all (a missing package, no such device).
+        slower_reasons: why a later row is faster for these inputs, which this one could serve; asked for ``auto``
+            alone, so forcing the backend runs it all the same. Called with the op's arguments.
     """
 
     name: str
     functions: dict[str, Callable[..., Any]]
     unsupported_reasons: Callable[..., list[str]] = _never
     unavailable_reasons: Callable[[], list[str]] = _never
+    slower_reasons: Callable[..., list[str]] = _never
 
 
 @dataclass
@@ -62,6 +67,8 @@ class BackendTable:
             if wanted not in ("auto", backend.name):
                 continue
             reasons = self._reasons(backend, function, *args)
+            if not reasons and wanted == "auto":
+                reasons = backend.slower_reasons(*args)
             if not reasons:
                 _last[self.op] = backend.name
                 return backend.functions[function]

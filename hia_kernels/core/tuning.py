@@ -1,7 +1,8 @@
 """Block sizes by device: static heuristics in each launcher, and what was measured to be better, by device name.
 
-Nothing here times a kernel. ``tuned/<device>.json`` holds at most one configuration a key; a benchmark writes it
-(``python -m bench.tune``), launchers read it through :func:`pick`, and tests see the heuristics alone.
+Nothing here times a kernel. ``tuned/<device>.json`` holds at most one configuration a key, and at most one backend a
+shape; a benchmark writes it (``python -m bench.tune``), launchers read it through :func:`pick`, tables of backends
+through :func:`measured_backend`, and tests see the heuristics alone.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .backend import BACKEND_NAMES
 
 FOLDER = Path(__file__).with_name("tuned")
 Config = Mapping[str, int]  # meta-parameters of a launch: BLOCK_*, num_warps, num_stages
@@ -36,13 +40,40 @@ def stored(slug: str) -> dict[str, dict[str, int]]:
     Raises:
         ValueError: the file is damaged.
     """
+    return _read(slug, "configurations")
+
+
+@cache
+def stored_backends(slug: str) -> dict[str, str]:
+    """Which backend was the fastest on a device: {"<op>/<key>": its name}; empty where nothing was measured.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    found = _read(slug, "backends")
+    unknown = sorted({str(name) for name in found.values()} - set(BACKEND_NAMES))
+    if unknown:
+        path = FOLDER / f"{slug}.json"
+        raise ValueError(f"hia_kernels.tuning: {path} must name backends, got: {', '.join(unknown)}")
+    return found
+
+
+def _read(slug: str, part: str) -> dict[str, Any]:
     path = FOLDER / f"{slug}.json"
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["configurations"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"hia_kernels.tuning: {path} must hold an object 'configurations', got: {error!r}") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content.get(part, {}) if part == "backends" else content[part])  # files from before have none
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"hia_kernels.tuning: {path} must hold an object '{part}', got: {error!r}") from error
+
+
+def _slug_of(device: torch.device) -> str | None:
+    """Of the device's file; None where no file counts."""
+    if device.type != "cuda" or os.environ.get("HIA_TUNED", "1") == "0":
+        return None
+    return device_slug(_device_name(torch.cuda.current_device() if device.index is None else device.index))
 
 
 def pick(op: str, key: str, device: torch.device, heuristic: Config) -> dict[str, int]:
@@ -57,10 +88,20 @@ def pick(op: str, key: str, device: torch.device, heuristic: Config) -> dict[str
     Returns:
         ``heuristic``, with the stored values in place of its own. ``HIA_TUNED=0`` leaves them out.
     """
-    if device.type != "cuda" or os.environ.get("HIA_TUNED", "1") == "0":
-        return dict(heuristic)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return {**heuristic, **stored(device_slug(_device_name(index))).get(f"{op}/{key}", {})}
+    slug = _slug_of(device)
+    return dict(heuristic) if slug is None else {**heuristic, **stored(slug).get(f"{op}/{key}", {})}
+
+
+def measured_backend(op: str, key: str, device: torch.device) -> str | None:
+    """The backend that was the fastest at a shape on this device; None where nothing was measured.
+
+    Args:
+        op: the op's name.
+        key: of bucketed sizes and dtype, as :func:`pick`'s.
+        device: of the tensors. ``HIA_TUNED=0`` leaves the measurements out.
+    """
+    slug = _slug_of(device)
+    return None if slug is None else stored_backends(slug).get(f"{op}/{key}")
 
 
 def bucket(size: int) -> int:

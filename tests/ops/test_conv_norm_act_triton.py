@@ -14,6 +14,8 @@ from tests.ops.harness import DTYPES, EXACT, assert_matches, assert_repeatable, 
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
+triton_fwd = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_fwd")
+triton_bwd = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_bwd")
 pytestmark = pytest.mark.interpreter
 
 OP = "conv_norm_act"
@@ -151,6 +153,63 @@ def test_fp64_is_left_to_the_reference(triton_device):
     inputs = make_inputs((4, 3), torch.float64, triton_device)
     with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
         conv_norm_act(**inputs)
+
+
+def test_grids_of_large_batches(monkeypatch):
+    """Pixels may be billions and the axes y and z of a grid end at 65,535. Meta tensors: nothing is computed."""
+    grids = {}
+
+    def record(module, name):
+        class Kernel:
+            def __getitem__(self, grid):
+                grids[name] = grid
+                return lambda *args, **kwargs: None
+
+        monkeypatch.setattr(module, name, Kernel())
+
+    record(triton_fwd, "_conv_norm_act_fwd_kernel")
+    record(triton_fwd, "_conv_norm_act_reduce_kernel")
+    record(triton_bwd, "_conv_norm_act_bwd_kernel")
+    norm = (torch.empty(16, device="meta"),) * 2
+    for shape in ((2**20, 8, 8, 512), (1, 2**15, 2**15, 512)):
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(16, 512, 3, 3, dtype=torch.bfloat16, device="meta")
+        out = triton_fwd.conv_norm_act_fwd(x, weight, *norm, None, 1, "relu")
+        triton_bwd.conv_norm_act_bwd(out, x, weight, *norm, None, out, 1, "relu", [False, False, True, True, True])
+    assert len(grids) == 3
+    for name, grid in grids.items():
+        assert grid[0] < 2**31 and all(side <= 65_535 for side in grid[1:]), name
+
+
+def _large_inputs(images, size, **options):
+    """bf16 on the GPU, more than 2**31 elements of x, drawn there."""
+    inputs = make_inputs((4, 4), torch.bfloat16, "cuda", channels=(64, 64), images=1, **options)
+    inputs["x"] = torch.randn(images, *size, 64, dtype=torch.bfloat16, device="cuda")
+    if inputs["residual"] is not None:
+        out_size = [(side - 1) // inputs["stride"] + 1 for side in size]
+        inputs["residual"] = torch.randn(images, *out_size, 64, dtype=torch.bfloat16, device="cuda")
+    assert inputs["x"].numel() > 2**31
+    return inputs
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"kernel": 1}, {"residual": True}], ids=["1x1", "3x3-residual"])
+def test_more_elements_than_32_bits_count(options):
+    """The last image's offsets need 64 bits in the batch and not alone: the bits must be the same."""
+    inputs = _large_inputs(2**31 // (256 * 256 * 64) + 1, (256, 256), **options)
+    last = {name: x[-1:] for name, x in inputs.items() if name in ("x", "residual") and x is not None}
+    assert torch.equal(conv_norm_act(**inputs)[-1:], conv_norm_act(**{**inputs, **last}))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_an_image_of_more_elements_than_32_bits_count():
+    """The last rows of one image, against a crop of them alone (other blocks, so to rounding)."""
+    inputs = _large_inputs(1, (8200, 4096), kernel=1)
+    crop = {**inputs, "x": inputs["x"][:, -4:]}
+    exact, plain = conv_norm_act_ref(**upcast(crop, torch.float32)), conv_norm_act_ref(**crop)
+    assert_close("out", conv_norm_act(**inputs)[:, -4:], exact, plain, dtype=torch.bfloat16)
 
 
 @settings(max_examples=10, deadline=None)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hia_kernels
 from hia_kernels import last_backend, norm_linear, use_backend
-from hia_kernels.core import backend, checks, registration, varlen
+from hia_kernels.core import backend, checks, cudnn, registration, tuning, varlen
 from hia_kernels.core.backend import Backend, BackendTable
 from tests.compare import assert_close, rel_rms, worst_index
 from tests.inputs import (
@@ -88,6 +88,19 @@ class TestBackendChoice:
         with use_backend("xformers"), pytest.raises(NotImplementedError, match=missing):
             two_backends.select("double", 3)
 
+    def test_a_slower_row_is_passed_over_unless_forced(self, two_backends, monkeypatch):
+        quick = Backend("cublas", {"double": lambda x: ("cublas", 2 * x)})
+        slower = Backend("triton", {"double": lambda x: ("triton", 2 * x)}, slower_reasons=lambda x: ["odd"] * (x % 2))
+        table = BackendTable("double", [slower, quick, two_backends.backends[-1]])
+        assert table.select("double", 2)(2) == ("triton", 4)
+        assert table.select("double", 3)(3) == ("cublas", 6)
+        assert last_backend("double") == "cublas"
+        with use_backend("triton"):
+            assert table.select("double", 3)(3) == ("triton", 6)
+        with pytest.raises(NotImplementedError, match="HIA_BACKEND=auto can't run this call: triton: odd$"):
+            BackendTable("double", [slower]).select("double", 3)
+        backend._last.pop("double")
+
     def test_auto_lists_every_row_if_none_can_run(self, two_backends):
         only_fast = BackendTable("double", two_backends.backends[:2])
         message = "HIA_BACKEND=auto can't run this call: cuda: no CUDA device; triton: 30 is larger"
@@ -95,12 +108,12 @@ class TestBackendChoice:
             only_fast.select("double", 30)
 
     def test_unknown_names(self, two_backends, monkeypatch):
-        names = "auto, reference, triton, cuda, cpu, sdpa, flash_attn, xformers"
-        message = f"^use_backend: name must be one of {names}, got 'cudnn'$"
-        with pytest.raises(ValueError, match=message), use_backend("cudnn"):
+        names = "auto, reference, triton, cuda, cublas, cudnn, cpu, sdpa, flash_attn, xformers"
+        message = f"^use_backend: name must be one of {names}, got 'mps'$"
+        with pytest.raises(ValueError, match=message), use_backend("mps"):
             pass
-        monkeypatch.setenv("HIA_BACKEND", "cudnn")
-        with pytest.raises(ValueError, match=f"^HIA_BACKEND must be one of {names}, got 'cudnn'$"):
+        monkeypatch.setenv("HIA_BACKEND", "mps")
+        with pytest.raises(ValueError, match=f"^HIA_BACKEND must be one of {names}, got 'mps'$"):
             two_backends.select("double", 3)
         with pytest.raises(ValueError, match=r"^last_backend: op must be one of .*stem, got 'steam'$"):
             last_backend("steam")
@@ -130,6 +143,148 @@ class TestBackendChoice:
 
         assert backend.reference_implementation(torch.ops.hia.stem_bwd.default) is stem_bwd_ref
         assert backend.reference_implementation(torch.ops.aten.mm.default) is None
+
+
+def _convolution_switches():
+    """All that cuDNN's convolutions look at; the old switch can't be read while the new ones disagree with it."""
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        allowed = "mixed"
+    precisions = [torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision]
+    return [torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, allowed, *precisions]
+
+
+def _allow_by_the_old_switch():
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def _allow_by_the_new_switch():
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+def _allow_everywhere():
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.fp32_precision = "tf32"
+
+
+def _allow_by_both():
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.fp32_precision = "tf32"
+
+
+class TestExactConvolutions:
+    @pytest.fixture(autouse=True)
+    def as_it_was(self):
+        yield
+        torch.backends.fp32_precision = "none"
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+
+    @pytest.mark.parametrize(
+        "allow", [_allow_by_the_old_switch, _allow_by_the_new_switch, _allow_everywhere, _allow_by_both]
+    )
+    def test_no_tf32_inside_whoever_allowed_it(self, allow):
+        allow()
+        torch.backends.cudnn.benchmark = True
+        before = _convolution_switches()
+        assert before[3] == "tf32"
+        with pytest.raises(KeyError), cudnn.exact():
+            deterministic, benchmark, allowed, convolutions, _ = _convolution_switches()
+            assert deterministic and not benchmark and convolutions == "ieee"
+            assert allowed is False or before[2] == "mixed"
+            raise KeyError
+        assert _convolution_switches() == before
+
+    @pytest.mark.parametrize("allow", [_allow_everywhere, _allow_by_both])
+    def test_what_was_inherited_still_is(self, allow):
+        allow()
+        with cudnn.exact():
+            pass
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == ("ieee" if allow is _allow_everywhere else "tf32")
+
+    def test_nothing_to_switch(self):
+        before = _convolution_switches()
+        with cudnn.exact():
+            assert _convolution_switches() == [True, *before[1:]]
+        assert _convolution_switches() == before
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_backward_runs_inside(self, stride, monkeypatch):
+        torch.backends.cudnn.allow_tf32 = True
+        original, seen = torch.ops.aten.convolution_backward, []
+
+        def watched(*args):
+            seen.append(_convolution_switches())
+            return original(*args)
+
+        monkeypatch.setattr(torch.ops.aten, "convolution_backward", watched)
+        x, weight = torch.randn(2, 7, 6, 3, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+        out = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=1)
+        dout = torch.randn_like(out)
+        expected = torch.autograd.grad(out, (x, weight), dout)
+        dy = dout.permute(0, 2, 3, 1)
+        got = cudnn.convolution_backward(dy, x.detach(), weight.detach(), stride, [True, True])
+        for grad, exact in zip(got, expected, strict=True):
+            torch.testing.assert_close(grad, exact)
+        assert cudnn.convolution_backward(dy, x.detach(), weight.detach(), stride, [False, True])[0] is None
+        assert seen == [[True, False, False, "ieee", "ieee"]] * 2
+        assert torch.backends.cudnn.allow_tf32
+
+    @pytest.mark.gpu
+    def test_gradients_have_all_their_digits(self):
+        """With TF32 allowed, as PyTorch does by default; ten of its bits would be some 5e-4 off."""
+        torch.backends.cudnn.allow_tf32 = True
+        dy, x = torch.randn(2, 28, 28, 64, device="cuda"), torch.randn(2, 28, 28, 64, device="cuda")
+        weight = torch.randn(64, 64, 3, 3, device="cuda") / 24
+        got = cudnn.convolution_backward(dy, x, weight, 1, [True, True])
+        doubles = cudnn.convolution_backward(dy.double(), x.double(), weight.double(), 1, [True, True])
+        for grad, exact in zip(got, doubles, strict=True):
+            assert rel_rms(grad, exact) < 1e-5
+
+
+class TestMeasuredBackend:
+    DEVICE = torch.device("cuda", 0)
+
+    @pytest.fixture(autouse=True)
+    def a_file(self, tmp_path, monkeypatch):
+        def write(content):
+            tuning.stored.cache_clear()
+            tuning.stored_backends.cache_clear()
+            (tmp_path / "fake-9000.json").write_text(content)
+
+        monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+        monkeypatch.setattr(tuning, "_device_name", lambda _index: "Fake 9000")
+        monkeypatch.delenv("HIA_TUNED", raising=False)
+        yield write
+        tuning.stored.cache_clear()
+        tuning.stored_backends.cache_clear()
+
+    def test_of_this_device_alone(self, a_file, monkeypatch):
+        assert tuning.measured_backend("stem", "k7", self.DEVICE) is None  # no file
+        a_file('{"configurations": {"stem/k7": {"BLOCK": 1}}, "backends": {"stem/k7": "cudnn"}}')
+        assert tuning.measured_backend("stem", "k7", self.DEVICE) == "cudnn"
+        assert tuning.measured_backend("stem", "k3", self.DEVICE) is None
+        assert tuning.measured_backend("stem", "k7", torch.device("cpu")) is None
+        assert tuning.pick("stem", "k7", self.DEVICE, {"BLOCK": 2}) == {"BLOCK": 1}
+        monkeypatch.setenv("HIA_TUNED", "0")
+        assert tuning.measured_backend("stem", "k7", self.DEVICE) is None
+
+    def test_a_file_without_backends(self, a_file):
+        a_file('{"configurations": {}}')
+        assert tuning.measured_backend("stem", "k7", self.DEVICE) is None
+
+    @pytest.mark.parametrize("content", ["[]", "{", '{"configurations": {}, "backends": 3}'])
+    def test_a_damaged_file(self, content, a_file):
+        a_file(content)
+        with pytest.raises(ValueError, match=r"fake-9000.json must hold an object 'backends', got: "):
+            tuning.measured_backend("stem", "k7", self.DEVICE)
+
+    def test_a_name_that_is_none(self, a_file):
+        a_file('{"configurations": {}, "backends": {"stem/k7": "cudm"}}')
+        with pytest.raises(ValueError, match=r"fake-9000.json must name backends, got: cudm$"):
+            tuning.measured_backend("stem", "k7", self.DEVICE)
 
 
 @pytest.mark.parametrize("op", [op for op in CALLS if op != "row_softmax"])  # it returns two: its own file has these

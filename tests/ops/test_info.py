@@ -38,6 +38,12 @@ def test_report_names_every_op_and_backend(monkeypatch):
         assert reasons["reference"] == [] and reasons["xformers"]
     missing = "no implementation of stem in this version (there is: triton, cpu, reference)"
     assert report["ops"]["stem"]["xformers"] == [missing]
+    missing = "no implementation of norm_linear in this version (there is: triton, cublas, reference)"
+    assert report["ops"]["norm_linear"]["cudnn"] == [missing]
+    assert report["ops"]["norm_linear"]["cublas"] == report["ops"]["norm_linear"]["triton"]
+    assert report["ops"]["inject_rows"]["cublas"] == report["ops"]["inject_rows"]["triton"]
+    if not torch.backends.cudnn.is_available():
+        assert "this build of torch has no cuDNN" in report["ops"]["conv_norm_act"]["cudnn"]
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["hia-kernels"] == hia_kernels.__version__
     assert report["devices"]["cpu"]["threads"] == torch.get_num_threads()
@@ -77,9 +83,9 @@ def test_a_broken_package_is_a_line(packages, monkeypatch):
 
 
 def test_an_unknown_backend_in_the_environment_is_a_line(monkeypatch):
-    monkeypatch.setenv("HIA_BACKEND", "cudnn")
+    monkeypatch.setenv("HIA_BACKEND", "mps")
     report = info.collect()
-    assert report["environment"]["HIA_BACKEND"] == "cudnn"
+    assert report["environment"]["HIA_BACKEND"] == "mps"
     assert report["environment"]["in force"].startswith("broken: ValueError: HIA_BACKEND must be one of auto, ")
 
 

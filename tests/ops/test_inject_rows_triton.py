@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hia_kernels import inject_rows, inject_rows_, last_backend, use_backend
 from hia_kernels.core import triton_support
+from hia_kernels.ops.inject_rows import library
 from hia_kernels.ops.inject_rows.reference import inject_rows_ref
 from tests.compare import assert_close
 from tests.inputs import inject_rows_inputs as make_inputs
@@ -42,10 +43,11 @@ def forced():
         yield
 
 
-@pytest.fixture(params=[True, False], ids=["fused", "product-then-add"])
-def route(request, monkeypatch):
-    """Both ways to the same result, whatever the heuristic would choose."""
-    monkeypatch.setattr(triton_fwd, "is_fused", lambda *_: request.param)
+@pytest.fixture(params=["triton", "cublas"])
+def route(request):
+    """Both ways to the same result, whatever the table would choose."""
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(("tokens", "rows", "options"), CASES)
@@ -59,6 +61,7 @@ def test_matches_reference(tokens, rows, options, dtype, triton_device):
 def test_routes_agree_with_the_reference(route, dtype, triton_device):
     inputs = make_inputs(150, 131, dtype, triton_device, channels=136, dim=80)
     assert_matches(OP, inject_rows, inject_rows_ref, inputs, dtype)
+    assert last_backend(OP) == route
 
 
 def test_tiles_of_a_large_product(monkeypatch, triton_device):
@@ -69,11 +72,56 @@ def test_tiles_of_a_large_product(monkeypatch, triton_device):
     assert_matches(OP, inject_rows, inject_rows_ref, inputs, torch.float32)
 
 
-def test_which_route():
-    """The 13B host's two images go through cuBLAS, a narrow host's through one kernel."""
-    assert not triton_fwd.is_fused(1152, 5120, 5120, torch.bfloat16)
-    assert triton_fwd.is_fused(1152, 768, 768, torch.float16)
-    assert not triton_fwd.is_fused(1152, 768, 768, torch.float32)
+@pytest.mark.parametrize("function", ["inject_rows", "inject_rows_", "inject_rows_bwd"])
+def test_which_row_of_the_table(function, monkeypatch):
+    """The 13B host's two images go through cuBLAS, a narrow host's through one kernel. Nothing is computed."""
+    monkeypatch.setattr(triton_support, "device_reasons", lambda tensor: [])  # meta tensors cost nothing
+
+    def chosen(rows, channels, dim, dtype):
+        hidden, update, weight = (
+            torch.empty(shape, dtype=dtype, device="meta") for shape in ((rows, channels), (rows, dim), (channels, dim))
+        )
+        rest = ([True] * 3,) if function.endswith("bwd") else (None, None)
+        library.BACKENDS.select(function, hidden, update, weight, *rest)
+        return last_backend(OP)
+
+    with use_backend("auto"):
+        assert chosen(1152, 5120, 5120, torch.bfloat16) == "cublas"
+        assert chosen(1152, 768, 768, torch.float16) == "triton"
+        assert chosen(1152, 768, 768, torch.float32) == "cublas"
+    for forced in ("triton", "cublas"):
+        with use_backend(forced):
+            assert chosen(9, 16, 16, torch.float32) == chosen(1152, 5120, 5120, torch.float32) == forced
+
+
+def test_why_not_the_one_kernel():
+    found = library.fused_is_slower(1152, 768, 768, torch.float32)
+    assert found == ["the product is 1358954496 FLOPs, more than 268435456: cublas is the better at it"]
+
+
+def test_grids_of_many_rows(monkeypatch):
+    """Rows may be millions and the axes y and z of a grid end at 65,535."""
+    triton_bwd, grids = pytest.importorskip("hia_kernels.ops.inject_rows.triton_bwd"), {}
+
+    def record(module, name):
+        class Kernel:
+            def __getitem__(self, grid):
+                grids[name] = grid
+                return lambda *args, **kwargs: None
+
+        monkeypatch.setattr(module, name, Kernel())
+
+    record(triton_fwd, "_inject_rows_fused_kernel")
+    record(triton_fwd, "_inject_rows_add_kernel")
+    record(triton_bwd, "_inject_rows_bwd_gather_kernel")
+    hidden, weight = (torch.empty(rows, 16, dtype=torch.bfloat16, device="meta") for rows in (2**27, 16))
+    row_idx = torch.empty(2**27, dtype=torch.int64, device="meta")
+    triton_fwd.inject_rows_inplace(hidden, hidden, weight, None, row_idx)
+    triton_fwd.inject_rows_cublas_inplace(hidden, hidden, weight, None, row_idx)
+    triton_bwd.inject_rows_bwd(hidden, hidden, weight, row_idx, [True] * 3)
+    assert len(grids) == 3
+    for name, grid in grids.items():
+        assert grid[0] < 2**31 and all(side <= 65_535 for side in grid[1:]), name
 
 
 def test_in_place_is_the_same_and_touches_only_the_rows(route, triton_device):

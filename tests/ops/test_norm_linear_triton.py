@@ -44,10 +44,11 @@ def forced():
         yield
 
 
-@pytest.fixture(params=[True, False], ids=["fused", "norm-then-product"])
-def route(request, monkeypatch):
-    """Both ways to the same result, whatever the heuristic would choose."""
-    monkeypatch.setattr(triton_fwd, "is_fused", lambda *_: request.param)
+@pytest.fixture(params=["triton", "cublas"])
+def route(request):
+    """Both ways to the same result, whatever the table would choose."""
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(("tokens", "rows", "options"), CASES)
@@ -63,16 +64,78 @@ def test_routes_agree_with_the_reference(route, dtype, triton_device):
     inputs = make_inputs(70, 75, dtype, triton_device, channels=144, dim=136, offset=10.0)
     plain, exact = norm_linear_ref(**inputs), norm_linear_ref(**upcast(inputs, torch.float64))
     assert_close("out", norm_linear(**inputs), exact, plain, dtype=dtype)
+    assert last_backend(OP) == route
 
 
-def test_which_route():
-    """Sizes of the 13B host go through cuBLAS; few rows and narrow hosts through one kernel."""
-    assert not triton_fwd.is_fused(256, 5120, 5120, torch.bfloat16)
-    assert not triton_fwd.is_fused(1568, 5120, 10240, torch.bfloat16)
-    assert triton_fwd.is_fused(8, 5120, 5120, torch.bfloat16)
-    assert triton_fwd.is_fused(256, 768, 768, torch.bfloat16)
-    assert not triton_fwd.is_fused(32768, 768, 768, torch.bfloat16)
-    assert not triton_fwd.is_fused(256, 768, 768, torch.float32)
+@pytest.mark.parametrize("backward", [False, True])
+def test_which_row_of_the_table(backward, monkeypatch):
+    """Sizes of the 13B host go through cuBLAS; few rows and narrow hosts through one kernel. Nothing is computed."""
+    monkeypatch.setattr(triton_support, "device_reasons", lambda tensor: [])  # meta tensors cost nothing
+
+    def chosen(rows, channels, dim, dtype=torch.bfloat16, tokens=None):
+        x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((rows, channels), (dim, channels)))
+        row_idx = None
+        if tokens is not None:
+            x, row_idx = x.new_empty(tokens, channels), torch.empty(rows, dtype=torch.int64, device="meta")
+        norm = (x.new_empty(channels),) * 2
+        if backward:
+            arguments = (x.new_empty(rows, dim), x, *norm, weight, row_idx, 1e-5, [True] * 5)
+        else:
+            arguments = (x, *norm, weight, None, row_idx, 1e-5)
+        library.BACKENDS.select(f"{OP}_bwd" if backward else OP, *arguments)
+        return last_backend(OP)
+
+    with use_backend("auto"):
+        assert chosen(256, 5120, 5120) == "cublas"
+        assert chosen(1568, 5120, 10240) == "cublas"
+        assert chosen(8, 5120, 5120) == "triton"
+        assert chosen(8, 5120, 5120, tokens=9000) == "triton"
+        assert chosen(256, 768, 768) == "triton"
+        assert chosen(32768, 768, 768) == "cublas"
+        assert chosen(256, 768, 768, torch.float32) == "cublas"
+    for forced in ("triton", "cublas"):
+        with use_backend(forced):
+            assert chosen(8, 5120, 5120) == chosen(1568, 5120, 10240) == forced
+
+
+def test_why_not_the_one_kernel():
+    found = library.fused_is_slower(1568, 5120, 10240, torch.bfloat16)
+    assert found == [
+        "a tile's rows are 655360 bytes, more than 262144: cublas reads them once",
+        "the product is 164416716800 FLOPs, more than 4294967296: cublas is the better at it",
+    ]
+
+
+@pytest.mark.parametrize(("rows", "channels", "dim"), [(0, 16, 8), (3, 0, 8), (3, 16, 0), (3, 0, 0)])
+def test_nothing_to_do(route, rows, channels, dim, triton_device):
+    x, norm = torch.randn(rows, channels, device=triton_device), torch.ones(channels, device=triton_device)
+    weight, bias = torch.randn(dim, channels, device=triton_device), torch.randn(dim, device=triton_device)
+    assert torch.equal(norm_linear(x, norm, norm, weight, bias), norm_linear_ref(x, norm, norm, weight, bias, None, 0))
+
+
+def test_grid_of_many_rows(monkeypatch):
+    """Rows may be millions and the axes y and z of a grid end at 65,535."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(triton_fwd, "_norm_linear_fused_kernel", Kernel())
+    x, weight = (torch.empty(rows, 16, dtype=torch.bfloat16, device="meta") for rows in (2**27, 200))
+    triton_fwd.norm_linear_fwd(x, x[0], x[0], weight, None, None, 1e-5)
+    assert grids == [(2**27 // 64 * 2,)]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_tiles_of_rows_than_an_axis_has():
+    rows = 65_536 * triton_fwd.BLOCK_M + 5
+    x = torch.randn(rows, 16, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(16, 16, dtype=torch.bfloat16, device="cuda")
+    out = norm_linear(x, x[0], x[1], weight)
+    assert torch.equal(out[-70:], norm_linear(x[-70:], x[0], x[1], weight))
 
 
 def test_rows_longer_than_a_chunk_of_the_index(monkeypatch, triton_device):

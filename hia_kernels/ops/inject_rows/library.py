@@ -21,6 +21,9 @@ registration.define(
 )
 
 _TRITON = "hia_kernels.ops.inject_rows.triton"
+# docs/inject_rows.md, "Implemented, tried": below it a launch and a pass over the update cost more than the product
+FUSED_FLOPS = 2**33
+FUSED_FLOPS_FP32 = 2**28  # without matrix instructions our product is far behind cuBLAS's
 
 
 def _triton_unsupported(first, update, *rest):
@@ -28,6 +31,17 @@ def _triton_unsupported(first, update, *rest):
     return triton_support.device_reasons(first)
 
 
+def fused_is_slower(rows, channels, dim, dtype):
+    """Why cuBLAS before an addition is taken to be faster than one kernel, by sizes alone."""
+    flops, most = 2 * rows * channels * dim, FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
+    return [f"the product is {flops} FLOPs, more than {most}: cublas is the better at it"] if flops > most else []
+
+
+def _fused_slower(first, update, weight, *rest):
+    return fused_is_slower(update.shape[0], weight.shape[0], weight.shape[1], update.dtype)
+
+
+_BACKWARD = {"inject_rows_bwd": triton_support.lazy(f"{_TRITON}_bwd", "inject_rows_bwd")}  # of both: cuBLAS's products
 BACKENDS = register_table(
     "inject_rows",
     Backend(
@@ -35,7 +49,18 @@ BACKENDS = register_table(
         {
             "inject_rows": triton_support.lazy(f"{_TRITON}_fwd", "inject_rows_fwd"),
             "inject_rows_": triton_support.lazy(f"{_TRITON}_fwd", "inject_rows_inplace"),
-            "inject_rows_bwd": triton_support.lazy(f"{_TRITON}_bwd", "inject_rows_bwd"),
+            **_BACKWARD,
+        },
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+        _fused_slower,
+    ),
+    Backend(
+        "cublas",
+        {
+            "inject_rows": triton_support.lazy(f"{_TRITON}_fwd", "inject_rows_cublas_fwd"),
+            "inject_rows_": triton_support.lazy(f"{_TRITON}_fwd", "inject_rows_cublas_inplace"),
+            **_BACKWARD,
         },
         _triton_unsupported,
         triton_support.unavailable_reasons,

@@ -10,10 +10,6 @@ import triton.language as tl
 from ...core import tuning
 from ...core.triton_math import dot
 
-# docs/inject_rows.md, "Implemented, tried": below it a launch and a pass over the update cost more than the product
-FUSED_FLOPS = 2**33
-FUSED_FLOPS_FP32 = 2**28  # without matrix instructions our product is far behind cuBLAS's
-
 
 @triton.jit(do_not_specialize=["R"])
 def _inject_rows_fused_kernel(
@@ -78,11 +74,6 @@ def _inject_rows_add_kernel(
     tl.store(hidden_ptrs, acc.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
-def is_fused(rows, channels, dim, dtype):
-    """Whether one kernel multiplies and adds; by sizes alone."""
-    return 2 * rows * channels * dim <= (FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS)
-
-
 def _fused_config(update, rows, channels):
     if update.dtype == torch.float32:
         heuristic = {"BLOCK_R": 32, "BLOCK_C": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
@@ -122,22 +113,38 @@ def _add_rows(hidden, projected, row_idx):
     )
 
 
-def inject_rows_inplace(hidden, update, weight, bias, row_idx):
-    """Writes the rows of ``hidden``."""
+def _cublas_then_add(hidden, update, weight, bias, row_idx):
+    _add_rows(hidden, F.linear(update, weight, bias), row_idx)
+
+
+def _inplace(add, hidden, update, weight, bias, row_idx):
     if hidden.stride(1) != 1:
-        hidden.copy_(inject_rows_fwd(hidden, update, weight, bias, row_idx))
-        return
-    rows, channels = update.shape[0], weight.shape[0]
-    if rows == 0 or channels == 0:
-        return
-    if is_fused(rows, channels, update.shape[1], update.dtype):
-        _add_product(hidden, update, weight, bias, row_idx.contiguous())
-    else:
-        _add_rows(hidden, F.linear(update, weight, bias), row_idx.contiguous())
+        hidden.copy_(_out_of_place(add, hidden, update, weight, bias, row_idx))
+    elif update.shape[0] and weight.shape[0]:
+        add(hidden, update, weight, bias, row_idx.contiguous())
+
+
+def _out_of_place(add, hidden, update, weight, bias, row_idx):
+    out = hidden.clone(memory_format=torch.contiguous_format)
+    _inplace(add, out, update, weight, bias, row_idx)
+    return out
+
+
+def inject_rows_inplace(hidden, update, weight, bias, row_idx):
+    """Writes the rows of ``hidden``, in one kernel."""
+    _inplace(_add_product, hidden, update, weight, bias, row_idx)
 
 
 def inject_rows_fwd(hidden, update, weight, bias, row_idx):
-    """[T, C], [R, D] -> [T, C]."""
-    out = hidden.clone(memory_format=torch.contiguous_format)
-    inject_rows_inplace(out, update, weight, bias, row_idx)
-    return out
+    """[T, C], [R, D] -> [T, C]; behind the copy, one kernel."""
+    return _out_of_place(_add_product, hidden, update, weight, bias, row_idx)
+
+
+def inject_rows_cublas_inplace(hidden, update, weight, bias, row_idx):
+    """Writes the rows of ``hidden``: cuBLAS's product, then a kernel that adds it."""
+    _inplace(_cublas_then_add, hidden, update, weight, bias, row_idx)
+
+
+def inject_rows_cublas_fwd(hidden, update, weight, bias, row_idx):
+    """[T, C], [R, D] -> [T, C]; behind the copy, cuBLAS's product and a kernel that adds it."""
+    return _out_of_place(_cublas_then_add, hidden, update, weight, bias, row_idx)

@@ -22,6 +22,11 @@ registration.define(
 
 _TRITON = "hia_kernels.ops.norm_linear.triton"
 _MOST_CHANNELS = 16384  # of a row that a block holds whole
+# docs/norm_linear.md, "Implemented, tried": where the fused kernel's second look at its rows is cheap
+FUSED_PANEL = 256 * 1024  # bytes of a tile's rows
+FUSED_ROWS = 64  # of such a tile
+FUSED_FLOPS = 2**32
+FUSED_FLOPS_FP32 = 2**28  # without matrix instructions our product is far behind cuBLAS's
 
 
 def _triton_unsupported(first, second, *rest):
@@ -32,14 +37,39 @@ def _triton_unsupported(first, second, *rest):
     return reasons
 
 
+def fused_is_slower(rows, channels, dim, dtype):
+    """Why cuBLAS behind a norm is taken to be faster than one kernel, by sizes alone."""
+    found = []
+    panel = min(rows, FUSED_ROWS) * channels * dtype.itemsize
+    if panel > FUSED_PANEL:
+        found.append(f"a tile's rows are {panel} bytes, more than {FUSED_PANEL}: cublas reads them once")
+    flops, most = 2 * rows * channels * dim, FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
+    if flops > most:
+        found.append(f"the product is {flops} FLOPs, more than {most}: cublas is the better at it")
+    return found
+
+
+def _fused_slower(first, second, *rest):
+    if len(rest) == 6:  # backward: dout [R, D], x [T, C]
+        return fused_is_slower(first.shape[0], second.shape[1], first.shape[1], second.dtype)
+    weight, row_idx = rest[1], rest[3]
+    rows = first.shape[0] if row_idx is None else row_idx.shape[0]
+    return fused_is_slower(rows, first.shape[1], weight.shape[0], first.dtype)
+
+
+_BACKWARD = {"norm_linear_bwd": triton_support.lazy(f"{_TRITON}_bwd", "norm_linear_bwd")}  # of both: cuBLAS's products
 BACKENDS = register_table(
     "norm_linear",
     Backend(
         "triton",
-        {
-            "norm_linear": triton_support.lazy(f"{_TRITON}_fwd", "norm_linear_fwd"),
-            "norm_linear_bwd": triton_support.lazy(f"{_TRITON}_bwd", "norm_linear_bwd"),
-        },
+        {"norm_linear": triton_support.lazy(f"{_TRITON}_fwd", "norm_linear_fwd"), **_BACKWARD},
+        _triton_unsupported,
+        triton_support.unavailable_reasons,
+        _fused_slower,
+    ),
+    Backend(
+        "cublas",
+        {"norm_linear": triton_support.lazy(f"{_TRITON}_fwd", "norm_linear_cublas_fwd"), **_BACKWARD},
         _triton_unsupported,
         triton_support.unavailable_reasons,
     ),

@@ -1,4 +1,4 @@
-"""Triton forward of ``norm_linear``: one kernel for small products, a norm before cuBLAS for large ones."""
+"""Triton forward of ``norm_linear``: one kernel for it all, and the norm alone before cuBLAS's product."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from ...core import tuning
 from ...core.triton_math import dot
 
 BLOCK_M = 64  # rows of a fused tile: the least that wgmma and tcgen05 take
-# docs/norm_linear.md, "Implemented, tried": where the fused kernel's second look at its rows is cheap
-FUSED_PANEL = 256 * 1024  # bytes of a tile's rows
-FUSED_FLOPS = 2**32
-FUSED_FLOPS_FP32 = 2**28  # without matrix instructions our product is far behind cuBLAS's
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -85,9 +81,11 @@ def _norm_linear_fused_kernel(
     HAS_BIAS: tl.constexpr, HAS_IDX: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = LayerNorm(x[row_idx]) weight^T + bias in one; grid = (cdiv(D, BLOCK_D), cdiv(R, BLOCK_R))."""
-    offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: T * C may exceed 2**31
-    offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """out = LayerNorm(x[row_idx]) weight^T + bias in one; grid = (cdiv(R, BLOCK_R) * cdiv(D, BLOCK_D),)."""
+    tiles_d = tl.cdiv(D, BLOCK_D)  # they run fastest, so that neighbours share rows of x in L2
+    pid = tl.program_id(0)  # one axis: the others end at 65,535, and R knows no such end
+    offs_r = (pid // tiles_d).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: T * C may exceed 2**31
+    offs_d = (pid % tiles_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_c = tl.arange(0, BLOCK_C)
     mask_r, mask_d = offs_r < R, offs_d < D
     rows = offs_r
@@ -115,12 +113,6 @@ def _norm_linear_fused_kernel(
 
 def _inner_contiguous(x):
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def is_fused(rows, channels, dim, dtype):
-    """Whether one kernel does it all; by sizes alone."""
-    most = FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
-    return min(rows, BLOCK_M) * channels * dtype.itemsize <= FUSED_PANEL and 2 * rows * channels * dim <= most
 
 
 def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_statistics=False):
@@ -152,12 +144,17 @@ def _fused_config(x, rows, dim):
     return tuning.pick("norm_linear", key, x.device, heuristic)
 
 
-def _fused(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
+def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
+    """[T, C] -> [R, D] in one kernel."""
     x, weight = _inner_contiguous(x), _inner_contiguous(weight)
     R, D = x.shape[0] if row_idx is None else row_idx.shape[0], weight.shape[0]
     out = torch.empty(R, D, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if x.shape[1] == 0:  # no product, and no mean to take
+        return out.zero_() if bias is None else out.copy_(bias)
     config = _fused_config(x, R, D)
-    _norm_linear_fused_kernel[(triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(R, config["BLOCK_R"]))](
+    _norm_linear_fused_kernel[(triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(D, config["BLOCK_D"]),)](
         x, norm_weight.contiguous(), norm_bias.contiguous(), weight, None if bias is None else bias.contiguous(),
         None if row_idx is None else row_idx.contiguous(), out,
         R=R, C=x.shape[1], D=D, eps=eps, stride_x_t=x.stride(0), stride_weight_d=weight.stride(0),
@@ -166,10 +163,7 @@ def _fused(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
     return out
 
 
-def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
-    """[T, C] -> [R, D]."""
-    rows, dim = x.shape[0] if row_idx is None else row_idx.shape[0], weight.shape[0]
-    if rows and dim and x.shape[1] and is_fused(rows, x.shape[1], dim, x.dtype):
-        return _fused(x, norm_weight, norm_bias, weight, bias, row_idx, eps)
+def norm_linear_cublas_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
+    """[T, C] -> [R, D]: the norm's kernel, then cuBLAS's product."""
     y, _, _ = normed_rows(x, norm_weight, norm_bias, row_idx, eps)
     return F.linear(y, weight, bias)

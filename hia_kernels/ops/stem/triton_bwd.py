@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.cudnn import convolution_backward
 from .triton_fwd import convolve, half, pixel_kind, rounded
 
 
@@ -221,22 +222,6 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
     return dy, sums.sum(1)  # the second stage; PyTorch's sum has one order
 
 
-def _convolution_bwd(dy, x, weight, output_mask):
-    """dx [N, IH, IW, 3], dweight; None where ``output_mask`` wants none. cuDNN is held to deterministic algorithms."""
-    padding = [weight.shape[-1] // 2] * 2
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
-            [2, 2], padding, [1, 1], False, [0, 0], 1, [*output_mask, False],
-        )  # fmt: skip
-    finally:
-        torch.backends.cudnn.deterministic = before
-    dx = dx.permute(0, 2, 3, 1).contiguous() if output_mask[0] else None
-    return dx, dweight.contiguous() if output_mask[1] else None
-
-
 def stem_bwd(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask):
     """Gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty."""
     if dout.numel() == 0:
@@ -249,7 +234,7 @@ def stem_bwd(dout, pixels, window, mean, std, weight, scale, shift, pool, output
     dpixels, dweight = None, None
     if has_dy:
         x = _normalised(pixels, window, mean, std, weight.dtype)
-        dx, dweight = _convolution_bwd(dy, x, weight, output_mask[:2])
+        dx, dweight = convolution_backward(dy, x, weight, 2, output_mask[:2])
         dpixels = _dpixels(dx, pixels, window, std) if output_mask[0] else None
     wanted = zip((dpixels, dweight, dscale, dshift), output_mask, strict=True)
     return tuple(grad.contiguous() if m else weight.new_empty(0) for grad, m in wanted)

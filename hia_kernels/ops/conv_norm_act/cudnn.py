@@ -1,0 +1,76 @@
+"""cuDNN's convolution, then norm, residual and activation in one pass over its result.
+
+Not PyTorch's ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``: docs/conv_norm_act.md says why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core import triton_support, tuning
+
+OP = "conv_norm_act"
+MOST_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN counts in 32 bits
+_finish = triton_support.lazy("hia_kernels.ops.conv_norm_act.triton_fwd", "finish")
+
+
+def unavailable_reasons() -> list[str]:
+    """Why this machine has no cuDNN, or not what goes with it."""
+    found = triton_support.unavailable_reasons()  # the last pass and the backward are Triton's
+    if torch.version.hip or not torch.backends.cudnn.is_available():
+        found.append("this build of torch has no cuDNN")
+    elif not torch.backends.cudnn.enabled:
+        found.append("torch.backends.cudnn.enabled is off")
+    return found
+
+
+def _convolution_of(args):
+    """x, weight, stride, of the forward's arguments or the backward's, which begin with dout."""
+    return (args[0], args[1], args[5]) if len(args) == 7 else (args[1], args[2], args[7])
+
+
+def unsupported_reasons(*args) -> list[str]:
+    """Why these inputs can't run."""
+    x, weight, stride = _convolution_of(args)
+    found = triton_support.device_reasons(x)
+    n, ih, iw, c = x.shape
+    out = n * ((ih - 1) // stride + 1) * ((iw - 1) // stride + 1) * weight.shape[0]
+    for name, elements in (("x", x.numel()), ("the result", out)):
+        if elements > MOST_ELEMENTS:
+            found.append(f"{name} must have at most {MOST_ELEMENTS} elements, got {elements}")
+    if c == 0:
+        found.append("x must have channels, got 0")
+    return found
+
+
+def backend_key(x: Tensor, weight: Tensor, stride: int) -> str:
+    """What a measurement of the backends holds for: sizes of one image, so that no neighbour changes its bits."""
+    pixels = ((x.shape[1] - 1) // stride + 1) * ((x.shape[2] - 1) // stride + 1)
+    sizes = f"px{tuning.bucket(pixels)}-c{weight.shape[1]}-oc{weight.shape[0]}"
+    return f"k{weight.shape[2]}s{stride}-{sizes}-{str(x.dtype).removeprefix('torch.')}"
+
+
+def slower_reasons(*args) -> list[str]:
+    """Why ``auto`` takes the next row: unless it was measured to be the slower one at this shape, on this device."""
+    x, weight, stride = _convolution_of(args)
+    key = backend_key(x, weight, stride)
+    best = tuning.measured_backend(OP, key, x.device)
+    return [] if best == "cudnn" else [f"{best} was faster at {key}" if best else f"nothing was measured at {key}"]
+
+
+def conv_norm_act_fwd(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, stride: int, activation: str
+) -> Tensor:
+    """[N, OH, OW, OC], dtype of ``x``; y is rounded to it, as in the reference."""
+    n, ih, iw, _ = x.shape
+    if n == 0 or weight.shape[0] == 0:
+        return x.new_empty(n, (ih - 1) // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
+    padding = [weight.shape[2] // 2] * 2
+    # contiguous channels make it PyTorch's channels-last memory format, seen as [N, C, IH, IW]
+    x, weight = x.contiguous(), weight.contiguous(memory_format=torch.channels_last)
+    y = torch.cudnn_convolution(
+        x.permute(0, 3, 1, 2), weight, padding, [stride, stride], [1, 1], 1,
+        benchmark=False, deterministic=True, allow_tf32=False,
+    )  # fmt: skip
+    return _finish(y.permute(0, 2, 3, 1).contiguous(), scale, shift, residual, activation)
