@@ -80,7 +80,8 @@ class ImageCase:
         width: channels of the encoder's stem; it ends in 32 times that.
         bits: of a pixel, 8 or 16.
         sets: "cpu", "gpu" (what a run without ``--case`` measures there), "quick", and "dispatch": small enough
-            to show what a call costs before it computes.
+            to show what a call costs before it computes; "batch" is the GPU's for "encode" alone: a training
+            step would keep the activations of all these pixels.
     """
 
     name: str
@@ -215,6 +216,8 @@ def _image_cases() -> list[ImageCase]:
         *squares,
         ImageCase("px2048", ((2048, 2048),)),
         ImageCase("px2048-16bit", ((2048, 2048),), bits=16),
+        ImageCase("px2048-b8", ((2048, 2048),) * 8, sets=("batch",)),
+        ImageCase("px4096-b8", ((4096, 4096),) * 8, sets=("batch",)),
         ImageCase("px224", ((224, 224),), sets=("cpu",)),
         ImageCase("px-chest", (CHEST,)),
         ImageCase("px-ragged", (CHEST, PELVIS, KNEE, HAND), sets=("gpu",)),
@@ -296,6 +299,8 @@ def in_set(workload: Workload, name: str) -> bool:
     case = workload.case
     if workload.op in ABSORBED_OPS and name == "gpu":
         return "absorbed" in case.sets
+    if workload.op == "encode" and name == "gpu" and "batch" in case.sets:
+        return True
     if name not in case.sets:
         return False
     if name == "cpu":

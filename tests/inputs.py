@@ -1,4 +1,7 @@
-"""Seeded inputs of every op, by argument name: what the tests run and the benchmarks measure.
+"""Seeded inputs of every op, by argument name, at the shapes a test asks for.
+
+Tests choose their shapes by what can go wrong, most of them small and odd. The real shapes that the benchmarks
+measure are named in ``bench/cases.py`` and drawn by ``bench/inputs.py``, on the device that uses them.
 
 Values are drawn on the CPU in fp64 and rounded, so every dtype and device sees the same numbers. Where an op
 takes strided tensors the inputs are strided: a view of something wider, as a slice of a fused projection is.
