@@ -154,7 +154,7 @@ def interleaved(
                 continue
             try:
                 found[name].times_ms.append(clock(call, times[name]))
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:
                 found[name].error = error
     return found
 
@@ -167,7 +167,7 @@ def _repeats(call: Callable[[], object], clock: Clock, shortest_ms: float, sampl
             one = clock(call, 1)
         else:
             samples.times_ms.append(one)  # as good as any that follow, and they take long
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         samples.error = error
         return 1
     return max(1, min(1000, math.ceil(shortest_ms / max(one, 1e-4))))

@@ -51,13 +51,24 @@ def test_short_calls_are_repeated_within_a_repetition():
     assert times == [1, 1, 50]
 
 
-def test_a_call_that_raises_leaves_the_others_alone():
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, MemoryError, AssertionError])
+def test_a_call_that_raises_leaves_the_others_alone(kind):
     def broken():
-        raise RuntimeError("no")
+        raise kind("no")
 
     found = interleaved({"A": broken, "B": lambda: None}, timing.cpu_clock, Budget(0.0, at_least=2), shortest_ms=0.0)
     assert str(found["A"].error) == "no" and found["A"].times_ms == []
     assert found["B"].error is None and len(found["B"].times_ms) == 2
+
+
+def test_ctrl_c_and_a_time_limit_end_all_of_them():
+    for error in (KeyboardInterrupt, timing.OutOfTime):
+
+        def ended(error=error):
+            raise error
+
+        with pytest.raises(error):
+            interleaved({"A": ended, "B": lambda: None}, timing.cpu_clock, Budget(0.0, at_least=2), shortest_ms=0.0)
 
 
 def test_percentiles():
