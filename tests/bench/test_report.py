@@ -84,7 +84,7 @@ def written(results, tmp_path):
     ("case", "side", "family"),
     [("13b-896-2img-b4", 896, "13b-*-2img-b4"), ("13b-448-2img:features", 448, "13b-*-2img:features"),
      ("px1792", 1792, "*"), ("px-ragged", None, "px-ragged"), ("lite-4096", 4096, "lite-*"),
-     ("896px-2img-b1", 896, "*-2img-b1")],
+     ("896px-2img-b1", 896, "*-2img-b1"), ("px4096-b8", 4096, "*-b8")],
 )  # fmt: skip
 def test_side_and_family_of_a_case(case, side, family):
     record = measurement(case=case)
