@@ -17,6 +17,7 @@ from .config import HiAConfig
 from .prepared import PreparedExtractor, Stamp, prepare_extractor, stamp_of
 
 KEY_VALUE_FORMS = ("textbook", "folded", "deep_kv")
+SHARED_FORMS = ("textbook", "absorbed")  # these read the released maths' shared projection as it is
 LARGEST_SIDE = 2**30  # bytes a layer keeps of one set of images without being told to
 
 
@@ -59,7 +60,10 @@ class PackedFeatures:
         if self.tokens.device == device:
             return self
         sides = {layer: Side(side.kind, side.tokens.to(device), side.stamp) for layer, side in self.sides.items()}
-        return PackedFeatures(self.tokens.to(device), self.cu_seqlens.to(device), self.max_seqlen, self.lengths, sides)
+        # what was made before the layers goes along: one that is run again by checkpointing must not make it anew
+        memo = {name: made.to(device) for name, made in self._memo.items()}
+        tokens, cu_seqlens = self.tokens.to(device), self.cu_seqlens.to(device)
+        return PackedFeatures(tokens, cu_seqlens, self.max_seqlen, self.lengths, sides, memo)
 
     def shared(self, linear: nn.Linear) -> Tensor:
         """[T, D1]: the released maths' projection, computed once for all layers that share it."""
@@ -157,12 +161,20 @@ class Extractor(nn.Module):
         batch, num_queries, dim = conditioned.shape
         q = norm_project(conditioned.reshape(-1, dim), self.query_norm, self.q_proj)  # [B * M, D]
         q = q.view(batch, num_queries, self.num_heads, self.head_dim)
-        form = plan.choose("extract", self.form, self.sizes(features, batch), features.tokens.device.type)
+        form = self.form_for(features, batch)
         if form.endswith("absorbed") or form == "cached_folded":
             out = self._attend_to_latent(q, features, image_to_sample, form)
         else:
             out = self._attend(q, features, image_to_sample, form)
         return self.out_proj(out)
+
+    def form_for(self, features: PackedFeatures, samples: int) -> str:
+        """The form that a call about these images takes now."""
+        return plan.choose("extract", self.form, self.sizes(features, samples), features.tokens.device.type)
+
+    def reads_shared(self, features: PackedFeatures, samples: int) -> bool:
+        """Whether that form reads :meth:`PackedFeatures.shared`; a folded one goes past it."""
+        return self.sharing > 0 and self.form_for(features, samples) in SHARED_FORMS
 
     def sizes(self, features: PackedFeatures, samples: int) -> plan.Sizes:
         """What the plan is made from, for these images."""
@@ -220,7 +232,7 @@ class Extractor(nn.Module):
         own = self.feature_projection
         if shared is None:
             return F.linear(features.tokens, own.weight, own.bias)
-        if not form.startswith("folded"):
+        if form in SHARED_FORMS:
             return F.linear(features.shared(shared), own.weight, own.bias)
         prepared = None if torch.is_grad_enabled() else self.current()
         if prepared is not None:

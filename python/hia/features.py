@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from hia_kernels.core.varlen import cu_seqlens_from_lengths
 
 from .extractor import PackedFeatures, Side
+from .prepared import Stamp
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,23 @@ class ImageFeatures:
         sides = tuple(side for sides in kept for side in sides) if any(part.sides for part in parts) else ()
         return ImageFeatures(tuple(features for part in parts for features in part.maps), sides)
 
-    def packed(self) -> PackedFeatures:
-        """All images' tokens in one tensor, and of what was kept the layers that all images have."""
+    def packed(self, stamps: Mapping[int, Stamp] | None = None) -> PackedFeatures:
+        """All images' tokens in one tensor, and of what was kept the layers that all images have.
+
+        Args:
+            stamps: by decoder layer, the versions its parameters have now: what was kept with others is left out. A
+                compiled layer can't tell. None: an extractor passes over it by itself.
+        """
         lengths = tuple(features.shape[0] * features.shape[1] for features in self.maps)
         tokens = _joined([features.flatten(0, 1) for features in self.maps])
         cu_seqlens = cu_seqlens_from_lengths(lengths, tokens.device)
-        return PackedFeatures(tokens, cu_seqlens, max(lengths), lengths, self._packed_sides())
+        return PackedFeatures(tokens, cu_seqlens, max(lengths), lengths, self._packed_sides(stamps))
 
-    def _packed_sides(self) -> dict[int, Side]:
+    def _packed_sides(self, stamps: Mapping[int, Stamp] | None) -> dict[int, Side]:
         found = {}
         for layer, first in self.sides[0].items() if self.sides else ():
+            if stamps is not None and stamps.get(layer) != first.stamp:
+                continue
             own = [sides.get(layer) for sides in self.sides]
             alike = [side for side in own if side is not None and (side.kind, side.stamp) == (first.kind, first.stamp)]
             if len(alike) == len(own):

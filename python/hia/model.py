@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import checkpoint, plan
 from .adapter import HiAAdapter
 from .config import HiAConfig, host_facts
+from .extractor import PackedFeatures
 from .features import ImageFeatures
 from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
 from .hosts import LlamaHost, find_host
@@ -254,12 +255,19 @@ class HiAModel(nn.Module):
         layout = self._layout(images, image_map, instruction_index, args, kwargs)
         if features is None:
             features = self._encoded(pixels, windows)
-        packed = features.packed()
+        packed = self._packed(features)
         shared = self.adapter.feature_projection
         if shared is not None and torch.is_grad_enabled():
-            # before the layers: one that is run again by gradient checkpointing must record what it did at first
-            packed.shared(shared)
+            samples = layout.samples.shape[0]
+            if any(layer.extractor.reads_shared(packed, samples) for layer in self.adapter.layers.values()):
+                # before the layers: one that is run again by gradient checkpointing must record what it did at first
+                packed.shared(shared)
         return Visit(packed, layout, generating)
+
+    @torch.compiler.disable  # compares the weights' versions, which a graph would take for constants
+    def _packed(self, features: ImageFeatures) -> PackedFeatures:
+        extractors = [layer.extractor for layer in self.adapter.layers.values()]
+        return features.packed({extractor.layer_index: extractor.stamp() for extractor in extractors})
 
     @torch.compiler.disable  # reads the maps' values, and the weights' versions
     def _layout(

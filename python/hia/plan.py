@@ -153,11 +153,20 @@ class Form:
         total = 0.0
         for step in self.steps:
             flops = sum(product.flops for product in step.products)
-            total = total + step.repeats * (max(flops / rate, self._bytes(step) / bandwidth) + start)
+            total = total + step.repeats * (_larger(flops / rate, self._bytes(step) / bandwidth) + start)
         return total
 
     def _bytes(self, step: Step) -> float:
         return step.moved + self.itemsize * sum(product.elements for product in step.products)
+
+
+def _larger(a: float, b: float) -> float:
+    """max() that leaves no guard in a compiled graph: what bounds a step may change with the sizes."""
+    return torch.sym_max(a, b) if torch.compiler.is_compiling() else max(a, b)
+
+
+def _smaller(a: float, b: float) -> float:
+    return torch.sym_min(a, b) if torch.compiler.is_compiling() else min(a, b)
 
 
 def extract_forms(sizes: Sizes) -> tuple[Form, ...]:
@@ -210,12 +219,12 @@ def ceilings_of(device: str, itemsize: int) -> tuple[float, float, float]:
 
 def cheapest(forms: Sequence[Form], ceilings: tuple[float, float, float], training: bool = False) -> Form:
     """The first of the forms with the least estimated time; in training the textbook's unless one gains enough."""
-    best, bar = forms[0], forms[0].seconds(ceilings) / (TRAINING_GAIN if training else 1)
-    for form in forms[1:]:
-        seconds = form.seconds(ceilings)
-        if seconds < bar:
-            best, bar = form, seconds
-    return best
+    seconds = [form.seconds(ceilings) for form in forms]
+    least = seconds[0] = seconds[0] / (TRAINING_GAIN if training else 1)
+    for estimate in seconds[1:]:
+        least = _smaller(least, estimate)
+    # against the least, not one with another: a compiled graph's guards then hold as long as the same form wins
+    return next(form for form, estimate in zip(forms, seconds, strict=True) if estimate <= least)
 
 
 def split_plan(plan: str) -> tuple[str, str]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import hia
+from hia.extractor import PackedFeatures
+from hia.features import ImageFeatures
 from hia.hooks import split_layer_output
 from tests.hia.conftest import NONE, ONE, TWO, host_inputs, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava, tiny_processor
@@ -140,6 +142,34 @@ def test_feature_cache_equals_encoding_again(model, batch):
     assert torch.equal(logits_of(model, {**cached, "features": features}), logits_of(model, batch))
     again = hia.ImageFeatures.cat([features.select([0]), features.select([1, 2])])
     assert torch.equal(logits_of(model, {**cached, "features": again}), logits_of(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("plan", "calls"), [("folded_absorbed/textbook", 0), ("folded/textbook", 0), ("textbook/textbook", 1)]
+)
+def test_the_shared_projection_is_made_only_where_a_form_reads_it(base, processor, monkeypatch, plan, calls):
+    model = stir(hia.get_hia_model(base, tiny_config(base, "released", plan=plan)))
+    made, shared = [], PackedFeatures.shared
+
+    def counted(features, linear):
+        if "shared" not in features._memo:
+            made.append(features)
+        return shared(features, linear)
+
+    monkeypatch.setattr(PackedFeatures, "shared", counted)
+    a, _, _ = random_images()
+    inputs = processor(ONE, a)
+    model(**inputs)
+    assert len(made) == calls
+    logits_of(model, inputs)
+    assert len(made) == 2 * calls
+
+
+def test_what_was_made_of_features_moves_with_them():
+    packed = ImageFeatures((torch.rand(2, 3, 4),)).packed()
+    projected = packed.shared(torch.nn.Linear(4, 5))
+    assert packed.to(torch.device("meta")).shared(torch.nn.Linear(4, 5)).shape == projected.shape
+    assert packed.to(torch.device("meta"))._memo["shared"].grad_fn is not None  # moved, not made again
 
 
 def test_an_image_does_not_depend_on_its_neighbours(model, batch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -297,35 +296,6 @@ def test_a_plan_must_be_known():
     assert plan.split_plan("auto/textbook") == ("auto", "textbook")
 
 
-@pytest.mark.parametrize("preset", ["paper", "released"])
-def test_one_graph_for_a_sweep_of_sizes(preset):
-    """No graph break, and no new graph with every resolution."""
-    adapter = adapter_of(preset, torch.float32)
-    adapter.prepare()
-    layer, graphs = adapter.layer(2), []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    @torch.no_grad()
-    def call(hidden, tokens, cu_seqlens, length, layout):
-        packed = hia.extractor.PackedFeatures(tokens, cu_seqlens, length, (length,))
-        return layer(hidden, packed, layout)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=True)
-    hidden, _, layout = question(1, torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for side in (7, 9, 12, 20, 33):
-            tokens = torch.rand(side * side, 128)
-            cu_seqlens = torch.tensor([0, side * side], dtype=torch.int32)
-            args = (tokens, cu_seqlens, side * side, layout)
-            torch.testing.assert_close(compiled(hidden.clone(), *args), call(hidden.clone(), *args))
-    assert len(graphs) <= 3  # the first is specialised to its size; the plan may change once over the sweep
-
-
 FEATURES = {
     "rectified": lambda x: torch.relu(x),
     "far-from-zero": lambda x: torch.relu(x + 10),
@@ -354,28 +324,3 @@ def test_deep_forms_hold_for_features_that_are_not_centred(form, kind, dtype):
     exact, plain = extract(exact_layer, "textbook", EXACT[dtype]), extract(layer, "textbook", dtype)
     adapter.prepare()
     assert_close("extracted", extract(layer, form, dtype), exact, plain, dtype=dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["paper", "released"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_a_layer_is_captured_in_a_cuda_graph(preset, dtype):
-    """Nothing in extract or inject waits for the device or allocates by its data."""
-    adapter = adapter_of(preset, dtype).cuda()
-    adapter.prepare()
-    hidden, maps, layout = question(3, dtype)
-    hidden, maps, layout = hidden.cuda(), tuple(image.cuda() for image in maps), layout.to(torch.device("cuda"))
-    packed, layer = ImageFeatures(maps).packed(), adapter.layer(2)
-    expected = layer(hidden.clone(), packed, layout)
-    static = hidden.clone()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        layer(static.clone(), packed, layout)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = layer(static, packed, layout)
-    static.copy_(hidden)
-    graph.replay()
-    torch.testing.assert_close(out, expected)
