@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 import hia
 from hia.encoder import Encoder, build_encoder
+from hia.graphs import GraphCache
 from tests.hia.hosts import text_config
 
 WINDOW = torch.tensor([0.0, 255.0])
@@ -39,3 +43,18 @@ def pixels_of(height: int, width: int, channels: int = 1, seed: int = 0) -> Tens
 def distance(x: Tensor, truth: Tensor) -> float:
     """Root mean square, relative."""
     return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+@contextmanager
+def without_graphs(encoder: Encoder) -> Iterator[None]:
+    """Launch by launch."""
+    encoder.cuda_graphs = False
+    try:
+        yield
+    finally:
+        del encoder.cuda_graphs
+
+
+def sides_of(cache: GraphCache) -> list[int]:
+    """Heights of the images there is a graph for, the one used last behind the others."""
+    return [key[0][0][1] for key in cache.keys]

@@ -1,4 +1,4 @@
-"""The encoder on a GPU, and its graphs; what a graph is kept for is tested on the CPU, with a capture that records."""
+"""What a graph of the encoder is kept for: on the CPU, with a capture that records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hia import encoder as encoder_module
 from hia import graphs, tiling
 from hia.encoder import Encoder
 from hia.graphs import GraphCache
-from tests.hia.encoders import WINDOW, encoder_of, pixels_of
+from tests.hia.encoders import WINDOW, encoder_of, pixels_of, sides_of, without_graphs
 
 
 class Recorder:
@@ -54,15 +54,6 @@ def recorded(recorder: Recorder | None = None, kept: int = 4, **changes) -> tupl
     encoder, recorder = encoder_of(encoder_width=4, **changes), recorder or Recorder()
     encoder._prepared = dataclasses.replace(encoder.prepare(), graphs=GraphCache(recorder, "cpu", kept))
     return encoder, recorder
-
-
-@contextmanager
-def without_graphs(encoder: Encoder):
-    encoder.cuda_graphs = False
-    try:
-        yield
-    finally:
-        del encoder.cuda_graphs
 
 
 @torch.no_grad()
@@ -110,10 +101,6 @@ def twice(encoder: Encoder, *sides: int) -> None:
     for side in sides:
         for _ in range(2):
             encoder(pixels_of(side, 40), WINDOW)
-
-
-def sides_of(cache: GraphCache) -> list[int]:
-    return [key[0][0][1] for key in cache.keys]
 
 
 @torch.no_grad()
