@@ -4,6 +4,9 @@ Writes ``hia_kernels/core/tuned/<device>.json``, which launchers read through ``
 is tried for a key: the configurations in a launcher module's ``CANDIDATES`` (a list, or a dict of lists by how the
 key begins), else other numbers of warps and stages around the heuristic; at most eight, the heuristic among them. A
 configuration whose results miss the tests' tolerance is not timed.
+
+Afterwards the backends of :data:`RIVALS` are timed against each other, at the shapes of ResNet-50; the file keeps the
+fastest's name, and the op's table takes it from there.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from typing import Any
 
 import torch
 
+import hia_kernels
 from hia_kernels import ops as all_ops
-from hia_kernels.core import tuning
+from hia_kernels.core import backend, tuning
+from hia_kernels.ops.conv_norm_act import cudnn
+from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 
 from . import environment
-from .cases import OPS, Workload, in_set, workloads
-from .gate import both_call, dout_like, results_of, truth_of
-from .inputs import make_inputs
+from .cases import OPS, RESOLUTIONS, Size, Workload, halved, in_set, workloads
+from .gate import EXACT, Truth, both_call, dout_like, results_of, truth_of
+from .inputs import Draw, Inputs, make_inputs
 from .kernels_args import names
 from .limits import DTYPES
 from .providers import Ours
@@ -41,6 +47,9 @@ AT_MOST = 8  # configurations a key
 GAIN = 0.03  # what a configuration must save to be kept
 BUDGET = Budget(1.0, at_least=8, at_most=40)
 WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5)
+OF_KERNELS = ("triton", "cublas")  # backends whose Triton kernels ask for configurations
+RIVALS = {"conv_norm_act": ("triton", "cudnn")}  # the first serves where nothing was measured
+WIDTHS = (64, 128, 256, 512)  # of ResNet-50's four stages
 
 
 @dataclass
@@ -51,11 +60,13 @@ class Tuned:
         configurations: "<op>/<key>" -> configuration, where one is better than the heuristic.
         gains: by the same names, the heuristic's time over the configuration's.
         seen: every key met, with its heuristic.
+        backends: "<op>/<key>" -> the fastest backend at that shape; its gain is over the first of :data:`RIVALS`.
     """
 
     configurations: dict[str, Config] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
     seen: dict[str, Config] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -171,36 +182,130 @@ def tune_workload(workload: Workload, dtype: str, tuned: Tuned, clock: Clock, de
         Their names.
     """
     inputs, new = make_inputs(workload, DTYPES[dtype], device), []
+    rows = [row.name for row in backend.TABLES[workload.op].backends if row.name in OF_KERNELS]
     for gradients in (False, True):
         truth = truth_of(workload, inputs, None, DTYPES[dtype], gradients=gradients)
-        bound = Ours("triton").bind(workload, inputs, None, gradients=gradients)
+        for row in rows:
+            bound = Ours(row).bind(workload, inputs, None, gradients=gradients)
 
-        def problem(bound: Any = bound, truth: Any = truth, gradients: bool = gradients) -> str | None:
-            return truth.check(results_of(bound, truth.exact, gradients=gradients))[0]
+            def problem(bound: Any = bound, truth: Any = truth, gradients: bool = gradients) -> str | None:
+                return truth.check(results_of(bound, truth.exact, gradients=gradients))[0]
 
-        with recording() as found, using(tuned.configurations):
-            outs = bound.forward()
-            call = both_call(bound, dout_like(outs)) if gradients else torch.no_grad()(bound.forward)
-            call()
-        for name, heuristic in found.items():
-            if name not in tuned.seen:
-                tuned.seen[name] = heuristic
-                new.append(name)
-                tune_key(name, tuned, call, problem, clock, BUDGET)
+            with recording() as found, using(tuned.configurations):
+                outs = bound.forward()
+                call = both_call(bound, dout_like(outs)) if gradients else torch.no_grad()(bound.forward)
+                call()
+            for name, heuristic in found.items():
+                if name not in tuned.seen:
+                    tuned.seen[name] = heuristic
+                    new.append(name)
+                    tune_key(name, tuned, call, problem, clock, BUDGET)
     return new
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One of ResNet-50's shapes; ``size`` is the input's."""
+
+    size: Size
+    kernel: int
+    stride: int
+    channels: int
+    out_channels: int
+    residual: bool = False
+
+    def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
+        """Arguments of the op, for one image."""
+        draw = Draw(dtype, device, seed=0)
+        c, oc, kernel = self.channels, self.out_channels, self.kernel
+        out_size = [(side - 1) // self.stride + 1 for side in self.size]
+        weight = draw.normal(oc, c, kernel, kernel, scale=(c * kernel * kernel) ** -0.5)
+        return {
+            "x": draw.normal(1, *self.size, c),
+            "weight": weight.contiguous(memory_format=torch.channels_last),
+            "scale": draw.near_one(oc, dtype=draw.statistics),
+            "shift": draw.normal(oc, dtype=draw.statistics),
+            "residual": draw.normal(1, *out_size, oc) if self.residual else None,
+            "stride": self.stride,
+            "activation": "relu",
+        }
+
+
+def resnet50_convolutions(side: int) -> list[Convolution]:
+    """All shapes behind the stem, each once, for a square image of ``side`` pixels."""
+    found = []
+    for stage, width in enumerate(WIDTHS):
+        inside = halved((side, side), 2 + stage)
+        before, stride, entering = (halved((side, side), 1 + stage), 2, 2 * width) if stage else (inside, 1, width)
+        found += [
+            Convolution(inside, 1, 1, width, 4 * width, residual=True),
+            Convolution(inside, 1, 1, 4 * width, width),
+            Convolution(inside, 3, 1, width, width),
+            Convolution(before, 1, 1, entering, width),
+            Convolution(before, 3, stride, width, width),
+            Convolution(before, 1, stride, entering, 4 * width),
+        ]
+    return list(dict.fromkeys(found))
+
+
+def race(
+    shape: Convolution, dtype: torch.dtype, tuned: Tuned, clock: Clock, device: str = "cuda", budget: Budget = BUDGET
+) -> str | None:
+    """Time the rival backends of ``conv_norm_act`` at a shape; the first keeps what another does not clearly win.
+
+    Returns:
+        Its name in the file; None if that was measured before, or if only one of them has right results here.
+    """
+    inputs = shape.inputs(dtype, device)
+    name = f"conv_norm_act/{cudnn.backend_key(inputs['x'], inputs['weight'], shape.stride)}"
+    if name in tuned.backends:
+        return None
+    wide = EXACT[dtype]
+    exact = {key: x.to(wide) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+    truth = Truth({"out0": conv_norm_act_ref(**exact)}, {"out0": conv_norm_act_ref(**inputs)}, dtype)
+
+    def with_backend(rival: str) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with hia_kernels.use_backend(rival), using(tuned.configurations):
+                return hia_kernels.conv_norm_act(**inputs)
+
+        return run
+
+    calls = {}
+    for rival in RIVALS["conv_norm_act"]:
+        try:
+            wrong = truth.check({"out0": with_backend(rival)()})[0]
+        except (NotImplementedError, RuntimeError) as raised:
+            wrong = str(raised)
+        if wrong is None:
+            calls[rival] = with_backend(rival)
+    if len(calls) < 2:
+        return None
+    times = interleaved(calls, clock, budget, shortest_ms=0.0)
+    medians = {rival: samples.percentile(50) for rival, samples in times.items() if samples.times_ms}
+    usual = RIVALS["conv_norm_act"][0]
+    if usual not in medians:
+        return None
+    best = min(medians, key=lambda rival: medians[rival])
+    tuned.backends[name] = best if medians[usual] > (1 + GAIN) * medians[best] else usual
+    tuned.gains[name] = round(medians[usual] / medians[tuned.backends[name]], 3)
+    return name
 
 
 def write(path: Path, tuned: Tuned, facts: dict[str, Any]) -> None:
     """The device's file: what was found now beside what it held of other keys."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kept = {name: config for name, config in before.get("configurations", {}).items() if name not in tuned.seen}
-    gains = {name: gain for name, gain in before.get("gains", {}).items() if name in kept}
+    backends = {**before.get("backends", {}), **tuned.backends}
+    gains = {name: gain for name, gain in before.get("gains", {}).items() if name in kept or name in backends}
     content = {
         "configurations": dict(sorted({**kept, **tuned.configurations}.items())),
+        "backends": dict(sorted(backends.items())),
         "gains": dict(sorted({**gains, **tuned.gains}.items())), "environment": facts,
     }  # fmt: skip
     write_text(path, json.dumps(content, indent=1) + "\n")
     tuning.stored.cache_clear()
+    tuning.stored_backends.cache_clear()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,6 +341,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: " + (f"{tuned.configurations[name]}, {gain} times as fast" if gain else "as it is"),
                       flush=True)  # fmt: skip
             write(path, tuned, facts)
+            torch.cuda.empty_cache()
+        for shape in (one for side in RESOLUTIONS for one in resnet50_convolutions(side) if "conv_norm_act" in ops):
+            if options.minutes and time.perf_counter() - started > 60 * options.minutes:
+                print(f"not begun, the time is over: backends at {shape}", flush=True)
+                continue
+            won = race(shape, DTYPES[options.dtype], tuned, clock)
+            if won is not None:
+                print(f"{won}: {tuned.backends[won]}, {tuned.gains[won]} times as fast", flush=True)
+                write(path, tuned, facts)
             torch.cuda.empty_cache()
     print(f"{len(tuned.configurations)} of {len(tuned.seen)} keys have a better configuration; written: {path}")
     return 0

@@ -8,9 +8,11 @@ import types
 import pytest
 import torch
 
+import hia_kernels
 from bench import tune
 from bench.timing import Budget
 from hia_kernels.core import tuning
+from hia_kernels.ops.conv_norm_act import cpu
 
 DEVICE = torch.device("cuda", 0)
 HEURISTIC = {"BLOCK_R": 8, "num_warps": 4, "num_stages": 2}
@@ -108,6 +110,82 @@ def test_the_file_is_what_launchers_read(tmp_path, monkeypatch):
     launcher()
     assert launcher.config == {**HEURISTIC, "num_warps": 8}
     tuning.stored.cache_clear()
+
+
+SMALL = tune.Convolution((5, 4), 3, 1, 8, 16, residual=True)
+SMALL_KEY = "conv_norm_act/k3s1-px32-c8-oc16-float32"
+
+
+@pytest.fixture
+def rivals(monkeypatch):
+    """Two that the CPU has."""
+    monkeypatch.setitem(tune.RIVALS, "conv_norm_act", ("reference", "cpu"))
+
+
+def race(seconds_by_backend):
+    tuned = tune.Tuned()
+
+    def clock(call, _times):
+        call()
+        return seconds_by_backend[hia_kernels.last_backend("conv_norm_act")]
+
+    return tune.race(SMALL, torch.float32, tuned, clock, "cpu", BUDGET), tuned
+
+
+def test_the_faster_backend_is_kept(rivals):
+    name, tuned = race({"reference": 2.0, "cpu": 1.0})
+    assert name == SMALL_KEY
+    assert tuned.backends == {name: "cpu"} and tuned.gains == {name: 2.0}
+
+
+def test_the_usual_backend_stays_within_the_noise_and_says_so(rivals):
+    for seconds in (0.98, 5.0):
+        name, tuned = race({"reference": 1.0, "cpu": seconds})
+        assert tuned.backends == {SMALL_KEY: "reference"} and tuned.gains == {name: 1.0}
+
+
+def test_a_backend_that_is_wrong_or_missing_does_not_race(rivals, monkeypatch):
+    assert cpu.unavailable_reasons() == []
+    original = tune.hia_kernels.conv_norm_act
+
+    def wrong(**arguments):
+        out = original(**arguments)
+        return out + 1 if hia_kernels.last_backend("conv_norm_act") == "cpu" else out
+
+    monkeypatch.setattr(tune.hia_kernels, "conv_norm_act", wrong)
+    assert race({"reference": 2.0, "cpu": 1.0})[0] is None
+    monkeypatch.setattr(tune.hia_kernels, "conv_norm_act", original)
+    assert race({"reference": 2.0, "cpu": 1.0})[0] == SMALL_KEY
+    monkeypatch.setitem(tune.RIVALS, "conv_norm_act", ("reference", "flash_attn"))
+    name, tuned = race({"reference": 2.0, "flash_attn": 1.0})
+    assert name is None and tuned.backends == {}
+
+
+def test_a_shape_is_measured_once(rivals):
+    tuned = tune.Tuned(backends={SMALL_KEY: "cpu"})
+    assert tune.race(SMALL, torch.float32, tuned, None, "cpu") is None
+
+
+def test_the_shapes_of_resnet50():
+    shapes = tune.resnet50_convolutions(224)
+    assert len(shapes) == len(set(shapes)) == 24 - 1  # stage 1 enters with its own width
+    assert tune.Convolution((56, 56), 3, 1, 64, 64) in shapes
+    assert tune.Convolution((56, 56), 3, 2, 128, 128) in shapes
+    assert tune.Convolution((14, 14), 1, 2, 1024, 2048) in shapes
+    assert tune.Convolution((7, 7), 1, 1, 512, 2048, residual=True) in shapes
+
+
+def test_backends_are_in_the_file_that_the_table_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    path, old = tmp_path / "fake-9000.json", "conv_norm_act/k1s1-px64-c8-oc8-float32"
+    path.write_text(json.dumps({"configurations": {}, "backends": {old: "triton"}, "gains": {old: 1.0, "gone": 2.0}}))
+    tune.write(path, tune.Tuned(backends={SMALL_KEY: "cudnn"}, gains={SMALL_KEY: 1.5}), {})
+    assert json.loads(path.read_text())["gains"] == {old: 1.0, SMALL_KEY: 1.5}
+    key = SMALL_KEY.removeprefix("conv_norm_act/")
+    assert tuning.measured_backend("conv_norm_act", key, DEVICE) == "cudnn"
+    assert tuning.measured_backend("conv_norm_act", old.removeprefix("conv_norm_act/"), DEVICE) == "triton"
+    tuning.stored.cache_clear()
+    tuning.stored_backends.cache_clear()
 
 
 def test_needs_a_device(capsys, monkeypatch):

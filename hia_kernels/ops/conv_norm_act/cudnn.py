@@ -5,6 +5,8 @@ Not PyTorch's ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``: doc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,12 @@ def unavailable_reasons() -> list[str]:
     return found
 
 
-def _convolution_of(args):
+def _convolution_of(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
     """x, weight, stride, of the forward's arguments or the backward's, which begin with dout."""
     return (args[0], args[1], args[5]) if len(args) == 7 else (args[1], args[2], args[7])
 
 
-def unsupported_reasons(*args) -> list[str]:
+def unsupported_reasons(*args: Any) -> list[str]:
     """Why these inputs can't run."""
     x, weight, stride = _convolution_of(args)
     found = triton_support.device_reasons(x)
@@ -51,7 +53,7 @@ def backend_key(x: Tensor, weight: Tensor, stride: int) -> str:
     return f"k{weight.shape[2]}s{stride}-{sizes}-{str(x.dtype).removeprefix('torch.')}"
 
 
-def slower_reasons(*args) -> list[str]:
+def slower_reasons(*args: Any) -> list[str]:
     """Why ``auto`` takes the next row: unless it was measured to be the slower one at this shape, on this device."""
     x, weight, stride = _convolution_of(args)
     key = backend_key(x, weight, stride)
