@@ -112,7 +112,7 @@ class HiAStep(nn.Module):
 
     def encode(self, images: Sequence[Tensor], windows: Tensor) -> Outputs:
         """One [H', W', C] per image."""
-        return tuple(self.adapter.encoder(image, window) for image, window in zip(images, windows, strict=True))
+        return tuple(self.adapter.encoder.forward_many(images, windows))
 
     def extract(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([n * M, D],)."""
