@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hia_kernels
 from hia_kernels import conv_norm_act, last_backend, use_backend
 from hia_kernels.core import triton_support, tuning
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 from tests.compare import assert_close
 from tests.inputs import conv_norm_act_inputs as make_inputs
-from tests.ops.harness import DTYPES, EXACT, assert_matches, assert_repeatable, opcheck, upcast
+from tests.inputs import stem_inputs
+from tests.ops.harness import DTYPES, EXACT, assert_matches, assert_repeatable, forward_backward, opcheck, upcast
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
@@ -104,6 +106,26 @@ def test_backward_masks(triton_device):
             for name, *grads in zip(("dx", "dweight", "dscale", "dshift", "dresidual"), got, exact, plain):
                 assert_close(f"{activation} {name}", *grads, dtype=torch.float32, slack=4)
     assert last_backend(OP) == "triton"
+
+
+@pytest.mark.parametrize("op", ["conv_norm_act", "stem"])
+def test_gradients_never_use_tf32(op, triton_device, monkeypatch):
+    """PyTorch allows it by default; inside it is off, and afterwards as it was."""
+    inputs = make_inputs((9, 7), torch.float32, triton_device)
+    if op == "stem":
+        inputs = stem_inputs((16, 17), torch.float32, triton_device)
+    original, seen = torch.ops.aten.convolution_backward, []
+
+    def watched(*args):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision))
+        return original(*args)
+
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", watched)
+    torch.backends.cudnn.allow_tf32 = True  # the next test's fixture turns it off
+    forward_backward(op, getattr(hia_kernels, op), inputs)
+    assert last_backend(op) == "triton"
+    assert seen == [(False, "ieee")]
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("options", [{"kernel": 1}, SPLIT], ids=["whole", "split"])
