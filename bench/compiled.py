@@ -24,6 +24,9 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }  # fmt: skip
 # a block's shared memory, bytes: CUDA C++ programming guide, table "technical specifications"; CDNA 3 ISA, LDS
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# likewise: registers of a thread and of a block; CDNA 3: of a lane, which the waves of a SIMD share
+REGISTERS, REGISTERS_OF_A_BLOCK, REGISTERS_OF_A_LANE = 255, 64 * 1024, 512
+REDUCED = {"cuda": "tf32", "hip": "xf32"}  # products of fp32 operands that are cut to 10 bits first: never ours
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "compiled.md"
 
@@ -68,12 +71,14 @@ class Resources:
         spilled: bytes a thread keeps in memory for want of registers.
         shared: bytes of shared memory a block.
         matrix: whether the target's matrix instruction occurs.
+        reduced: whether fp32 operands are multiplied with the precision of TF32.
     """
 
     registers: int
     spilled: int
     shared: int
     matrix: bool
+    reduced: bool = False
 
 
 def specs() -> list[Spec]:
@@ -116,14 +121,24 @@ def _nvidia(compiled: Any, target: str) -> Resources:
         )
     text = printed.stdout + printed.stderr
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
-    matrix = MATRIX_INSTRUCTION[target] in compiled.asm["ptx"]
-    return Resources(registers, stack + local, compiled.metadata.shared, matrix)
+    ptx = compiled.asm["ptx"]
+    matrix, reduced = (word in ptx for word in (MATRIX_INSTRUCTION[target], REDUCED["cuda"]))
+    return Resources(registers, stack + local, compiled.metadata.shared, matrix, reduced)
 
 
 def _amd(compiled: Any, target: str) -> Resources:
     text = compiled.asm["amdgcn"]
     registers, spilled = (int(re.search(rf"\.{word}:\s*(\d+)", text)[1]) for word in ("vgpr_count", "vgpr_spill_count"))
-    return Resources(registers, 4 * spilled, compiled.metadata.shared, MATRIX_INSTRUCTION[target] in text)
+    matrix, reduced = (word in text for word in (MATRIX_INSTRUCTION[target], REDUCED["hip"]))
+    return Resources(registers, 4 * spilled, compiled.metadata.shared, matrix, reduced)
+
+
+def register_limit(target: str, num_warps: int) -> int:
+    """What a thread may have so that one block of the launch fits a multiprocessor."""
+    kind, _, warp = TARGETS[target]
+    if kind == "hip":
+        return REGISTERS_OF_A_LANE // -(-num_warps // 4)
+    return min(REGISTERS, REGISTERS_OF_A_BLOCK // (num_warps * warp))
 
 
 def problems(spec: Spec, target: str, found: Resources) -> list[str]:
@@ -133,6 +148,11 @@ def problems(spec: Spec, target: str, found: Resources) -> list[str]:
         wrong.append(f"spills {found.spilled} bytes")
     if found.shared > SHARED_LIMIT[target]:
         wrong.append(f"needs {found.shared} bytes of shared memory, has {SHARED_LIMIT[target]}")
+    limit = register_limit(target, spec.num_warps)
+    if found.registers > limit:
+        wrong.append(f"takes {found.registers} registers a thread, has {limit}")
+    if found.reduced:
+        wrong.append(f"multiplies in {REDUCED[TARGETS[target][0]]}")
     if spec.uses_dot and not found.matrix:
         wrong.append(f"no {MATRIX_INSTRUCTION[target]}")
     return wrong

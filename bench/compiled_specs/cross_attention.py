@@ -1,4 +1,7 @@
-"""``cross_attention``: tiles as the launchers choose them for head_dim 128 (fused) and 640 (staged), and for fp32."""
+"""``cross_attention``: tiles as the launchers choose them for head_dim 64 to 256 (fused), to 640 (staged), for fp32.
+
+Of head_dims that are no power of two, 80, 96, 192 and 272: their last columns are masked.
+"""
 
 from bench.compiled import Spec
 
@@ -6,6 +9,7 @@ FWD, BWD, STAGED, SPLIT = (
     f"hia_kernels.ops.cross_attention.triton_{part}" for part in ("fwd", "bwd", "staged", "split")
 )
 LARGE, AMPERE, AMD = ("sm_90", "sm_100"), ("sm_80",), ("gfx942",)
+EVERY = LARGE + AMPERE + AMD
 COUNTS = ("tokens", "tiles_m", "tiles_n", "tiles_r", "splits", "first_pair")
 CU_SEQLENS = {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "cu_x_ptr": "*i32", "cu_y_ptr": "*i32"}
 STATS = {f"{name}_ptr": "*fp32" for name in ("top", "total", "lse", "dlse", "rows", "sum", "partial")}
@@ -42,23 +46,43 @@ def _fused(kernel, head_dim, blocks, targets, name="", *, is_split=False):
 
 def _staged(kernel, tiles, launch, targets, dtype="bf16", head_dim=640, **more):
     """``tiles``: of BLOCK_M, BLOCK_N, and one of what the kernel calls C, or K and D."""
+    """``more``: constexprs; IS_SPLIT, and IS_TRANSPOSED = False with it, writes partial results."""
     rows, columns, *inner = tiles
     names = ("BLOCK_C",) if kernel.endswith("scores") else ("BLOCK_K", "BLOCK_D")
     constexprs = {"D": head_dim, "BLOCK_M": rows, "BLOCK_N": columns, **dict(zip(names, inner, strict=True)), **more}
     label = f"{kernel}{' transposed' if more.get('IS_TRANSPOSED') else ''} d{head_dim} {'x'.join(map(str, tiles))}"
-    return _spec(label, STAGED, kernel, constexprs, launch, targets, dtype)
+    label += f" w{launch[0]}" if launch[0] != 8 and dtype != "fp32" else ""
+    is_split = more.get("IS_SPLIT", False)
+    return _spec(
+        f"{label}{' split' if is_split else ''}", STAGED, kernel, constexprs, launch, targets, dtype,
+        fp32=("out",) if is_split else (),
+    )  # fmt: skip
 
 
-def _staged_all(dtype, launch, targets, values_k, rows=128, columns=128, inner=64, width=128, head_dim=640):
+def _staged_fwd(dtype, launch, targets, values_k, rows=128, columns=128, inner=64, width=128, head_dim=640):
     shapes = {"launch": launch, "targets": targets, "dtype": dtype, "head_dim": head_dim}
-    of_rows, of_columns = {"IS_TRANSPOSED": False, "BLOCK_R": rows}, {"IS_TRANSPOSED": True, "BLOCK_R": columns}
     return [
         _staged("scores", (rows, columns, inner), **shapes),
         _staged("values", (rows, columns, values_k, width), HAS_LSE=True, IS_SPLIT=False, **shapes),
+    ]
+
+
+def _staged_bwd(dtype, launch, targets, rows=128, columns=128, inner=64, width=128, head_dim=640):
+    shapes = {"launch": launch, "targets": targets, "dtype": dtype, "head_dim": head_dim}
+    of_rows, of_columns = {"IS_TRANSPOSED": False, "BLOCK_R": rows}, {"IS_TRANSPOSED": True, "BLOCK_R": columns}
+    return [
         _staged("dscores", (rows, columns, inner), **shapes),
         _staged("product", (rows, columns, inner, width), **of_rows, **shapes),
         _staged("product", (rows, columns, inner, width), **of_columns, **shapes),
     ]
+
+
+def _combine(name, head_dim, *, dtype="bf16", **constexprs):
+    block_d = min(128, 1 << (head_dim - 1).bit_length())
+    return _spec(
+        f"combine {name} d{head_dim}", SPLIT, "combine",
+        {"D": head_dim, "BLOCK_T": 16, "BLOCK_D": block_d, **constexprs}, (4, 3), EVERY, dtype, uses_dot=False,
+    )  # fmt: skip
 
 
 SPECS = [
@@ -78,16 +102,43 @@ SPECS = [
     _fused("bwd_dkv", 128, (64, 64, 8, 2), AMPERE),
     _fused("bwd_dkv", 128, (32, 64, 4, 2), AMD),
     _fused("bwd_dkv", 256, (32, 64, 8, 2), LARGE),
-    *_staged_all("bf16", (8, 3), LARGE, values_k=128),
-    *_staged_all("fp16", (8, 2), AMPERE + AMD, values_k=64),
-    *_staged_all("fp32", (4, 3), ("sm_90", *AMD), 16, rows=64, columns=64, inner=16, width=64, head_dim=128),
-    _spec(
-        "delta d640", BWD, "delta", {"D": 640, "BLOCK_T": 4, "BLOCK_D": 1024}, (4, 3), LARGE + AMPERE + AMD,
-        uses_dot=False,
-    ),
-    _spec(
-        "combine", SPLIT, "combine",
-        {"D": 128, "HAS_STATS": True, "IS_NATURAL": False, "HAS_LSE": True, "BLOCK_T": 16, "BLOCK_D": 128},
-        (4, 3), LARGE + AMPERE + AMD, uses_dot=False,
-    ),
+    # head_dim 64 where it has tiles of its own, 256 on AMD
+    _fused("bwd_dq", 64, (128, 64, 8, 2), AMPERE + AMD),
+    _fused("bwd_dkv", 64, (64, 128, 8, 2), AMPERE),
+    _fused("bwd_dkv", 64, (32, 128, 8, 2), AMD),
+    _fused("bwd_dq", 256, (64, 32, 4, 1), AMD, " AMD"),
+    _fused("bwd_dkv", 256, (16, 64, 8, 2), AMD),
+    # columns that are masked
+    _fused("fwd", 80, (128, 128, 8, 2), LARGE),
+    _fused("fwd", 96, (128, 64, 8, 3), AMPERE),
+    _fused("fwd", 192, (64, 64, 8, 2), LARGE),
+    _fused("bwd_dq", 80, (128, 64, 8, 3), LARGE),
+    _fused("bwd_dq", 96, (128, 32, 8, 2), AMPERE + AMD),
+    _fused("bwd_dkv", 80, (64, 128, 8, 2), ("sm_90",)),
+    _fused("bwd_dkv", 80, (32, 128, 8, 3), ("sm_100",)),
+    _fused("bwd_dkv", 96, (64, 64, 8, 2), AMPERE),
+    *_staged_fwd("bf16", (8, 3), LARGE, values_k=128),
+    *_staged_bwd("bf16", (8, 3), LARGE),
+    *_staged_fwd("fp16", (8, 2), AMPERE + AMD, values_k=64),
+    *_staged_bwd("fp16", (8, 2), AMPERE + AMD),
+    *_staged_fwd("bf16", (8, 3), LARGE, values_k=128, head_dim=512),
+    *_staged_bwd("bf16", (8, 3), LARGE, head_dim=512),
+    *_staged_fwd("fp16", (8, 3), LARGE, values_k=128, head_dim=272),
+    *_staged_bwd("fp16", (8, 3), LARGE, head_dim=272),
+    # few queries
+    *_staged_fwd("bf16", (4, 3), LARGE, values_k=128, rows=64),
+    *_staged_fwd("fp16", (4, 2), AMPERE + AMD, values_k=64, rows=64),
+    *_staged_bwd("bf16", (8, 3), LARGE, rows=64),
+    *_staged_bwd("fp16", (8, 2), AMPERE + AMD, rows=64),
+    _staged("values", (128, 128, 128, 128), (8, 3), LARGE, HAS_LSE=True, IS_SPLIT=True),
+    _staged("values", (128, 128, 64, 128), (8, 2), AMPERE + AMD, "fp16", HAS_LSE=True, IS_SPLIT=True),
+    *_staged_fwd("fp32", (4, 3), EVERY, 16, rows=64, columns=64, inner=16, width=64, head_dim=128),
+    *_staged_bwd("fp32", (4, 3), EVERY, rows=64, columns=64, inner=16, width=64, head_dim=128),
+    *_staged_fwd("fp32", (4, 3), LARGE, 16, rows=64, columns=64, inner=16, width=64, head_dim=80),
+    _staged("values", (64, 64, 16, 64), (4, 3), EVERY, "fp32", HAS_LSE=True, IS_SPLIT=True),
+    _spec("delta d640", BWD, "delta", {"D": 640, "BLOCK_T": 4, "BLOCK_D": 1024}, (4, 3), EVERY, uses_dot=False),
+    _combine("fused", 128, HAS_STATS=True, IS_NATURAL=False, HAS_LSE=True),
+    _combine("fused without lse", 80, HAS_STATS=True, IS_NATURAL=False, HAS_LSE=False),
+    _combine("staged", 640, HAS_STATS=True, IS_NATURAL=True, HAS_LSE=True),
+    _combine("dq", 640, HAS_STATS=False, IS_NATURAL=True, HAS_LSE=False, dtype="fp32"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::cross_attention``, in the interpreter."""
+"""The Triton kernels of ``hia::cross_attention``, in the interpreter or on a GPU."""
 
 from itertools import product
 

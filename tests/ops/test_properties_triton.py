@@ -74,6 +74,7 @@ def assert_both_ways(op, function, reference, inputs, dtype, dout):
 DOUT = st.sampled_from(["as drawn", "transposed"])
 
 
+@pytest.mark.slow
 @FEW
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=3),
@@ -131,6 +132,7 @@ def test_condition_queries(tokens, samples, channels, queries, dim, dtype, layou
     assert_both_ways("condition_queries", condition_queries, condition_queries_ref, inputs, dtype, dout)
 
 
+@pytest.mark.slow
 @settings(FEW, max_examples=6)
 @given(
     extra=st.tuples(st.integers(0, 6), st.integers(0, 6)), kernel=st.sampled_from([3, 7]),

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::row_softmax``, in the interpreter."""
+"""The Triton kernels of ``hia::row_softmax``, in the interpreter or on a GPU."""
 
 import pytest
 import torch

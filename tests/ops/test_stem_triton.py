@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::stem``, in the interpreter."""
+"""The Triton kernels of ``hia::stem``, in the interpreter or on a GPU."""
 
 import pytest
 import torch
