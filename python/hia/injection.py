@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,41 @@ from . import plan
 from .config import HiAConfig
 from .extractor import even_cu_seqlens, norm_project
 from .layout import CallLayout
+
+
+def _weights(tokens: Tensor, keys: Tensor, offsets: Tensor, heads: int, scale: float) -> Tensor:
+    """[R, H * M]: the softmax of each head's scores, ``scale * tokens keys^T + offsets``."""
+    scores = torch.addmm(offsets, tokens, keys.mT, alpha=scale)
+    return torch.softmax(scores.unflatten(1, (heads, -1)), dim=-1).flatten(1)
+
+
+class _AbsorbedRead(torch.autograd.Function):
+    """One image's tokens [R, D1] read absorbed keys and values [H * M, D1]; the weights are not kept but made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, bias: Tensor, heads: int, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(tokens, keys, values, offsets)
+        ctx.heads, ctx.scale = heads, scale
+        return torch.addmm(bias, _weights(tokens, keys, offsets, heads, scale), values)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise NotImplementedError(
+                "hia::inject: gradients of gradients are not implemented for the absorbed form; use create_graph=False "
+                "or HiAConfig(plan='auto/textbook')"
+            )
+        tokens, keys, values, offsets = ctx.saved_tensors
+        with torch.autocast(dout.device.type, enabled=False):
+            p = _weights(tokens, keys, offsets, ctx.heads, ctx.scale)
+            dp, by_head = dout @ values.mT, (ctx.heads, -1)  # [R, H * M]
+            dvalues = p.mT @ dout
+            ds = torch._softmax_backward_data(dp.unflatten(1, by_head), p.unflatten(1, by_head), -1, p.dtype).flatten(1)
+            doffsets = ds.sum(0)
+            ds *= ctx.scale
+            return ds @ keys, ds.mT @ tokens, dvalues, doffsets, dout.sum(0), None, None
 
 
 class Injection(nn.Module):
@@ -90,11 +127,18 @@ class Injection(nn.Module):
         for image, tokens in enumerate(visual.split(layout.row_counts)):
             keys = torch.bmm(k[image], query_weight).flatten(0, 1)  # [H * M, D1]
             values = torch.bmm(v[image], out_weight).flatten(0, 1)  # [H * M, D1]
-            scores = torch.addmm(offsets[image], tokens, keys.mT, alpha=width**-0.5)  # [R_i, H * M]
-            p = torch.softmax(scores.unflatten(1, (heads, -1)), dim=-1).flatten(1)
-            updates.append(torch.addmm(self.out_proj.bias, p, values))
+            updates.append(self._read(tokens, keys, values, offsets[image]))
         update = torch.cat(updates)
         return update if self.gate is None else update * torch.tanh(self.gate)
+
+    def _read(self, tokens: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+        """[R, D1] for one image, in the tokens' dtype: autocast would round the scores."""
+        scale, bias = self.head_dim**-0.5, self.out_proj.bias
+        keys, values, offsets, bias = (x.to(tokens.dtype) for x in (keys, values, offsets, bias))
+        with torch.autocast(tokens.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return _AbsorbedRead.apply(tokens, keys, values, offsets, bias, self.num_heads, scale)
+            return torch.addmm(bias, _weights(tokens, keys, offsets, self.num_heads, scale), values)
 
     @staticmethod
     def _add(hidden: Tensor, update: Tensor, layout: CallLayout) -> Tensor:
