@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
-from hia_kernels import cross_attention, last_backend, latent_attention, use_backend
+from hia_kernels import cross_attention, last_backend, latent_attention, row_softmax, use_backend
 from hia_kernels.core import triton_support
 from hia_kernels.ops.latent_attention import blocked
 from hia_kernels.ops.latent_attention import reference as reference_module
@@ -58,6 +58,17 @@ def test_matches_reference_through_the_row_softmax_kernel(lengths, dtype, triton
     with use_backend("triton"):
         assert_matches(OP, latent_attention, reference, make_inputs(24, 32, lengths, dtype, triton_device), dtype)
         assert last_backend(OP) == last_backend("row_softmax") == "triton"
+
+
+@pytest.mark.interpreter
+def test_fp32_probabilities_overwrite_the_scores(triton_device):
+    scores = torch.randn(9, 33, device=triton_device)
+    expected, expected_lse = row_softmax(scores.clone(), 0.25)
+    p, lse = blocked._softmax(scores, 0.25, torch.float32)
+    assert p.data_ptr() == scores.data_ptr()
+    assert torch.equal(p, expected) and torch.equal(lse, expected_lse)
+    halves, lse = blocked._softmax(torch.randn(9, 33, device=triton_device), 0.25, torch.float16)
+    assert halves.dtype == torch.float16 and lse.dtype == torch.float32
 
 
 @pytest.mark.skipif(triton_support.interpreted(), reason="the interpreter's process")

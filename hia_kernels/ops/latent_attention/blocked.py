@@ -36,6 +36,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Probabilities [rows, N] in ``dtype``, log-sum-exp [rows]. Consumes the scores."""
     if scores.device.type != "cpu" or triton_support.interpreted():
+        if scores.dtype == dtype:  # in place: no second block of scores
+            return scores, torch.ops.hia.row_softmax_(scores, scale)
         return torch.ops.hia.row_softmax(scores, scale, dtype)
     scores *= scale
     p = torch.softmax(scores, dim=-1)
