@@ -22,7 +22,14 @@ def cu_seqlens_from_lengths(lengths: Sequence[int], device: torch.device | str =
     ends = list(accumulate(lengths, initial=0))
     if ends[-1] >= 2**31:
         raise ValueError(f"cu_seqlens_from_lengths: lengths must add up to less than 2**31, got {ends[-1]}")
-    return torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
+    return to_device(torch.tensor(ends, dtype=torch.int32), torch.device(device))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; up to a GPU through pinned memory, so that the host does not wait for the copy."""
+    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def check_values_now(tensor: Tensor) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hia_kernels.core.varlen import cu_seqlens_from_lengths
+from hia_kernels.core.varlen import cu_seqlens_from_lengths, to_device
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ class CallLayout:
     row_counts: tuple[int, ...]
 
     def to(self, device: torch.device) -> CallLayout:
-        """On another device; itself if it is there already."""
+        """On another device, in one copy; itself if it is there already."""
         if self.visual_rows.device == device:
             return self
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return CallLayout(**moved)
+        names = ("instruction_rows", "image_to_sample", "visual_rows", "written_rows", "cu_rows")
+        tensors = [getattr(self, name) for name in names]
+        together = to_device(torch.cat([tensor.to(torch.int64) for tensor in tensors]), device)
+        moved = dict(zip(names, together.split([tensor.shape[0] for tensor in tensors]), strict=True))
+        moved["cu_rows"] = moved["cu_rows"].to(torch.int32)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ def _checked(image_map: Tensor, instruction_index: Tensor, images: int) -> tuple
 
 
 def _check_instruction(instruction: Tensor, samples: Tensor, seq_len: int, attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        attention_mask = attention_mask.cpu()  # once, instead of waiting for one value a sample
     for sample, position in zip(samples.tolist(), instruction.tolist(), strict=True):
         if not 0 <= position < seq_len:
             raise ValueError(f"hia: instruction_index must be in [0, {seq_len}), got {position} for sample {sample}")

@@ -121,12 +121,13 @@ class HiAModel(nn.Module):
         Prompts padded on the right are padded on the left instead, before and in the result: decoding continues at
         the last column, which would be padding.
         """
+        mask = kwargs.get("attention_mask")
         if self._enabled and self._hooks is not None:
-            _pad_left(kwargs)
+            mask = _pad_left(kwargs)
         names = ("high_res_pixels", "windows", "features", "image_map", "instruction_index")
         inputs = tuple(kwargs.pop(name, None) for name in names)
         with torch.no_grad():
-            visit = self._open_visit(inputs, args, kwargs, generating=True)
+            visit = self._open_visit(inputs, args, {**kwargs, "attention_mask": mask}, generating=True)
             settings = kwargs.get("generation_config") or getattr(self.base_model, "generation_config", None)
             chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
             if visit is not None and chunk is not None:
@@ -368,14 +369,22 @@ class HiAModel(nn.Module):
         return model
 
 
-def _pad_left(kwargs: dict[str, Any]) -> None:
-    """Move right padding in ``generate``'s keyword arguments, in place of the dict."""
+def _pad_left(kwargs: dict[str, Any]) -> Tensor | None:
+    """Move right padding in ``generate``'s keyword arguments, in place of the dict.
+
+    Returns:
+        The mask as it is then, on the CPU: it comes down once, for this and for the checks.
+    """
     mask, input_ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-    if mask is None or input_ids is None or mask.shape != input_ids.shape or bool(mask[:, -1].all()):
-        return
+    if mask is None:
+        return None
+    here: Tensor = mask.cpu()
+    if input_ids is None or mask.shape != input_ids.shape or bool(here[:, -1].all()):
+        return here
     names = [name for name in ("input_ids", "image_map", "instruction_index") if name in kwargs]
     kwargs["attention_mask"], moved = left_padded(mask, **{name: kwargs[name] for name in names})
     kwargs.update(moved)
+    return left_padded(here)[0]
 
 
 def _own_parameters(base: nn.Module) -> list[nn.Parameter]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import hia
+from hia import layout
+from hia import model as model_module
 from hia.extractor import PackedFeatures
 from hia.features import ImageFeatures
 from hia.hooks import split_layer_output
@@ -341,6 +343,53 @@ def test_bad_input_names_the_argument(model, batch):
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):
             model(**changed(batch, **changes))
+
+
+class Watched(torch.Tensor):
+    """Remembers what is asked of it; stands for a tensor whose every value costs a wait for the device."""
+
+    asked: list[str]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        watched = next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Watched))
+        if function.__name__ != "__get__":  # a shape is free
+            watched.asked.append(function.__name__)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+            return result.as_subclass(torch.Tensor) if isinstance(result, torch.Tensor) else result
+
+
+def watched(tensor):
+    found = tensor.clone().as_subclass(Watched)
+    found.asked = []
+    return found
+
+
+def test_the_mask_comes_down_once(batch):
+    mask = watched(batch.attention_mask)
+    layout.build_layout(batch.image_map, batch.instruction_index, 3, mask)
+    assert mask.asked == ["cpu"]
+    right = torch.ones(2, 4, dtype=torch.int64)
+    right[0, 3] = 0
+    mask = watched(right)
+    here = model_module._pad_left({"attention_mask": mask, "input_ids": torch.zeros(2, 4, dtype=torch.int64)})
+    assert here.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    assert mask.asked.count("cpu") == 1 and not {"__bool__", "item", "tolist"} & set(mask.asked)
+
+
+def test_a_layout_goes_up_in_one_copy(batch, monkeypatch):
+    call = layout.build_layout(batch.image_map, batch.instruction_index, 3).for_call(6, 40, torch.device("cpu"))
+    copies = []
+    monkeypatch.setattr(layout, "to_device", lambda tensor, device: copies.append(device) or tensor)
+    moved = call.to(torch.device("meta"))  # no copy made: the values can be compared
+    assert copies == [torch.device("meta")]
+    for name, value in vars(call).items():
+        got = getattr(moved, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(got, value) and got.dtype == value.dtype, name
+        else:
+            assert got == value, name
 
 
 def test_zero_or_nan_windows_are_refused(model, batch):

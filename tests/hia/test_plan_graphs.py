@@ -211,6 +211,18 @@ def test_no_form_waits_for_the_device(forms, training, preset):
 
 
 @pytest.mark.gpu
+def test_a_layout_goes_up_without_waiting():
+    _, maps, layout = question(3, torch.float32)
+    maps = tuple(image.cuda() for image in maps)
+    with no_waiting():
+        moved, packed = layout.to(DEVICE), ImageFeatures(maps).packed()
+    for name, value in vars(layout).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(moved, name).cpu(), value), name
+    assert packed.cu_seqlens.tolist() == [0, *torch.tensor(packed.lengths).cumsum(0).tolist()]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
