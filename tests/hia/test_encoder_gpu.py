@@ -15,6 +15,8 @@ from hia import tiling
 from hia.encoder import Encoder
 from tests.compare import UNIT_ROUNDOFF, assert_close, rel_rms
 from tests.hia.encoders import encoder_of, pixels_of, sides_of, without_graphs
+from tests.ops.conftest import triton_device  # noqa: F401
+from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 DEVICE, BACKEND = "cuda", "triton"
 EXACT = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -34,9 +36,9 @@ def on_device(dtype=torch.float32, **changes) -> Encoder:
     return encoder_of(**changes).to(DEVICE, dtype)
 
 
-def deep_pixels(height, width, seed=0) -> Tensor:
+def deep_pixels(height, width, seed=0, device=DEVICE) -> Tensor:
     """uint16 of 12 bits."""
-    return (pixels_of(height, width, seed=seed).to(torch.int32) * 16 + seed).to(torch.uint16).to(DEVICE)
+    return (pixels_of(height, width, seed=seed).to(torch.int32) * 16 + seed).to(torch.uint16).to(device)
 
 
 def eager(encoder, *call):
@@ -228,3 +230,18 @@ def test_gradients_are_the_references(dtype, changes):
         assert rel_rms(found, exact) <= KINK_SLACK * UNIT_ROUNDOFF[dtype] ** 0.5
     else:
         assert_close("gradient", found, exact, plain, dtype=dtype, slack=GRADIENT_SLACK)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("prepared", [False, True])
+@torch.no_grad()
+def test_grouped_images_are_each_alone_in_the_interpreter(prepared, triton_device):  # noqa: F811
+    """The same kernels, on the smaller network."""
+    encoder = encoder_of(encoder="strided", encoder_width=4).to(triton_device)
+    windows = torch.tensor([[0.0, 4095.0], [4095.0, 0.0]]).to(triton_device)
+    images = [deep_pixels(33, 40, seed, triton_device) for seed in range(2)]
+    if prepared:
+        encoder.prepare()
+    together = encoder._encode(torch.stack(images), windows, encoder._steps(), None)
+    alone = [encoder(image, window) for image, window in zip(images, windows, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True)) and not torch.equal(*alone)
