@@ -301,10 +301,10 @@ def test_a_trial_on_the_cpu(tmp_path, capsys):
     """The steps for real, as far as a CPU goes: their commands are accepted, their records become the tables."""
     steps = ["info", "tests", "figures", "kernels", "compiled"]
     began = time.monotonic()
-    code = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "100", "--only", *steps])
+    code = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "105", "--only", *steps])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert time.monotonic() - began < 115
+    assert time.monotonic() - began < 120
     results = {entry["name"]: entry for entry in json.loads((tmp_path / "gpu.json").read_text())}
     assert list(results) == steps and results.pop("compiled")["status"] == "left out"
     assert {entry["status"] for entry in results.values()} <= {"ok", "out of time"}, printed
