@@ -269,7 +269,7 @@ def check_inference(encoder: Encoder, pixels: Tensor, height: int, width: int, b
     reason = None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         reason = "gradients are recorded"
-    elif encoder.bn1.training:
+    elif encoder._is_live():
         reason = "batch-norm takes live statistics"
     if reason is not None:
         raise ValueError(
