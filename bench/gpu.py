@@ -263,7 +263,7 @@ def run_once(step: Step, seconds: float, log: Path, environment: dict[str, str],
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=interruptible,
         )  # fmt: skip
         try:
             return process.wait(timeout=seconds)
@@ -281,6 +281,11 @@ def failed_tests(log: Path) -> int:
             return sum(int(number) for number in re.findall(r"(\d+) (?:failed|error)", line))
     letters = [line for line in lines if re.fullmatch(r"[.FEsxX]+(\s+\[\s*\d+%\])?", line.strip())]
     return sum(line.count("F") + line.count("E") for line in letters)
+
+
+def interruptible() -> None:
+    """Undo what nohup and a shell's ``&`` do to their children, or a step couldn't be asked to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
