@@ -286,12 +286,23 @@ def formula_claim(rows: Sequence[Row]) -> Claim:
 
 
 def tracker_claim(measured: Sequence[Row]) -> Claim:
-    """Predicted and really measured peaks agree."""
-    text = f"predicted and measured peaks agree within {TRACKER_TOLERANCE:.0%} in every measured row"
-    worst = _worst((row.prediction_deviation, row) for row in measured)
-    if worst is None:
+    """Predicted and really measured peaks agree; where ours works in place and in strips it may need less."""
+    text = (f"predicted and measured peaks agree within {TRACKER_TOLERANCE:.0%} in every measured row; hia's on a CPU, "
+            "in place and in strips, may be lower")  # fmt: skip
+    known = [(row.prediction_deviation, row) for row in measured if row.prediction_deviation is not None]
+    spared = [(deviation, row) for deviation, row in known if deviation > 0 and _needs_less(row)]
+    worst = _worst(pair for pair in known if pair not in spared)
+    if worst is None and not spared:
         return Claim(text, None, "no peak was measured")
-    return Claim(text, abs(worst[0]) <= TRACKER_TOLERANCE, f"largest deviation {worst[0]:+.1%} ({_where(worst[1])})")
+    details = [f"largest deviation {worst[0]:+.1%} ({_where(worst[1])})"] if worst else []
+    most = _worst(spared)
+    details += [f"lower by up to {most[0]:.1%} of the measured ({_where(most[1])})"] if most else []
+    return Claim(text, worst is None or abs(worst[0]) <= TRACKER_TOLERANCE, ", ".join(details))
+
+
+def _needs_less(row: Row) -> bool:
+    """Whether what runs needs less than the plain implementation, which is what a prediction follows."""
+    return row.method == "hia" and "cuda" not in row.memory_kind
 
 
 def _worst(deviations: Iterable[tuple[float | None, Row]]) -> tuple[float, Row] | None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -148,21 +148,9 @@ def _uncapped(
 ) -> Measured | None:
     if request.device == "cuda" and case.predicted_bytes > USABLE * _device_bytes():
         return None
-    if request.device == "cpu" and request.method == "hia":
-        return _ours_on_cpu(model, inputs, meter, request)
+    if request.method == "hia":
+        model.adapter.encoder.prepare()  # drops what a CPU has packed for earlier cases' sizes
     return measure_prefill(model, inputs, meter, repeats=request.repeats, budget_s=request.budget_s)
-
-
-def _ours_on_cpu(model: nn.Module, inputs: dict[str, Any], meter: PeakMeter | None, request: RunRequest) -> Measured:
-    """Peak of what is predicted, time of what is run: weights packed for oneDNN go in place and in strips, and a
-    prediction, which is for a GPU, must be held against maps that exist as a whole."""
-    encoder = model.adapter.encoder
-    encoder.unprepare()
-    peak = measure_prefill(model, inputs, meter, repeats=1, budget_s=0)
-    encoder.prepare()
-    measure_prefill(model, inputs, None, repeats=1, budget_s=0)  # packs weights for the images' size
-    timed = measure_prefill(model, inputs, None, repeats=request.repeats, budget_s=request.budget_s)
-    return replace(peak, prefill_ms=timed.prefill_ms, times_ms=timed.times_ms)
 
 
 def _capped(

@@ -278,11 +278,6 @@ def notes(report: Report, source: images.ImageSource) -> list[str]:
         lines.append("released is our port of that code's maths, with random weights; no code was copied.")
     if report.measured_host is not None:
         lines.append(f"images of the real runs: {source.note}; text by {report.images.get('tokenizer')}.")
-        if "hia" in {row.method for row in report.measured}:
-            lines.append(
-                "on a CPU hia's measured peaks are with whole maps, which is what a prediction means; its times are "
-                "as it runs, with packed weights, in place and in strips, which needs less memory."
-            )
     return lines
 
 

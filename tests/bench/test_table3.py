@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def test_layers_are_what_is_counted_less_host_and_encoder(tmp_path):
 def test_tracker_claim_is_5_percent(predicted, passed):
     measured = table3._measured_row(ROWS[0], Measured(10**9, "measured", 1.0), round(predicted * 1e9), Protocol())
     assert tracker_claim([measured]).passed is passed
+
+
+def test_hia_on_a_cpu_may_need_less_than_predicted_and_never_more():
+    def row(method, kind, predicted):
+        like = replace(ROWS[0], method=method, resolution=448, attention="sdpa")
+        return table3._measured_row(like, Measured(100, kind, 1.0), predicted, Protocol())
+
+    less, more = row("hia", "measured: VmHWM", 120), row("hia", "measured: VmHWM", 90)
+    claim = tracker_claim([less])
+    assert claim.passed and "lower by up to 20.0% of the measured (hia 448 sdpa)" in claim.detail
+    assert tracker_claim([more]).passed is False
+    assert tracker_claim([row("baseline", "measured: VmHWM", 120), less]).passed is False
+    assert tracker_claim([row("hia", "measured: torch.cuda.max_memory_allocated", 120)]).passed is False
 
 
 def make_report() -> Report:

@@ -73,7 +73,7 @@ def test_tiles_of_a_large_product(monkeypatch, triton_device):
 
 
 @pytest.mark.parametrize("function", ["inject_rows", "inject_rows_", "inject_rows_bwd"])
-def test_which_row_of_the_table(function, monkeypatch):
+def test_which_row_of_the_table(function, triton_device, monkeypatch):
     """The 13B host's two images go through cuBLAS, a narrow host's through one kernel. Nothing is computed."""
     monkeypatch.setattr(triton_support, "device_reasons", lambda tensor: [])  # meta tensors cost nothing
 

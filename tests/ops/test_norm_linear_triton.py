@@ -68,7 +68,7 @@ def test_routes_agree_with_the_reference(route, dtype, triton_device):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_which_row_of_the_table(backward, monkeypatch):
+def test_which_row_of_the_table(backward, triton_device, monkeypatch):
     """Sizes of the 13B host go through cuBLAS; few rows and narrow hosts through one kernel. Nothing is computed."""
     monkeypatch.setattr(triton_support, "device_reasons", lambda tensor: [])  # meta tensors cost nothing
 
