@@ -154,8 +154,9 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         raise RuntimeError("bench.gpu: --device cuda needs a CUDA device that torch can see, got none; "
                            "--device cpu tries the steps without one")  # fmt: skip
     where = ("--device", device, "--out", str(out))
-    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-             *TEST_FOLDERS, *(f"--ignore={name}" for name in unimportable_tests()))  # fmt: skip
+    tests = ("-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider",
+             "--continue-on-collection-errors", *TEST_FOLDERS,
+             *(f"--ignore={name}" for name in unimportable_tests()))  # fmt: skip
     figures = ("-m", "bench.figures", *where, "--add")
     kernels = ("-m", "bench.kernels", *where, "--minutes", MINUTES)
     end_to_end = ("-m", "bench.end_to_end", *where, "--deadline", SECONDS, "--batch", "1", "--resolutions")
