@@ -260,11 +260,8 @@ def measure_workload(run: Run, workload: Workload, dtype: str, modes: Sequence[s
         for mode in modes:
             if mode not in finished:
                 record(run, workload, "reference", mode, dtype, status="failed", reason=reason)
-    if run.device == "cuda" and run.failure is None:
-        try:
-            torch.cuda.empty_cache()
-        except Exception:
-            run.check_device("the last call of", workload)
+    if run.device == "cuda" and run.check_device("the last call of", workload) is None:
+        torch.cuda.empty_cache()
 
 
 def refuse_rest(run: Run, workload: Workload, dtype: str, modes: Sequence[str]) -> None:

@@ -38,11 +38,10 @@ class CallLayout:
         """On another device, in one copy; itself if it is there already."""
         if self.visual_rows.device == device:
             return self
-        names = ("instruction_rows", "image_to_sample", "visual_rows", "written_rows", "cu_rows")
-        tensors = [getattr(self, name) for name in names]
-        together = to_device(torch.cat([tensor.to(torch.int64) for tensor in tensors]), device)
-        moved = dict(zip(names, together.split([tensor.shape[0] for tensor in tensors]), strict=True))
-        moved["cu_rows"] = moved["cu_rows"].to(torch.int32)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        together = to_device(torch.cat([tensor.to(torch.int64) for tensor in tensors.values()]), device)
+        shares = together.split([tensor.shape[0] for tensor in tensors.values()])
+        moved = {name: share.to(tensor.dtype) for (name, tensor), share in zip(tensors.items(), shares, strict=True)}
         return replace(self, **moved)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .encoder import Encoder
 
 STEM_TEMPORARY = 8 * 2**20  # bytes the stem holds beside its output where it works strip by strip itself
-LARGE_MAP = 32 * 2**20  # bytes; the C library asks the system for larger blocks every time
+LARGE_MAP = 64 * 2**20  # bytes; the C library asks the system for larger blocks every time
 LARGE_STRIP = 16 * 2**20  # bytes of a strip's widest map, about
 STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with three a cut is never below the stem's reach
 
@@ -43,12 +43,16 @@ class _Windows:
 
     def push(self, parts: Rows, last: bool) -> Tensor | None:
         """More rows -> what the outputs now complete look at, zeros at the image's borders; None if there are none."""
-        zeros = parts[0].new_zeros(parts[0].shape[0], 1, *parts[0].shape[2:])
-        above = zeros if self.kept is None else self.kept
-        rows = torch.cat([above, *parts, zeros] if last else [above, *parts], dim=1)
+        above = _zero_row(parts[0]) if self.kept is None else self.kept
+        below = [_zero_row(parts[0])] if last else []
+        rows = torch.cat([above, *parts, *below], dim=1)
         outputs = max(0, (rows.shape[1] - 3) // self.stride + 1)
         self.kept = rows[:, outputs * self.stride :].clone()
         return rows[:, : (outputs - 1) * self.stride + 3] if outputs else None
+
+
+def _zero_row(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], 1, *x.shape[2:])
 
 
 class _Strided:
