@@ -14,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NAME = "hia_kernels._native"
+STABLE_ABI = "0x020a000000000000"  # torch 2.10's: the extension runs with any later torch
 ASKED_BY_COMMAND = "build_ext" in sys.argv[1:]
 ASKED_BY_VARIABLE = os.environ.get("HIA_BUILD_NATIVE") == "1"
 
@@ -61,7 +62,15 @@ class NativeBuild(build_ext):
         has_nvcc = tools.CUDA_HOME is not None
         sources = [source for source in native_sources() if has_nvcc or not source.endswith(".cu")]
         make = tools.CUDAExtension if any(source.endswith(".cu") for source in sources) else tools.CppExtension
-        self.distribution.ext_modules = [make(NAME, sources, include_dirs=[str(ROOT / "csrc")])]
+        extension = make(
+            NAME,
+            sources,
+            include_dirs=[str(ROOT / "csrc")],
+            define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
+            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3"]},
+            py_limited_api=True,  # it has no Python in it: torch loads it as a library of operators
+        )
+        self.distribution.ext_modules = [extension]
 
         build = tools.BuildExtension(self.distribution)
         for option in ("build_lib", "build_temp", "inplace", "editable_mode", "force", "debug", "parallel"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 BACKEND_NAMES = (
-    "auto", "reference", "triton", "cuda", "cublas", "cudnn", "cpu", "sdpa", "flash_attn", "xformers",
+    "auto", "reference", "triton", "cuda", "cublas", "cudnn", "native", "cpu", "sdpa", "flash_attn", "xformers",
 )  # fmt: skip
 
 _forced: list[str] = []  # a stack: use_backend nests

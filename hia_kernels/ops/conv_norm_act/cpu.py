@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
+KERNELS = (1, 3)
 LONGEST_SUM = 2**13  # outputs that one call adds up for a weight's gradient
 
 
@@ -24,8 +26,15 @@ def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
     gradients' bound has room for.
     """
     if isinstance(rest[-1], bool):
+        if packed_weight((first, *rest)).shape[-1] not in KERNELS:
+            return ["the weight is packed for the native kernels"]
         return packing_unsupported_reasons(first)
     return _reasons(first, (torch.float32,))
+
+
+def packed_weight(args: Sequence[Any]) -> Tensor:
+    """Among the arguments of ``conv_norm_act_packed`` (x, weight, ...) or ``..._packed_`` (residual, x, weight, ...)."""
+    return args[2] if args[2].dim() == 4 else args[1]
 
 
 def packing_unsupported_reasons(tensor: Tensor) -> list[str]:
@@ -120,8 +129,9 @@ def _backward(
     return dx, dweight
 
 
-def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride: int) -> Tensor:
     """dz [N, OH, OW, OC] -> [N, IH, IW, C]."""
+    weight = _scaled(weight, scale)
     pad = weight.shape[-1] // 2
     if pad == 0 and stride == 1:  # MKL is faster at the product than oneDNN's backward
         return (dz.flatten(0, 2) @ weight.flatten(1)).view(x.shape)
@@ -168,7 +178,23 @@ def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return total.to(weight.dtype)
 
 
-def conv_norm_act_bwd(
+class Products(NamedTuple):
+    """What a backward is made of: (x, weight, scale, shift, residual, stride, activation) -> out,
+    (dz, x, weight, scale, stride) -> dx, and (dz, x, weight, stride) -> the gradient of the weight before its scale.
+    """
+
+    forward: Callable[..., Tensor]
+    image_gradient: Callable[..., Tensor]
+    weight_gradient: Callable[..., Tensor]
+
+
+def conv_norm_act_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`backward` with oneDNN's and MKL's products."""
+    return backward(Products(conv_norm_act_fwd, _image_gradient, _weight_gradient), *args)
+
+
+def backward(
+    products: Products,
     dout: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -193,13 +219,13 @@ def conv_norm_act_bwd(
     if activation == "relu":
         dz = torch.ops.aten.threshold_backward(dz, out, 0)
     elif activation == "gelu":
-        dz = torch.ops.aten.gelu_backward(dz, conv_norm_act_fwd(x, weight, scale, shift, residual, stride, "none"))
+        dz = torch.ops.aten.gelu_backward(dz, products.forward(x, weight, scale, shift, residual, stride, "none"))
 
     dx, dweight, dscale, dshift, dresidual = (x.new_empty(0) for _ in range(5))
     if output_mask[0]:
-        dx = _image_gradient(dz, x, _scaled(weight, scale), stride)
+        dx = products.image_gradient(dz, x, weight, scale, stride)
     if output_mask[1] or output_mask[2]:
-        plain = _weight_gradient(dz, x, weight, stride)  # of the weight before its scale
+        plain = products.weight_gradient(dz, x, weight, stride)  # of the weight before its scale
         if output_mask[2]:
             dscale = (plain * weight).sum((1, 2, 3), dtype=scale.dtype)
         if output_mask[1]:

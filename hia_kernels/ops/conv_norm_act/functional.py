@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ...core import autocast, backend
 from ...core.checks import FLOATS, check_choice, check_devices, check_dtypes, check_shapes
-from . import cpu
+from . import cpu, native
 from . import library as _library  # noqa: F401  (defines the ops)
 
 ACTIVATIONS = ("none", "relu", "gelu")
 KEPT_LAYOUTS = 3
+NATIVE = b"native"  # the key of the native kernels' layout
 KEPT_SIZES = 1024
 
 
@@ -73,12 +74,20 @@ def conv_norm_act(
     return torch.ops.hia.conv_norm_act(x, weight, scale, shift, residual, stride, activation)
 
 
+def native_serves(weight: Tensor, stride: int) -> bool:
+    """Whether packed weights are the native kernels' now: these are faster at any size they can do."""
+    if backend.requested_backend() not in ("auto", "native") or native.unavailable_reasons():
+        return False
+    return not native.packing_unsupported_reasons(weight, stride)
+
+
 @dataclass(frozen=True)
 class PackedConv:
     """Inference weights of one step, made by :func:`pack_conv`: plain values, no parameters.
 
-    oneDNN chooses the layout by the image's size, and reading another one's is slower than packing again; most sizes
-    share one of a few layouts, so the last of those are kept, and which size takes which is remembered.
+    The native kernels have one layout. oneDNN chooses one by the image's size, and reading another one's is slower than
+    packing again; most sizes share one of a few layouts, so the last of those are kept, and which size takes which is
+    remembered.
 
     Attributes:
         weight: [OC, C, K, K], the caller's: not copied, and read again for a new layout.
@@ -98,7 +107,11 @@ class PackedConv:
     kinds: dict[tuple[int, int, bool], bytes] = field(default_factory=dict, repr=False)
 
     def layout(self, height: int, width: int, pad_rows: bool = True) -> Tensor:
-        """The scaled weight as oneDNN wants it for images of this size."""
+        """The scaled weight as the backend of images of this size wants it."""
+        if native_serves(self.weight, self.stride):
+            if NATIVE not in self.layouts:
+                self.layouts[NATIVE] = native.pack_weight(self.weight, self.scale)
+            return self.layouts[NATIVE]
         size = (height, width, pad_rows)
         kind = self.kinds.get(size)
         found = None if kind is None else self.layouts.pop(kind, None)
@@ -124,12 +137,12 @@ class PackedConv:
 def packing_reasons(weight: Tensor) -> list[str]:
     """Why packed weights can't serve a call with ``weight`` now; empty if they can.
 
-    They serve oneDNN alone: fp32 and bf16 on the CPU, no other backend forced, no autocast, outside torch.compile
-    (which packs by itself when its freezing is on).
+    They serve oneDNN and the native kernels: fp32 and bf16 on the CPU, no other backend forced, no autocast, outside
+    torch.compile (which packs by itself when its freezing is on).
     """
     found = cpu.unavailable_reasons() + cpu.packing_unsupported_reasons(weight)
     forced = backend.requested_backend()
-    if forced not in ("auto", "cpu"):
+    if forced not in ("auto", "native", "cpu"):
         found.append(f"HIA_BACKEND={forced} is forced")
     if autocast.is_enabled("cpu"):
         found.append("autocast is on")

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import cpu, cudnn
+from . import cpu, cudnn, native
 from .reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 
 registration.define(
@@ -53,6 +53,18 @@ BACKENDS = register_table(
         triton_support.unavailable_reasons,
     ),
     Backend(
+        "native",
+        {
+            "conv_norm_act": native.conv_norm_act_fwd,
+            "conv_norm_act_bwd": native.conv_norm_act_bwd,
+            "conv_norm_act_packed": native.conv_norm_act_packed,
+            "conv_norm_act_packed_": native.conv_norm_act_packed_inplace,
+        },
+        native.unsupported_reasons,
+        native.unavailable_reasons,
+        native.slower_reasons,
+    ),
+    Backend(
         "cpu",
         {
             "conv_norm_act": cpu.conv_norm_act_fwd,
@@ -80,7 +92,7 @@ def _fwd_fake(x, weight, scale, shift, residual, stride, activation):
 @torch.library.register_fake("hia::conv_norm_act_packed")
 def _packed_fake(x, weight, shift, residual, stride, activation, pad_rows):
     n, ih, iw, _ = x.shape
-    rows = ih - 1 if pad_rows else ih - weight.shape[2]
+    rows = ih - 1 if pad_rows else ih - _kernel_size(weight.shape)
     return x.new_empty(n, rows // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
 
 
@@ -119,9 +131,14 @@ registration.refuse_double_backward("conv_norm_act", "conv_norm_act_bwd")
 autocast.register_autocast(registration.overload("conv_norm_act"), cast=("x", "weight", "residual"))
 
 
+def _kernel_size(weight_shape):
+    return 3 if weight_shape[2] == native.POINTS else weight_shape[2]
+
+
 def _conv_flops(out_shape, weight_shape):
+    """Of the convolution, whatever the algorithm: the Winograd kernels take fewer."""
     n, oh, ow, oc = out_shape
-    return 2 * n * oh * ow * oc * weight_shape[1] * weight_shape[2] * weight_shape[3]
+    return 2 * n * oh * ow * oc * weight_shape[1] * _kernel_size(weight_shape) ** 2
 
 
 @register_flop_formula([torch.ops.hia.conv_norm_act, torch.ops.hia.conv_norm_act_packed])

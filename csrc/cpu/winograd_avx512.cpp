@@ -1,0 +1,51 @@
+// winograd_kernels.h for AVX-512F: 14 x 32 floats of a product in 28 of the 32 registers.
+#include "winograd.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,fma")
+#endif
+
+#include "winograd_kernels.h"
+
+namespace hia::winograd {
+namespace {
+
+struct Avx512 {
+  using V = __m512;
+  static constexpr int kWidth = 16, kVectors = 2, kRows = 14;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set(float x) { return _mm512_set1_ps(x); }
+  static V load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, V x) { _mm512_storeu_ps(to, x); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
+constexpr Kernels kAvx512 = kernels_of<Avx512>("avx512");
+
+}  // namespace
+
+const Kernels* avx512_kernels() { return &kAvx512; }
+
+}  // namespace hia::winograd
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+namespace hia::winograd {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace hia::winograd
+#endif

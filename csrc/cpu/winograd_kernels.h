@@ -1,0 +1,324 @@
+// The kernels of winograd.h for one instruction set. Included by winograd_<isa>.cpp alone, after its target pragma:
+// everything has internal linkage, so that no function of one instruction set replaces another's.
+//
+// `Isa` has the vector type V of 16 floats' worth or less, its width, load / store / set / fma / add / sub / max, and
+// the shape of its register block: kRows x (kVectors * kWidth).
+#pragma once
+
+#include "winograd.h"
+
+namespace hia::winograd {
+namespace {
+
+constexpr int64_t kLongestSum = 64;  // terms of a weight's gradient that are added one after the other
+
+// c [ROWS, kVectors * kWidth] (+)= a b over `depth`; a's rows are `row` floats apart, its columns `step`; b is a panel.
+template <class Isa, int ROWS>
+inline __attribute__((always_inline)) void block_product(const float* a, int64_t row, int64_t step, const float* b,
+                                                         float* c, int64_t c_row, int64_t depth, bool accumulate) {
+  using V = typename Isa::V;
+  constexpr int VECTORS = Isa::kVectors, WIDTH = Isa::kWidth, GROUPS = (ROWS + 2) / 3;
+  V sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = Isa::zero();
+  // three rows share a pointer: [p], [p + row], [p + 2 row] are addresses without arithmetic
+  const float* groups[GROUPS];
+#pragma GCC unroll 8
+  for (int g = 0; g < GROUPS; ++g) groups[g] = a + 3 * g * row;
+  for (int64_t k = 0; k < depth; ++k) {
+    V right[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) right[j] = Isa::load(b + j * WIDTH);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const V left = Isa::set(groups[i / 3][(i % 3) * row]);
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = Isa::fma(left, right[j], sums[i][j]);
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUPS; ++g) groups[g] += step;
+    b += kPanel;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = c + i * c_row + j * WIDTH;
+      Isa::store(to, accumulate ? Isa::add(Isa::load(to), sums[i][j]) : sums[i][j]);
+    }
+}
+
+template <class Isa, int ROWS>
+void block_product_of(const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t c_row,
+                      int64_t depth, bool accumulate) {
+  for (int64_t j = 0; j < kPanel; j += Isa::kVectors * Isa::kWidth)
+    block_product<Isa, ROWS>(a, row, step, b + j, c + j, c_row, depth, accumulate);
+}
+
+template <class Isa, int ROWS>
+void choose_rows(int rows, const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t c_row,
+                 int64_t depth, bool accumulate) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      block_product_of<Isa, ROWS>(a, row, step, b, c, c_row, depth, accumulate);
+    else
+      choose_rows<Isa, ROWS - 1>(rows, a, row, step, b, c, c_row, depth, accumulate);
+  }
+}
+
+// c [rows, 32] (+)= a b, in blocks of about equal height.
+template <class Isa>
+void product(int64_t rows, const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t c_row,
+             int64_t depth, bool accumulate) {
+  const int64_t blocks = (rows + Isa::kRows - 1) / Isa::kRows;
+  for (int64_t i = 0, start = 0; i < blocks; ++i) {
+    const int64_t count = (rows - start + blocks - i - 1) / (blocks - i);
+    choose_rows<Isa, Isa::kRows>(static_cast<int>(count), a + start * row, row, step, b, c + start * c_row, c_row,
+                                 depth, accumulate);
+    start += count;
+  }
+}
+
+// Where tile `index` begins in the result: its image, first row and first column.
+struct Place {
+  int64_t image, row, column;
+
+  Place(const Convolution& p, int64_t index) {
+    const int64_t columns = p.tile_columns(), rows = p.tile_rows();
+    column = index % columns * 2;
+    row = index / columns % rows * 2;
+    image = index / (columns * rows);
+  }
+};
+
+// B^T d B of the 4 x 4 pixels that tile `index` looks at: 16 vectors of channels, `stride` floats apart.
+template <class Isa>
+void image_tile(const Convolution& p, int64_t index, const float* zeros, float* to, int64_t stride) {
+  using V = typename Isa::V;
+  const Place place(p, index);
+  const float* from[4][4];
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) {
+      const int64_t row = place.row + i - p.top, column = place.column + j - 1;
+      const bool inside = row >= 0 && row < p.height && column >= 0 && column < p.width;
+      from[i][j] = inside ? p.x + ((place.image * p.height + row) * p.width + column) * p.channels : zeros;
+    }
+  for (int64_t c = 0; c < p.channels; c += Isa::kWidth) {
+    V half[4][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const V d0 = Isa::load(from[0][j] + c), d1 = Isa::load(from[1][j] + c);
+      const V d2 = Isa::load(from[2][j] + c), d3 = Isa::load(from[3][j] + c);
+      half[0][j] = Isa::sub(d0, d2);
+      half[1][j] = Isa::add(d1, d2);
+      half[2][j] = Isa::sub(d2, d1);
+      half[3][j] = Isa::sub(d1, d3);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* row = to + c + 4 * i * stride;
+      Isa::store(row, Isa::sub(half[i][0], half[i][2]));
+      Isa::store(row + stride, Isa::add(half[i][1], half[i][2]));
+      Isa::store(row + 2 * stride, Isa::sub(half[i][2], half[i][1]));
+      Isa::store(row + 3 * stride, Isa::sub(half[i][1], half[i][3]));
+    }
+  }
+}
+
+// A^T m A, shift, residual and ReLU: one panel's 32 outputs of tile `index`, from 16 rows `stride` floats apart.
+template <class Isa>
+void result_tile(const Convolution& p, int64_t index, int64_t panel, const float* from, int64_t stride) {
+  using V = typename Isa::V;
+  const Place place(p, index);
+  for (int64_t c = 0; c < kPanel; c += Isa::kWidth) {
+    V half[2][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const float* column = from + c + j * stride;
+      const V m1 = Isa::load(column + 4 * stride), m2 = Isa::load(column + 8 * stride);
+      half[0][j] = Isa::add(Isa::load(column), Isa::add(m1, m2));
+      half[1][j] = Isa::sub(Isa::sub(m1, m2), Isa::load(column + 12 * stride));
+    }
+    const V shift = p.shift ? Isa::load(p.shift + panel * kPanel + c) : Isa::zero();
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if (place.row + i >= p.rows) break;
+      V pair[2] = {Isa::add(half[i][0], Isa::add(half[i][1], half[i][2])),
+                   Isa::sub(Isa::sub(half[i][1], half[i][2]), half[i][3])};
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        if (place.column + j >= p.columns) break;
+        const int64_t pixel = (place.image * p.rows + place.row + i) * p.columns + place.column + j;
+        const int64_t offset = pixel * p.outputs + panel * kPanel + c;
+        V y = Isa::add(pair[j], shift);
+        if (p.residual) y = Isa::add(y, Isa::load(p.residual + offset));
+        Isa::store(p.out + offset, p.relu ? Isa::max(y, Isa::zero()) : y);
+      }
+    }
+  }
+}
+
+template <class Isa>
+void forward(const Convolution& p, int64_t begin, int64_t end, float* work) {
+  const int64_t at_once = tiles_at_once(p.channels);
+  const int64_t blocks = (end - begin + at_once - 1) / at_once;
+  const int64_t most = blocks ? (end - begin + blocks - 1) / blocks : 0;
+  const int64_t seen_stride = point_stride(most, p.channels), made_stride = point_stride(most, kPanel);
+  float *seen = work, *made = seen + kPoints * seen_stride, *zeros = made + kPoints * made_stride;
+  for (int64_t c = 0; c < p.channels; ++c) zeros[c] = 0;
+  for (int64_t start = begin; start < end; start += most) {
+    const int64_t count = end - start < most ? end - start : most;
+    for (int64_t t = 0; t < count; ++t) image_tile<Isa>(p, start + t, zeros, seen + t * p.channels, seen_stride);
+    for (int64_t panel = 0; panel < p.outputs / kPanel; ++panel) {
+      for (int64_t point = 0; point < kPoints; ++point)
+        product<Isa>(count, seen + point * seen_stride, p.channels, 1,
+                     p.weight + (panel * kPoints + point) * p.channels * kPanel, made + point * made_stride, kPanel,
+                     p.channels, false);
+      for (int64_t t = 0; t < count; ++t) result_tile<Isa>(p, start + t, panel, made + t * kPanel, made_stride);
+    }
+  }
+}
+
+// G g G^T of kWidth outputs and one channel, from nine vectors of taps to 16 places `stride` floats apart.
+template <class Isa>
+inline void taps_to_points(const typename Isa::V (&taps)[3][3], float* to, int64_t stride) {
+  using V = typename Isa::V;
+  const V one_half = Isa::set(0.5f);
+  V half[4][3];
+  for (int j = 0; j < 3; ++j) {
+    const V outer = Isa::add(taps[0][j], taps[2][j]);
+    half[0][j] = taps[0][j];
+    half[1][j] = Isa::mul(Isa::add(outer, taps[1][j]), one_half);
+    half[2][j] = Isa::mul(Isa::sub(outer, taps[1][j]), one_half);
+    half[3][j] = taps[2][j];
+  }
+  for (int i = 0; i < 4; ++i) {
+    const V outer = Isa::add(half[i][0], half[i][2]);
+    float* row = to + 4 * i * stride;
+    Isa::store(row, half[i][0]);
+    Isa::store(row + stride, Isa::mul(Isa::add(outer, half[i][1]), one_half));
+    Isa::store(row + 2 * stride, Isa::mul(Isa::sub(outer, half[i][1]), one_half));
+    Isa::store(row + 3 * stride, half[i][2]);
+  }
+}
+
+template <class Isa>
+void weight(const float* weight, const float* scale, float* out, int64_t outputs, int64_t channels, bool turned,
+            int64_t begin, int64_t end) {
+  using V = typename Isa::V;
+  alignas(64) float lanes[9][Isa::kWidth];
+  for (int64_t panel = begin; panel < end; ++panel)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t k = 0; k < kPanel; k += Isa::kWidth) {
+        for (int64_t lane = 0; lane < Isa::kWidth; ++lane) {
+          const int64_t output = panel * kPanel + k + lane;
+          const float* taps = weight + (turned ? c * outputs + output : output * channels + c) * 9;
+          const float factor = scale ? scale[turned ? c : output] : 1.0f;
+          for (int tap = 0; tap < 9; ++tap) lanes[turned ? 8 - tap : tap][lane] = taps[tap] * factor;
+        }
+        V taps[3][3];
+        for (int tap = 0; tap < 9; ++tap) taps[tap / 3][tap % 3] = Isa::load(lanes[tap]);
+        taps_to_points<Isa>(taps, out + (panel * kPoints * channels + c) * kPanel + k, channels * kPanel);
+      }
+}
+
+// A dY A^T of tile `index` of the gradient (p.out): 16 vectors of each panel, `stride` floats apart.
+template <class Isa>
+void gradient_tile(const Convolution& p, int64_t index, const float* zeros, float* to, int64_t panel_stride,
+                   int64_t stride) {
+  using V = typename Isa::V;
+  const Place place(p, index);
+  const float* from[2][2];
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const int64_t row = place.row + i, column = place.column + j;
+      const bool inside = row < p.rows && column < p.columns;
+      from[i][j] = inside ? p.out + ((place.image * p.rows + row) * p.columns + column) * p.outputs : zeros;
+    }
+  for (int64_t c = 0; c < p.outputs; c += Isa::kWidth) {
+    V half[4][2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const V d0 = Isa::load(from[0][j] + c), d1 = Isa::load(from[1][j] + c);
+      half[0][j] = d0;
+      half[1][j] = Isa::add(d0, d1);
+      half[2][j] = Isa::sub(d0, d1);
+      half[3][j] = Isa::sub(Isa::zero(), d1);
+    }
+    float* at = to + c / kPanel * panel_stride + c % kPanel;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* row = at + 4 * i * stride;
+      Isa::store(row, half[i][0]);
+      Isa::store(row + stride, Isa::add(half[i][0], half[i][1]));
+      Isa::store(row + 2 * stride, Isa::sub(half[i][0], half[i][1]));
+      Isa::store(row + 3 * stride, Isa::sub(Isa::zero(), half[i][1]));
+    }
+  }
+}
+
+template <class Isa>
+void gradient_tiles(const Convolution& p, int64_t first, int64_t block, int64_t begin, int64_t end, const float* zeros,
+                    float* seen, float* grads) {
+  for (int64_t t = begin; t < end; ++t) {
+    image_tile<Isa>(p, first + t, zeros, seen + t * p.channels, point_stride(block, p.channels));
+    gradient_tile<Isa>(p, first + t, zeros, grads + t * kPanel, block * kPanel, point_stride(block, p.outputs));
+  }
+}
+
+template <class Isa>
+void gradient_product(const Convolution& p, const float* seen, const float* grads, int64_t block, int64_t count,
+                      int64_t point, int64_t begin, int64_t end, float* sums) {
+  const float* left = seen + point * point_stride(block, p.channels) + begin;
+  const float* right = grads + point * point_stride(block, p.outputs);
+  float* to = sums + (point * p.channels + begin) * p.outputs;
+  for (int64_t panel = 0; panel < p.outputs / kPanel; ++panel)
+    for (int64_t t = 0; t < count; t += kLongestSum)
+      product<Isa>(end - begin, left + t * p.channels, 1, p.channels, right + (panel * block + t) * kPanel,
+                   to + panel * kPanel, p.outputs, count - t < kLongestSum ? count - t : kLongestSum, true);
+}
+
+// G^T s G.
+template <class Isa>
+void gradient_weight(const float* sums, float* out, int64_t outputs, int64_t channels, int64_t begin, int64_t end) {
+  using V = typename Isa::V;
+  alignas(64) float lanes[9][Isa::kWidth];
+  const int64_t stride = channels * outputs;
+  const V one_half = Isa::set(0.5f);
+  for (int64_t k = begin; k < end; k += Isa::kWidth)
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* from = sums + c * outputs + k;
+      V half[3][4];
+      for (int j = 0; j < 4; ++j) {
+        const V s0 = Isa::load(from + j * stride), s1 = Isa::load(from + (4 + j) * stride);
+        const V s2 = Isa::load(from + (8 + j) * stride), s3 = Isa::load(from + (12 + j) * stride);
+        const V middle = Isa::mul(Isa::add(s1, s2), one_half);
+        half[0][j] = Isa::add(s0, middle);
+        half[1][j] = Isa::mul(Isa::sub(s1, s2), one_half);
+        half[2][j] = Isa::add(s3, middle);
+      }
+      for (int i = 0; i < 3; ++i) {
+        const V middle = Isa::mul(Isa::add(half[i][1], half[i][2]), one_half);
+        Isa::store(lanes[3 * i], Isa::add(half[i][0], middle));
+        Isa::store(lanes[3 * i + 1], Isa::mul(Isa::sub(half[i][1], half[i][2]), one_half));
+        Isa::store(lanes[3 * i + 2], Isa::add(half[i][3], middle));
+      }
+      for (int64_t lane = 0; lane < Isa::kWidth; ++lane)
+        for (int tap = 0; tap < 9; ++tap) out[((k + lane) * channels + c) * 9 + tap] = lanes[tap][lane];
+    }
+}
+
+template <class Isa>
+constexpr Kernels kernels_of(const char* name) {
+  return {name,
+          forward<Isa>,
+          weight<Isa>,
+          gradient_tiles<Isa>,
+          gradient_product<Isa>,
+          gradient_weight<Isa>};
+}
+
+}  // namespace
+}  // namespace hia::winograd

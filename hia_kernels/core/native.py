@@ -1,0 +1,55 @@
+"""The optional native extension: schemas of its functions, and whether it was built.
+
+``python setup.py build_ext --inplace`` compiles csrc/ to ``hia_kernels/_native*.so``, which registers implementations
+of these private functions; the ops' tables ask :func:`unavailable_reasons` and call ``torch.ops.hia_native``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+REVISION = 1  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
+BUILD = "python setup.py build_ext --inplace"
+
+_SCHEMAS = (
+    "revision() -> int",
+    "cpu_isa() -> str",
+    "conv3x3_weight(Tensor weight, Tensor? scale, bool turned, Tensor(a!) out) -> ()",
+    "conv3x3(Tensor x, Tensor weight, Tensor? shift, Tensor? residual, bool pad_rows, bool relu, Tensor(a!) out) -> ()",
+    "conv3x3_weight_gradient(Tensor dz, Tensor x, Tensor(a!) out) -> ()",
+)
+for _schema in _SCHEMAS:
+    torch.library.define("hia_native::" + _schema.partition("(")[0], _schema[_schema.index("(") :])
+
+
+def library() -> Path | None:
+    """The extension's file; None before it was built."""
+    found = sorted(Path(__file__).resolve().parents[1].glob("_native*.so"))
+    return found[-1] if found else None
+
+
+@cache
+def unavailable_reasons() -> tuple[str, ...]:
+    """Why the extension can't serve; empty if it can. Loads it on first use."""
+    path = library()
+    if path is None:
+        return (f"the native extension is not built: {BUILD}",)
+    try:
+        torch.ops.load_library(str(path))
+        revision = torch.ops.hia_native.revision()
+    except (OSError, RuntimeError, NotImplementedError) as error:
+        return (f"{path.name} does not load, build it again ({BUILD}): {str(error).strip().partition(chr(10))[0]}",)
+    if revision != REVISION:
+        return (f"{path.name} is of revision {revision}, not {REVISION}: build it again ({BUILD})",)
+    return ()
+
+
+def cpu_unavailable_reasons() -> list[str]:
+    """Why its CPU kernels can't serve here."""
+    reasons = list(unavailable_reasons())
+    if not reasons and not torch.ops.hia_native.cpu_isa():
+        reasons.append("the native kernels need AVX2 and FMA, or AVX-512")
+    return reasons
