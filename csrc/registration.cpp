@@ -15,7 +15,9 @@ STABLE_TORCH_LIBRARY_IMPL(hia_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hia_native, CPU, m) {
-  m.impl("conv3x3_weight", TORCH_BOX(&hia::conv3x3_weight));
-  m.impl("conv3x3", TORCH_BOX(&hia::conv3x3));
-  m.impl("conv3x3_weight_gradient", TORCH_BOX(&hia::conv3x3_weight_gradient));
+  m.impl("conv_direct_weight", TORCH_BOX(&hia::conv_direct_weight));
+  m.impl("conv_winograd_weight", TORCH_BOX(&hia::conv_winograd_weight));
+  m.impl("conv_direct", TORCH_BOX(&hia::conv_direct));
+  m.impl("conv_winograd", TORCH_BOX(&hia::conv_winograd));
+  m.impl("conv_winograd_weight_gradient", TORCH_BOX(&hia::conv_winograd_weight_gradient));
 }

@@ -1,4 +1,4 @@
-// conv_norm_act on the CPU: arguments checked, work split among torch's threads; the arithmetic is in winograd.h.
+// conv_norm_act on the CPU: arguments checked, work split among torch's threads; the arithmetic is in conv.h.
 #include "conv_norm_act.h"
 
 #include <algorithm>
@@ -8,14 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "winograd.h"
+#include "conv.h"
 
 namespace hia {
 namespace {
 
-using winograd::Convolution;
-using winograd::kPanel;
-using winograd::kPoints;
+using conv::Convolution;
+using conv::kPanel;
+using conv::kPoints;
 
 constexpr int64_t kBlockFloats = 4 << 20;  // of transformed tiles, while a weight's gradient is summed up
 
@@ -28,8 +28,8 @@ Floats allocate(int64_t count) {
   return Floats(static_cast<float*>(::operator new(sizeof(float) * count, std::align_val_t(64))));
 }
 
-const winograd::Kernels& kernels() {
-  const winograd::Kernels* found = winograd::kernels();
+const conv::Kernels& kernels() {
+  const conv::Kernels* found = conv::kernels();
   STD_TORCH_CHECK(found != nullptr, "hia::conv_norm_act: the native kernels need AVX2 and FMA, this processor has not");
   return *found;
 }
@@ -46,7 +46,7 @@ const float* data(const Tensor& tensor) { return static_cast<const float*>(tenso
 float* mutable_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 void check_channels(int64_t outputs, int64_t channels) {
-  STD_TORCH_CHECK(outputs > 0 && outputs % kPanel == 0 && channels > 0 && channels % winograd::kLanes == 0,
+  STD_TORCH_CHECK(outputs > 0 && outputs % kPanel == 0 && channels > 0 && channels % conv::kLanes == 0,
                   "hia::conv_norm_act: outputs must be a multiple of 32 and channels of 16, got ", outputs, " and ",
                   channels);
 }
@@ -57,7 +57,7 @@ void check_size(const Tensor& tensor, const char* name, int64_t a, int64_t b, in
                   tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3), "]");
 }
 
-const float* vector(const std::optional<Tensor>& tensor, const char* name, int64_t count) {
+const float* vector(const MaybeTensor& tensor, const char* name, int64_t count) {
   if (!tensor.has_value()) return nullptr;
   check_floats(*tensor, name, 1);
   STD_TORCH_CHECK(tensor->size(0) == count, "hia::conv_norm_act: ", name, " must have ", count, " entries, got ",
@@ -65,47 +65,23 @@ const float* vector(const std::optional<Tensor>& tensor, const char* name, int64
   return data(*tensor);
 }
 
-// Sizes and x; the result is `rows` high.
-Convolution convolution(const Tensor& x, int64_t outputs, bool pad_rows) {
+// Sizes, x and the epilogue. A weight's last axis is K, or 4 for the Winograd form.
+Convolution convolution(const Tensor& x, const Tensor& weight, int64_t stride, bool pad_rows) {
+  check_floats(x, "x", 4);
+  check_floats(weight, "weight", 4);
   Convolution p{};
-  p.x = data(x);
+  p.x = data(x), p.weight = data(weight);
   p.images = x.size(0), p.height = x.size(1), p.width = x.size(2), p.channels = x.size(3);
-  p.outputs = outputs;
-  p.top = pad_rows ? 1 : 0;
-  p.rows = pad_rows ? p.height : p.height - 2, p.columns = p.width;
-  check_channels(outputs, p.channels);
+  p.outputs = weight.size(0);
+  p.kernel = weight.size(3) == 4 ? 3 : weight.size(3), p.stride = stride;
+  p.left = p.kernel / 2, p.top = pad_rows ? p.left : 0;
+  p.rows = (p.height + 2 * p.top - p.kernel) / stride + 1, p.columns = (p.width - 1) / stride + 1;
+  check_channels(p.outputs, p.channels);
+  check_size(weight, "weight", p.outputs, p.channels, weight.size(3), weight.size(3));
   return p;
 }
 
-}  // namespace
-
-std::string cpu_isa() {
-  const winograd::Kernels* found = winograd::kernels();
-  return found == nullptr ? "" : found->name;
-}
-
-void conv3x3_weight(const Tensor& weight, const std::optional<Tensor>& scale, bool turned, Tensor out) {
-  check_floats(weight, "weight", 4);
-  const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1);
-  check_size(weight, "weight", weight.size(0), weight.size(1), 3, 3);
-  check_channels(outputs, channels);
-  check_floats(out, "out", 4);
-  check_size(out, "out", outputs, channels, 4, 4);
-  const float* factors = vector(scale, "scale", weight.size(0));
-  const winograd::Kernels& run = kernels();
-  const float* from = data(weight);
-  float* to = mutable_data(out);
-  torch::stable::parallel_for(0, outputs / kPanel, 1, [&](int64_t begin, int64_t end) {
-    run.weight(from, factors, to, outputs, channels, turned, begin, end);
-  });
-}
-
-void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& shift,
-              const std::optional<Tensor>& residual, bool pad_rows, bool relu, Tensor out) {
-  check_floats(x, "x", 4);
-  check_floats(weight, "weight", 4);
-  Convolution p = convolution(x, weight.size(0), pad_rows);
-  check_size(weight, "weight", p.outputs, p.channels, 4, 4);
+void finish(Convolution& p, const MaybeTensor& shift, const MaybeTensor& residual, bool relu, const Tensor& out) {
   check_floats(out, "out", 4);
   check_size(out, "out", p.images, p.rows, p.columns, p.outputs);
   if (residual.has_value()) {
@@ -113,31 +89,87 @@ void conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
     check_size(*residual, "residual", p.images, p.rows, p.columns, p.outputs);
     p.residual = data(*residual);
   }
-  p.weight = data(weight), p.shift = vector(shift, "shift", p.outputs);
+  p.shift = vector(shift, "shift", p.outputs);
   p.out = mutable_data(out);
   p.relu = relu;
-  const winograd::Kernels& run = kernels();
-  const int64_t at_once = winograd::tiles_at_once(p.channels);
-  torch::stable::parallel_for(0, p.tiles(), at_once, [&](int64_t begin, int64_t end) {
-    const Floats work = allocate(winograd::forward_floats(at_once, p.channels));
-    run.forward(p, begin, end, work.get());
+}
+
+}  // namespace
+
+std::string cpu_isa() {
+  const conv::Kernels* found = conv::kernels();
+  return found == nullptr ? "" : found->name;
+}
+
+void conv_direct_weight(const Tensor& weight, const MaybeTensor& scale, bool turned, Tensor out) {
+  check_floats(weight, "weight", 4);
+  const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1), side = weight.size(3);
+  check_size(weight, "weight", weight.size(0), weight.size(1), side, side);
+  check_channels(outputs, channels);
+  check_floats(out, "out", 4);
+  check_size(out, "out", outputs, channels, side, side);
+  const float* factors = vector(scale, "scale", weight.size(0));
+  const conv::Kernels& run = kernels();
+  const float* from = data(weight);
+  float* to = mutable_data(out);
+  torch::stable::parallel_for(0, outputs / kPanel, 1, [&](int64_t begin, int64_t end) {
+    run.weight(from, factors, to, outputs, channels, side * side, turned, begin, end);
   });
 }
 
-void conv3x3_weight_gradient(const Tensor& dz, const Tensor& x, Tensor out) {
-  check_floats(dz, "dout", 4);
-  check_floats(x, "x", 4);
-  Convolution p = convolution(x, dz.size(3), true);
-  check_size(dz, "dout", p.images, p.height, p.width, p.outputs);
+void conv_winograd_weight(const Tensor& weight, const MaybeTensor& scale, bool turned, Tensor out) {
+  check_floats(weight, "weight", 4);
+  const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1);
+  check_size(weight, "weight", weight.size(0), weight.size(1), 3, 3);
+  check_channels(outputs, channels);
   check_floats(out, "out", 4);
+  check_size(out, "out", outputs, channels, 4, 4);
+  const float* factors = vector(scale, "scale", weight.size(0));
+  const conv::Kernels& run = kernels();
+  const float* from = data(weight);
+  float* to = mutable_data(out);
+  torch::stable::parallel_for(0, outputs / kPanel, 1, [&](int64_t begin, int64_t end) {
+    run.winograd_weight(from, factors, to, outputs, channels, turned, begin, end);
+  });
+}
+
+void conv_direct(const Tensor& x, const Tensor& weight, const MaybeTensor& shift, const MaybeTensor& residual, int64_t stride,
+          bool pad_rows, bool relu, Tensor out) {
+  Convolution p = convolution(x, weight, stride, pad_rows);
+  finish(p, shift, residual, relu, out);
+  const conv::Kernels& run = kernels();
+  const int64_t at_once = conv::pixels_at_once(p.depth());
+  torch::stable::parallel_for(0, p.pixels(), at_once, [&](int64_t begin, int64_t end) {
+    const Floats work = allocate(conv::direct_floats(at_once, p.depth()));
+    run.direct(p, begin, end, work.get());
+  });
+}
+
+void conv_winograd(const Tensor& x, const Tensor& weight, const MaybeTensor& shift, const MaybeTensor& residual,
+              bool pad_rows, bool relu, Tensor out) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(3) == 4, "hia::conv_norm_act: weight must be of conv_winograd_weight");
+  Convolution p = convolution(x, weight, 1, pad_rows);
+  finish(p, shift, residual, relu, out);
+  const conv::Kernels& run = kernels();
+  const int64_t at_once = conv::tiles_at_once(p.channels);
+  torch::stable::parallel_for(0, p.tiles(), at_once, [&](int64_t begin, int64_t end) {
+    const Floats work = allocate(conv::winograd_floats(at_once, p.channels));
+    run.winograd(p, begin, end, work.get());
+  });
+}
+
+void conv_winograd_weight_gradient(const Tensor& dz, const Tensor& x, Tensor out) {
+  check_floats(dz, "dout", 4);
+  Convolution p = convolution(x, out, 1, true);
   check_size(out, "out", p.outputs, p.channels, 3, 3);
+  check_size(dz, "dout", p.images, p.rows, p.columns, p.outputs);
   p.out = mutable_data(dz);  // only read
-  const winograd::Kernels& run = kernels();
+  const conv::Kernels& run = kernels();
   const int64_t most = std::max<int64_t>(64, kBlockFloats / (kPoints * (p.channels + p.outputs)));
   const int64_t blocks = (p.tiles() + most - 1) / most;
   const int64_t block = blocks ? (p.tiles() + blocks - 1) / blocks : 0;
-  const Floats seen = allocate(kPoints * winograd::point_stride(block, p.channels));
-  const Floats grads = allocate(kPoints * winograd::point_stride(block, p.outputs));
+  const Floats seen = allocate(kPoints * conv::point_stride(block, p.channels));
+  const Floats grads = allocate(kPoints * conv::point_stride(block, p.outputs));
   const Floats sums = allocate(kPoints * p.channels * p.outputs);
   const Floats zeros = allocate(std::max(p.channels, p.outputs));
   std::fill_n(sums.get(), kPoints * p.channels * p.outputs, 0.0f);

@@ -1,85 +1,17 @@
-// The kernels of winograd.h for one instruction set. Included by winograd_<isa>.cpp alone, after its target pragma:
-// everything has internal linkage, so that no function of one instruction set replaces another's.
+// Winograd's minimal filtering F(2 x 2, 3 x 3), for one instruction set; see product.h for where it is included.
 //
-// `Isa` has the vector type V of 16 floats' worth or less, its width, load / store / set / fma / add / sub / max, and
-// the shape of its register block: kRows x (kVectors * kWidth).
+//   A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1:
+//   Y = A^T [(G g G^T) . (B^T d B)] A for every 4 x 4 tile d of the image and 2 x 2 tile Y of the result.
+//
+// A product over the channels stands for the dot at each of the 16 points.
 #pragma once
 
-#include "winograd.h"
+#include "product.h"
 
-namespace hia::winograd {
+namespace hia::conv {
 namespace {
 
 constexpr int64_t kLongestSum = 64;  // terms of a weight's gradient that are added one after the other
-
-// c [ROWS, kVectors * kWidth] (+)= a b over `depth`; a's rows are `row` floats apart, its columns `step`; b is a panel.
-template <class Isa, int ROWS>
-inline __attribute__((always_inline)) void block_product(const float* a, int64_t row, int64_t step, const float* b,
-                                                         float* c, int64_t c_row, int64_t depth, bool accumulate) {
-  using V = typename Isa::V;
-  constexpr int VECTORS = Isa::kVectors, WIDTH = Isa::kWidth, GROUPS = (ROWS + 2) / 3;
-  V sums[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) sums[i][j] = Isa::zero();
-  // three rows share a pointer: [p], [p + row], [p + 2 row] are addresses without arithmetic
-  const float* groups[GROUPS];
-#pragma GCC unroll 8
-  for (int g = 0; g < GROUPS; ++g) groups[g] = a + 3 * g * row;
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[VECTORS];
-#pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) right[j] = Isa::load(b + j * WIDTH);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const V left = Isa::set(groups[i / 3][(i % 3) * row]);
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) sums[i][j] = Isa::fma(left, right[j], sums[i][j]);
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < GROUPS; ++g) groups[g] += step;
-    b += kPanel;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) {
-      float* to = c + i * c_row + j * WIDTH;
-      Isa::store(to, accumulate ? Isa::add(Isa::load(to), sums[i][j]) : sums[i][j]);
-    }
-}
-
-template <class Isa, int ROWS>
-void block_product_of(const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t c_row,
-                      int64_t depth, bool accumulate) {
-  for (int64_t j = 0; j < kPanel; j += Isa::kVectors * Isa::kWidth)
-    block_product<Isa, ROWS>(a, row, step, b + j, c + j, c_row, depth, accumulate);
-}
-
-template <class Isa, int ROWS>
-void choose_rows(int rows, const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t c_row,
-                 int64_t depth, bool accumulate) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS)
-      block_product_of<Isa, ROWS>(a, row, step, b, c, c_row, depth, accumulate);
-    else
-      choose_rows<Isa, ROWS - 1>(rows, a, row, step, b, c, c_row, depth, accumulate);
-  }
-}
-
-// c [rows, 32] (+)= a b, in blocks of about equal height.
-template <class Isa>
-void product(int64_t rows, const float* a, int64_t row, int64_t step, const float* b, float* c, int64_t c_row,
-             int64_t depth, bool accumulate) {
-  const int64_t blocks = (rows + Isa::kRows - 1) / Isa::kRows;
-  for (int64_t i = 0, start = 0; i < blocks; ++i) {
-    const int64_t count = (rows - start + blocks - i - 1) / (blocks - i);
-    choose_rows<Isa, Isa::kRows>(static_cast<int>(count), a + start * row, row, step, b, c + start * c_row, c_row,
-                                 depth, accumulate);
-    start += count;
-  }
-}
 
 // Where tile `index` begins in the result: its image, first row and first column.
 struct Place {
@@ -101,7 +33,7 @@ void image_tile(const Convolution& p, int64_t index, const float* zeros, float* 
   const float* from[4][4];
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) {
-      const int64_t row = place.row + i - p.top, column = place.column + j - 1;
+      const int64_t row = place.row + i - p.top, column = place.column + j - p.left;
       const bool inside = row >= 0 && row < p.height && column >= 0 && column < p.width;
       from[i][j] = inside ? p.x + ((place.image * p.height + row) * p.width + column) * p.channels : zeros;
     }
@@ -141,7 +73,7 @@ void result_tile(const Convolution& p, int64_t index, int64_t panel, const float
       half[0][j] = Isa::add(Isa::load(column), Isa::add(m1, m2));
       half[1][j] = Isa::sub(Isa::sub(m1, m2), Isa::load(column + 12 * stride));
     }
-    const V shift = p.shift ? Isa::load(p.shift + panel * kPanel + c) : Isa::zero();
+    const float* shift = p.shift ? p.shift + panel * kPanel + c : nullptr;
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       if (place.row + i >= p.rows) break;
@@ -152,16 +84,15 @@ void result_tile(const Convolution& p, int64_t index, int64_t panel, const float
         if (place.column + j >= p.columns) break;
         const int64_t pixel = (place.image * p.rows + place.row + i) * p.columns + place.column + j;
         const int64_t offset = pixel * p.outputs + panel * kPanel + c;
-        V y = Isa::add(pair[j], shift);
-        if (p.residual) y = Isa::add(y, Isa::load(p.residual + offset));
-        Isa::store(p.out + offset, p.relu ? Isa::max(y, Isa::zero()) : y);
+        const float* residual = p.residual ? p.residual + offset : nullptr;
+        Isa::store(p.out + offset, epilogue<Isa>(pair[j], shift, residual, p.relu));
       }
     }
   }
 }
 
 template <class Isa>
-void forward(const Convolution& p, int64_t begin, int64_t end, float* work) {
+void winograd(const Convolution& p, int64_t begin, int64_t end, float* work) {
   const int64_t at_once = tiles_at_once(p.channels);
   const int64_t blocks = (end - begin + at_once - 1) / at_once;
   const int64_t most = blocks ? (end - begin + blocks - 1) / blocks : 0;
@@ -174,8 +105,8 @@ void forward(const Convolution& p, int64_t begin, int64_t end, float* work) {
     for (int64_t panel = 0; panel < p.outputs / kPanel; ++panel) {
       for (int64_t point = 0; point < kPoints; ++point)
         product<Isa>(count, seen + point * seen_stride, p.channels, 1,
-                     p.weight + (panel * kPoints + point) * p.channels * kPanel, made + point * made_stride, kPanel,
-                     p.channels, false);
+                     p.weight + (panel * kPoints + point) * p.channels * kPanel, p.channels,
+                     Put<Isa>{made + point * made_stride, kPanel});
       for (int64_t t = 0; t < count; ++t) result_tile<Isa>(p, start + t, panel, made + t * kPanel, made_stride);
     }
   }
@@ -205,8 +136,8 @@ inline void taps_to_points(const typename Isa::V (&taps)[3][3], float* to, int64
 }
 
 template <class Isa>
-void weight(const float* weight, const float* scale, float* out, int64_t outputs, int64_t channels, bool turned,
-            int64_t begin, int64_t end) {
+void winograd_weight(const float* weight, const float* scale, float* out, int64_t outputs, int64_t channels,
+                     bool turned, int64_t begin, int64_t end) {
   using V = typename Isa::V;
   alignas(64) float lanes[9][Isa::kWidth];
   for (int64_t panel = begin; panel < end; ++panel)
@@ -277,7 +208,7 @@ void gradient_product(const Convolution& p, const float* seen, const float* grad
   for (int64_t panel = 0; panel < p.outputs / kPanel; ++panel)
     for (int64_t t = 0; t < count; t += kLongestSum)
       product<Isa>(end - begin, left + t * p.channels, 1, p.channels, right + (panel * block + t) * kPanel,
-                   to + panel * kPanel, p.outputs, count - t < kLongestSum ? count - t : kLongestSum, true);
+                   count - t < kLongestSum ? count - t : kLongestSum, Add<Isa>{to + panel * kPanel, p.outputs});
 }
 
 // G^T s G.
@@ -310,15 +241,5 @@ void gradient_weight(const float* sums, float* out, int64_t outputs, int64_t cha
     }
 }
 
-template <class Isa>
-constexpr Kernels kernels_of(const char* name) {
-  return {name,
-          forward<Isa>,
-          weight<Isa>,
-          gradient_tiles<Isa>,
-          gradient_product<Isa>,
-          gradient_weight<Isa>};
-}
-
 }  // namespace
-}  // namespace hia::winograd
+}  // namespace hia::conv

@@ -17,9 +17,13 @@ BUILD = "python setup.py build_ext --inplace"
 _SCHEMAS = (
     "revision() -> int",
     "cpu_isa() -> str",
-    "conv3x3_weight(Tensor weight, Tensor? scale, bool turned, Tensor(a!) out) -> ()",
-    "conv3x3(Tensor x, Tensor weight, Tensor? shift, Tensor? residual, bool pad_rows, bool relu, Tensor(a!) out) -> ()",
-    "conv3x3_weight_gradient(Tensor dz, Tensor x, Tensor(a!) out) -> ()",
+    "conv_direct_weight(Tensor weight, Tensor? scale, bool turned, Tensor(a!) out) -> ()",
+    "conv_winograd_weight(Tensor weight, Tensor? scale, bool turned, Tensor(a!) out) -> ()",
+    "conv_direct(Tensor x, Tensor weight, Tensor? shift, Tensor? residual, int stride, bool pad_rows, bool relu,"
+    " Tensor(a!) out) -> ()",
+    "conv_winograd(Tensor x, Tensor weight, Tensor? shift, Tensor? residual, bool pad_rows, bool relu, Tensor(a!) out)"
+    " -> ()",
+    "conv_winograd_weight_gradient(Tensor dz, Tensor x, Tensor(a!) out) -> ()",
 )
 for _schema in _SCHEMAS:
     torch.library.define("hia_native::" + _schema.partition("(")[0], _schema[_schema.index("(") :])

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
-KERNELS = (1, 3)
 LONGEST_SUM = 2**13  # outputs that one call adds up for a weight's gradient
 
 
@@ -26,14 +25,14 @@ def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
     gradients' bound has room for.
     """
     if isinstance(rest[-1], bool):
-        if packed_weight((first, *rest)).shape[-1] not in KERNELS:
+        if not packed_weight((first, *rest)).is_mkldnn:
             return ["the weight is packed for the native kernels"]
         return packing_unsupported_reasons(first)
     return _reasons(first, (torch.float32,))
 
 
 def packed_weight(args: Sequence[Any]) -> Tensor:
-    """Among the arguments of ``conv_norm_act_packed`` (x, weight, ...) or ``..._packed_`` (residual, x, weight, ...)."""
+    """Among the arguments of ``conv_norm_act_packed`` (x, weight, ...), or of its other forms (out, x, weight, ...)."""
     return args[2] if args[2].dim() == 4 else args[1]
 
 
@@ -108,6 +107,13 @@ def conv_norm_act_packed_inplace(
     )  # fmt: skip
     if activation == "gelu":
         residual.copy_(F.gelu(residual))
+
+
+def conv_norm_act_packed_out(
+    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor, stride: int, activation: str, pad_rows: bool
+) -> None:
+    """Copies the result to ``out``: oneDNN, as PyTorch has it, makes its own."""
+    out.copy_(conv_norm_act_packed(x, weight, shift, None, stride, activation, pad_rows))
 
 
 def conv_norm_act_fwd(

@@ -74,13 +74,6 @@ def conv_norm_act(
     return torch.ops.hia.conv_norm_act(x, weight, scale, shift, residual, stride, activation)
 
 
-def native_serves(weight: Tensor, stride: int) -> bool:
-    """Whether packed weights are the native kernels' now: these are faster at any size they can do."""
-    if backend.requested_backend() not in ("auto", "native") or native.unavailable_reasons():
-        return False
-    return not native.packing_unsupported_reasons(weight, stride)
-
-
 @dataclass(frozen=True)
 class PackedConv:
     """Inference weights of one step, made by :func:`pack_conv`: plain values, no parameters.
@@ -108,9 +101,9 @@ class PackedConv:
 
     def layout(self, height: int, width: int, pad_rows: bool = True) -> Tensor:
         """The scaled weight as the backend of images of this size wants it."""
-        if native_serves(self.weight, self.stride):
+        if self.is_native():
             if NATIVE not in self.layouts:
-                self.layouts[NATIVE] = native.pack_weight(self.weight, self.scale)
+                self.layouts[NATIVE] = native.pack_weight(self.weight, self.scale, self.stride)
             return self.layouts[NATIVE]
         size = (height, width, pad_rows)
         kind = self.kinds.get(size)
@@ -126,6 +119,12 @@ class PackedConv:
             self.kinds[size] = kind
         self.layouts[kind] = found
         return found
+
+    def is_native(self) -> bool:
+        """Whether the native kernels serve it now; they write into a tensor that they are given."""
+        if backend.requested_backend() not in ("auto", "native") or native.unavailable_reasons():
+            return False
+        return not native.packing_unsupported_reasons(self.weight)
 
     @property
     def nbytes(self) -> int:
@@ -179,21 +178,23 @@ def pack_conv(weight: Tensor, scale: Tensor, shift: Tensor, stride: int = 1) -> 
     return PackedConv(weight.detach(), scale.detach(), shift.detach(), stride)
 
 
-def _check_packed(op: str, x: Tensor, packed: PackedConv, residual: Tensor | None, activation: str, pad: bool) -> None:
+def _check_packed(
+    op: str, x: Tensor, packed: PackedConv, residual: Tensor | None, activation: str, pad: bool, name: str = "residual"
+) -> None:
     check_choice(op, "activation", activation, ACTIVATIONS)
-    check_dtypes(op, x=(x, packed.weight.dtype), residual=(residual, packed.weight.dtype))
+    check_dtypes(op, x=(x, packed.weight.dtype), **{name: (residual, packed.weight.dtype)})
     out_channels, channels, kernel, _ = packed.weight.shape
-    check_shapes(op, x=(x, f"N IH IW {channels}"), residual=(residual, f"N OH OW {out_channels}"))
+    check_shapes(op, x=(x, f"N IH IW {channels}"), **{name: (residual, f"N OH OW {out_channels}")})
     if x.shape[1] < (1 if pad else kernel) or x.shape[2] < 1:
         raise ValueError(f"hia::{op}: x must hold at least one output's rows and columns, got shape {list(x.shape)}")
     rows = x.shape[1] - 1 if pad else x.shape[1] - kernel
     expected = [x.shape[0], rows // packed.stride + 1, (x.shape[2] - 1) // packed.stride + 1]
     if residual is not None and list(residual.shape[:3]) != expected:
         raise ValueError(
-            f"hia::{op}: residual must have the output's [N, OH, OW] {expected}, got {list(residual.shape[:3])}"
+            f"hia::{op}: {name} must have the output's [N, OH, OW] {expected}, got {list(residual.shape[:3])}"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual)):
-        raise RuntimeError(f"hia::{op}: x and residual must not be part of a gradient graph; use conv_norm_act")
+        raise RuntimeError(f"hia::{op}: x and {name} must not be part of a gradient graph; use conv_norm_act")
 
 
 def conv_norm_act_packed(
@@ -236,3 +237,22 @@ def conv_norm_act_packed_(
     weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
     torch.ops.hia.conv_norm_act_packed_(residual, x, weight, packed.shift, packed.stride, activation, pad_rows)
     return residual
+
+
+def conv_norm_act_packed_out(
+    out: Tensor, x: Tensor, packed: PackedConv, activation: str = "relu", pad_rows: bool = True
+) -> Tensor:
+    """:func:`conv_norm_act_packed` into a tensor that exists, which must be contiguous: fresh memory costs page faults.
+
+    oneDNN makes its own result and copies it; :meth:`PackedConv.is_native` tells.
+
+    Returns:
+        ``out`` itself.
+    """
+    op = "conv_norm_act_packed_out"
+    _check_packed(op, x, packed, out, activation, pad_rows, "out")
+    if not out.is_contiguous():
+        raise ValueError(f"hia::{op}: out must be contiguous, got strides {list(out.stride())}")
+    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
+    torch.ops.hia.conv_norm_act_packed_out(out, x, weight, packed.shift, packed.stride, activation, pad_rows)
+    return out

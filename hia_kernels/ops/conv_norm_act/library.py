@@ -28,6 +28,10 @@ registration.define(
     "conv_norm_act_packed_",
     "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor shift, int stride, str activation, bool pad_rows) -> ()",
 )
+registration.define(
+    "conv_norm_act_packed_out",
+    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor shift, int stride, str activation, bool pad_rows) -> ()",
+)
 
 _TRITON = "hia_kernels.ops.conv_norm_act.triton"
 
@@ -59,6 +63,7 @@ BACKENDS = register_table(
             "conv_norm_act_bwd": native.conv_norm_act_bwd,
             "conv_norm_act_packed": native.conv_norm_act_packed,
             "conv_norm_act_packed_": native.conv_norm_act_packed_inplace,
+            "conv_norm_act_packed_out": native.conv_norm_act_packed_out,
         },
         native.unsupported_reasons,
         native.unavailable_reasons,
@@ -71,6 +76,7 @@ BACKENDS = register_table(
             "conv_norm_act_bwd": cpu.conv_norm_act_bwd,
             "conv_norm_act_packed": cpu.conv_norm_act_packed,
             "conv_norm_act_packed_": cpu.conv_norm_act_packed_inplace,
+            "conv_norm_act_packed_out": cpu.conv_norm_act_packed_out,
         },
         cpu.unsupported_reasons,
         cpu.unavailable_reasons,
@@ -81,6 +87,7 @@ registration.implement("conv_norm_act", BACKENDS)
 registration.implement("conv_norm_act_bwd", BACKENDS)
 registration.implement("conv_norm_act_packed", BACKENDS)
 registration.implement("conv_norm_act_packed_", BACKENDS)
+registration.implement("conv_norm_act_packed_out", BACKENDS)
 
 
 @torch.library.register_fake("hia::conv_norm_act")
@@ -92,12 +99,13 @@ def _fwd_fake(x, weight, scale, shift, residual, stride, activation):
 @torch.library.register_fake("hia::conv_norm_act_packed")
 def _packed_fake(x, weight, shift, residual, stride, activation, pad_rows):
     n, ih, iw, _ = x.shape
-    rows = ih - 1 if pad_rows else ih - _kernel_size(weight.shape)
+    rows = ih - 1 if pad_rows else ih - native.kernel_size(weight.shape)
     return x.new_empty(n, rows // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
 
 
 @torch.library.register_fake("hia::conv_norm_act_packed_")
-def _packed_inplace_fake(residual, x, weight, shift, stride, activation, pad_rows):
+@torch.library.register_fake("hia::conv_norm_act_packed_out")
+def _packed_into_fake(into, x, weight, shift, stride, activation, pad_rows):
     return None
 
 
@@ -131,14 +139,10 @@ registration.refuse_double_backward("conv_norm_act", "conv_norm_act_bwd")
 autocast.register_autocast(registration.overload("conv_norm_act"), cast=("x", "weight", "residual"))
 
 
-def _kernel_size(weight_shape):
-    return 3 if weight_shape[2] == native.POINTS else weight_shape[2]
-
-
 def _conv_flops(out_shape, weight_shape):
     """Of the convolution, whatever the algorithm: the Winograd kernels take fewer."""
     n, oh, ow, oc = out_shape
-    return 2 * n * oh * ow * oc * weight_shape[1] * _kernel_size(weight_shape) ** 2
+    return 2 * n * oh * ow * oc * weight_shape[1] * native.kernel_size(weight_shape) ** 2
 
 
 @register_flop_formula([torch.ops.hia.conv_norm_act, torch.ops.hia.conv_norm_act_packed])
@@ -146,9 +150,9 @@ def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs):
     return _conv_flops(out_shape, weight_shape)
 
 
-@register_flop_formula(torch.ops.hia.conv_norm_act_packed_)
-def _packed_inplace_flops(residual_shape, x, weight_shape, *args, **kwargs):
-    return _conv_flops(residual_shape, weight_shape)
+@register_flop_formula([torch.ops.hia.conv_norm_act_packed_, torch.ops.hia.conv_norm_act_packed_out])
+def _packed_into_flops(into_shape, x, weight_shape, *args, **kwargs):
+    return _conv_flops(into_shape, weight_shape)
 
 
 @register_flop_formula(torch.ops.hia.conv_norm_act_bwd)

@@ -1,5 +1,5 @@
-// winograd_kernels.h for AVX2 with FMA: 6 x 16 floats of a product in 12 of the 16 registers.
-#include "winograd.h"
+// conv_kernels.h for AVX2 with FMA: 6 x 16 floats of a product in 12 of the 16 registers.
+#include "conv.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -11,9 +11,9 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#include "winograd_kernels.h"
+#include "conv_kernels.h"
 
-namespace hia::winograd {
+namespace hia::conv {
 namespace {
 
 struct Avx2 {
@@ -36,7 +36,7 @@ constexpr Kernels kAvx2 = kernels_of<Avx2>("avx2");
 
 const Kernels* avx2_kernels() { return &kAvx2; }
 
-}  // namespace hia::winograd
+}  // namespace hia::conv
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -45,7 +45,7 @@ const Kernels* avx2_kernels() { return &kAvx2; }
 #endif
 
 #else
-namespace hia::winograd {
+namespace hia::conv {
 const Kernels* avx2_kernels() { return nullptr; }
-}  // namespace hia::winograd
+}  // namespace hia::conv
 #endif

@@ -1,5 +1,5 @@
-// winograd_kernels.h for AVX-512F: 14 x 32 floats of a product in 28 of the 32 registers.
-#include "winograd.h"
+// conv_kernels.h for AVX-512F: 14 x 32 floats of a product in 28 of the 32 registers.
+#include "conv.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -11,9 +11,9 @@
 #pragma GCC target("avx512f,fma")
 #endif
 
-#include "winograd_kernels.h"
+#include "conv_kernels.h"
 
-namespace hia::winograd {
+namespace hia::conv {
 namespace {
 
 struct Avx512 {
@@ -36,7 +36,7 @@ constexpr Kernels kAvx512 = kernels_of<Avx512>("avx512");
 
 const Kernels* avx512_kernels() { return &kAvx512; }
 
-}  // namespace hia::winograd
+}  // namespace hia::conv
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -45,7 +45,7 @@ const Kernels* avx512_kernels() { return &kAvx512; }
 #endif
 
 #else
-namespace hia::winograd {
+namespace hia::conv {
 const Kernels* avx512_kernels() { return nullptr; }
-}  // namespace hia::winograd
+}  // namespace hia::conv
 #endif

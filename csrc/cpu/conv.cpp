@@ -1,15 +1,25 @@
-#include "winograd.h"
+#include "conv.h"
 
 #include <cstdlib>
 #include <cstring>
 
-namespace hia::winograd {
+namespace hia::conv {
 
-int64_t tiles_at_once(int64_t channels) {
-  constexpr int64_t kFloats = 2 << 16;  // half a megabyte
-  const int64_t tiles = kFloats / (kPoints * channels) / 14 * 14;
-  return tiles < 14 ? 14 : tiles > 168 ? 168 : tiles;
+namespace {
+
+constexpr int64_t kFloats = 1 << 17;  // half a megabyte: of the second-level cache, the rest is the weight's
+constexpr int64_t kMost = 12 * kMaxRows;
+
+// Whole register blocks.
+int64_t rows_at_once(int64_t floats) {
+  const int64_t rows = kFloats / floats / kMaxRows * kMaxRows;
+  return rows < kMaxRows ? kMaxRows : rows > kMost ? kMost : rows;
 }
+
+}  // namespace
+
+int64_t pixels_at_once(int64_t depth) { return rows_at_once(depth); }
+int64_t tiles_at_once(int64_t channels) { return rows_at_once(kPoints * channels); }
 
 const Kernels* kernels() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -28,4 +38,4 @@ const Kernels* kernels() {
 #endif
 }
 
-}  // namespace hia::winograd
+}  // namespace hia::conv

@@ -1,0 +1,17 @@
+// All kernels of one instruction set; see product.h for where this is included.
+#pragma once
+
+#include "direct_kernels.h"
+#include "winograd_kernels.h"
+
+namespace hia::conv {
+namespace {
+
+template <class Isa>
+constexpr Kernels kernels_of(const char* name) {
+  return {name, direct<Isa>, weight<Isa>, winograd<Isa>, winograd_weight<Isa>,
+          gradient_tiles<Isa>, gradient_product<Isa>, gradient_weight<Isa>};
+}
+
+}  // namespace
+}  // namespace hia::conv

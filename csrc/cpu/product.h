@@ -1,0 +1,103 @@
+// Products in registers, for one instruction set. Included by conv_<isa>.cpp alone, after its target pragma: everything
+// has internal linkage, so that no function of one instruction set replaces another's.
+//
+// `Isa` has the vector type V, its width kWidth in floats, load / store / set / fma / add / sub / mul / max, and the
+// shape of its register block: kRows x (kVectors * kWidth).
+#pragma once
+
+#include "conv.h"
+
+namespace hia::conv {
+namespace {
+
+// Rows [0, ROWS) of a b over `depth`, given to `store(row, column, vector)`. a's rows are `row` floats apart, its
+// columns `step`; b is a panel.
+template <class Isa, int ROWS, class Store>
+inline __attribute__((always_inline)) void block_product(const float* a, int64_t row, int64_t step, const float* b,
+                                                         int64_t depth, const Store& store) {
+  using V = typename Isa::V;
+  constexpr int VECTORS = Isa::kVectors, WIDTH = Isa::kWidth, GROUPS = (ROWS + 2) / 3;
+  V sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = Isa::zero();
+  // three rows share a pointer: [p], [p + row], [p + 2 row] are addresses without arithmetic
+  const float* groups[GROUPS];
+#pragma GCC unroll 8
+  for (int g = 0; g < GROUPS; ++g) groups[g] = a + 3 * g * row;
+  for (int64_t k = 0; k < depth; ++k) {
+    V right[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) right[j] = Isa::load(b + j * WIDTH);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const V left = Isa::set(groups[i / 3][(i % 3) * row]);
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = Isa::fma(left, right[j], sums[i][j]);
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUPS; ++g) groups[g] += step;
+    b += kPanel;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) store(i, j * WIDTH, sums[i][j]);
+}
+
+template <class Isa, int ROWS, class Store>
+void choose_rows(int64_t rows, const float* a, int64_t row, int64_t step, const float* b, int64_t depth,
+                 const Store& store) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      block_product<Isa, ROWS>(a, row, step, b, depth, store);
+    else
+      choose_rows<Isa, ROWS - 1>(rows, a, row, step, b, depth, store);
+  }
+}
+
+// a b [rows, 32], in blocks of about equal height; `store` is one that can be moved: store.at(row, column).
+template <class Isa, class Store>
+void product(int64_t rows, const float* a, int64_t row, int64_t step, const float* b, int64_t depth,
+             const Store& store) {
+  const int64_t blocks = (rows + Isa::kRows - 1) / Isa::kRows;
+  for (int64_t i = 0, start = 0; i < blocks; ++i) {
+    const int64_t count = (rows - start + blocks - i - 1) / (blocks - i);
+    for (int64_t j = 0; j < kPanel; j += Isa::kVectors * Isa::kWidth)
+      choose_rows<Isa, Isa::kRows>(count, a + start * row, row, step, b + j, depth, store.at(start, j));
+    start += count;
+  }
+}
+
+// c = a b.
+template <class Isa>
+struct Put {
+  float* c;
+  int64_t row;
+  Put at(int64_t i, int64_t j) const { return {c + i * row + j, row}; }
+  void operator()(int64_t i, int64_t j, typename Isa::V sum) const { Isa::store(c + i * row + j, sum); }
+};
+
+// c += a b.
+template <class Isa>
+struct Add {
+  float* c;
+  int64_t row;
+  Add at(int64_t i, int64_t j) const { return {c + i * row + j, row}; }
+  void operator()(int64_t i, int64_t j, typename Isa::V sum) const {
+    float* to = c + i * row + j;
+    Isa::store(to, Isa::add(Isa::load(to), sum));
+  }
+};
+
+// y + shift + residual, ReLU.
+template <class Isa>
+inline typename Isa::V epilogue(typename Isa::V y, const float* shift, const float* residual, bool relu) {
+  if (shift) y = Isa::add(y, Isa::load(shift));
+  if (residual) y = Isa::add(y, Isa::load(residual));
+  return relu ? Isa::max(y, Isa::zero()) : y;
+}
+
+}  // namespace
+}  // namespace hia::conv
