@@ -19,7 +19,6 @@ pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
 
 OP = "cross_attention"
-FULL = 132 * 16  # programs of which no split makes sense
 CASES = [  # up to head_dim 256 fp16 and bf16 stay in registers; wider ones and fp32 pass through memory
     pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float32, id="ragged-fp32"),
     pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float16, id="ragged-fp16"),
@@ -59,11 +58,12 @@ def modules():
 
 @pytest.fixture
 def split(modules, monkeypatch):
-    """Cut the keys into as many shares as asked for."""
+    """Cut every sequence's keys into as many shares as asked for, or as it has keys."""
 
     def into(shares):
+        rule = modules[3].Splits(shares, shares, 1)
         for module in modules[:3]:
-            monkeypatch.setattr(module, "split_count", lambda *sizes: shares)
+            monkeypatch.setattr(module, "split_rule", lambda *sizes: rule)
 
     return into
 
@@ -95,7 +95,7 @@ def test_splits_of_the_keys(head_dim, dtype, split, triton_device):
 
 @pytest.mark.parametrize("head_dim", [64, 272])
 def test_shares_without_keys_change_no_bit(head_dim, split, triton_device):
-    """So neither does a generous max_seqlen, on which the number of splits depends."""
+    """So neither does a generous max_seqlen, which bounds the number of splits."""
     inputs = make_inputs([7, 5], [9, 20], torch.float16, triton_device, head_dim=head_dim)
     results = []
     for shares in (1, 4):
@@ -104,13 +104,33 @@ def test_shares_without_keys_change_no_bit(head_dim, split, triton_device):
     assert all(torch.equal(x, y) for x, y in zip(results[0].values(), results[1].values(), strict=True))
 
 
-def test_number_of_splits(modules, triton_device):
-    """For a device of 132 multiprocessors, as the interpreter plays."""
-    split_count = modules[3].split_count
-    if triton_device == "cpu":
-        assert [split_count(programs, 7, torch.device("cpu")) for programs in (0, 1, 80, 160, FULL)] == [1, 1, 1, 1, 1]
-        assert [split_count(programs, 128, torch.device("cpu")) for programs in (1, 80, 160, FULL)] == [16, 3, 4, 1]
-        assert split_count(1, 0, torch.device("cpu")) == 1
+RULES = [  # heads, head_dim, dtype, block_m, slices: splits of (0, 1, 4095, 6143, 6144, 16384, 2**20) keys
+    pytest.param((40, 128, torch.bfloat16, 128, 1), (1, 1, 1, 1, 3, 3, 3), id="13b-fused"),
+    pytest.param((8, 640, torch.bfloat16, 128, 5), (1, 1, 1, 1, 3, 3, 3), id="13b-released"),
+    pytest.param((8, 512, torch.bfloat16, 128, 4), (1, 1, 1, 2, 2, 2, 2), id="7b-released"),
+    pytest.param((8, 128, torch.float16, 128, 1), (1, 1, 1, 2, 3, 8, 8), id="few-heads"),
+    pytest.param((1, 16, torch.float16, 128, 1), (1, 1, 1, 2, 3, 8, 16), id="one-head"),
+    pytest.param((80, 128, torch.bfloat16, 128, 1), (1,) * 7, id="many-heads"),
+    pytest.param((8, 640, torch.float32, 64, 10), (1,) * 7, id="fp32-released"),
+    pytest.param((1, 16, torch.float32, 64, 1), (1, 1, 3, 5, 6, 16, 16), id="fp32-one-head"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "expected"), RULES)
+def test_number_of_splits(sizes, expected, modules):
+    """For a device of 132 multiprocessors, as the interpreter plays: full rounds of programs from one image."""
+    heads, head_dim, dtype, block_m, slices = sizes
+    rule = modules[3].split_rule(torch.empty(1, heads, head_dim, dtype=dtype), block_m, slices)
+    assert tuple(rule.of(length) for length in (0, 1, 4095, 6143, 6144, 16384, 2**20)) == expected
+    programs = rule.most * heads * slices * (256 // block_m)
+    assert programs >= 132 * 0.9 or rule.most == 16
+
+
+def test_number_of_splits_grows_with_the_keys(modules):
+    """Else ``max_seqlen_k`` would not bound it."""
+    for rule in ((1, 1, 1), (1, 3, 7), (5, 5, 4), (2, 3, 100)):
+        counts = [modules[3].Splits(*rule).of(length) for length in range(400)]
+        assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == rule[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -184,6 +204,25 @@ def test_nan_beyond_a_sequence_does_not_leak(head_dim, dtype, triton_device):
     assert torch.equal(leaked["lse"][:, 4:10], clean["lse"][:, 4:10])
 
 
+def assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k):
+    """Forward and backward, every sequence alone with a max_seqlen of its own."""
+    device = inputs["q"].device
+    seeded = torch.Generator().manual_seed(7)
+    dout = torch.randn(inputs["q"].shape, generator=seeded).to(device, inputs["q"].dtype)
+    dlse = torch.randn(inputs["q"].shape[1], sum(lengths_q), generator=seeded).to(device)
+    packed = with_gradients(inputs, dout, dlse)
+    starts_q, starts_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
+    for b, (lq, lk) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        alone = {"q": inputs["q"][rows_q], "k": inputs["k"][rows_k], "v": inputs["v"][rows_k]}
+        one = with_gradients({**inputs, **alone, **packing([lq], [lk], device)}, dout[rows_q], dlse[:, rows_q])
+        there = (packed[0][rows_q], packed[1][:, rows_q], packed[2][rows_q], *(x[rows_k] for x in packed[3:]))
+        for name, got, expected in zip(("out", "lse", "dq", "dk", "dv"), there, one, strict=True):
+            assert got.dtype == expected.dtype and torch.equal(got, expected), f"{name} of sequence {b}"
+            assert torch.equal(got.signbit(), expected.signbit()), f"sign of {name} of sequence {b}"
+    assert last_backend(OP) == "triton"
+
+
 def with_gradients(inputs, dout, dlse):
     """out, lse, dq, dk, dv."""
     q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
@@ -195,38 +234,22 @@ def with_gradients(inputs, dout, dlse):
 @pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float16), (80, torch.bfloat16), (272, torch.float16),
                                                  (32, torch.float32)], ids=str)  # fmt: skip
 def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, shares, split, triton_device):
-    """Forward and backward, with tiles and splits as they are: those follow max_seqlen and the number of sequences."""
+    """Few queries and many, no keys, one, and more than a block of them."""
     split(shares)
-    lengths_q, lengths_k = [7, 0, 12, 1], [9, 30, 300, 0]
+    lengths_q, lengths_k = [7, 0, 70, 1, 3], [9, 30, 300, 0, 1]
     inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, head_dim=head_dim)
-    dout = torch.randn(inputs["q"].shape, device=triton_device).to(dtype)
-    dlse = torch.randn(2, sum(lengths_q), device=triton_device)
-    packed = with_gradients(inputs, dout, dlse)
-    starts_q, starts_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
-    for b, (lq, lk) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        alone = {"q": inputs["q"][rows_q], "k": inputs["k"][rows_k], "v": inputs["v"][rows_k]}
-        alone |= packing([lq], [lk], triton_device) | {"max_seqlen_q": 12, "max_seqlen_k": 300}
-        one = with_gradients({**inputs, **alone}, dout[rows_q], dlse[:, rows_q])
-        there = (packed[0][rows_q], packed[1][:, rows_q], packed[2][rows_q], *(x[rows_k] for x in packed[3:]))
-        for name, got, expected in zip(("out", "lse", "dq", "dk", "dv"), there, one, strict=True):
-            assert torch.equal(got, expected), f"{name} of sequence {b}"
-    assert last_backend(OP) == "triton"
+    assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 
 
-def test_packed_is_one_at_a_time_to_rounding(triton_device):
-    """With the splits that each call chooses for itself."""
-    lengths_q, lengths_k = [7, 0, 12, 1], [9, 30, 2000, 0]
-    inputs = make_inputs(lengths_q, lengths_k, torch.float16, triton_device, heads=1, head_dim=16)
-    packed = cross_attention(**inputs)
-    starts_q, starts_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
-    outs = []
-    for b, (lq, lk) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        alone = {"q": inputs["q"][rows_q], "k": inputs["k"][rows_k], "v": inputs["v"][rows_k]}
-        outs.append(cross_attention(**alone, **packing([lq], [lk], triton_device)))
-    exact = cross_attention_ref(**upcast(inputs, torch.float64))
-    assert_close("out", torch.cat(outs), exact, packed, dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(16, torch.float16), (16, torch.float32), (272, torch.float16)], ids=str
+)
+def test_packed_is_one_at_a_time_with_the_splits_of_its_own(head_dim, dtype, modules, triton_device):
+    """Long enough for one sequence to be split as a launcher chooses, beside some that are not."""
+    lengths_q, lengths_k = [7, 1, 3], [9, 4500, 0]
+    inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, heads=1, head_dim=16)
+    assert modules[3].split_rule(inputs["q"], 64).of(4500) > 1
+    assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 
 
 def test_two_runs_are_bit_identical(triton_device):

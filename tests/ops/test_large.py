@@ -59,13 +59,8 @@ def attended(q, k, v, dout, lengths_q, lengths_k):
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (8, 640)], ids=["fused", "staged"])
-def test_cross_attention(heads, head_dim, monkeypatch):
-    """Splits pinned, as they follow the number of sequences."""
-    from hia_kernels.ops.cross_attention import triton_bwd, triton_fwd, triton_staged
-
+def test_cross_attention(heads, head_dim):
     needs(30)
-    for module in (triton_fwd, triton_bwd, triton_staged):
-        monkeypatch.setattr(module, "split_count", lambda *sizes: 1)
     lq, lk = 16, 1024
     sequences = TOO_MANY // (lk * heads * head_dim) + 2
     k, v = normal(sequences * lk, heads, head_dim), normal(sequences * lk, heads, head_dim)

@@ -26,6 +26,7 @@ from hia_kernels.ops.stem.reference import stem_ref
 from tests import inputs as make
 from tests.ops.harness import DTYPES, assert_matches
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
+from tests.ops.test_cross_attention_triton import assert_packed_is_one_at_a_time
 
 pytestmark = pytest.mark.interpreter
 
@@ -89,6 +90,25 @@ def test_cross_attention(lengths, heads, head_dim, dtype, layouts, dout, triton_
         inputs[name] = laid_out(inputs[name], layout, expanded_dim=1)  # one head's for all
     function, reference = cross_attention_with_lse, cross_attention_with_lse_ref
     assert_both_ways("cross_attention", function, reference, inputs, dtype, dout)
+
+
+@FEW
+@given(
+    lengths=st.lists(
+        st.tuples(st.sampled_from([0, 1, 5, 66, 130]), st.integers(0, 2) | st.integers(0, 300)), min_size=2, max_size=3
+    ),
+    heads=st.integers(1, 2), head_dim=st.sampled_from(range(16, 97, 16)), dtype=st.sampled_from(DTYPES),
+    share_bytes=st.sampled_from([16, 64, 4096]),
+)  # fmt: skip
+def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype, share_bytes, triton_device):
+    """Bit for bit, each sequence in as many shares as its launcher likes; small ones here, for splits of few keys."""
+    from hia_kernels.ops.cross_attention import triton_split
+
+    lengths_q, lengths_k = zip(*lengths, strict=True)
+    inputs = make.cross_attention_inputs(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_split, "SHARE_BYTES", share_bytes)
+        assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 
 
 @FEW

@@ -12,10 +12,12 @@ from .triton_fwd import LOG2E, blocks_of, is_fused
 from .triton_split import (
     combine,
     load_rows,
+    partial_results,
     readable,
     sequence_of,
     share_of,
-    split_count,
+    split_rule,
+    splits_of,
     strides_of,
     tuning_key,
 )
@@ -81,7 +83,7 @@ def _dq_block(
     return dot(ds.to(k.dtype), k, acc)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits"])
+@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits", "once", "most"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -90,10 +92,12 @@ def _cross_attention_bwd_dq_kernel(
     rows_ptr,  # [H, 2, Tq] fp32: lse in powers of 2, delta
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
-    dq_ptr,  # [Tq, H, D]; with several splits [splits, Tq, H, D] fp32
-    tokens, tiles_m, splits, H, scale, scale_log2e,  # tokens = Tq
+    dq_ptr,  # [Tq, H, D]
+    partial_ptr,  # [splits, Tq, H, D] fp32, only with IS_SPLIT
+    tokens, tiles_m, splits, once, most, H, scale, scale_log2e,  # tokens = Tq; splits of the longest sequence
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
     pid = tl.program_id(0)
@@ -103,7 +107,8 @@ def _cross_attention_bwd_dq_kernel(
     b = pid // (tiles_m * splits * H)
     start_q, len_q = sequence_of(cu_q_ptr, b)
     start_k, len_k = sequence_of(cu_k_ptr, b)
-    if start_m >= len_q:
+    own_splits = splits_of(len_k, once, most, LEAST) if IS_SPLIT else 1
+    if (start_m >= len_q) | (split >= own_splits):
         return
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -119,7 +124,7 @@ def _cross_attention_bwd_dq_kernel(
     lse = tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]
     delta = tl.load(rows_ptr + tokens + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
 
-    first, last = share_of(split, splits, len_k, BLOCK_N)
+    first, last = share_of(split, own_splits, len_k, BLOCK_N)
     k_ptr += (start_k + first) * stride_k_t + h * stride_k_h
     v_ptr += (start_k + first) * stride_v_t + h * stride_v_h
     offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
@@ -139,9 +144,12 @@ def _cross_attention_bwd_dq_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True,
         )  # fmt: skip
 
-    dq_ptr += ((tl.cast(split, tl.int64) * tokens + start_q) * H + h) * D
-    dq_ptrs = dq_ptr + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
-    tl.store(dq_ptrs, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d < D)[None, :])
+    offs_dq = start_q * H * D + h * D + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    if own_splits > 1:
+        tl.store(partial_ptr + tl.cast(split, tl.int64) * tokens * H * D + offs_dq, acc * scale, mask=mask)
+    else:
+        tl.store(dq_ptr + offs_dq, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles_n"])
@@ -208,10 +216,10 @@ def _cross_attention_bwd_dkv_kernel(
     tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-def _config(mode, table, q, max_seqlens):
+def _config(mode, table, q):
     block_m, block_n, warps, stages = blocks_of(table, q)
     heuristic = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    return tuning.pick("cross_attention", tuning_key(mode, q, *max_seqlens), q.device, heuristic)
+    return tuning.pick("cross_attention", tuning_key(mode, q), q.device, heuristic)
 
 
 def _rows_stats(dout, out, lse, dlse, factor):
@@ -238,19 +246,18 @@ def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, sof
         **strides_of(q=q, k=k, v=v, dout=dout), "D": head_dim, "BLOCK_D": max(16, tuning.bucket(head_dim)),
     }  # fmt: skip
 
-    config = _config("dq", DQ_BLOCKS, q, max_seqlens)
+    config = _config("dq", DQ_BLOCKS, q)
     tiles_m = triton.cdiv(max_seqlens[0], config["BLOCK_M"])
-    splits = split_count(tiles_m * pairs, triton.cdiv(max_seqlens[1], config["BLOCK_N"]), q.device)
-    target = dq
-    if splits > 1:
-        target = torch.empty((splits, *dq.shape), dtype=torch.float32, device=q.device)
+    rule = split_rule(q, config["BLOCK_M"])
+    splits = rule.of(max_seqlens[1])
+    partial = partial_results(splits, dq)[0]
     _cross_attention_bwd_dq_kernel[(tiles_m * splits * pairs,)](
-        *inputs, target, tiles_m=tiles_m, splits=splits, **sizes, **config
+        *inputs, dq, partial, tiles_m=tiles_m, **rule.arguments(splits), **sizes, **config
     )
     if splits > 1:
-        combine(target, None, dq, None, natural=False)
+        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=False)
 
-    config = _config("dkv", DKV_BLOCKS, q, max_seqlens)
+    config = _config("dkv", DKV_BLOCKS, q)
     tiles_n = triton.cdiv(max_seqlens[1], config["BLOCK_N"])
     _cross_attention_bwd_dkv_kernel[(tiles_n * pairs,)](*inputs, dk, dv, tiles_n=tiles_n, **sizes, **config)
 

@@ -13,24 +13,26 @@ from .triton_split import (
     family_of,
     finite_or_zero,
     load_rows,
+    partial_results,
     readable,
     sequence_of,
     share_of,
-    split_count,
+    split_rule,
+    splits_of,
     strides_of,
     tuning_key,
 )
 from .triton_staged import staged_fwd
 
 LOG2E = 1.4426950408889634
-# BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number: as large as the registers allow
+# BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number: as large as the registers allow, and
+# nothing that follows the batch: another order of sums would give a sequence other bits
 BLOCKS = {
     "amd": {128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
     "ampere": {32: (128, 64, 8, 2), 128: (128, 64, 8, 3)},
     "hopper": {128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
     "blackwell": {128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
 }
-FEW_QUERIES = (64, 64, 4, 3)  # instead, where no sequence has more than 64: two blocks to a multiprocessor
 
 
 @triton.jit
@@ -54,19 +56,21 @@ def _attend(
     return acc, new_top, total * decay + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits"])
+@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits", "once", "most"])
 def _cross_attention_fwd_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
     v_ptr,  # [Tk, H, D]
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
-    out_ptr,  # [Tq, H, D]; with IS_SPLIT [splits, Tq, H, D] fp32, not yet divided by the sum
-    top_ptr,  # lse [H, Tq], only with HAS_LSE; with IS_SPLIT maxima [splits, H, Tq], in powers of 2
-    total_ptr,  # [splits, H, Tq], only with IS_SPLIT
-    tokens, tiles_m, splits, H, scale_log2e,  # tokens = Tq
+    out_ptr,  # [Tq, H, D]
+    lse_ptr,  # [H, Tq] fp32, only with HAS_LSE
+    partial_ptr,  # [splits, Tq, H, D] fp32, not yet divided by the sum; these three only with IS_SPLIT
+    top_ptr,  # [splits, H, Tq] fp32, maxima in powers of 2
+    total_ptr,  # [splits, H, Tq] fp32
+    tokens, tiles_m, splits, once, most, H, scale_log2e,  # tokens = Tq; splits of the longest sequence
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr,
+    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
@@ -78,7 +82,8 @@ def _cross_attention_fwd_kernel(
     b = pid // (tiles_m * splits * H)
     start_q, len_q = sequence_of(cu_q_ptr, b)
     start_k, len_k = sequence_of(cu_k_ptr, b)
-    if start_m >= len_q:
+    own_splits = splits_of(len_k, once, most, LEAST) if IS_SPLIT else 1
+    if (start_m >= len_q) | (split >= own_splits):
         return
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -88,7 +93,7 @@ def _cross_attention_fwd_kernel(
 
     q_ptr += start_q * stride_q_t + h * stride_q_h
     q = load_rows(q_ptr + (offs_m[:, None] * stride_q_t + offs_d[None, :]), mask_m, offs_d, D, BLOCK_D)
-    first, last = share_of(split, splits, len_k, BLOCK_N)
+    first, last = share_of(split, own_splits, len_k, BLOCK_N)
     k_ptr += (start_k + first) * stride_k_t + h * stride_k_h
     v_ptr += (start_k + first) * stride_v_t + h * stride_v_h
     offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]; int32, see rows_contiguous
@@ -111,18 +116,19 @@ def _cross_attention_fwd_kernel(
             D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True,
         )  # fmt: skip
 
-    stats = (tl.cast(split, tl.int64) * H + h) * tokens + start_q + offs_m  # [BLOCK_M]
-    if IS_SPLIT:
-        tl.store(top_ptr + stats, top, mask=mask_m)
-        tl.store(total_ptr + stats, total, mask=mask_m)
+    row = h * tokens + start_q + offs_m  # [BLOCK_M]
+    offs_out = start_q * H * D + h * D + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    if own_splits > 1:
+        before = tl.cast(split, tl.int64) * H * tokens  # rows of the shares before
+        tl.store(top_ptr + before + row, top, mask=mask_m)
+        tl.store(total_ptr + before + row, total, mask=mask_m)
+        tl.store(partial_ptr + before * D + offs_out, acc, mask=mask)
     else:
         total = tl.where(total == 0.0, 1.0, total)
-        acc /= total[:, None]
         if HAS_LSE:
-            tl.store(top_ptr + stats, (top + tl.log2(total)) * LN2, mask=mask_m)
-    out_ptr += ((tl.cast(split, tl.int64) * tokens + start_q) * H + h) * D
-    out_ptrs = out_ptr + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d < D)[None, :])
+            tl.store(lse_ptr + row, (top + tl.log2(total)) * LN2, mask=mask_m)
+        tl.store(out_ptr + offs_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def is_fused(q):
@@ -136,12 +142,10 @@ def blocks_of(table, q):
     return sizes[min(limit for limit in sizes if q.shape[2] <= limit)]
 
 
-def _config(q, max_seqlen_q, max_seqlen_k):
+def _config(q):
     block_m, block_n, warps, stages = blocks_of(BLOCKS, q)
-    if max_seqlen_q <= 64 and q.shape[2] <= 128 and family_of(q.device) in ("hopper", "blackwell"):
-        block_m, block_n, warps, stages = FEW_QUERIES
     heuristic = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    return tuning.pick("cross_attention", tuning_key("fwd", q, max_seqlen_q, max_seqlen_k), q.device, heuristic)
+    return tuning.pick("cross_attention", tuning_key("fwd", q), q.device, heuristic)
 
 
 def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, out, lse):
@@ -150,21 +154,18 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
         q, softmax_scale = -q, -softmax_scale
     q, k, v = readable(q, k, v)
     tokens, heads, head_dim = q.shape
-    config = _config(q, max_seqlen_q, max_seqlen_k)
+    config = _config(q)
     tiles_m = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
-    programs = tiles_m * heads * (cu_seqlens_q.numel() - 1)
-    splits = split_count(programs, triton.cdiv(max_seqlen_k, config["BLOCK_N"]), q.device)
-    target, top, total = out, lse, None
-    if splits > 1:
-        target = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
-        top, total = (torch.empty((splits, heads, tokens), dtype=torch.float32, device=q.device) for _ in range(2))
-    _cross_attention_fwd_kernel[(programs * splits,)](
-        q, k, v, cu_seqlens_q, cu_seqlens_k, target, top, total, tokens=tokens, tiles_m=tiles_m, splits=splits,
-        H=heads, scale_log2e=softmax_scale * LOG2E, **strides_of(q=q, k=k, v=v),
-        D=head_dim, HAS_LSE=lse is not None, IS_SPLIT=splits > 1, BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
+    rule = split_rule(q, config["BLOCK_M"])
+    splits = rule.of(max_seqlen_k)
+    partial, *stats = partial_results(splits, out)
+    _cross_attention_fwd_kernel[(tiles_m * splits * heads * (cu_seqlens_q.numel() - 1),)](
+        q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, partial, *stats, tokens=tokens, tiles_m=tiles_m, H=heads,
+        scale_log2e=softmax_scale * LOG2E, **strides_of(q=q, k=k, v=v), **rule.arguments(splits),
+        D=head_dim, HAS_LSE=lse is not None, BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
     )  # fmt: skip
     if splits > 1:
-        combine(target, (top, total), out, lse, natural=False)
+        combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), rule, natural=False)
 
 
 def _fill(out, lse, q, k, *rest):

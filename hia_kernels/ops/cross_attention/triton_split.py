@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ...core import tuning
-
 LARGE_SHARED = 200 * 1024  # bytes a block may have: 227 KiB on Hopper and Blackwell, 163 or 99 KiB on others
 MAX_SPLITS = 16
-SPLIT_STEPS = 4  # steps of the inner loop that writing and reading one partial result cost; so does the last launch
+QUERIES = 256  # what a sequence is taken to have where its splits are chosen: those of an image in HiA
+SHARE_BYTES = 4096  # a channel of a share's keys, at least: its partial result then moves 1/4 of what its keys do
 
 
 @triton.jit
@@ -20,6 +20,13 @@ def sequence_of(cu_seqlens_ptr, b):
     """First packed row (int64: it is multiplied by strides) and length of sequence b."""
     start = tl.load(cu_seqlens_ptr + b)
     return start.to(tl.int64), tl.load(cu_seqlens_ptr + b + 1) - start
+
+
+@triton.jit
+def splits_of(length, once, most, LEAST: tl.constexpr):
+    """Into how many shares a sequence of that many keys is cut: ``Splits.of`` on the device."""
+    wanted = length // LEAST
+    return tl.maximum(tl.where(wanted < most, tl.minimum(wanted, once), most), 1)
 
 
 @triton.jit
@@ -50,24 +57,35 @@ def finite_or_zero(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit(do_not_specialize=["tokens", "splits"])
+@triton.jit(do_not_specialize=["tokens", "tiles_t", "once", "most"])
 def _cross_attention_combine_kernel(
     partial_ptr,  # [splits, T, H, D] fp32
     top_ptr,  # [splits, H, T] fp32, only with HAS_STATS; IS_NATURAL or in powers of 2
     total_ptr,  # [splits, H, T] fp32, only with HAS_STATS
     out_ptr,  # [T, H, D]
     lse_ptr,  # [H, T] fp32, only with HAS_LSE
-    tokens, splits, H,
-    D: tl.constexpr, HAS_STATS: tl.constexpr, IS_NATURAL: tl.constexpr, HAS_LSE: tl.constexpr,
+    cu_q_ptr,  # [B + 1], of the result's rows
+    cu_k_ptr,  # [B + 1], of what was split
+    tokens, tiles_t, H, once, most,  # tokens = T
+    D: tl.constexpr, LEAST: tl.constexpr, HAS_STATS: tl.constexpr, IS_NATURAL: tl.constexpr, HAS_LSE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds partial results in their order, softmax weighted; grid = (cdiv(T, BLOCK_T), H, cdiv(D, BLOCK_D))."""
+    """Adds a sequence's partial results in their order, softmax weighted; grid = (tiles_t * B, H, cdiv(D, BLOCK_D)).
+
+    A sequence in one share has none: its rows are written already.
+    """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
+    start_t = tl.program_id(0) % tiles_t * BLOCK_T
+    start_q, len_q = sequence_of(cu_q_ptr, tl.program_id(0) // tiles_t)
+    _, len_k = sequence_of(cu_k_ptr, tl.program_id(0) // tiles_t)
+    splits = splits_of(len_k, once, most, LEAST)
+    if (start_t >= len_q) | (splits == 1):
+        return
     h = tl.program_id(1).to(tl.int64)
-    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
+    offs_t = start_q + start_t + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_t = offs_t < tokens
+    mask_t = offs_t < start_q + len_q
     mask = mask_t[:, None] & (offs_d < D)[None, :]
     offsets = (offs_t * H + h)[:, None] * D + offs_d[None, :]  # [BLOCK_T, BLOCK_D]
     stride_partial = tl.cast(tokens, tl.int64) * H * D
@@ -101,22 +119,78 @@ def _cross_attention_combine_kernel(
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def combine(partial, stats, out, lse, *, natural):
-    """Fill ``out``, and ``lse`` if there is one, from partial results.
+class Splits(NamedTuple):
+    """How sequences are cut along the keys, each by its own length and nothing else of the batch.
+
+    Attributes:
+        once: splits that give each multiprocessor one program at most.
+        most: splits of a sequence that is long enough for them; either ``once`` or 3, see :func:`split_rule`.
+        least: keys of a share.
+    """
+
+    once: int
+    most: int
+    least: int
+
+    def of(self, length):
+        """Of a sequence of ``length`` keys; grows with it, so that of ``max_seqlen_k`` bounds all."""
+        wanted = length // self.least
+        return max(1, self.most if wanted >= self.most else min(wanted, self.once))
+
+    def arguments(self, splits):
+        """For a kernel whose grid and partial results are those of ``splits``: one compiled kernel for all batches."""
+        return {
+            "splits": splits, "once": self.once, "most": self.most, "LEAST": self.least, "IS_SPLIT": self.most > 1,
+        }  # fmt: skip
+
+
+def split_rule(q, block_m, slices=1):
+    """Splits that fill the device from one sequence of ``QUERIES`` queries, whatever it is packed with.
+
+    Args:
+        q: [Tq, H, D].
+        block_m: queries a program.
+        slices: programs that share a block of queries.
+    """
+    programs = triton.cdiv(QUERIES, block_m) * q.shape[1] * slices
+    places = _multiprocessors(q.device)
+    once = max(1, min(MAX_SPLITS, places // programs))
+    # two do not fit, three fill two rounds: 2/3 of the time of one. Two rounds of more would gain 1/5 at most.
+    most = 3 if 2 * programs > places and 3 * programs <= 2 * places else once
+    return Splits(once, most, SHARE_BYTES // q.element_size())
+
+
+def partial_results(splits, out):
+    """[splits, T, H, D] and twice [splits, H, T], fp32, for an ``out`` of [T, H, D]; empty for one split."""
+    if splits == 1:
+        return (torch.empty(0, dtype=torch.float32, device=out.device),) * 3
+    tokens, heads = out.shape[:2]
+    shapes = (tuple(out.shape), (heads, tokens), (heads, tokens))
+    return tuple(torch.empty((splits, *shape), dtype=torch.float32, device=out.device) for shape in shapes)
+
+
+def combine(partial, stats, out, lse, packing, rule, *, natural):
+    """Fill the rows of ``out``, and of ``lse`` if there is one, that were not written for being in several shares.
 
     Args:
         partial: [splits, T, H, D] fp32.
         stats: their maxima and sums, [splits, H, T] each, or None: they are added as they are.
         out: [T, H, D].
         lse: [H, T], or None.
+        packing: cu_seqlens of rows and of keys, and the longest sequence of rows.
+        rule: of the splits.
         natural: the maxima are scores, not powers of 2.
     """
     tokens, heads, head_dim = out.shape
     top, total = (None, None) if stats is None else stats
     block_d = min(128, triton.next_power_of_2(head_dim))
-    _cross_attention_combine_kernel[(triton.cdiv(tokens, 16), heads, triton.cdiv(head_dim, block_d))](
-        partial, top, total, out, lse, tokens=tokens, splits=partial.shape[0], H=heads, D=head_dim,
-        HAS_STATS=stats is not None, IS_NATURAL=natural, HAS_LSE=lse is not None, BLOCK_T=16, BLOCK_D=block_d,
+    tiles_t = triton.cdiv(packing[2], 16)
+    _cross_attention_combine_kernel[
+        (tiles_t * (packing[0].numel() - 1), heads, triton.cdiv(head_dim, block_d))
+    ](
+        partial, top, total, out, lse, *packing[:2], tokens=tokens, tiles_t=tiles_t, H=heads, once=rule.once,
+        most=rule.most, D=head_dim, LEAST=rule.least, HAS_STATS=stats is not None, IS_NATURAL=natural,
+        HAS_LSE=lse is not None, BLOCK_T=16, BLOCK_D=block_d,
     )  # fmt: skip
 
 
@@ -146,23 +220,6 @@ def _index(device):
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def split_count(programs, steps, device):
-    """Into how many shares to cut the inner loop's ``steps`` so that ``programs`` of them fill the device.
-
-    Counts rounds of programs, one to a multiprocessor, and what a split adds: the fewest steps in a row win.
-    So the number follows how many sequences are packed: splits that one sequence alone needs would cost many together
-    a partial result each. With equal splits packed sequences have the bits of one at a time, else they agree to
-    rounding.
-    """
-
-    def cost(splits):
-        added = SPLIT_STEPS if splits > 1 else 0
-        rounds = triton.cdiv(programs * splits, _multiprocessors(device))
-        return rounds * (triton.cdiv(steps, splits) + added) + added
-
-    return min(range(1, max(1, min(MAX_SPLITS, steps)) + 1), key=cost)
-
-
 def readable(*tensors):
     """Kernels read rows of contiguous channels, at 32-bit offsets within a block; whatever else is copied."""
     return [x if x.stride(-1) == 1 and x.stride(0) < 2**24 else x.contiguous() for x in tensors]
@@ -173,7 +230,6 @@ def strides_of(**tensors):
     return {f"stride_{name}_{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("th")}
 
 
-def tuning_key(mode, q, max_seqlen_q, max_seqlen_k):
-    """Bucketed sizes, and what else a measured configuration depends on."""
-    sizes = f"d{q.shape[2]}-q{tuning.bucket(max_seqlen_q)}-k{tuning.bucket(max_seqlen_k)}"
-    return f"{mode}-{sizes}-{str(q.dtype).removeprefix('torch.')}"
+def tuning_key(mode, q):
+    """What a measured configuration depends on: nothing of the batch, whose sequences would change bits together."""
+    return f"{mode}-d{q.shape[2]}-{str(q.dtype).removeprefix('torch.')}"

@@ -14,17 +14,21 @@ import triton.language as tl
 from ...core import tuning
 from ...core.triton_math import dot
 from .triton_split import (
+    Splits,
     combine,
     family_of,
     finite_or_zero,
+    partial_results,
     readable,
     sequence_of,
     share_of,
-    split_count,
+    split_rule,
+    splits_of,
     strides_of,
     tuning_key,
 )
 
+NO_SPLITS = Splits(once=1, most=1, least=1)
 WORKSPACE = 64 * 2**20  # bytes of probabilities held at once, about an H100's L2; one head's are held in any case
 
 
@@ -94,7 +98,7 @@ def _cross_attention_scores_kernel(
     tl.store(p_ptr + (offs_m[:, None] * columns + offs_n[None, :]), p.to(p_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "tiles_n", "splits", "first_pair"])
+@triton.jit(do_not_specialize=["tokens", "tiles_m", "tiles_n", "splits", "once", "most", "first_pair"])
 def _cross_attention_values_kernel(
     p_ptr,  # [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
     top_ptr,  # [pairs, tiles_n, tiles_m * BLOCK_M] fp32
@@ -102,11 +106,13 @@ def _cross_attention_values_kernel(
     v_ptr,  # [Tk, H, D]
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
-    out_ptr,  # [Tq, H, D]; with IS_SPLIT [splits, Tq, H, D] fp32, not yet divided by the sum
-    lse_ptr,  # [H, Tq] fp32, only with HAS_LSE; with IS_SPLIT maxima [splits, H, Tq]
-    sum_ptr,  # [splits, H, Tq] fp32, only with IS_SPLIT
-    tokens, tiles_m, tiles_n, splits, first_pair, H, stride_v_t, stride_v_h,
-    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr,
+    out_ptr,  # [Tq, H, D]
+    lse_ptr,  # [H, Tq] fp32, only with HAS_LSE
+    partial_ptr,  # [splits, Tq, H, D] fp32, not yet divided by the sum; these three only with IS_SPLIT
+    share_top_ptr,  # [splits, H, Tq] fp32, maxima
+    share_total_ptr,  # [splits, H, Tq] fp32
+    tokens, tiles_m, tiles_n, splits, once, most, first_pair, H, stride_v_t, stride_v_h,
+    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Probabilities times a slice of the values' columns; grid = (cdiv(D, BLOCK_D) * tiles_m * splits * pairs,)."""
@@ -121,14 +127,15 @@ def _cross_attention_values_kernel(
     start_q, len_q = sequence_of(cu_q_ptr, (first_pair + pair) // H)
     start_k, len_k = sequence_of(cu_k_ptr, (first_pair + pair) // H)
     h = (first_pair + pair) % H
-    if start_m >= len_q:
+    own_splits = splits_of(len_k, once, most, LEAST) if IS_SPLIT else 1
+    if (start_m >= len_q) | (split >= own_splits):
         return
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
 
-    first, last = share_of(split, splits, len_k, BLOCK_N)
+    first, last = share_of(split, own_splits, len_k, BLOCK_N)
     pitch = tiles_m * BLOCK_M
     stats = pair * tiles_n * pitch + start_m + offs_m  # [BLOCK_M]
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -159,18 +166,20 @@ def _cross_attention_values_kernel(
 
     mask_m = offs_m < len_q - start_m
     start_q += start_m
-    at = (tl.cast(split, tl.int64) * H + h) * tokens + start_q + offs_m  # [BLOCK_M]
-    if IS_SPLIT:
-        tl.store(lse_ptr + at, top, mask=mask_m & (tile_d == 0))
-        tl.store(sum_ptr + at, total, mask=mask_m & (tile_d == 0))
+    row = h * tokens + start_q + offs_m  # [BLOCK_M]
+    is_first = mask_m & (tile_d == 0)
+    offs_out = start_q * H * D + h * D + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
+    mask = mask_m[:, None] & mask_d
+    if own_splits > 1:
+        before = tl.cast(split, tl.int64) * H * tokens  # rows of the shares before
+        tl.store(share_top_ptr + before + row, top, mask=is_first)
+        tl.store(share_total_ptr + before + row, total, mask=is_first)
+        tl.store(partial_ptr + before * D + offs_out, acc, mask=mask)
     else:
         total = tl.where(total == 0.0, 1.0, total)
-        acc /= total[:, None]
         if HAS_LSE:
-            tl.store(lse_ptr + at, top + tl.log2(total) * LN2, mask=mask_m & (tile_d == 0))
-    out_ptr += ((tl.cast(split, tl.int64) * tokens + start_q) * H + h) * D
-    out_ptrs = out_ptr + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d)
+            tl.store(lse_ptr + row, top + tl.log2(total) * LN2, mask=is_first)
+        tl.store(out_ptr + offs_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles_m", "tiles_n", "first_pair"])
@@ -228,15 +237,16 @@ def _cross_attention_dscores_kernel(
     tl.store(ds_ptr + offset + offs_p, ds.to(ds_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_r", "tiles_m", "tiles_n", "splits", "first_pair"])
+@triton.jit(do_not_specialize=["tokens", "tiles_r", "tiles_m", "tiles_n", "splits", "once", "most", "first_pair"])
 def _cross_attention_product_kernel(
     a_ptr,  # p or ds, [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
     x_ptr,  # [Tx, H, D]: k for dq; with IS_TRANSPOSED q for dk, dout for dv
     cu_y_ptr,  # [B + 1], of the result's rows
     cu_x_ptr,  # [B + 1]
-    y_ptr,  # [T, H, D]; with several splits [splits, T, H, D] fp32
-    tokens, tiles_r, tiles_m, tiles_n, splits, first_pair, H, scale, stride_x_t, stride_x_h,  # tokens = T
-    D: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
+    y_ptr,  # [T, H, D]
+    partial_ptr,  # [splits, T, H, D] fp32, only with IS_SPLIT
+    tokens, tiles_r, tiles_m, tiles_n, splits, once, most, first_pair, H, scale, stride_x_t, stride_x_h,  # tokens = T
+    D: tl.constexpr, IS_TRANSPOSED: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = scale * a x or scale * a^T x, some columns; grid = (cdiv(D, BLOCK_D) * tiles_r * splits * pairs,)."""
@@ -249,14 +259,15 @@ def _cross_attention_product_kernel(
     start_y, len_y = sequence_of(cu_y_ptr, (first_pair + pair) // H)
     start_x, len_x = sequence_of(cu_x_ptr, (first_pair + pair) // H)
     h = (first_pair + pair) % H
-    if start_r >= len_y:
+    own_splits = splits_of(len_x, once, most, LEAST) if IS_SPLIT else 1
+    if (start_r >= len_y) | (split >= own_splits):
         return
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
 
-    first, last = share_of(split, splits, len_x, BLOCK_K)
+    first, last = share_of(split, own_splits, len_x, BLOCK_K)
     columns = tiles_n * BLOCK_N
     a_ptr += pair * (tiles_m * BLOCK_M) * columns
     x_ptr += (start_x + first) * stride_x_t + h * stride_x_h
@@ -275,14 +286,19 @@ def _cross_attention_product_kernel(
         x_ptr += BLOCK_K * stride_x_t
 
     start_y += start_r
-    y_ptr += ((tl.cast(split, tl.int64) * tokens + start_y) * H + h) * D
-    y_ptrs = y_ptr + (offs_r[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_R, BLOCK_D]
+    offs_y = start_y * H * D + h * D + (offs_r[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_R, BLOCK_D]
     mask = (offs_r < len_y - start_r)[:, None] & mask_d
-    tl.store(y_ptrs, (acc * scale).to(y_ptr.dtype.element_ty), mask=mask)
+    if own_splits > 1:
+        tl.store(partial_ptr + tl.cast(split, tl.int64) * tokens * H * D + offs_y, acc * scale, mask=mask)
+    else:
+        tl.store(y_ptr + offs_y, (acc * scale).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _blocks(mode, q, max_seqlen_q, max_seqlen_k):
-    """Tiles of the products: fp32 has no matrix instructions, so smaller ones and a short inner dimension."""
+def _blocks(mode, q):
+    """Tiles of the products: fp32 has no matrix instructions, so smaller ones and a short inner dimension.
+
+    Nothing that follows the batch: another order of sums would give a sequence other bits.
+    """
     block_d = max(16, tuning.bucket(q.shape[2]))
     if q.element_size() == 4:
         heuristic = {
@@ -291,14 +307,11 @@ def _blocks(mode, q, max_seqlen_q, max_seqlen_k):
         }  # fmt: skip
     else:
         large = family_of(q.device) in ("hopper", "blackwell")
-        block_m = 64 if max_seqlen_q <= 64 else 128
         heuristic = {
-            "BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 128 if large and mode == "fwd" else 64,
-            "BLOCK_D": min(128, block_d), "num_warps": 4 if mode == "fwd" and block_m == 64 else 8,
-            "num_stages": 3 if large else 2,
+            "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 128 if large and mode == "fwd" else 64,
+            "BLOCK_D": min(128, block_d), "num_warps": 8, "num_stages": 3 if large else 2,
         }  # fmt: skip
-    key = tuning_key(f"{mode}-staged", q, max_seqlen_q, max_seqlen_k)
-    return tuning.pick("cross_attention", key, q.device, heuristic)
+    return tuning.pick("cross_attention", tuning_key(f"{mode}-staged", q), q.device, heuristic)
 
 
 def _chosen(config, *names):
@@ -316,42 +329,39 @@ def staged_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     """Fill ``out`` and, if it is not None, ``lse``."""
     q, k, v = readable(q, k, v)
     tokens, heads, head_dim = q.shape
-    config = _blocks("fwd", q, max_seqlen_q, max_seqlen_k)
+    config = _blocks("fwd", q)
     tiles_m, tiles_n = triton.cdiv(max_seqlen_q, config["BLOCK_M"]), triton.cdiv(max_seqlen_k, config["BLOCK_N"])
     rows, columns = tiles_m * config["BLOCK_M"], tiles_n * config["BLOCK_N"]
     chunks = _chunks((cu_seqlens_q.numel() - 1) * heads, rows * columns * q.element_size())
     pairs = chunks[0][1]
-    tiles = triton.cdiv(head_dim, config["BLOCK_D"]) * tiles_m
-    splits = split_count(tiles * pairs, tiles_n, q.device)
+    tiles_d = triton.cdiv(head_dim, config["BLOCK_D"])
+    rule = split_rule(q, config["BLOCK_M"], tiles_d)
+    splits = rule.of(max_seqlen_k)
 
-    def fp32(*shape):
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
-
-    p, stats = q.new_empty(pairs, rows, columns), (fp32(pairs, tiles_n, rows), fp32(pairs, tiles_n, rows))
-    target, top, total = out, lse, None
-    if splits > 1:
-        target, top, total = fp32(splits, *out.shape), fp32(splits, heads, tokens), fp32(splits, heads, tokens)
+    p = q.new_empty(pairs, rows, columns)
+    of_tiles = [torch.empty((pairs, tiles_n, rows), dtype=torch.float32, device=q.device) for _ in range(2)]
+    partial, *of_shares = partial_results(splits, out)
     cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
     sizes = {"tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
     for first_pair, count in chunks:
         _cross_attention_scores_kernel[(tiles_m * tiles_n * count,)](
-            q, k, *cu_seqlens, p, *stats, **sizes, first_pair=first_pair, scale=softmax_scale,
+            q, k, *cu_seqlens, p, *of_tiles, **sizes, first_pair=first_pair, scale=softmax_scale,
             **strides_of(q=q, k=k), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
         )  # fmt: skip
-        _cross_attention_values_kernel[(tiles * splits * count,)](
-            p, *stats, v, *cu_seqlens, target, top, total, **sizes, first_pair=first_pair, tokens=tokens,
-            splits=splits, HAS_LSE=lse is not None, IS_SPLIT=splits > 1,
+        _cross_attention_values_kernel[(tiles_d * tiles_m * splits * count,)](
+            p, *of_tiles, v, *cu_seqlens, out, lse, partial, *of_shares, **sizes, first_pair=first_pair,
+            tokens=tokens, HAS_LSE=lse is not None, **rule.arguments(splits),
             **strides_of(v=v), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
         )  # fmt: skip
     if splits > 1:
-        combine(target, (top, total), out, lse, natural=True)
+        combine(partial, of_shares, out, lse, (*cu_seqlens, max_seqlen_q), rule, natural=True)
 
 
 def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
     """Fill ``grads``, those of q, k, v; ``rows_stats`` [H, 2, Tq]: lse, delta."""
     dq, dk, dv = grads
     heads, head_dim = q.shape[1:]
-    config = _blocks("bwd", q, *max_seqlens)
+    config = _blocks("bwd", q)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     tiles_m, tiles_n = triton.cdiv(max_seqlens[0], block_m), triton.cdiv(max_seqlens[1], block_n)
     shape = tiles_m * block_m, tiles_n * block_n
@@ -359,10 +369,9 @@ def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlen
     pairs = chunks[0][1]
     p, ds = q.new_empty(pairs, *shape), q.new_empty(pairs, *shape)
     tiles_d = triton.cdiv(head_dim, config["BLOCK_D"])
-    splits = split_count(tiles_d * tiles_m * pairs, triton.cdiv(max_seqlens[1], config["BLOCK_K"]), q.device)
-    partial = dq
-    if splits > 1:
-        partial = torch.empty((splits, *dq.shape), dtype=torch.float32, device=q.device)
+    rule = split_rule(q, block_m, tiles_d)
+    splits = rule.of(max_seqlens[1])
+    partial = partial_results(splits, dq)[0]
     sizes = {"tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
     for first_pair, count in chunks:
         sizes["first_pair"] = first_pair
@@ -371,17 +380,18 @@ def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlen
             scale=softmax_scale, **strides_of(q=q, k=k, v=v, dout=dout),
             **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
         )  # fmt: skip
-        by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, "splits": splits}
-        by_keys = {"IS_TRANSPOSED": True, "tiles_r": tiles_n, "BLOCK_R": block_n, "splits": 1}
+        by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, **rule.arguments(splits)}
+        by_keys = {"IS_TRANSPOSED": True, "tiles_r": tiles_n, "BLOCK_R": block_n, **NO_SPLITS.arguments(1)}
         products = (
-            (ds, k, cu_seqlens_q, cu_seqlens_k, partial, softmax_scale, by_queries),
+            (ds, k, cu_seqlens_q, cu_seqlens_k, dq, softmax_scale, by_queries),
             (ds, q, cu_seqlens_k, cu_seqlens_q, dk, softmax_scale, by_keys),
             (p, dout, cu_seqlens_k, cu_seqlens_q, dv, 1.0, by_keys),
         )
         for a, x, cu_seqlens_y, cu_seqlens_x, y, scale, by in products:
             _cross_attention_product_kernel[(tiles_d * by["tiles_r"] * by["splits"] * count,)](
-                a, x, cu_seqlens_y, cu_seqlens_x, y, **sizes, **by, tokens=y.shape[-3], scale=scale,
+                a, x, cu_seqlens_y, cu_seqlens_x, y, partial, **sizes, **by,
+                tokens=y.shape[0], scale=scale,
                 **strides_of(x=x), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
             )  # fmt: skip
     if splits > 1:
-        combine(partial, None, dq, None, natural=True)
+        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=True)
