@@ -20,7 +20,7 @@ from .composites import make_weights
 from .gate import Bound, Truth, backward_call, both_call, dout_like, results_of, truth_of
 from .inputs import Inputs, make_inputs
 from .kernels_args import Resume, parse, tasks_of, too_slow_to_compile
-from .kernels_output import Steps, Writer, console_for, print_end, print_list, print_report
+from .kernels_output import Steps, Writer, console_for, is_ours, print_end, print_failures, print_list, print_report
 from .limits import DTYPES, Limits
 from .measurement import Measurement
 from .providers import GRADIENT_MODES, Provider, all_providers
@@ -179,8 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print.
 
     Returns:
-        0; 1 if a provider or the device failed; 2 if the records of before can't be read; 130 after Ctrl-C, with what
-        was measured written.
+        0; 1 if a row of ours or the device failed, or nothing could be measured: a peer that fails is a red row, and
+        named at the end; 2 if the records of before can't be read; 130 after Ctrl-C, with what was measured written.
     """
     options = parse(arguments)
     console = console_for(sys.stdout)
@@ -221,10 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = not (options.filtered or interrupted or failure or run is None or run.cut or options.resume != Resume())
     writer(records, complete=whole)
     print_report(records, run.limits if run is not None else None, left_out, console)
+    print_failures(records, console)
     print_end(interrupted, run, writer.paths, time.perf_counter() - started, console)
     if interrupted:
         return 130
-    return 1 if failure or any(record.status == "failed" for record in records) else 0
+    nothing = run is not None and options.resume == Resume() and all(record.status != "ok" for record in records)
+    return 1 if failure or nothing or any(record.status == "failed" and is_ours(record) for record in records) else 0
 
 
 def start(options: Any, facts: dict[str, Any], started: float) -> Run:

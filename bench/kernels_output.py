@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +20,7 @@ from .measurement import Measurement, read_records, write_records
 from .providers import Provider
 
 FURTHEST = 10
+OUR_PROVIDERS = ("hia", "textbook", "gemms", "reference")  # and hia-<backend>; without the reference none is checked
 PLAIN_WIDTH = 160
 
 
@@ -147,12 +149,26 @@ def furthest(records: Sequence[Measurement], count: int = FURTHEST) -> list[Meas
 
 def unavailable_lines(records: Sequence[Measurement]) -> list[str]:
     """Provider and reason, each once, with how many rows it concerns."""
-    counts: dict[tuple[str, str], int] = {}
-    for record in records:
-        if record.status == "unavailable":
-            key = (record.provider, record.reason or "")
-            counts[key] = counts.get(key, 0) + 1
+    return _counted(record for record in records if record.status == "unavailable")
+
+
+def _counted(records: Iterable[Measurement]) -> list[str]:
+    counts = Counter((record.provider, record.reason or "") for record in records)
     return [f"{provider}: {reason} ({count} rows)" for (provider, reason), count in counts.items()]
+
+
+def is_ours(record: Measurement) -> bool:
+    """Whether a row that failed is this project's failure, not a peer's."""
+    return record.provider in OUR_PROVIDERS or record.provider.startswith("hia-")
+
+
+def print_failures(records: Sequence[Measurement], console: Console) -> None:
+    """Who failed and why: ours, for which the run fails, then peers, for which it doesn't."""
+    failed = [record for record in records if record.status == "failed"]
+    ours = [f"failed  {line}" for line in _counted(record for record in failed if is_ours(record))]
+    theirs = [f"a peer failed  {line}" for line in _counted(record for record in failed if not is_ours(record))]
+    for line in ours + theirs:
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(title: str, records: Sequence[Measurement]) -> Table:

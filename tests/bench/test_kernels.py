@@ -191,10 +191,10 @@ def with_fakes(monkeypatch):
 
 
 @pytest.mark.usefixtures("with_fakes")
-def test_a_failure_is_a_red_row_and_absence_a_reason(tmp_path, capsys):
+def test_a_peer_that_fails_is_a_red_row_and_absence_a_reason(tmp_path, capsys):
     path = tmp_path / "records.json"
     arguments = ["--quick", "--device", "cpu", "--op", "inject_rows", "--case", "tiny", "--mode", "forward"]
-    assert kernels.main([*arguments, "--json", str(path)]) == 1
+    assert kernels.main([*arguments, "--json", str(path)]) == 0
     found = {record.provider: record for record in read_records(path)}
     assert found["hia"].status == "ok" and found["hia"].extra["backend"] == "reference"
     assert found["hia"].p20_ms <= found["hia"].p50_ms <= found["hia"].p80_ms
@@ -205,7 +205,32 @@ def test_a_failure_is_a_red_row_and_absence_a_reason(tmp_path, capsys):
     assert (found["absent"].status, found["absent"].reason) == ("unavailable", "not installed")
     printed = capsys.readouterr()
     assert "FAILED" in printed.out and "unavailable  absent: not installed (1 rows)" in printed.out
+    *_, first, second, last = printed.out.strip().splitlines()
+    assert first.startswith("a peer failed  wrong: beyond the tolerance: out0: rel-RMS 1.00e-02 > ")
+    assert second == "a peer failed  raises: RuntimeError: a broken package (1 rows)" and "written: " in last
     assert "Traceback" not in printed.out + printed.err and printed.err == ""
+
+
+class OursWrong(Wrong):
+    name = "hia-reference"
+
+
+@pytest.mark.parametrize(
+    ("who", "code", "line"),
+    [
+        ([OursWrong(), providers.Eager()], 1, "failed  hia-reference: beyond the tolerance"),
+        ([Raises(), Absent()], 1, "a peer failed  raises: RuntimeError: a broken package (1 rows)"),
+        ([Raises(), providers.Eager()], 0, "a peer failed  raises: RuntimeError: a broken package (1 rows)"),
+        ([Absent()], 1, "unavailable  absent: not installed (1 rows)"),
+    ],
+    ids=["ours-fails", "nobody-ran", "a-peer-fails", "nobody-is-here"],
+)
+def test_the_exit_code_is_about_ours(who, code, line, monkeypatch, capsys):
+    for module in (kernels, kernels_args):
+        monkeypatch.setattr(module, "all_providers", lambda: {one.name: one for one in who})
+    arguments = ["--quick", "--device", "cpu", "--op", "inject_rows", "--case", "tiny", "--mode", "forward"]
+    assert kernels.main(arguments) == code
+    assert any(printed.startswith(line) for printed in capsys.readouterr().out.splitlines())
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
@@ -369,7 +394,7 @@ def test_composites_and_896_pixels_come_early_on_the_cpu():
 
 def test_no_new_task_after_the_time_is_over(tmp_path, capsys):
     arguments = ["--quick", "--device", "cpu", "--op", "stem,inject_rows", "--minutes", "1e-9"]
-    assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert kernels.main([*arguments, "--out", str(tmp_path)]) == 1, "nothing was measured"
     assert not (tmp_path / "kernels.json").exists(), "nothing replaces no record"
     assert "not measured, out of time: stem px-tiny fp32" in capsys.readouterr().out
 
