@@ -23,12 +23,15 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv table3 bench bench-compare report gpu test test-transformers lint format clean check-python
+.PHONY: help venv native table3 bench bench-compare report gpu test test-transformers lint format clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
 
 venv: $(READY) ## make .venv and install the pinned versions
+
+native: $(READY) ## compile csrc/ for the interpreter in use; make does it by itself in .venv
+	$(RUN) setup.py build_ext --inplace
 
 table3: $(READY) ## the paper's Table 3 beside ours; ARGS="--help" shows its options
 	$(RUN) -m bench.table3 $(ARGS)
@@ -82,7 +85,8 @@ check-python:
 	  { echo "PYTHON=$(PY) must be Python 3.10 or newer, got: $$("$(PY)" --version 2>&1)" >&2; exit 1; }
 	@"$(PY)" -c 'import torch' || { echo "PYTHON=$(PY) must have torch; without PYTHON=, make installs it in $(VENV)" >&2; exit 1; }
 
-$(STAMP): pyproject.toml constraints.txt setup.py
+# The package works without its native kernels, so a machine without a compiler gets a note.
+$(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	@base=; for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	  if "$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
 	    base=$$python; break; \
@@ -100,5 +104,11 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	"$(VENV)/bin/python" -m pip install --progress-bar off -c constraints.txt -e ".[$(EXTRAS)]"
 	@if [ "$$(uname -s)" = Linux ] && ! "$(VENV)/bin/python" -c 'import triton' 2>/dev/null; then \
 	  "$(VENV)/bin/python" -m pip install --progress-bar off --no-deps "$(TRITON)" || echo "note: no $(TRITON) for this machine; its tests will be skipped"; \
+	fi
+	@echo "compiling csrc/"; log=$$(mktemp); \
+	if "$(VENV)/bin/python" setup.py build_ext --inplace >"$$log" 2>&1; then \
+	  rm -f "$$log"; \
+	else \
+	  tail -n 5 "$$log"; echo "note: csrc/ was not compiled (whole output: $$log); the native CPU kernels are left out"; \
 	fi
 	@touch "$@"

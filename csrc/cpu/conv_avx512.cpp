@@ -7,6 +7,8 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,fma"))), apply_to = function)
 #else
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own header takes undefined vectors where a mask is full
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,fma")
 #endif

@@ -6,6 +6,7 @@
 namespace hia::conv {
 namespace {
 
+constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int64_t kSmallWeight = 1 << 16;  // floats of a weight that stays in the second-level cache
 
 // Shift, residual and ReLU on the way out of the registers.
@@ -47,10 +48,16 @@ void gather(const Convolution& p, int64_t index, float* to) {
     }
 }
 
+// Ask for what will be added to and written a little later: waiting for it is most of a shallow convolution's time.
+inline void fetch(const float* rows, int64_t count, int64_t row) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < kPanel; j += kLine) __builtin_prefetch(rows + i * row + j, 1, 2);
+}
+
 template <class Isa>
 void direct(const Convolution& p, int64_t begin, int64_t end, float* work) {
   const int64_t depth = p.depth(), at_once = pixels_at_once(depth), panels = p.outputs / kPanel;
-  const int64_t row = depth + kPad;  // rows a power of two apart would share the cache's sets
+  const int64_t row = depth + kPad;  // rows a large power of two apart would share the cache's sets
   const bool small = depth * p.outputs <= kSmallWeight;
   const int64_t group = small ? Isa::kRows : at_once;
   for (int64_t start = begin; start < end; start += at_once) {
@@ -60,9 +67,16 @@ void direct(const Convolution& p, int64_t begin, int64_t end, float* work) {
       const int64_t rows = count - first < group ? count - first : group;
       const int64_t offset = (start + first) * p.outputs;
       const Finish<Isa> finish{p.shift, p.residual ? p.residual + offset : nullptr, p.out + offset, p.outputs, p.relu};
-      for (int64_t panel = 0; panel < panels; ++panel)
+      const int64_t left = end - start - first - rows;
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        float* out = finish.out + panel * kPanel;
+        if (small)  // the next rows of this panel, or these rows of the next one
+          fetch(out + rows * p.outputs, left < rows ? left : rows, p.outputs);
+        else if (panel + 1 < panels)
+          fetch(out + kPanel, rows, p.outputs);
         product<Isa>(rows, work + first * row, row, 1, p.weight + panel * depth * kPanel, depth,
                      finish.at(0, panel * kPanel));
+      }
     }
   }
 }

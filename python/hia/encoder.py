@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hia_kernels
 from hia_kernels.ops.conv_norm_act.functional import packing_reasons
-from hia_kernels.ops.stem.functional import stem_reach
+from hia_kernels.ops.stem.functional import stem_packed, stem_packing_reasons, stem_reach
 
 from . import tiling
 from .config import HiAConfig
@@ -48,10 +48,11 @@ class Bottleneck(nn.Module):
         """[N, H, W, C] -> [N, H', W', 4 * width]; with prepared weights and without ``downsample`` written over x."""
         step = step or Steps()
         y = step(self.conv1, self.bn1, x)
-        y = step(self.conv2, self.bn2, y)
+        y = step(self.conv2, self.bn2, y, near=True)
         residual = x
         if self.downsample is not None:  # last: the larger of the two is not there yet while conv2 runs
             residual = step(self.downsample[0], self.downsample[1], x, activation="none")
+            step.moved(residual)
         return step(self.conv3, self.bn3, y, residual)
 
     def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
@@ -171,11 +172,12 @@ class Encoder(nn.Module):
 
         Used where no gradient is recorded, until a parameter changes.
         """
-        steps = {self.conv1: prepare_step(self.conv1, self.bn1, pack=False)}
+        constants = self._normalisation(self.conv1.weight.device)
+        steps = {self.conv1: prepare_step(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
         for unit in self.units():
             steps.update({conv: prepare_step(conv, norm) for conv, norm in unit.pairs()})
         self.unprepare()
-        self._prepared = PreparedEncoder(self.stamp(), steps, self._normalisation(self.conv1.weight.device))
+        self._prepared = PreparedEncoder(self.stamp(), steps, constants)
         return self._prepared
 
     def unprepare(self) -> None:
@@ -206,15 +208,21 @@ class Encoder(nn.Module):
     def body(self, x: Tensor, step: Steps | None = None, start: int = 0) -> Tensor:
         """What follows the stem, from unit ``start`` on: [N, H, W, C] -> [N, H', W', C']."""
         step = step or self._steps()
-        for unit in self.units()[start:]:
-            x = unit(x, step)
-        return x
+        elements = tiling.arena_elements(self.units()[start:], x.shape)
+        with step.within(elements, x.dtype, keep=start == 0):  # behind strips the image is a large one
+            for unit in self.units()[start:]:
+                x = unit(x, step)
+            return step.released(x)
 
     def stem(self, pixels: Tensor, window: Tensor, step: Steps) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H / stem_stride, W / stem_stride, width]."""
         mean, std = self._normalisation(pixels.device)
         if not self.bn1.training:
             weight, scale, shift = step.folded(self.conv1, self.bn1)
+            prepared = step.prepared.get(self.conv1)
+            packed = None if prepared is None else prepared.stem
+            if packed is not None and packed.mean is mean and not stem_packing_reasons(weight, pixels):
+                return stem_packed(pixels, window, packed)
             return hia_kernels.stem(pixels, window, mean, std, weight, scale, shift, self.pool)
         low, high = window[:, :, None, None, None].unbind(1)
         x = (((pixels.float() - low) / (high - low)).clamp(0, 1) - mean) / std  # [N, H, W, 3]
@@ -247,11 +255,12 @@ class Encoder(nn.Module):
         if prepared is None:
             return Steps()
         graphs = prepared.graphs if self.cuda_graphs else None
-        return Steps(prepared.steps, not packing_reasons(self.conv1.weight), graphs)
+        return Steps(prepared.steps, not packing_reasons(self.conv1.weight), graphs, prepared.arena)
 
     def _encode(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H', W', C]."""
         if budget is not None:
+            step.arena = None  # it may be larger than this image's budget
             images, height, width, _ = pixels.shape
             rows = tiling.strip_rows(self, height, width, budget // images)
             if rows is not None:
@@ -341,7 +350,9 @@ class ConvUnit:
         self.conv, self.norm, self.stride = conv, norm, conv.stride[0]
 
     def __call__(self, x: Tensor, step: Steps) -> Tensor:
-        return step(self.conv, self.norm, x)
+        out = step(self.conv, self.norm, x)
+        step.moved(out)
+        return out
 
     def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
         """Each convolution and its norm."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +15,13 @@ from hia_kernels.ops.conv_norm_act.functional import (
     PackedConv,
     conv_norm_act_packed,
     conv_norm_act_packed_,
+    conv_norm_act_packed_out,
     pack_conv,
     packing_reasons,
 )
+from hia_kernels.ops.stem.functional import PackedStem, pack_stem, stem_packing_reasons
 
+from .arena import Arena, Ends, passing
 from .graphs import GraphCache
 from .prepared import Stamp
 
@@ -56,17 +60,20 @@ class PreparedStep:
         scale: [OC] of its norm.
         shift: [OC] of its norm and bias.
         packed: both convolution and norm as oneDNN takes them; None where it doesn't serve.
+        stem: the stem's, as the Triton kernels take them; None elsewhere and where they don't serve.
     """
 
     weight: Tensor
     scale: Tensor
     shift: Tensor
     packed: PackedConv | None
+    stem: PackedStem | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies; on the CPU the weight is the parameter itself."""
         own = 0 if self.weight.device.type == "cpu" else self.weight.nbytes
+        own += 0 if self.stem is None else self.stem.nbytes
         return own + self.scale.nbytes + self.shift.nbytes + (0 if self.packed is None else self.packed.nbytes)
 
 
@@ -79,28 +86,33 @@ class PreparedEncoder:
         steps: by convolution.
         constants: mean and std of the stem, on the device.
         graphs: of the whole encoder with these weights.
+        arena: memory of the activations, on the CPU.
     """
 
     stamp: Stamp
     steps: dict[nn.Module, PreparedStep] = field(repr=False)
     constants: tuple[Tensor, Tensor] = field(repr=False)
     graphs: GraphCache = field(default_factory=GraphCache, repr=False)
+    arena: Arena = field(default_factory=Arena, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies."""
         constants = sum(tensor.nbytes for tensor in self.constants)
-        return sum(step.nbytes for step in self.steps.values()) + constants + self.graphs.nbytes
+        return sum(step.nbytes for step in self.steps.values()) + constants + self.graphs.nbytes + self.arena.nbytes
 
 
 @torch.no_grad()
-def prepare_step(conv: FoldedConv, norm: nn.BatchNorm2d, *, pack: bool = True) -> PreparedStep:
+def prepare_step(
+    conv: FoldedConv, norm: nn.BatchNorm2d, *, pack: bool = True, stem: tuple[Tensor, Tensor, int] | None = None
+) -> PreparedStep:
     """Fold one norm, and pack the weight where packing serves.
 
     Args:
         conv: the convolution.
         norm: what follows it.
         pack: whether ``conv_norm_act`` will compute it.
+        stem: mean, std and pool, if it is the stem's.
     """
     scale, shift = conv.folded(norm)
     weight, packed = conv.weight.detach(), None
@@ -108,7 +120,10 @@ def prepare_step(conv: FoldedConv, norm: nn.BatchNorm2d, *, pack: bool = True) -
         weight = weight.contiguous(memory_format=torch.channels_last)
     if pack and not packing_reasons(weight):
         packed = pack_conv(weight, scale, shift, conv.stride[0])
-    return PreparedStep(weight, scale, shift, packed)
+    if stem is None or stem_packing_reasons(weight):
+        return PreparedStep(weight, scale, shift, packed)
+    mean, std, pool = stem
+    return PreparedStep(weight, scale, shift, packed, pack_stem(weight, mean, std, scale, shift, pool))
 
 
 class Steps:
@@ -118,6 +133,7 @@ class Steps:
         prepared: by convolution.
         packed: whether packed weights serve now; where they don't, prepared scales and shifts still do.
         graphs: of the encoder with these weights, if it may use them.
+        arena: memory of the activations, if it may use it.
     """
 
     def __init__(
@@ -125,8 +141,41 @@ class Steps:
         prepared: Mapping[nn.Module, PreparedStep] | None = None,
         packed: bool = False,
         graphs: GraphCache | None = None,
+        arena: Arena | None = None,
     ):
-        self.prepared, self.packed, self.graphs = prepared or {}, packed, graphs
+        self.prepared, self.packed, self.graphs, self.arena = prepared or {}, packed, graphs, arena
+        self.ends: Ends | None = None
+
+    @contextmanager
+    def within(self, elements: int, dtype: torch.dtype, keep: bool) -> Iterator[None]:
+        """Take activations from the arena in the block, if there is one; :meth:`released` leaves with the result.
+
+        Args:
+            elements: that the units need at most, ``tiling.arena_elements``.
+            dtype: of the activations.
+            keep: whether the memory stays for the next image.
+        """
+        if self.arena is None or not self.packed or not self._all_native():
+            yield
+            return
+        with self.arena.lease(elements, dtype) if keep else passing(elements, dtype) as self.ends:
+            try:
+                yield
+            finally:
+                self.ends = None
+
+    def _all_native(self) -> bool:
+        """Whether every packed convolution writes into what it is given."""
+        return all(step.packed is None or step.packed.is_native() for step in self.prepared.values())
+
+    def moved(self, out: Tensor) -> None:
+        """A unit has finished with its input, and ``out`` is the next one's."""
+        if self.ends is not None:
+            self.ends.moved(out)
+
+    def released(self, out: Tensor) -> Tensor:
+        """``out``, or a copy if it lies in the arena."""
+        return out.clone() if self.ends is not None and self.ends.holds(out) else out
 
     def folded(self, conv: FoldedConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
         """A convolution's weight, and scale and shift of the norm behind it."""
@@ -141,6 +190,7 @@ class Steps:
         residual: Tensor | None = None,
         activation: str = "relu",
         pad_rows: bool = True,
+        near: bool = False,
     ) -> Tensor:
         """[N, IH, IW, C] -> [N, OH, OW, OC]: convolution, norm, residual, activation.
 
@@ -151,9 +201,15 @@ class Steps:
             residual: is added before the activation, and may be written over: nothing may read it afterwards.
             activation: "relu" or "none".
             pad_rows: False where ``x`` is a strip that brings its neighbours' rows.
+            near: where in the arena the result goes, if there is one: next to the unit's input, not to the other end.
         """
         step = self.prepared.get(conv)
         if step is not None and step.packed is not None and self.packed:
+            if residual is None and self.ends is not None:
+                images, height, width, _ = x.shape
+                size = (images, (height - 1) // step.packed.stride + 1, (width - 1) // step.packed.stride + 1)
+                place = self.ends.near if near else self.ends.far
+                return conv_norm_act_packed_out(place((*size, conv.out_channels)), x, step.packed, activation)
             if residual is None or not residual.is_contiguous():
                 return conv_norm_act_packed(x, step.packed, residual, activation, pad_rows)
             return conv_norm_act_packed_(residual, x, step.packed, activation, pad_rows)

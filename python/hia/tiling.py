@@ -152,6 +152,12 @@ class _Shape:
         convolved = (inside + outside) * self.mid if self.mid else outside * self.out
         return inside * self.channels + max(convolved, outside * (self.mid + self.out) + residual)
 
+    def ends(self, height: int, width: int) -> tuple[int, int]:
+        """Elements of its output if that is not written over its input, and of all it needs at the arena's two ends."""
+        inside, outside = height * width, self.halved(height) * self.halved(width)
+        out = outside * self.out if self.shortcut or not self.mid else 0
+        return out, max(inside * self.mid, out) + outside * self.mid
+
     def strip(self, rows: int, width: int) -> int:
         """Elements alive at once for a strip of so many rows, without what waits between strips."""
         outside = self.halved(rows + 2) * self.halved(width)
@@ -217,6 +223,23 @@ def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None
     if rows is None:
         return peak + folded
     return peak + folded + waiting + height * width * encoder.channels * weight.element_size()
+
+
+def arena_elements(units: Sequence[Any], size: Sequence[int]) -> int:
+    """What a chain of units needs of an arena, whose first input lies elsewhere.
+
+    Args:
+        units: in order.
+        size: of the first one's input, [N, H, W, C].
+    """
+    images, height, width, _ = size
+    taken, most = 0, 0
+    for shape in map(_shape_of, units):
+        out, needed = shape.ends(height, width)
+        most = max(most, taken + needed)
+        taken = out or taken
+        height, width = shape.halved(height), shape.halved(width)
+    return images * most
 
 
 def check_budget(budget: int | None) -> None:

@@ -45,7 +45,7 @@ def test_prepared_is_the_same_encoder(changes, channels):
         plain = encoder(pixels, WINDOW)
         prepared = encoder.prepare()
         out = encoder(pixels, WINDOW)
-    assert hia_kernels.last_backend("conv_norm_act") == hia_kernels.last_backend("stem") == "cpu"
+    assert hia_kernels.last_backend("conv_norm_act") in ("cpu", "native") and hia_kernels.last_backend("stem") == "cpu"
     assert out.shape == (encoder.halved(75), encoder.halved(101), encoder.channels) and out.dtype == torch.float32
     assert distance(plain, exact) < 2e-6 and distance(out, exact) < 2e-6
     assert encoder.current() is prepared and prepared.nbytes > 0

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 import hia_kernels
 from hia_kernels import conv_norm_act
 from hia_kernels.ops.conv_norm_act import cpu, functional
-from hia_kernels.ops.conv_norm_act.functional import conv_norm_act_packed, conv_norm_act_packed_, pack_conv
+from hia_kernels.ops.conv_norm_act.functional import (
+    conv_norm_act_packed,
+    conv_norm_act_packed_,
+    conv_norm_act_packed_out,
+    pack_conv,
+)
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from tests.compare import assert_close
 from tests.inputs import conv_norm_act_inputs as make_inputs
@@ -18,6 +23,13 @@ OP = "conv_norm_act"
 F32, BF16 = torch.float32, torch.bfloat16
 HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 NEEDS_BF16 = pytest.mark.skipif(not HAS_BF16, reason="oneDNN has no bfloat16 on this CPU")
+
+
+@pytest.fixture(autouse=True)
+def only_onednn():
+    """The native kernels, where they are built, come first."""
+    with hia_kernels.use_backend("cpu"):
+        yield
 
 
 def packed_call(inputs):
@@ -33,8 +45,9 @@ def assert_forward_matches(run, inputs, dtype=F32):
 
 
 def test_backend_used():
-    inputs = make_inputs((5, 4), F32)
-    forward_backward(OP, conv_norm_act, inputs)
+    inputs = make_inputs((5, 4), F32)  # channels that the native kernels don't take
+    with hia_kernels.use_backend("auto"):
+        forward_backward(OP, conv_norm_act, inputs)
     assert hia_kernels.last_backend(OP) == "cpu"
     with hia_kernels.use_backend("reference"):
         conv_norm_act(**inputs)
@@ -44,7 +57,8 @@ def test_backend_used():
         reason = f"cpu: {str(dtype).removeprefix('torch.')} is left to the reference"
         with hia_kernels.use_backend("cpu"), pytest.raises(NotImplementedError, match=reason):
             conv_norm_act(**inputs)
-        conv_norm_act(**inputs)
+        with hia_kernels.use_backend("auto"):
+            conv_norm_act(**inputs)
         assert hia_kernels.last_backend(OP) == "reference"
 
 
@@ -59,7 +73,8 @@ def test_any_size(data):
     options |= {"activation": data.draw(st.sampled_from(["none", "relu", "gelu"])), "images": data.draw(st.just(1))}
     dtype = data.draw(st.sampled_from([F32, BF16]))
     inputs = make_inputs(size, dtype, **options)
-    assert_forward_matches(lambda given: conv_norm_act(**given), inputs, dtype)
+    with hia_kernels.use_backend("cpu" if dtype == F32 else "auto"):  # bf16 is for packed weights alone
+        assert_forward_matches(lambda given: conv_norm_act(**given), inputs, dtype)
     if dtype == F32 or HAS_BF16:
         assert_forward_matches(packed_call, inputs, dtype)
 
@@ -164,18 +179,22 @@ def test_sizes_share_layouts_and_the_last_are_kept(monkeypatch):
     assert_close("out", conv_norm_act_packed(x, packed), expected.double(), expected, dtype=F32)
 
 
-def test_packed_ops_are_registered():
+def test_flops_of_packed_ops():
     inputs = make_inputs((5, 4), F32, channels=(8, 16), residual=True)
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
     x, residual = inputs["x"], inputs["residual"].contiguous()
-    arguments = (x, inputs["weight"], inputs["shift"])  # a plain weight: opcheck can't copy a packed one
-    for mode in (True, False):
-        fitting = residual if mode else residual[:, 1:-1]
-        torch.library.opcheck(torch.ops.hia.conv_norm_act_packed.default, (*arguments, fitting, 1, "relu", mode))
-    torch.library.opcheck(torch.ops.hia.conv_norm_act_packed_.default, (residual, *arguments, 1, "relu", True))
     count = 2 * 2 * 5 * 4 * 16 * 8 * 9
     assert flops_by_op(lambda: conv_norm_act_packed(x, packed)) == {"hia.conv_norm_act_packed": count}
     assert flops_by_op(lambda: conv_norm_act_packed_(residual, x, packed)) == {"hia.conv_norm_act_packed_": count}
+    assert flops_by_op(lambda: conv_norm_act_packed_out(residual, x, packed)) == {"hia.conv_norm_act_packed_out": count}
+
+
+def test_packed_into_a_tensor():
+    inputs = make_inputs((9, 12), F32, stride=2)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], 2)
+    expected = conv_norm_act_packed(inputs["x"], packed)
+    out = torch.full_like(expected, torch.nan)
+    assert conv_norm_act_packed_out(out, inputs["x"], packed) is out and torch.equal(out, expected)
 
 
 def test_packed_errors():
@@ -201,6 +220,10 @@ def test_packed_errors():
     x.requires_grad_(False)
     with pytest.raises(ValueError, match=r"^hia::conv_norm_act_packed_: residual must be contiguous, got strides"):
         conv_norm_act_packed_(residual, x, packed)
+    with pytest.raises(ValueError, match=r"^hia::conv_norm_act_packed_out: out must be contiguous, got strides"):
+        conv_norm_act_packed_out(residual, x, packed)
+    with pytest.raises(ValueError, match=r"^hia::conv_norm_act_packed_out: out must have the output's"):
+        conv_norm_act_packed_out(residual[:, 1:], x, packed)
     with hia_kernels.use_backend("reference"), pytest.raises(NotImplementedError, match="HIA_BACKEND=reference"):
         pack_conv(weight, scale, shift)
     with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast is on"):

@@ -108,7 +108,7 @@ class TestBackendChoice:
             only_fast.select("double", 30)
 
     def test_unknown_names(self, two_backends, monkeypatch):
-        names = "auto, reference, triton, cuda, cublas, cudnn, cpu, sdpa, flash_attn, xformers"
+        names = "auto, reference, triton, cuda, cublas, cudnn, native, cpu, sdpa, flash_attn, xformers"
         message = f"^use_backend: name must be one of {names}, got 'mps'$"
         with pytest.raises(ValueError, match=message), use_backend("mps"):
             pass

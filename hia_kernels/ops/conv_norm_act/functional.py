@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,9 +183,11 @@ def _check_packed(
     op: str, x: Tensor, packed: PackedConv, residual: Tensor | None, activation: str, pad: bool, name: str = "residual"
 ) -> None:
     check_choice(op, "activation", activation, ACTIVATIONS)
-    check_dtypes(op, x=(x, packed.weight.dtype), **{name: (residual, packed.weight.dtype)})
     out_channels, channels, kernel, _ = packed.weight.shape
-    check_shapes(op, x=(x, f"N IH IW {channels}"), **{name: (residual, f"N OH OW {out_channels}")})
+    dtypes: dict[str, Any] = {"x": (x, packed.weight.dtype), name: (residual, packed.weight.dtype)}
+    check_dtypes(op, **dtypes)
+    shapes: dict[str, Any] = {"x": (x, f"N IH IW {channels}"), name: (residual, f"N OH OW {out_channels}")}
+    check_shapes(op, **shapes)
     if x.shape[1] < (1 if pad else kernel) or x.shape[2] < 1:
         raise ValueError(f"hia::{op}: x must hold at least one output's rows and columns, got shape {list(x.shape)}")
     rows = x.shape[1] - 1 if pad else x.shape[1] - kernel

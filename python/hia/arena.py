@@ -1,0 +1,97 @@
+"""Memory for activations that prepared weights keep between images on the CPU.
+
+A map of an image at full resolution is larger than what the C library keeps for itself, so a new one is asked of the
+system, and its pages are faulted in, every time. One buffer serves a chain of units instead: each unit's input lies at
+one of its ends, what the unit computes at the other, and then the ends change places.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+LARGEST = 128 * 2**20  # bytes that are kept
+
+
+class Ends:
+    """Places in a buffer while a chain of units runs.
+
+    Args:
+        buffer: flat.
+    """
+
+    def __init__(self, buffer: Tensor):
+        self.buffer = buffer
+        self.low, self.taken = True, 0  # the end where the unit's input lies, and its elements
+
+    def far(self, shape: Sequence[int]) -> Tensor:
+        """A tensor at the end opposite to the input's."""
+        count = math.prod(shape)
+        return self._at(self.buffer.numel() - count if self.low else 0, shape)
+
+    def near(self, shape: Sequence[int]) -> Tensor:
+        """A tensor next to the input."""
+        count = math.prod(shape)
+        return self._at(self.taken if self.low else self.buffer.numel() - self.taken - count, shape)
+
+    def moved(self, out: Tensor) -> None:
+        """The next unit's input is ``out``: a tensor of :meth:`far`, or one from elsewhere."""
+        if self.holds(out):
+            self.low, self.taken = not self.low, out.numel()
+        else:
+            self.taken = 0
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the buffer."""
+        return tensor.untyped_storage().data_ptr() == self.buffer.untyped_storage().data_ptr()
+
+    def _at(self, start: int, shape: Sequence[int]) -> Tensor:
+        return self.buffer[start : start + math.prod(shape)].view(shape)
+
+
+class Arena:
+    """The buffer, as large as the largest chain so far needed; one call at a time has it."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it keeps."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    @contextmanager
+    def lease(self, elements: int, dtype: torch.dtype) -> Iterator[Ends | None]:
+        """The buffer for the time of a block; None where it would be too large, or another call has it.
+
+        None, too, where something looks on at every op: it would keep a tracer's tensors, and a count of the memory
+        would miss it.
+
+        Args:
+            elements: that the chain needs at most.
+            dtype: of the activations.
+        """
+        watched = torch._C._len_torch_dispatch_stack() > 0
+        if watched or elements * dtype.itemsize > LARGEST or not self._lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            if self._buffer is None or self._buffer.numel() < elements or self._buffer.dtype != dtype:
+                self._buffer = None  # before the larger one
+                with torch.inference_mode(False):  # both kinds of calls use it
+                    self._buffer = torch.empty(elements, dtype=dtype)
+            yield Ends(self._buffer)
+        finally:
+            self._lock.release()
+
+
+@contextmanager
+def passing(elements: int, dtype: torch.dtype) -> Iterator[Ends]:
+    """A buffer for the time of a block and no longer, of any size."""
+    yield Ends(torch.empty(elements, dtype=dtype))

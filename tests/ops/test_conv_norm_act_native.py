@@ -1,0 +1,234 @@
+"""``hia::conv_norm_act`` by the native extension: direct and Winograd forms, packed weights, gradients, every ISA."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hia_kernels
+from hia_kernels import conv_norm_act
+from hia_kernels.core import native as extension
+from hia_kernels.ops.conv_norm_act import native
+from hia_kernels.ops.conv_norm_act.functional import (
+    conv_norm_act_packed,
+    conv_norm_act_packed_,
+    conv_norm_act_packed_out,
+    pack_conv,
+)
+from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
+from tests.compare import assert_close
+from tests.inputs import conv_norm_act_inputs as make_inputs
+from tests.ops.harness import assert_identical, assert_matches, flops_by_op, forward_backward, upcast
+
+OP = "conv_norm_act"
+F32 = torch.float32
+WIDE = {"channels": (32, 64)}
+REASONS = native.unavailable_reasons()
+pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
+
+
+@pytest.fixture(autouse=True)
+def only_native():
+    with hia_kernels.use_backend("native"):
+        yield
+
+
+def packed_call(inputs):
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], inputs["stride"])
+    return conv_norm_act_packed(inputs["x"], packed, inputs["residual"], inputs["activation"])
+
+
+def assert_forward_matches(run, inputs):
+    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    out = run(inputs)
+    assert hia_kernels.last_backend(OP) == "native" and out.is_contiguous()
+    assert_close("out", out, exact, plain, dtype=F32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_size(data):
+    """Odd and prime sizes, one row or column, half panels; forward, packed, written over, written into."""
+    size = data.draw(st.tuples(st.sampled_from([1, 2, 3, 7, 16, 31]), st.sampled_from([1, 2, 5, 13, 32, 67])))
+    stride, residual = data.draw(st.sampled_from([1, 2])), data.draw(st.booleans())
+    options = {"kernel": data.draw(st.sampled_from([1, 3])), "stride": stride, "residual": residual}
+    options |= {"channels": data.draw(st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 96, 160])))}
+    options |= {"activation": data.draw(st.sampled_from(["none", "relu", "gelu"])), "images": data.draw(st.just(2))}
+    options |= {"nchw": data.draw(st.booleans())}
+    inputs = make_inputs(size, F32, **options)
+    assert_forward_matches(lambda given: conv_norm_act(**given), inputs)
+    assert_forward_matches(packed_call, inputs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_gradient(data):
+    """The Winograd form's, of the image and of the weight."""
+    size = data.draw(st.tuples(st.sampled_from([1, 2, 3, 7, 16, 31]), st.sampled_from([1, 2, 5, 13, 32, 67])))
+    options = {"channels": data.draw(st.tuples(st.sampled_from([32, 64, 160]), st.sampled_from([32, 96]))), "images": 2}
+    options |= {
+        "activation": data.draw(st.sampled_from(["none", "relu", "gelu"])),
+        "residual": data.draw(st.booleans()),
+    }
+    assert_matches(OP, conv_norm_act, conv_norm_act_ref, make_inputs(size, F32, **options), F32)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 160), (512, 40)])
+def test_gradients_of_many_tiles(channels, side):
+    """Several blocks of tiles, and sums long enough to lose digits if they were one after the other.
+
+    Without an activation: among so many outputs one lies so near ReLU's kink that rounding decides its side.
+    """
+    inputs = make_inputs((side, side), F32, images=1, channels=(channels, channels), activation="none")
+    inputs["x"].relu_()
+    assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_image_alone_and_number_of_threads_change_no_bit(kernel):
+    inputs = make_inputs((45, 37), F32, kernel=kernel, images=3, **WIDE)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
+    together = conv_norm_act_packed(inputs["x"], packed)
+    for image in range(3):
+        assert torch.equal(conv_norm_act_packed(inputs["x"][image : image + 1], packed)[0], together[image])
+    threads = torch.get_num_threads()
+    mixed = {"kernel": 3, "images": 2, **WIDE}
+    before = forward_backward(OP, conv_norm_act, make_inputs((45, 37), F32, **mixed))
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert torch.equal(conv_norm_act_packed(inputs["x"], packed), together)
+        again = forward_backward(OP, conv_norm_act, make_inputs((45, 37), F32, **mixed))
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("out", "dx", "dweight"):
+        assert_identical({name: before[name]}, {name: again[name]})
+
+
+def test_nothing_outside_the_result_is_written_and_all_of_it_is():
+    for kernel, stride in ((1, 1), (3, 1), (3, 2)):
+        inputs = make_inputs((9, 13), F32, kernel=kernel, stride=stride, images=1, **WIDE)
+        packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], stride)
+        expected = conv_norm_act_packed(inputs["x"], packed)
+        guarded = torch.full((expected.numel() + 128,), torch.nan)
+        out = guarded[64:-64].view(expected.shape)
+        assert conv_norm_act_packed_out(out, inputs["x"], packed) is out and torch.equal(out, expected)
+        assert guarded[:64].isnan().all() and guarded[-64:].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (1, 2)])
+def test_packed_over_its_residual(kernel, stride, activation):
+    options = {"kernel": kernel, "stride": stride, "activation": activation, "residual": True}
+    inputs = make_inputs((9, 12), F32, **options, **WIDE)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], stride)
+    residual = inputs["residual"].contiguous()
+    expected = conv_norm_act_packed(inputs["x"], packed, residual.clone(), activation)
+    out = conv_norm_act_packed_(residual, inputs["x"], packed, activation)
+    assert out is residual and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2)])
+def test_strips_bring_their_own_rows(kernel, stride):
+    inputs = make_inputs((13, 10), F32, images=1, kernel=kernel, stride=stride, **WIDE)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], stride)
+    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    pad = kernel // 2
+    padded = torch.nn.functional.pad(inputs["x"], (0, 0, 0, 0, pad, pad))
+    for first, last in ((0, 3), (3, 6), (2, exact.shape[1])):
+        strip = padded[:, first * stride : (last - 1) * stride + kernel]
+        out = conv_norm_act_packed(strip, packed, pad_rows=False)
+        assert_close("out", out, exact[:, first:last], plain[:, first:last], dtype=F32)
+
+
+def test_one_layout_for_all_sizes():
+    inputs = make_inputs((8, 8), F32, **WIDE)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
+    assert packed.is_native() and packed.layout(8, 8) is packed.layout(5, 31, False)
+    assert packed.layout(8, 8).shape == (64, 32, 4, 4)
+    assert packed.nbytes == 4 * 64 * 32 * 16 + 2 * 4 * 64
+    with hia_kernels.use_backend("cpu"):
+        assert not packed.is_native() and packed.layout(8, 8).shape == (64, 32, 3, 3)
+
+
+def test_what_takes_which_backend():
+    with hia_kernels.use_backend("auto"):
+        for side, kernel, stride, expected in ((32, 3, 1, "native"), (8, 3, 1, "cpu"), (32, 3, 2, "cpu"),
+                                               (32, 1, 1, "cpu")):  # fmt: skip
+            inputs = make_inputs((side, side), F32, images=1, kernel=kernel, stride=stride, **WIDE)
+            forward_backward(OP, conv_norm_act, inputs)
+            assert hia_kernels.last_backend(OP) == expected, (side, kernel, stride)
+            packed_call(inputs)
+            assert hia_kernels.last_backend(OP) == "native"
+    refused = [
+        (make_inputs((8, 8), F32), "native: channels must be multiples of 32, got 16 and 24"),
+        (make_inputs((8, 8), torch.bfloat16, **WIDE), "native: bfloat16 is left to others"),
+    ]
+    for inputs, reason in refused:
+        with pytest.raises(NotImplementedError, match=reason):
+            conv_norm_act(**inputs)
+    inputs = make_inputs((8, 8), F32, kernel=1, **WIDE)
+    with pytest.raises(NotImplementedError, match="gradients are for 3 x 3 with stride 1"):
+        forward_backward(OP, conv_norm_act, inputs)
+
+
+def test_packed_ops_are_registered():
+    inputs = make_inputs((5, 4), F32, residual=True, **WIDE)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
+    x, residual = inputs["x"], inputs["residual"].contiguous()
+    arguments = (x, packed.layout(5, 4), inputs["shift"])
+    for mode in (True, False):
+        fitting = residual if mode else residual[:, 1:-1]
+        torch.library.opcheck(torch.ops.hia.conv_norm_act_packed.default, (*arguments, fitting, 1, "relu", mode))
+    for function in (torch.ops.hia.conv_norm_act_packed_, torch.ops.hia.conv_norm_act_packed_out):
+        torch.library.opcheck(function.default, (residual, *arguments, 1, "relu", True))
+    count = 2 * 2 * 5 * 4 * 64 * 32 * 9  # the convolution's, not the form's
+    assert flops_by_op(lambda: conv_norm_act_packed(x, packed)) == {"hia.conv_norm_act_packed": count}
+    assert flops_by_op(lambda: conv_norm_act_packed_out(residual, x, packed)) == {"hia.conv_norm_act_packed_out": count}
+
+
+def test_native_functions_check_their_arguments():
+    ops, x, weight = torch.ops.hia_native, torch.randn(1, 6, 5, 32), torch.randn(32, 32, 3, 3)
+    points, out = torch.empty(32, 32, 4, 4), torch.empty(1, 6, 5, 32)
+    calls = [
+        (lambda: ops.conv_winograd_weight(weight[:31].clone(), None, False, points), "outputs must be a multiple of"),
+        (lambda: ops.conv_winograd_weight(weight, torch.ones(3), False, points), "scale must have 32 entries, got"),
+        (lambda: ops.conv_direct_weight(weight, None, False, points), r"out must have shape \[32, 32, 3, 3\]"),
+        (lambda: ops.conv_winograd(x.double(), points, None, None, True, True, out), "x must be float32 on the CPU"),
+        (lambda: ops.conv_winograd(x, weight, None, None, True, True, out), "weight must be of conv_winograd_weight"),
+        (lambda: ops.conv_winograd(x, points, None, None, False, True, out), r"out must have shape \[1, 4, 5, 32\]"),
+        (lambda: ops.conv_direct(x, weight, None, x[:, :4], 1, True, True, out), "residual must have shape"),
+        (lambda: ops.conv_direct(x[:, :, ::2], weight, None, None, 1, True, True, out), "x must be contiguous"),
+        (lambda: ops.conv_winograd_weight_gradient(out[:, 1:], x, weight), "dout must have shape"),
+    ]
+    for call, message in calls:
+        with pytest.raises(RuntimeError, match=f"hia::conv_norm_act: {message}"):
+            call()
+
+
+def test_no_images():
+    inputs = make_inputs((6, 5), F32, images=0, **WIDE)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
+    assert conv_norm_act_packed(inputs["x"], packed).shape == (0, 6, 5, 64)
+
+
+PROBE = """
+import torch
+from hia_kernels.core import native
+assert native.cpu_unavailable_reasons() == [], native.cpu_unavailable_reasons()
+assert torch.ops.hia_native.cpu_isa() == "avx2"
+import pytest, sys
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", __FILE__, "-k", "any_size or any_gradient or many_tiles"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(extension.unavailable_reasons() != () or torch.ops.hia_native.cpu_isa() != "avx512",
+                    reason="no AVX-512 here, so AVX2 is what the other tests have tested")  # fmt: skip
+def test_avx2_where_there_is_more(monkeypatch):
+    monkeypatch.setenv("HIA_CPU_ISA", "avx2")
+    code = PROBE.replace("__FILE__", repr(__file__))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
