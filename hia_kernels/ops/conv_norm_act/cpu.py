@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core import products
+
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
 LONGEST_SUM = 2**13  # outputs that one call adds up for a weight's gradient
 
@@ -139,8 +141,8 @@ def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride
     """dz [N, OH, OW, OC] -> [N, IH, IW, C]."""
     weight = _scaled(weight, scale)
     pad = weight.shape[-1] // 2
-    if pad == 0 and stride == 1:  # MKL is faster at the product than oneDNN's backward
-        return (dz.flatten(0, 2) @ weight.flatten(1)).view(x.shape)
+    if pad == 0 and stride == 1:  # a plain product is faster than oneDNN's backward
+        return products.product(dz.flatten(0, 2), weight.flatten(1)).view(x.shape)
     return _backward(dz, x, weight, stride, [pad, pad], [True, False])[0].permute(0, 2, 3, 1).contiguous()
 
 
@@ -184,7 +186,7 @@ def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return total.to(weight.dtype)
 
 
-class Products(NamedTuple):
+class Parts(NamedTuple):
     """What a backward is made of: (x, weight, scale, shift, residual, stride, activation) -> out,
     (dz, x, weight, scale, stride) -> dx, and (dz, x, weight, stride) -> the gradient of the weight before its scale.
     """
@@ -195,12 +197,12 @@ class Products(NamedTuple):
 
 
 def conv_norm_act_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`backward` with oneDNN's and MKL's products."""
-    return backward(Products(conv_norm_act_fwd, _image_gradient, _weight_gradient), *args)
+    """:func:`backward` with oneDNN's and MKL's."""
+    return backward(Parts(conv_norm_act_fwd, _image_gradient, _weight_gradient), *args)
 
 
 def backward(
-    products: Products,
+    parts: Parts,
     dout: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -225,13 +227,13 @@ def backward(
     if activation == "relu":
         dz = torch.ops.aten.threshold_backward(dz, out, 0)
     elif activation == "gelu":
-        dz = torch.ops.aten.gelu_backward(dz, products.forward(x, weight, scale, shift, residual, stride, "none"))
+        dz = torch.ops.aten.gelu_backward(dz, parts.forward(x, weight, scale, shift, residual, stride, "none"))
 
     dx, dweight, dscale, dshift, dresidual = (x.new_empty(0) for _ in range(5))
     if output_mask[0]:
-        dx = products.image_gradient(dz, x, weight, scale, stride)
+        dx = parts.image_gradient(dz, x, weight, scale, stride)
     if output_mask[1] or output_mask[2]:
-        plain = products.weight_gradient(dz, x, weight, stride)  # of the weight before its scale
+        plain = parts.weight_gradient(dz, x, weight, stride)  # of the weight before its scale
         if output_mask[2]:
             dscale = (plain * weight).sum((1, 2, 3), dtype=scale.dtype)
         if output_mask[1]:

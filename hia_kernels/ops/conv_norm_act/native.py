@@ -145,6 +145,6 @@ def conv_norm_act_bwd(
     dout: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, out: Tensor,
     stride: int, activation: str, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`cpu.conv_norm_act_bwd`, whose products are exchanged for these."""
-    products = cpu.Products(conv_norm_act_fwd, _image_gradient, _weight_gradient)
-    return cpu.backward(products, dout, x, weight, scale, shift, residual, out, stride, activation, output_mask)
+    """As :func:`cpu.conv_norm_act_bwd`, with these convolutions in place of oneDNN's."""
+    parts = cpu.Parts(conv_norm_act_fwd, _image_gradient, _weight_gradient)
+    return cpu.backward(parts, dout, x, weight, scale, shift, residual, out, stride, activation, output_mask)
