@@ -22,7 +22,7 @@ def _signature(dtype, pixels="uint8"):
 def _fwd(name, dtype, channels, pixels="uint8", pool=3, kernel=7, has_norm=True, block_k=32, **options):
     taps = kernel * (kernel + 2) + 1
     constexprs = {
-        "PIXELS": pixels, "CP": channels, "KERNEL": kernel, "TAPS": taps, "BLOCK_K": min(taps, block_k),
+        "PIXELS": pixels, "CP": channels, "PLANES": 4, "KERNEL": kernel, "TAPS": taps, "BLOCK_K": min(taps, block_k),
         "BLOCK_R": 2 if dtype == "fp32" else 4, "BLOCK_Q": 16, "BLOCK_OC": 64,
         **({"ROWS": 2} if pool == 3 else {"HAS_NORM": has_norm}),
         **({"stride_pixels_w": 1} if channels == 1 else {}), "stride_pixels_c": 1,
@@ -56,7 +56,7 @@ SPECS = [
     _fwd("grey 3x3", "fp16", 1, "uint16", pool=1, kernel=3),
     _fwd("rgb conv k16", "bf16", 3, pool=1, has_norm=False, block_k=16),
     _fwd("rgb conv", "fp32", 3, pool=1, has_norm=False, block_k=16),
-    _bwd("pack", "_stem_pack_kernel", module=FWD, CP=1, KERNEL=7, TAPS=64, HAS_SIGN=True, BLOCK_OC=16),
+    _bwd("pack", "_stem_pack_kernel", module=FWD, PLANES=4, KERNEL=7, TAPS=64, HAS_SIGN=True, BLOCK_OC=16),
     _bwd("bwd pool", "_stem_bwd_kernel", POOL=3, HAS_DY=True, BLOCK=16, BLOCK_OC=64),
     _bwd("normalise", "_stem_normalise_kernel", PIXELS="uint8", BLOCK=256),
     _bwd("dpixels", "_stem_dpixels_kernel", pixels="float", PIXELS="float", CP=1, BLOCK=256),

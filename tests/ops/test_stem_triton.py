@@ -6,10 +6,12 @@ import torch
 from hia_kernels import last_backend, stem, use_backend
 from hia_kernels.core import tuning
 from hia_kernels.ops.stem import library
+from hia_kernels.ops.stem.functional import pack_stem, stem_packed, stem_packing_reasons
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
 from tests.compare import assert_close
+from tests.hia.encoders import encoder_of, pixels_of
 from tests.inputs import stem_inputs as make_inputs
-from tests.ops.harness import assert_matches, assert_repeatable, opcheck, upcast
+from tests.ops.harness import assert_matches, assert_repeatable, flops, opcheck, upcast
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
@@ -150,3 +152,84 @@ def test_what_is_left_to_the_reference(triton_device):
     pixels = torch.empty_strided((2, 12, 11, 1), (11, 2**23, 1, 1), dtype=torch.uint8, device="meta")
     reasons = library._triton_unsupported(pixels, *list(make_inputs((12, 11), F32, triton_device).values())[1:])
     assert "rows and columns of pixels must lie at most 4194304 elements apart, got (11, 8388608, 1, 1)" in reasons
+
+
+def packed_of(inputs):
+    return pack_stem(*(inputs[name] for name in ("weight", "mean", "std", "scale", "shift", "pool")))
+
+
+@pytest.mark.parametrize(("kernel", "pool", "dtype"), [(7, 3, BF16), (7, 1, F16), (3, 3, F32)], ids=str)
+def test_a_packed_weight_has_the_same_bits(kernel, pool, dtype, triton_device):
+    """One for grey images and others, of any pixels."""
+    first = packed = None
+    for channels, pixel_dtype in ((1, torch.uint8), (3, torch.uint8), (1, U16), (3, F32)):
+        options = {"kernel": kernel, "pool": pool, "channels": channels, "pixel_dtype": pixel_dtype, "images": 1}
+        inputs = make_inputs((11, 12), dtype, triton_device, **options)
+        if first is None:
+            inputs["scale"][::2] *= -1
+            first, packed = inputs, packed_of(inputs)
+        inputs = {**first, "pixels": inputs["pixels"], "window": inputs["window"]}
+        assert packed.nbytes == 2 * 4 * (kernel + 1) ** 2 * inputs["scale"].numel() * dtype.itemsize
+        with torch.no_grad():
+            out = stem_packed(inputs["pixels"], inputs["window"], packed)
+        assert torch.equal(out, stem(**inputs)) and last_backend(OP) == "triton"
+    assert flops(stem_packed, inputs["pixels"], inputs["window"], packed) == flops(stem, **inputs)
+
+
+def test_a_packed_weight_is_checked(triton_device):
+    inputs = make_inputs((11, 12), F32, triton_device, pixel_dtype=F32)
+    packed, pixels, window = packed_of(inputs), inputs["pixels"], inputs["window"]
+    errors = [
+        (ValueError, "pixels must be at least 11 x 11, the stem's reach, got 9 x 12", (pixels[:, :9], window)),
+        (ValueError, r"window must have shape \[N, 2\], got \[1, 2\]; N=2 is fixed by pixels", (pixels, window[:1])),
+        (ValueError, "pixels' channels must be 1 or 3, got 2", (pixels.expand(-1, -1, -1, 2), window)),
+        (TypeError, "pixels must be uint8 .* got int32", (pixels.int(), window)),
+        (RuntimeError, "pixels must not be part of a gradient graph; use stem", (pixels.requires_grad_(), window)),
+    ]
+    for error, message, (some, windows) in errors:
+        with pytest.raises(error, match=f"^hia::stem_packed: {message}"):
+            stem_packed(some, windows, packed)
+    with pytest.raises(NotImplementedError, match="hia::stem_packed: weight can't be packed: float64 is left to"):
+        packed_of(make_inputs((11, 12), torch.float64, triton_device))
+    with use_backend("reference"):
+        assert stem_packing_reasons(inputs["weight"]) == ["HIA_BACKEND=reference is forced"]
+    with torch.autocast(triton_device, dtype=BF16):
+        assert stem_packing_reasons(inputs["weight"]) == ["autocast is on"]
+
+
+def test_opcheck_of_the_packed_op(triton_device):
+    inputs = make_inputs((7, 8), F32, triton_device, pixel_dtype=U16, images=1, kernel=3, out_channels=4)
+    packed = packed_of(inputs)
+    torch.library.opcheck(
+        torch.ops.hia.stem_packed.default,
+        (inputs["pixels"], inputs["window"], packed.mean, packed.std, packed.taps, packed.scale, packed.shift, 3),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@torch.no_grad()
+def test_a_prepared_encoder_packs_its_stem_once(triton_device, monkeypatch):
+    """The bits of one that packs in every call, and nothing left when it is no longer prepared."""
+    from hia_kernels.ops.stem import triton_fwd
+
+    made, pack_taps = [], triton_fwd.pack_taps
+    monkeypatch.setattr(triton_fwd, "pack_taps", lambda *args: made.append(1) or pack_taps(*args))
+    encoder = encoder_of(encoder="strided", encoder_width=4).to(triton_device)
+    pixels = pixels_of(33, 40).to(triton_device)[None]
+    window = torch.tensor([[0.0, 255.0]], device=triton_device)
+    expected = encoder.stem(pixels, window, encoder._steps())
+    assert len(made) == 1
+    prepared = encoder.prepare()
+    step, taps = encoder._steps(), prepared.steps[encoder.conv1].stem.taps
+    assert len(made) == 2 and prepared.nbytes > taps.nbytes
+    for _ in range(2):
+        assert torch.equal(encoder.stem(pixels, window, step), expected) and len(made) == 2
+    with use_backend("reference"):
+        encoder.stem(pixels, window, step)
+    assert last_backend(OP) == "reference" and len(made) == 2
+    encoder.image_mean = (0.1, 0.2, 0.3)
+    other = encoder.stem(pixels, window, step)
+    assert not torch.equal(other, expected) and len(made) == 3, "packed with another mean"
+    encoder.unprepare()
+    encoder.stem(pixels, window, encoder._steps())
+    assert len(made) == 4 and not encoder._steps().prepared

@@ -1,3 +1,3 @@
-from .functional import stem
+from .functional import PackedStem, pack_stem, stem, stem_packed
 
-__all__ = ["stem"]
+__all__ = ["PackedStem", "pack_stem", "stem", "stem_packed"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -12,6 +14,7 @@ from .reference import stem_bwd_ref, stem_ref
 
 _INPUTS = "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
 registration.define("stem", f"({_INPUTS}) -> Tensor")
+registration.define("stem_packed", f"({_INPUTS.replace('weight', 'taps')}) -> Tensor")
 registration.define("stem_bwd", f"(Tensor dout, {_INPUTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)")
 
 _TRITON = "hia_kernels.ops.stem.triton"
@@ -20,7 +23,11 @@ _FAR = 2**22  # elements; within a program's tile the Triton kernels count in 32
 
 def _triton_unsupported(*args):
     # pixels, window, mean, std, weight, ...; the backward has dout before them
-    pixels, weight = (args[1], args[5]) if args[1].dim() == 4 else (args[0], args[4])
+    return triton_reasons(*((args[1], args[5]) if args[1].dim() == 4 else (args[0], args[4])))
+
+
+def triton_reasons(pixels, weight):
+    """Why the Triton kernels can't serve these pixels with this weight, packed or not."""
     found = triton_support.device_reasons(pixels)
     if weight.dtype == torch.float64 and pixels.dtype != torch.float64:
         found += triton_support.device_reasons(weight)
@@ -35,6 +42,7 @@ BACKENDS = register_table(
         "triton",
         {
             "stem": triton_support.lazy(f"{_TRITON}_fwd", "stem_fwd"),
+            "stem_packed": triton_support.lazy(f"{_TRITON}_fwd", "stem_packed_fwd"),
             "stem_bwd": triton_support.lazy(f"{_TRITON}_bwd", "stem_bwd"),
         },
         _triton_unsupported,
@@ -45,7 +53,10 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(pixels, window, mean, std, weight, scale, shift, pool):
+pack_taps = triton_support.lazy(f"{_TRITON}_fwd", "pack_taps")
+
+
+def _check_values(pixels, window, *rest):
     if not varlen.check_values_now(window):
         return
     for image, (low, high) in enumerate(window.tolist()):
@@ -57,6 +68,7 @@ def _check_values(pixels, window, mean, std, weight, scale, shift, pool):
 
 
 registration.implement("stem", BACKENDS, check=_check_values)
+registration.implement("stem_packed", BACKENDS, check=_check_values)
 registration.implement("stem_bwd", BACKENDS)
 
 
@@ -70,7 +82,12 @@ def _fwd_fake(pixels, window, mean, std, weight, scale, shift, pool):
     height, width = _half(height), _half(width)
     if pool == 3:
         height, width = _half(height), _half(width)
-    return weight.new_empty(n, height, width, weight.shape[0])
+    return weight.new_empty(n, height, width, scale.shape[0])
+
+
+@torch.library.register_fake("hia::stem_packed")
+def _packed_fake(*args):
+    return _fwd_fake(*args)
 
 
 @torch.library.register_fake("hia::stem_bwd")
@@ -110,6 +127,13 @@ def _conv_flops(pixels_shape, weight_shape):
 @register_flop_formula(torch.ops.hia.stem)
 def _flops(pixels_shape, window, mean, std, weight_shape, *args, **kwargs):
     return _conv_flops(pixels_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.hia.stem_packed)
+def _packed_flops(pixels_shape, window, mean, std, taps_shape, *args, **kwargs):
+    _, _, taps, out_channels = taps_shape
+    kernel = isqrt(taps) - 1
+    return _conv_flops(pixels_shape, (out_channels, 3, kernel, kernel))
 
 
 @register_flop_formula(torch.ops.hia.stem_bwd)

@@ -7,6 +7,8 @@ more that is 64 taps for K = 7 and 16 for K = 3, which is what tensor cores take
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ from ...core.triton_math import INTERPRETED, dot
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 PACK_OC = 16  # output channels a program packs
+PLANES = 4  # of packed taps: the channels', and the one of a grey image's inside
 
 
 @triton.jit
@@ -33,15 +36,15 @@ def _stem_pack_kernel(
     mean_ptr,  # [3] fp32
     std_ptr,  # [3] fp32
     scale_ptr,  # [OC] fp32, only with HAS_SIGN
-    packed_ptr,  # [2, PLANES, TAPS, OC]; planes are the channels, and the one of a grey image's inside
+    packed_ptr,  # [2, PLANES, TAPS, OC]
     OC, stride_weight_o, stride_weight_c, stride_weight_h, stride_weight_w,
-    CP: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, HAS_SIGN: tl.constexpr, BLOCK_OC: tl.constexpr,
+    PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, HAS_SIGN: tl.constexpr, BLOCK_OC: tl.constexpr,
 ):  # fmt: skip
     """Weights by tap, of the upper and of the lower row of a pair; grid = (2, cdiv(OC, BLOCK_OC)).
 
-    Inside a grey image a pixel normalised by the middle channel, x = (p - mean_1) / std_1, stands for three channels
-    x std_1 / std_c + (mean_1 - mean_c) / std_c. The first factor goes into the weights, the second, summed over all
-    taps, is the weight of the slot behind them. It would be wrong where taps lie in the padding.
+    The last plane: inside a grey image a pixel normalised by the middle channel, x = (p - mean_1) / std_1, stands for
+    three channels x std_1 / std_c + (mean_1 - mean_c) / std_c. The first factor goes into the weights, the second,
+    summed over all taps, is the weight of the slot behind them. It would be wrong where taps lie in the padding.
     HAS_SIGN turns channels of negative scale round, so that their pool is a maximum too.
     """
     is_lower = tl.program_id(0)
@@ -53,7 +56,6 @@ def _stem_pack_kernel(
     mask_out = (taps < TAPS)[:, None] & mask_oc
     w_ptrs = weight_ptr + offs_oc[None, :] * stride_weight_o
     w_ptrs = w_ptrs + ky[:, None] * stride_weight_h + kx[:, None] * stride_weight_w  # [TAPS, BLOCK_OC]
-    PLANES: tl.constexpr = 4 if CP == 1 else 3
     packed_ptrs = packed_ptr + (is_lower * PLANES * TAPS + taps)[:, None] * OC + offs_oc[None, :]
     sign = tl.full((1, BLOCK_OC), 1.0, dtype=tl.float32)
     if HAS_SIGN:
@@ -65,13 +67,11 @@ def _stem_pack_kernel(
     for c in tl.static_range(3):
         w = tl.load(w_ptrs + c * stride_weight_c, mask=mask, other=0.0).to(tl.float32) * sign  # [TAPS, BLOCK_OC]
         tl.store(packed_ptrs + c * TAPS * OC, rounded(w, packed_ptr.dtype.element_ty), mask=mask_out)
-        if CP == 1:
-            std = tl.load(std_ptr + c)
-            gain += w * tl.div_rn(tl.load(std_ptr + 1), std)
-            offset += w * tl.div_rn(tl.load(mean_ptr + 1) - tl.load(mean_ptr + c), std)
-    if CP == 1:
-        gain = tl.where((taps == TAPS - 1)[:, None], tl.sum(offset, axis=0)[None, :], gain)
-        tl.store(packed_ptrs + 3 * TAPS * OC, rounded(gain, packed_ptr.dtype.element_ty), mask=mask_out)
+        std = tl.load(std_ptr + c)
+        gain += w * tl.div_rn(tl.load(std_ptr + 1), std)
+        offset += w * tl.div_rn(tl.load(mean_ptr + 1) - tl.load(mean_ptr + c), std)
+    gain = tl.where((taps == TAPS - 1)[:, None], tl.sum(offset, axis=0)[None, :], gain)
+    tl.store(packed_ptrs + 3 * TAPS * OC, rounded(gain, packed_ptr.dtype.element_ty), mask=mask_out)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _normalised(p, low, high, mean, std, PIXELS: tl.constexpr, IS_FP32: tl.const
 def _row_pair(
     pixels_ptr, window_ptr, mean_ptr, std_ptr, packed_ptr, top, left, corner_y, corner_x, at_edge, offs_oc,
     IH, IW, OC, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    PIXELS: tl.constexpr, CP: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    PIXELS: tl.constexpr, CP: tl.constexpr, PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Two rows of the convolution, each [BLOCK_M, BLOCK_OC] fp32, whose taps begin at ``top``, ``left`` [BLOCK_M].
@@ -104,7 +104,6 @@ def _row_pair(
     ``pixels_ptr`` points at (corner_y, corner_x): offsets from there fit 32 bits. A grey image is three equal channels
     ``at_edge``, where taps may lie outside, and one elsewhere.
     """
-    PLANES: tl.constexpr = 4 if CP == 1 else 3
     first, last = 0, 3
     if CP == 1:
         first = tl.where(at_edge, 0, 3)
@@ -169,7 +168,7 @@ def _stem_pool_fwd_kernel(
     out_ptr,  # [N, PH, PW, OC]
     IH, IW, OH, OW, PH, PW, OC, tiles_r, tiles_q,
     stride_pixels_n, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    PIXELS: tl.constexpr, CP: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    PIXELS: tl.constexpr, CP: tl.constexpr, PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R strips of ROWS pooled rows, BLOCK_Q columns; grid = (N * tiles_r * tiles_q, cdiv(OC, BLOCK_OC)).
@@ -204,7 +203,8 @@ def _stem_pool_fwd_kernel(
                 corner_ptr, window_ptr + 2 * n, mean_ptr, std_ptr, packed_ptr,
                 2 * y - PAD, 2 * x - PAD, corner_y, corner_x, at_edge, offs_oc,
                 IH, IW, OC, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-                PIXELS=PIXELS, CP=CP, KERNEL=KERNEL, TAPS=TAPS, BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_K=BLOCK_K,
+                PIXELS=PIXELS, CP=CP, PLANES=PLANES, KERNEL=KERNEL, TAPS=TAPS,
+                BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_K=BLOCK_K,
             )  # fmt: skip
             in_columns = (x >= 0) & (x < OW)  # the pool does not see the padding
             upper = tl.where((in_columns & (y >= 0) & (y < OH))[:, None], upper, float("-inf"))
@@ -231,7 +231,8 @@ def _stem_conv_kernel(
     out_ptr,  # [N, OH, OW, OC]
     IH, IW, OH, OW, OC, tiles_r, tiles_q,
     stride_pixels_n, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    PIXELS: tl.constexpr, CP: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, HAS_NORM: tl.constexpr,
+    PIXELS: tl.constexpr, CP: tl.constexpr, PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """No pool: BLOCK_R pairs of rows, BLOCK_Q columns; without norm and ReLU it is the convolution alone."""
@@ -253,7 +254,8 @@ def _stem_conv_kernel(
         corner_ptr, window_ptr + 2 * n, mean_ptr, std_ptr, packed_ptr,
         2 * y - PAD, 2 * x - PAD, corner_y, corner_x, at_edge, offs_oc,
         IH, IW, OC, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-        PIXELS=PIXELS, CP=CP, KERNEL=KERNEL, TAPS=TAPS, BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_K=BLOCK_K,
+        PIXELS=PIXELS, CP=CP, PLANES=PLANES, KERNEL=KERNEL, TAPS=TAPS,
+        BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_K=BLOCK_K,
     )  # fmt: skip
     if HAS_NORM:
         scale = tl.load(scale_ptr + offs_oc, mask=mask_oc, other=0.0)[None, :]  # [1, BLOCK_OC]
@@ -278,15 +280,16 @@ def pixel_kind(pixels):
     return pixels, "float" if pixels.is_floating_point() else "uint8"
 
 
-def _packed(weight, mean, std, sign_of, channels):
-    """[2, planes, taps, OC]."""
+def pack_taps(weight, mean, std, sign_of):
+    """[2, PLANES, taps, OC], for grey images and for others; ``sign_of`` the norm's scale where a pool follows."""
     oc, _, kernel, _ = weight.shape
-    taps = kernel * (kernel + 2) + 1
-    packed = torch.empty((2, 4 if channels == 1 else 3, taps, oc), dtype=weight.dtype, device=weight.device)
-    _stem_pack_kernel[(2, triton.cdiv(oc, PACK_OC))](
-        weight, mean, std, sign_of, packed, oc, *weight.stride(),
-        CP=channels, KERNEL=kernel, TAPS=taps, HAS_SIGN=sign_of is not None, BLOCK_OC=PACK_OC,
-    )  # fmt: skip
+    taps = (kernel + 1) ** 2
+    packed = torch.empty((2, PLANES, taps, oc), dtype=weight.dtype, device=weight.device)
+    if oc:
+        _stem_pack_kernel[(2, triton.cdiv(oc, PACK_OC))](
+            weight, mean.contiguous(), std.contiguous(), None if sign_of is None else sign_of.contiguous(), packed, oc,
+            *weight.stride(), PLANES=PLANES, KERNEL=kernel, TAPS=taps, HAS_SIGN=sign_of is not None, BLOCK_OC=PACK_OC,
+        )  # fmt: skip
     return packed
 
 
@@ -312,32 +315,35 @@ def _heuristic(pool, taps, itemsize, height, width, device):
 
 def convolve(pixels, window, mean, std, weight, norm, pool):
     """[N, PH, PW, OC] with ``norm`` = (scale, shift); with None the convolution alone, [N, OH, OW, OC], ``pool`` 1."""
+    packed = pack_taps(weight, mean, std, norm[0] if pool == 3 else None)
+    return _convolve_packed(pixels, window, mean, std, packed, norm, pool)
+
+
+def _convolve_packed(pixels, window, mean, std, packed, norm, pool):
     pixels, kind = pixel_kind(pixels)
     n, ih, iw, channels = pixels.shape
-    oc, _, kernel, _ = weight.shape
+    taps, oc = packed.shape[2:]
+    kernel = isqrt(taps) - 1
     oh, ow = half(ih), half(iw)
     ph, pw = (half(oh), half(ow)) if pool == 3 else (oh, ow)
-    out = torch.empty((n, ph, pw, oc), dtype=weight.dtype, device=pixels.device)
+    out = torch.empty((n, ph, pw, oc), dtype=packed.dtype, device=pixels.device)
     if out.numel() == 0:
         return out
     block_oc = min(64, max(16, tuning.bucket(oc)))
-    window, mean, std = window.contiguous(), mean.contiguous(), std.contiguous()
     scale, shift = (None, None) if norm is None else (norm[0].contiguous(), norm[1].contiguous())
-    packed = _packed(weight, mean, std, scale if pool == 3 else None, channels)
-    taps = packed.shape[2]
-    key = f"fwd-k{kernel}-pool{pool}-c{channels}-px{tuning.bucket(ph * pw)}-{str(weight.dtype).removeprefix('torch.')}"
+    key = f"fwd-k{kernel}-pool{pool}-c{channels}-px{tuning.bucket(ph * pw)}-{str(packed.dtype).removeprefix('torch.')}"
     config = tuning.pick(
-        "stem", key, pixels.device, _heuristic(pool, taps, weight.element_size(), ph, pw, pixels.device)
+        "stem", key, pixels.device, _heuristic(pool, taps, packed.element_size(), ph, pw, pixels.device)
     )
     # rows a program writes: strips of pooled rows, or pairs
     tiles_r = triton.cdiv(ph, config["BLOCK_R"] * config.get("ROWS", 2))
     tiles_q = triton.cdiv(pw, config["BLOCK_Q"])
     options = {
-        "IH": ih, "IW": iw, "OH": oh, "OW": ow, "OC": oc, "tiles_r": tiles_r, "tiles_q": tiles_q,
-        "PIXELS": kind, "CP": channels, "KERNEL": kernel, "TAPS": taps, "BLOCK_OC": block_oc, **config,
+        "IH": ih, "IW": iw, "OH": oh, "OW": ow, "OC": oc, "tiles_r": tiles_r, "tiles_q": tiles_q, "PIXELS": kind,
+        "CP": channels, "PLANES": PLANES, "KERNEL": kernel, "TAPS": taps, "BLOCK_OC": block_oc, **config,
         **{f"stride_pixels_{dim}": stride for dim, stride in zip("nhwc", pixels.stride(), strict=True)},
     }  # fmt: skip
-    pointers = (pixels, window, mean, std, packed, scale, shift, out)
+    pointers = (pixels, window.contiguous(), mean.contiguous(), std.contiguous(), packed, scale, shift, out)
     grid = (n * tiles_r * tiles_q, triton.cdiv(oc, block_oc))
     if pool == 3:
         _stem_pool_fwd_kernel[grid](*pointers, PH=ph, PW=pw, **options)
@@ -349,3 +355,8 @@ def convolve(pixels, window, mean, std, weight, norm, pool):
 def stem_fwd(pixels, window, mean, std, weight, scale, shift, pool):
     """[N, PH, PW, OC], dtype of ``weight``."""
     return convolve(pixels, window, mean, std, weight, (scale, shift), pool)
+
+
+def stem_packed_fwd(pixels, window, mean, std, taps, scale, shift, pool):
+    """[N, PH, PW, OC], dtype of ``taps``, which :func:`pack_taps` made."""
+    return _convolve_packed(pixels, window, mean, std, taps, (scale, shift), pool)
