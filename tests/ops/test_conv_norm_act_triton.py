@@ -108,6 +108,33 @@ def test_backward_masks(triton_device):
     assert last_backend(OP) == "triton"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_dscale_out_of_the_weight_s_gradient(activation, dtype, triton_device, monkeypatch):
+    """In 16 bits, where that gradient is wanted: y is computed again for gelu alone. Results share no memory."""
+    keys, pick = [], tuning.pick
+    monkeypatch.setattr(tuning, "pick", lambda op, key, *rest: keys.append(key) or pick(op, key, *rest))
+    inputs = make_inputs((6, 5), dtype, triton_device, activation=activation, residual=True, images=1)
+    inputs["scale"][::3] = 0
+    out = conv_norm_act_ref(**inputs)
+    x, weight, scale, shift, residual, *options = inputs.values()
+    dout = torch.randn(out.shape, device=triton_device).bfloat16().to(dtype)
+    arguments = (dout, x, weight, scale, shift, residual, out, *options)
+    exact_arguments = [a.to(EXACT[dtype]) if isinstance(a, torch.Tensor) else a for a in arguments]
+    for mask in ([True, True, True, True, True], [False, True, True, False, False], [True, False, True, True, True]):
+        keys.clear()
+        got = torch.ops.hia.conv_norm_act_bwd(*arguments, mask)
+        by_weight = mask[1] and activation != "gelu" and dtype != torch.float32
+        assert [key.startswith("bwd-y") for key in keys] == [not by_weight]
+        plain, exact = conv_norm_act_bwd_ref(*arguments, mask), conv_norm_act_bwd_ref(*exact_arguments, mask)
+        for name, *grads in zip(("dx", "dweight", "dscale", "dshift", "dresidual"), got, exact, plain, strict=True):
+            assert grads[0].dtype == grads[2].dtype and grads[0].is_contiguous()
+            assert_close(f"{name} of {mask}", *grads, dtype=dtype, slack=4)
+        owned = {grad.untyped_storage().data_ptr() for grad in (*got, dout, out) if grad.numel()}
+        assert len(owned) == sum(mask) + 2
+    assert last_backend(OP) == "triton"
+
+
 @pytest.mark.parametrize("op", ["conv_norm_act", "stem"])
 def test_gradients_never_use_tf32(op, triton_device, monkeypatch):
     """PyTorch allows it by default; inside it is off, and afterwards as it was."""

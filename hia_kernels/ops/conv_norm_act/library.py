@@ -157,5 +157,5 @@ def _packed_into_flops(into_shape, x, weight_shape, *args, **kwargs):
 
 @register_flop_formula(torch.ops.hia.conv_norm_act_bwd)
 def _bwd_flops(dout_shape, x, weight_shape, sc, sh, res, out, stride, activation, output_mask, **kwargs):
-    recomputed = bool(output_mask[2]) or activation == "gelu"
+    recomputed = activation == "gelu" or (output_mask[2] and not output_mask[1])
     return (int(recomputed) + sum(output_mask[:2])) * _conv_flops(dout_shape, weight_shape)

@@ -127,10 +127,25 @@ def conv_norm_act_bwd(dout, x, weight, scale, shift, residual, out, stride, acti
         return tuple(t.new_zeros(t.shape) if m else x.new_empty(0) for t, m in zip(like, output_mask, strict=True))
     residual = residual if activation == "gelu" else None  # relu's sign is in out
     x, residual, weight = with_channels_last(x), with_channels_last(residual), weight_channels_last(weight)
-    dy, dscale, dshift, dresidual = _epilogue_bwd(
-        dout.contiguous(), x, weight, scale, shift, residual, out.contiguous(), stride, activation, output_mask
+    arguments = (dout.contiguous(), x, weight, scale, shift, residual, out.contiguous(), stride, activation)
+    if output_mask[1] and output_mask[2] and activation != "gelu" and x.element_size() == 2:
+        grads = _without_recomputing(*arguments, output_mask)
+    else:
+        dy, dscale, dshift, dresidual = _epilogue_bwd(*arguments, output_mask)
+        dx, dweight = (None, None) if dy is None else convolution_backward(dy, x, weight, stride, output_mask[:2])
+        grads = (dx, dweight, dscale, dshift, dresidual)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _without_recomputing(dout, x, weight, scale, shift, residual, out, stride, activation, output_mask):
+    """16 bits, where the weight's gradient is wanted as well: the convolution is linear in its weight, so sum(dz * y)
+    of a channel is the product of its weight with the gradient that dz alone gives it, and y is not needed. In fp32 a
+    sum over a large image loses more digits in that gradient than a sum of dz * y does (docs/conv_norm_act.md)."""
+    _, _, dshift, dz = _epilogue_bwd(
+        dout, x, weight, scale, shift, residual, out, stride, activation, [False, False, False, output_mask[3], True]
     )
-    dx, dweight = None, None
-    if dy is not None:
-        dx, dweight = convolution_backward(dy, x, weight, stride, output_mask[:2])
-    return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, dweight, dscale, dshift, dresidual))
+    by_channel = scale[:, None, None, None]
+    scaled = (weight * by_channel).to(weight.dtype) if output_mask[0] else weight
+    dx, plain = convolution_backward(dz, x, scaled, stride, output_mask[:2])
+    dscale, dweight = (plain * weight.float()).sum((1, 2, 3)), (plain * by_channel).to(weight.dtype)
+    return dx, dweight, dscale, dshift, dz if output_mask[4] else None
