@@ -10,6 +10,7 @@ from .ops.conv_norm_act import conv_norm_act
 from .ops.cross_attention import cross_attention, cross_attention_with_lse
 from .ops.inject_rows import inject_rows, inject_rows_
 from .ops.latent_attention import latent_attention
+from .ops.linear import linear
 from .ops.norm_linear import norm_linear
 from .ops.row_softmax import row_softmax, row_softmax_
 from .ops.stem import stem
@@ -26,6 +27,7 @@ __all__ = [
     "inject_rows_",
     "last_backend",
     "latent_attention",
+    "linear",
     "norm_linear",
     "row_softmax",
     "row_softmax_",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ class PackedFeatures:
         """[T, D1]: the released maths' projection, computed once for all layers that share it."""
         if "shared" not in self._memo:
             weight, bias = (p.to(self.tokens.device) for p in (linear.weight, linear.bias))
-            self._memo["shared"] = F.linear(self.tokens, weight, bias)
+            self._memo["shared"] = hia_kernels.linear(self.tokens, weight, bias)
         return self._memo["shared"]
 
     def widened(self) -> Tensor:
@@ -79,6 +80,38 @@ class PackedFeatures:
             pad[:, 0] = 1
             self._memo["widened"] = torch.cat([self.tokens, pad], dim=1)
         return self._memo["widened"]
+
+
+class _ByHead(torch.autograd.Function):
+    """[n, H, M, E] by each head's weight [H, d, E]: [n * M, H * d].
+
+    PyTorch's own backward makes the weight's gradient transposed, once an image, and then copies and adds what is as
+    large as the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.cat([torch.bmm(image, weight.mT).transpose(0, 1) for image in x]).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise NotImplementedError(
+                "hia::extract: gradients of gradients are not implemented for the absorbed forms; use "
+                "create_graph=False or HiAConfig(plan='textbook/auto')"
+            )
+        x, weight = ctx.saved_tensors
+        images, heads, rows, _ = x.shape
+        by_head = dout.reshape(images, rows, heads, -1).transpose(1, 2)  # [n, H, M, d]
+        dx, dweight = torch.empty_like(x), None
+        for image in range(images):
+            torch.bmm(by_head[image], weight, out=dx[image])
+            if dweight is None:
+                dweight = torch.bmm(by_head[image].mT, x[image])
+            else:
+                torch.baddbmm(dweight, by_head[image].mT, x[image], out=dweight)
+        return dx, dweight
 
 
 class Extractor(nn.Module):
@@ -166,7 +199,7 @@ class Extractor(nn.Module):
             out = self._attend_to_latent(q, features, image_to_sample, form)
         else:
             out = self._attend(q, features, image_to_sample, form)
-        return self.out_proj(out)
+        return hia_kernels.linear(out, self.out_proj.weight, self.out_proj.bias)
 
     def form_for(self, features: PackedFeatures, samples: int) -> str:
         """The form that a call about these images takes now."""
@@ -231,15 +264,15 @@ class Extractor(nn.Module):
         (shared,) = self._shared
         own = self.feature_projection
         if shared is None:
-            return F.linear(features.tokens, own.weight, own.bias)
+            return hia_kernels.linear(features.tokens, own.weight, own.bias)
         if form in SHARED_FORMS:
-            return F.linear(features.shared(shared), own.weight, own.bias)
+            return hia_kernels.linear(features.shared(shared), own.weight, own.bias)
         prepared = None if torch.is_grad_enabled() else self.current()
         if prepared is not None:
-            return F.linear(features.tokens, prepared.fold_weight, prepared.fold_bias)
+            return hia_kernels.linear(features.tokens, prepared.fold_weight, prepared.fold_bias)
         shared_weight, shared_bias = (p.to(own.weight.device) for p in (shared.weight, shared.bias))
-        weight, bias = own.weight @ shared_weight, own.weight @ shared_bias + own.bias
-        return F.linear(features.tokens, weight, bias)
+        weight = hia_kernels.linear(own.weight, shared_weight.mT)
+        return hia_kernels.linear(features.tokens, weight, own.weight @ shared_bias + own.bias)
 
     def _normed(self, projected: Tensor) -> Tensor:
         norm = self.feature_norm
@@ -252,14 +285,14 @@ class Extractor(nn.Module):
             raise RuntimeError("hia: the deep forms must have prepare() behind them, got none")
         wide = features.widened()
         exact = torch.float64 if wide.dtype == torch.float64 else torch.float32
-        variance = F.linear(wide, prepared.root).to(exact).square().sum(-1, keepdim=True)  # [T, 1]
+        variance = hia_kernels.linear(wide, prepared.root).to(exact).square().sum(-1, keepdim=True)  # [T, 1]
         return (wide * torch.rsqrt(variance + self.feature_norm.eps)).to(wide.dtype), prepared
 
     def _key_values(self, features: PackedFeatures, form: str) -> Tensor:
         """[T, 2 * D]."""
         if form == "deep_kv":
             scaled, prepared = self._deep(features)
-            return F.linear(scaled, prepared.deep_weight, prepared.deep_bias)
+            return hia_kernels.linear(scaled, prepared.deep_weight, prepared.deep_bias)
         return norm_project(self._projected(features, form), self.feature_norm, self.kv_proj)
 
     def _attend(self, q: Tensor, features: PackedFeatures, image_to_sample: Tensor, form: str) -> Tensor:
@@ -289,14 +322,18 @@ class Extractor(nn.Module):
             latent = self._normed(self._projected(features, form))
         key_weight, value_weight = weight.view(2, heads, self.head_dim, -1).unbind(0)  # [H, d, E]
         # one product a sample or image: a batched one over both would copy the weight for each
-        absorbed = torch.stack([torch.bmm(queries.transpose(0, 1), key_weight) for queries in q])  # [B, H, M, E]
+        absorbed = _stack([torch.bmm(queries.transpose(0, 1), key_weight) for queries in q])  # [B, H, M, E]
         absorbed = absorbed.flatten(1, 2)
         images = image_to_sample.shape[0]
         absorbed = absorbed.expand(images, -1, -1) if q.shape[0] == 1 else absorbed[image_to_sample]  # [n, H * M, E]
         out = hia_kernels.latent_attention(absorbed, latent.to(absorbed.dtype), features.lengths, self.head_dim**-0.5)
         out = out.view(images, heads, -1, out.shape[-1])
-        values = torch.cat([torch.bmm(image, value_weight.mT).transpose(0, 1) for image in out])  # [n * M, H, d]
-        return values.flatten(1) + bias[dim:]
+        return _ByHead.apply(out, value_weight.to(out.dtype)) + bias[dim:]
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """``torch.stack``, without its copy of a single part."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 def norm_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, row_idx: Tensor | None = None) -> Tensor:

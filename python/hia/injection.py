@@ -18,7 +18,10 @@ from .layout import CallLayout
 
 def _weights(tokens: Tensor, keys: Tensor, offsets: Tensor, heads: int, scale: float) -> Tensor:
     """[R, H * M]: the softmax of each head's scores, ``scale * tokens keys^T + offsets``."""
-    scores = torch.addmm(offsets, tokens, keys.mT, alpha=scale)
+    if tokens.device.type == "cpu":
+        scores = hia_kernels.linear(tokens, keys).mul_(scale).add_(offsets)
+    else:  # all in the product's kernel
+        scores = torch.addmm(offsets, tokens, keys.mT, alpha=scale)
     return torch.softmax(scores.unflatten(1, (heads, -1)), dim=-1).flatten(1)
 
 
@@ -31,7 +34,7 @@ class _AbsorbedRead(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(tokens, keys, values, offsets)
         ctx.heads, ctx.scale = heads, scale
-        return torch.addmm(bias, _weights(tokens, keys, offsets, heads, scale), values)
+        return hia_kernels.linear(_weights(tokens, keys, offsets, heads, scale), values.mT, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,12 +46,13 @@ class _AbsorbedRead(torch.autograd.Function):
         tokens, keys, values, offsets = ctx.saved_tensors
         with torch.autocast(dout.device.type, enabled=False):
             p = _weights(tokens, keys, offsets, ctx.heads, ctx.scale)
-            dp, by_head = dout @ values.mT, (ctx.heads, -1)  # [R, H * M]
-            dvalues = p.mT @ dout
+            dp, by_head = hia_kernels.linear(dout, values), (ctx.heads, -1)  # [R, H * M]
+            dvalues = hia_kernels.linear(p.mT, dout.mT)
             ds = torch._softmax_backward_data(dp.unflatten(1, by_head), p.unflatten(1, by_head), -1, p.dtype).flatten(1)
             doffsets = ds.sum(0)
             ds *= ctx.scale
-            return ds @ keys, ds.mT @ tokens, dvalues, doffsets, dout.sum(0), None, None
+            dtokens, dkeys = hia_kernels.linear(ds, keys.mT), hia_kernels.linear(ds.mT, tokens.mT)
+            return dtokens, dkeys, dvalues, doffsets, dout.sum(0), None, None
 
 
 class Injection(nn.Module):
@@ -138,7 +142,7 @@ class Injection(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             if torch.is_grad_enabled():
                 return _AbsorbedRead.apply(tokens, keys, values, offsets, bias, self.num_heads, scale)
-            return torch.addmm(bias, _weights(tokens, keys, offsets, self.num_heads, scale), values)
+            return hia_kernels.linear(_weights(tokens, keys, offsets, self.num_heads, scale), values.mT, bias)
 
     @staticmethod
     def _add(hidden: Tensor, update: Tensor, layout: CallLayout) -> Tensor:

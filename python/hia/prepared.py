@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+import hia_kernels
+
 from .plan import DEEP_PAD
 
 Stamp = tuple[tuple[int, int, str, str], ...]
@@ -73,7 +75,7 @@ def prepare_extractor(
     weight, bias = projection.weight.to(exact), projection.bias.to(exact)
     if shared is not None:
         shared_weight, shared_bias = (p.to(device, exact) for p in (shared.weight, shared.bias))
-        weight, bias = weight @ shared_weight, torch.addmv(bias, weight, shared_bias)
+        weight, bias = hia_kernels.linear(weight, shared_weight.mT), torch.addmv(bias, weight, shared_bias)
     channels = weight.shape[1]
     columns = torch.zeros(weight.shape[0], channels + DEEP_PAD, dtype=exact, device=device)  # [D, E]
     columns[:, :channels] = weight
@@ -85,7 +87,7 @@ def prepare_extractor(
         fold_weight=weight.to(dtype),
         fold_bias=bias.to(dtype),
         root=_root(centred * weight.shape[0] ** -0.5).to(dtype),
-        deep_weight=((kv_weight * norm.weight.to(exact)) @ centred).to(dtype),
+        deep_weight=hia_kernels.linear(kv_weight * norm.weight.to(exact), centred.mT).to(dtype),
         deep_bias=torch.addmv(kv_proj.bias.to(exact), kv_weight, norm.bias.to(exact)).to(dtype),
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support, varlen
+from ...core import autocast, products, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
+from . import cpu
 from .reference import inject_rows_bwd_ref, inject_rows_inplace_ref, inject_rows_ref
 
 registration.define(
@@ -64,6 +65,16 @@ BACKENDS = register_table(
         },
         _triton_unsupported,
         triton_support.unavailable_reasons,
+    ),
+    Backend(
+        "cpu",
+        {
+            "inject_rows": cpu.inject_rows_fwd,
+            "inject_rows_": cpu.inject_rows_inplace,
+            "inject_rows_bwd": cpu.inject_rows_bwd,
+        },
+        cpu.unsupported_reasons,
+        products.unavailable_reasons,
     ),
     Backend(
         "reference",

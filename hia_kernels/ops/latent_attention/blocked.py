@@ -1,7 +1,7 @@
 """Blocks of query rows: product, row softmax, product. The scores of one block are all that is ever held.
 
-The products are the vendor's (cuBLAS, MKL): they are plain and large. On a GPU the softmax between them is the op
-``row_softmax``, which reads fp32 scores and writes probabilities in the compute dtype.
+The products are the vendor's (cuBLAS; oneDNN and MKL): they are plain and large. On a GPU the softmax between them is
+the op ``row_softmax``, which reads fp32 scores and writes probabilities in the compute dtype.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core import triton_support
+from ...core import products, triton_support
 
 # Scores of a block, bytes: on the CPU they should stay in cache between the products, on a GPU a block must fill it.
 BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
@@ -17,8 +17,9 @@ LEAST_ROWS = 128  # below it the products slow down
 
 
 def _block_rows(rows: int, tokens: int, device: str) -> int:
-    fitting = BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // (4 * max(1, tokens))
-    return min(rows, max(LEAST_ROWS, fitting))
+    fitting = max(LEAST_ROWS, BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // (4 * max(1, tokens)))
+    blocks = -(-rows // fitting)
+    return -(-rows // max(1, blocks))  # of one size: a short last block reads all tokens for a few rows
 
 
 def _computed(x: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with an fp32 (fp64) result."""
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    return products.product(a, b)
 
 
 def _softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,10 +70,10 @@ def latent_attention_blocked(
             rows = slice(first, first + step)
             scores = _product(_computed(q[image, rows]), tokens.mT)  # [rows, N]
             p, lse[image, rows] = _softmax(scores, softmax_scale, tokens.dtype)
-            if p.dtype == out.dtype:
+            if p.dtype == out.dtype and p.device.type != "cpu":
                 torch.mm(p, tokens, out=out[image, rows])
             else:
-                out[image, rows] = p @ tokens
+                out[image, rows] = products.product(p, tokens)
     return out, lse
 
 
@@ -89,17 +90,20 @@ def latent_attention_bwd_blocked(
         if tokens.shape[0] == 0:
             dq[image].zero_()
             continue
-        sums = torch.zeros(tokens.shape, dtype=lse.dtype, device=q.device)  # [N, E]: blocks add up in fp32
+        sums = dlatent[where].zero_()  # [N, E]: blocks add up in fp32
+        if sums.dtype != lse.dtype:
+            sums = torch.zeros(tokens.shape, dtype=lse.dtype, device=q.device)
         step = _block_rows(q.shape[1], tokens.shape[0], q.device.type)
         for first in range(0, q.shape[1], step):
             rows = slice(first, first + step)
             queries, douts = _computed(q[image, rows]), _computed(dout[image, rows])
             p, _ = _softmax(_product(queries, tokens.mT), softmax_scale, tokens.dtype)
             ds = _softmax_bwd(_product(douts, tokens.mT), p, softmax_scale)
-            dq[image, rows] = ds @ tokens
+            dq[image, rows] = products.product(ds, tokens)
             if sums.dtype == p.dtype:
                 sums.addmm_(p.mT, douts).addmm_(ds.mT, queries)
             else:
                 sums.add_(_product(p.mT, douts)).add_(_product(ds.mT, queries))
-        dlatent[where] = sums
+        if sums.dtype != dlatent.dtype:
+            dlatent[where] = sums
     return dq, dlatent

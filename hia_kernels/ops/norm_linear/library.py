@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support, varlen
+from ...core import autocast, products, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
+from . import cpu
 from .reference import norm_linear_bwd_ref, norm_linear_ref
 
 registration.define(
@@ -72,6 +73,12 @@ BACKENDS = register_table(
         {"norm_linear": triton_support.lazy(f"{_TRITON}_fwd", "norm_linear_cublas_fwd"), **_BACKWARD},
         _triton_unsupported,
         triton_support.unavailable_reasons,
+    ),
+    Backend(
+        "cpu",
+        {"norm_linear": cpu.norm_linear_fwd, "norm_linear_bwd": cpu.norm_linear_bwd},
+        cpu.unsupported_reasons,
+        products.unavailable_reasons,
     ),
     Backend("reference", {"norm_linear": norm_linear_ref, "norm_linear_bwd": norm_linear_bwd_ref}),
 )

@@ -1,0 +1,3 @@
+from .functional import linear
+
+__all__ = ["linear"]

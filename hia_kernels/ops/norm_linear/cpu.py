@@ -1,0 +1,68 @@
+"""``norm_linear`` on the CPU, fp32: PyTorch's norm, and the products of :mod:`hia_kernels.core.products`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core import products
+
+
+def unsupported_reasons(first: Tensor, second: Tensor, *rest: Any) -> list[str]:
+    """x and its norm's weight forward, the incoming gradient and x backward."""
+    return products.unsupported_reasons(first, second)
+
+
+def norm_linear_fwd(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_idx: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """[T, C] -> [R, D]."""
+    y = F.layer_norm(x if row_idx is None else x[row_idx], x.shape[1:], norm_weight, norm_bias, eps)
+    return products.linear(y, weight, bias)
+
+
+def norm_linear_bwd(
+    dout: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    row_idx: Tensor | None,
+    eps: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, norm_weight, norm_bias, weight, bias; those not in ``output_mask`` are empty.
+
+    PyTorch's backward of the norm subtracts large numbers where a row's mean is far from 0. It is therefore given the
+    normed rows, whose mean is 0 and whose deviation is 1, and 1 / deviation is multiplied in behind it.
+    """
+    dx, dnorm_weight, dnorm_bias, dweight, dbias = (x.new_empty(0) for _ in range(5))
+    wants_norm, wants_weight = any(output_mask[:3]), output_mask[3]
+    if wants_norm or wants_weight:
+        rows = x if row_idx is None else x[row_idx]  # [R, C]
+        normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
+        del rows
+    if wants_weight:
+        dweight = products.product(dout.mT, torch.addcmul(norm_bias, normed, norm_weight))
+    if wants_norm:
+        dy = products.product(dout, weight)  # [R, C]
+        drows, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+            dy, normed, normed.shape[1:], mean.zero_(), torch.ones_like(rstd), norm_weight, norm_bias,
+            [output_mask[0], True, True],
+        )  # fmt: skip
+        del dy, normed
+        if output_mask[0]:
+            drows.mul_(rstd)
+            dx = drows if row_idx is None else torch.zeros(x.shape).index_add_(0, row_idx, drows)
+    if output_mask[4]:
+        dbias = dout.sum(0)
+    return dx, dnorm_weight, dnorm_bias, dweight, dbias

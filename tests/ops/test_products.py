@@ -1,0 +1,216 @@
+"""``hia_kernels.core.products``, and the ops' rows that are made of it, at sizes that oneDNN takes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import hia_kernels
+from hia_kernels import condition_queries, inject_rows, inject_rows_, last_backend, norm_linear, use_backend
+from hia_kernels.core import products
+from hia_kernels.ops.condition_queries.reference import condition_queries_ref
+from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
+from hia_kernels.ops.norm_linear.reference import norm_linear_ref
+from tests.compare import assert_close
+from tests.inputs import condition_queries_inputs, inject_rows_inputs, norm_linear_inputs
+from tests.ops.harness import assert_identical, assert_matches, assert_repeatable, forward_backward
+
+F32 = torch.float32
+WIDE = {"channels": 300, "dim": 257}
+# function, reference, inputs that are large enough for oneDNN, small ones, the argument that decides the dtype
+ROWS = {
+    "norm_linear": (
+        norm_linear, norm_linear_ref, lambda dtype: norm_linear_inputs(260, 300, dtype, **WIDE),
+        lambda dtype: norm_linear_inputs(9, 5, dtype),
+    ),
+    "condition_queries": (
+        condition_queries, condition_queries_ref,
+        lambda dtype: condition_queries_inputs(300, 260, dtype, **WIDE),
+        lambda dtype: condition_queries_inputs(9, 3, dtype),
+    ),
+    "inject_rows": (
+        inject_rows, inject_rows_ref, lambda dtype: inject_rows_inputs(300, 260, dtype, **WIDE),
+        lambda dtype: inject_rows_inputs(9, 5, dtype),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every product made, whether oneDNN made it."""
+    made: list[bool] = []
+    gains = products._gains
+
+    def watched(x: Tensor, weight: Tensor) -> bool:
+        made.append(gains(x, weight))
+        return made[-1]
+
+    monkeypatch.setattr(products, "_gains", watched)
+    return made
+
+
+def strided(matrix: Tensor) -> dict[str, Tensor]:
+    rows, columns = matrix.shape
+    return {
+        "rows": matrix,
+        "columns": matrix.T.contiguous().T,
+        "wide": torch.cat([matrix, matrix], 1)[:, columns:],
+        "high": torch.cat([matrix, matrix])[:rows].T.contiguous().T,
+        "steps": matrix.repeat_interleave(2, 1)[:, ::2],
+        "one-row": matrix[:1].expand(rows, -1),
+        "one-column": matrix[:, :1].expand(-1, columns),
+    }
+
+
+@pytest.mark.parametrize("second", strided(torch.zeros(2, 2)))
+@pytest.mark.parametrize("first", strided(torch.zeros(2, 2)))
+def test_a_product_of_any_strides(first, second, calls):
+    torch.manual_seed(0)
+    a, b = strided(torch.randn(270, 300))[first], strided(torch.randn(300, 257))[second]
+    exact = a.double() @ b.double()
+    out = products.product(a, b)
+    assert out.is_contiguous() and calls == [True]
+    assert_close("product", out, exact, a @ b, dtype=F32)
+    assert torch.equal(products.product(a, b), out)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [(1, 4200, 4201), (4200, 1, 4201), (4200, 4201, 1), (2, 4200, 4201), (1, 1, 2**24), (2**24, 1, 1), (1, 2**24, 1)],
+)
+def test_thin_products(rows, inner, columns, calls):
+    """A size of one leaves a stride that means nothing."""
+    torch.manual_seed(0)
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    exact = a.double() @ b.double()
+    for x, y in ((a, b), (a.T.contiguous().T, b.T.contiguous().T), (torch.cat([a, a], 1)[:, :inner], b)):
+        assert_close("product", products.product(x, y), exact, x @ y, dtype=F32)
+    assert calls == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(0, 4, 3), (2, 0, 3), (2, 4, 0), (0, 0, 0), (1, 1, 1), (5, 40, 30)]
+)
+def test_small_and_empty_products_are_pytorchs(rows, inner, columns, calls):
+    a, b, bias = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(columns)
+    assert torch.equal(products.product(a, b), a @ b)
+    expected = torch.nn.functional.linear(a, b.mT, bias)
+    assert torch.equal(products.linear(a, b.mT, bias), expected)
+    assert calls == [False] * 2
+
+
+def test_a_strided_bias():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(300, 300), torch.randn(257, 300), torch.randn(514)[::2]
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    plain = torch.nn.functional.linear(x, weight, bias)
+    assert_close("linear", products.linear(x, weight, bias), exact, plain, dtype=F32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_are_pytorchs(dtype, calls):
+    a, b = torch.randn(300, 300).to(dtype), torch.randn(300, 257).to(dtype)
+    assert torch.equal(products.product(a, b), a @ b) and calls == [False]
+
+
+def test_a_switched_off_onednn_is_not_used(calls):
+    a, b = torch.randn(300, 300), torch.randn(300, 257)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(products.product(a, b), a @ b)
+    assert calls == [False]
+
+
+def test_a_build_without_onednn(monkeypatch):
+    monkeypatch.setattr(products, "_missing", lambda: ("torch was built without oneDNN",))
+    assert products.unavailable_reasons() == ["torch was built without oneDNN"]
+    a, b = torch.randn(300, 300), torch.randn(300, 257)
+    assert torch.equal(products.product(a, b), a @ b)
+    for op, (function, _, _, small) in ROWS.items():
+        function(**small(F32))
+        assert last_backend(op) == "reference"
+        with use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: torch was built without oneDNN"):
+            function(**small(F32))
+
+
+def test_reasons():
+    assert products.unsupported_reasons(torch.zeros(1), torch.zeros(1, dtype=torch.float32)) == []
+    reasons = products.unsupported_reasons(torch.zeros(1, device="meta"), torch.zeros(1).half())
+    assert reasons == ["tensors must be on the CPU, got meta", "float16 is left to the reference"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("op", ROWS)
+def test_large_calls_match_the_reference(op, backend, calls):
+    function, reference, large, _ = ROWS[op]
+    with use_backend(backend):
+        assert_matches(op, function, reference, large(F32), F32)
+    assert last_backend(op) == ("cpu" if backend == "auto" else backend)
+    assert calls == ([] if backend == "reference" else [True] * 3)
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_small_calls_take_the_same_row(op, calls):
+    function, reference, _, small = ROWS[op]
+    with use_backend("cpu"):
+        assert_matches(op, function, reference, small(F32), F32)
+    assert calls == [False] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", ROWS)
+def test_other_dtypes_are_left_to_the_reference(op, dtype):
+    function, _, _, small = ROWS[op]
+    inputs = small(dtype)
+    forward_backward(op, function, inputs)
+    assert last_backend(op) == "reference"
+    reason = f"cpu: {str(dtype).removeprefix('torch.')} is left to the reference"
+    with use_backend("cpu"), pytest.raises(NotImplementedError, match=reason):
+        function(**inputs)
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_two_runs_are_bit_identical(op):
+    function, _, large, _ = ROWS[op]
+    assert_repeatable(op, function, large(F32))
+
+
+def test_under_autocast_a_mixed_injection_is_left_to_the_reference():
+    inputs = inject_rows_inputs(9, 5, F32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inject_rows(**inputs)
+    assert last_backend("inject_rows") == "reference"
+
+
+def test_injection_in_place(calls):
+    inputs = inject_rows_inputs(300, 260, F32, **WIDE)
+    exact, plain, out = (inputs["hidden"].contiguous().to(d) for d in (torch.float64, F32, F32))
+    rest = {name: x for name, x in inputs.items() if name != "hidden"}
+    inject_rows_inplace_ref(exact, **{name: x.double() if x.is_floating_point() else x for name, x in rest.items()})
+    inject_rows_inplace_ref(plain, **rest)
+    assert inject_rows_(out, **rest) is out and calls == [True]
+    assert_close("out", out, exact, plain, dtype=F32)
+    untouched = torch.ones(300, dtype=torch.bool).index_fill(0, inputs["row_idx"], False)
+    assert torch.equal(out[untouched], inputs["hidden"][untouched])
+    assert_identical({"out": inject_rows(**inputs)}, {"out": out})
+
+
+def test_a_mean_of_many_deviations():
+    """The norm's gradients at a size and an offset where PyTorch's own backward of the norm loses digits."""
+    inputs = norm_linear_inputs(260, None, F32, **WIDE, offset=100.0)
+    with use_backend("cpu"):
+        assert_matches("norm_linear", hia_kernels.norm_linear, norm_linear_ref, inputs, F32)
+
+
+def test_norm_alone_and_weight_alone():
+    """Each mask of gradients gives the bits that all together give."""
+    inputs = norm_linear_inputs(260, 300, F32, **WIDE)
+    x, norm_weight, norm_bias, weight, _, row_idx, eps = inputs.values()
+    dout = torch.randn(300, 257)
+
+    def gradients(*mask: bool) -> tuple[Tensor, ...]:
+        return torch.ops.hia.norm_linear_bwd(dout, x, norm_weight, norm_bias, weight, row_idx, eps, list(mask))
+
+    every = gradients(True, True, True, True, True)
+    for mask in ((False, True, False, False, False), (True, False, False, False, False),
+                 (False, False, False, True, False), (False, False, False, False, True)):  # fmt: skip
+        for wanted, found, expected in zip(mask, gradients(*mask), every, strict=True):
+            assert not wanted or torch.equal(found, expected)
