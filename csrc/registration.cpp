@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/conv_norm_act.h"
+#include "cpu/stem_op.h"
 
 namespace hia {
 
@@ -20,4 +21,5 @@ STABLE_TORCH_LIBRARY_IMPL(hia_native, CPU, m) {
   m.impl("conv_direct", TORCH_BOX(&hia::conv_direct));
   m.impl("conv_winograd", TORCH_BOX(&hia::conv_winograd));
   m.impl("conv_winograd_weight_gradient", TORCH_BOX(&hia::conv_winograd_weight_gradient));
+  m.impl("stem", TORCH_BOX(&hia::stem));
 }

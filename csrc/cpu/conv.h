@@ -3,13 +3,12 @@
 // direct     what a block of outputs looks at is gathered in the cache and multiplied by the weight;
 // Winograd   3 x 3 of stride 1 by minimal filtering F(2 x 2, 3 x 3): 16 multiplications make four outputs, not 36.
 //
-// This file knows nothing of torch; one instance of `Kernels` exists per instruction set, and the caller splits the
-// work among threads. No result depends on how it is split.
+// Nothing here knows of torch. kernels.h lists the functions.
 #pragma once
 
 #include <cstdint>
 
-namespace hia::conv {
+namespace hia::cpu {
 
 constexpr int64_t kPoints = 16;  // of a transformed tile
 constexpr int64_t kPanel = 32;   // output channels side by side in a transformed weight
@@ -55,43 +54,4 @@ inline int64_t winograd_floats(int64_t tiles, int64_t channels) {
 // Floats between two points of what Kernels::gradient_tiles writes, for at most `tiles` tiles.
 inline int64_t point_stride(int64_t tiles, int64_t channels) { return tiles * channels + kPad; }
 
-struct Kernels {
-  const char* name;
-
-  // Outputs [begin, end), counted over all images.
-  void (*direct)(const Convolution& p, int64_t begin, int64_t end, float* work);
-
-  // weight [outputs, channels, taps] -> [outputs / 32, taps, channels, 32], panels [begin, end) of 32 outputs.
-  // `turned`: of the convolution that takes gradients back, from [channels, outputs, taps] and turned by 180 degrees.
-  // `scale` is per channel of the weight's first axis, or null.
-  void (*weight)(const float* weight, const float* scale, float* out, int64_t outputs, int64_t channels, int64_t taps,
-                 bool turned, int64_t begin, int64_t end);
-
-  // Tiles [begin, end).
-  void (*winograd)(const Convolution& p, int64_t begin, int64_t end, float* work);
-
-  // As `weight` with nine taps -> [outputs / 32, 16, channels, 32].
-  void (*winograd_weight)(const float* weight, const float* scale, float* out, int64_t outputs, int64_t channels,
-                          bool turned, int64_t begin, int64_t end);
-
-  // The weight's gradient, tiles [begin, end) of a block that starts at tile `first` and holds up to `block`: the
-  // image's tiles to `seen` [16, block, channels], those of the gradient p.out to `grads` [16, outputs / 32, block, 32].
-  void (*gradient_tiles)(const Convolution& p, int64_t first, int64_t block, int64_t begin, int64_t end,
-                         const float* zeros, float* seen, float* grads);
-
-  // sums [16, channels, outputs] += seen^T grads, over the `count` tiles of a block; point `point`, channels
-  // [begin, end).
-  void (*gradient_product)(const Convolution& p, const float* seen, const float* grads, int64_t block, int64_t count,
-                           int64_t point, int64_t begin, int64_t end, float* sums);
-
-  // sums -> [outputs, channels, 3, 3], outputs [begin, end).
-  void (*gradient_weight)(const float* sums, float* out, int64_t outputs, int64_t channels, int64_t begin, int64_t end);
-};
-
-// The best instance this processor runs, or null.
-const Kernels* kernels();
-
-const Kernels* avx512_kernels();  // null where the compiler had no such instructions
-const Kernels* avx2_kernels();
-
-}  // namespace hia::conv
+}  // namespace hia::cpu

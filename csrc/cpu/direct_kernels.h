@@ -3,10 +3,9 @@
 
 #include "product.h"
 
-namespace hia::conv {
+namespace hia::cpu {
 namespace {
 
-constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int64_t kSmallWeight = 1 << 16;  // floats of a weight that stays in the second-level cache
 
 // Shift, residual and ReLU on the way out of the registers.
@@ -58,6 +57,7 @@ template <class Isa>
 void direct(const Convolution& p, int64_t begin, int64_t end, float* work) {
   const int64_t depth = p.depth(), at_once = pixels_at_once(depth), panels = p.outputs / kPanel;
   const int64_t row = depth + kPad;  // rows a large power of two apart would share the cache's sets
+  const bool plain = p.kernel == 1 && p.stride == 1;
   const bool small = depth * p.outputs <= kSmallWeight;
   const int64_t group = small ? Isa::kRows : at_once;
   for (int64_t start = begin; start < end; start += at_once) {
@@ -68,6 +68,8 @@ void direct(const Convolution& p, int64_t begin, int64_t end, float* work) {
       const int64_t offset = (start + first) * p.outputs;
       const Finish<Isa> finish{p.shift, p.residual ? p.residual + offset : nullptr, p.out + offset, p.outputs, p.relu};
       const int64_t left = end - start - first - rows;
+      // the same rows of the next block, which lie together
+      const float* ahead = plain && left > at_once ? p.x + (start + at_once + first) * depth : nullptr;
       for (int64_t panel = 0; panel < panels; ++panel) {
         float* out = finish.out + panel * kPanel;
         if (small)  // the next rows of this panel, or these rows of the next one
@@ -75,7 +77,7 @@ void direct(const Convolution& p, int64_t begin, int64_t end, float* work) {
         else if (panel + 1 < panels)
           fetch(out + kPanel, rows, p.outputs);
         product<Isa>(rows, work + first * row, row, 1, p.weight + panel * depth * kPanel, depth,
-                     finish.at(0, panel * kPanel));
+                     finish.at(0, panel * kPanel), panel ? nullptr : ahead);
       }
     }
   }
@@ -97,4 +99,4 @@ void weight(const float* weight, const float* scale, float* out, int64_t outputs
 }
 
 }  // namespace
-}  // namespace hia::conv
+}  // namespace hia::cpu

@@ -1,4 +1,4 @@
-// Products in registers, for one instruction set. Included by conv_<isa>.cpp alone, after its target pragma: everything
+// Products in registers, for one instruction set. Included by kernels_<isa>.cpp alone, after its target pragma: everything
 // has internal linkage, so that no function of one instruction set replaces another's.
 //
 // `Isa` has the vector type V, its width kWidth in floats, load / store / set / fma / add / sub / mul / max, and the
@@ -7,14 +7,16 @@
 
 #include "conv.h"
 
-namespace hia::conv {
+namespace hia::cpu {
 namespace {
 
+constexpr int64_t kLine = 16;  // floats of a cache line
+
 // Rows [0, ROWS) of a b over `depth`, given to `store(row, column, vector)`. a's rows are `row` floats apart, its
-// columns `step`; b is a panel.
+// columns `step`; b is a panel. `ahead`: memory that is read soon, one line of which is asked for at each step, or null.
 template <class Isa, int ROWS, class Store>
 inline __attribute__((always_inline)) void block_product(const float* a, int64_t row, int64_t step, const float* b,
-                                                         int64_t depth, const Store& store) {
+                                                         int64_t depth, const float* ahead, const Store& store) {
   using V = typename Isa::V;
   constexpr int VECTORS = Isa::kVectors, WIDTH = Isa::kWidth, GROUPS = (ROWS + 2) / 3;
   V sums[ROWS][VECTORS];
@@ -26,7 +28,10 @@ inline __attribute__((always_inline)) void block_product(const float* a, int64_t
   const float* groups[GROUPS];
 #pragma GCC unroll 8
   for (int g = 0; g < GROUPS; ++g) groups[g] = a + 3 * g * row;
-  for (int64_t k = 0; k < depth; ++k) {
+  const int64_t line = ahead ? kLine : 0;
+  if (!ahead) ahead = b;  // something that is there already
+  for (int64_t k = 0; k < depth; ++k, ahead += line) {
+    __builtin_prefetch(ahead, 0, 2);
     V right[VECTORS];
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; ++j) right[j] = Isa::load(b + j * WIDTH);
@@ -48,25 +53,28 @@ inline __attribute__((always_inline)) void block_product(const float* a, int64_t
 
 template <class Isa, int ROWS, class Store>
 void choose_rows(int64_t rows, const float* a, int64_t row, int64_t step, const float* b, int64_t depth,
-                 const Store& store) {
+                 const float* ahead, const Store& store) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS)
-      block_product<Isa, ROWS>(a, row, step, b, depth, store);
+      block_product<Isa, ROWS>(a, row, step, b, depth, ahead, store);
     else
-      choose_rows<Isa, ROWS - 1>(rows, a, row, step, b, depth, store);
+      choose_rows<Isa, ROWS - 1>(rows, a, row, step, b, depth, ahead, store);
   }
 }
 
-// a b [rows, 32], in blocks of about equal height; `store` is one that can be moved: store.at(row, column).
+// a b [rows, 32], in blocks of about equal height; `store` is one that can be moved: store.at(row, column). `ahead`:
+// `depth` lines for each block.
 template <class Isa, class Store>
 void product(int64_t rows, const float* a, int64_t row, int64_t step, const float* b, int64_t depth,
-             const Store& store) {
+             const Store& store, const float* ahead = nullptr) {
   const int64_t blocks = (rows + Isa::kRows - 1) / Isa::kRows;
   for (int64_t i = 0, start = 0; i < blocks; ++i) {
     const int64_t count = (rows - start + blocks - i - 1) / (blocks - i);
     for (int64_t j = 0; j < kPanel; j += Isa::kVectors * Isa::kWidth)
-      choose_rows<Isa, Isa::kRows>(count, a + start * row, row, step, b + j, depth, store.at(start, j));
+      choose_rows<Isa, Isa::kRows>(count, a + start * row, row, step, b + j, depth, j ? nullptr : ahead,
+                                   store.at(start, j));
     start += count;
+    if (ahead) ahead += depth * kLine;
   }
 }
 
@@ -96,8 +104,8 @@ template <class Isa>
 inline typename Isa::V epilogue(typename Isa::V y, const float* shift, const float* residual, bool relu) {
   if (shift) y = Isa::add(y, Isa::load(shift));
   if (residual) y = Isa::add(y, Isa::load(residual));
-  return relu ? Isa::max(y, Isa::zero()) : y;
+  return relu ? Isa::max(Isa::zero(), y) : y;  // in this order NaN stays NaN
 }
 
 }  // namespace
-}  // namespace hia::conv
+}  // namespace hia::cpu

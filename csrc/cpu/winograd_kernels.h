@@ -8,7 +8,7 @@
 
 #include "product.h"
 
-namespace hia::conv {
+namespace hia::cpu {
 namespace {
 
 constexpr int64_t kLongestSum = 64;  // terms of a weight's gradient that are added one after the other
@@ -242,4 +242,4 @@ void gradient_weight(const float* sums, float* out, int64_t outputs, int64_t cha
 }
 
 }  // namespace
-}  // namespace hia::conv
+}  // namespace hia::cpu

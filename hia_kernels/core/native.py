@@ -24,6 +24,8 @@ _SCHEMAS = (
     "conv_winograd(Tensor x, Tensor weight, Tensor? shift, Tensor? residual, bool pad_rows, bool relu, Tensor(a!) out)"
     " -> ()",
     "conv_winograd_weight_gradient(Tensor dz, Tensor x, Tensor(a!) out) -> ()",
+    "stem(Tensor pixels, Tensor window, Tensor weight, Tensor inside, Tensor shift, float centre, int kernel, bool pool,"
+    " Tensor(a!) out) -> ()",
 )
 for _schema in _SCHEMAS:
     torch.library.define("hia_native::" + _schema.partition("(")[0], _schema[_schema.index("(") :])

@@ -208,6 +208,18 @@ def test_native_functions_check_their_arguments():
             call()
 
 
+@pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 1)])
+def test_nan_stays_near_its_pixel(kernel, reach):
+    """The Winograd form spreads it over its tile, 2 x 2 outputs, and no further."""
+    inputs = make_inputs((12, 12), F32, kernel=kernel, images=1, **WIDE)
+    inputs["x"][0, 6, 6, 3] = torch.nan
+    seen = conv_norm_act_packed(inputs["x"], pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])).isnan()
+    first, last = (6, 7) if kernel == 1 else (4, 8)
+    assert seen[0, 6 - reach : 7 + reach, 6 - reach : 7 + reach].all()
+    seen[0, first:last, first:last] = False
+    assert not seen.any()
+
+
 def test_no_images():
     inputs = make_inputs((6, 5), F32, images=0, **WIDE)
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])

@@ -53,7 +53,7 @@ class _Folded:
     centre: float
 
 
-def _fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, channels: int) -> _Folded:
+def fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor, channels: int) -> _Folded:
     per_channel = weight.float() * scale[:, None, None, None] / std[:, None, None]  # [OC, 3, K, K]
     centre = mean.mean()
     ones = (per_channel * (centre - mean)[:, None, None]).sum(1, keepdim=True)
@@ -100,7 +100,7 @@ class _Strips:
         return buffer.permute(2, 0, 1)[None]
 
 
-def _half(size: int) -> int:
+def half(size: int) -> int:
     return (size - 1) // 2 + 1
 
 
@@ -120,7 +120,7 @@ class _Border:
     def __init__(self, ones: Tensor, size: tuple[int, int]):
         kernel = ones.shape[-1]
         self.edge = (kernel // 2 + 1) // 2  # rows, and columns, that reach into the padding
-        self.height = _half(size[0])
+        self.height = half(size[0])
         # an image with the same borders, small where the image isn't
         sides = [side if side < 4 * kernel else 4 * kernel + side % 2 for side in size]
         padding = [kernel // 2] * 2
@@ -168,10 +168,10 @@ def stem_fwd(
 ) -> Tensor:
     """[N, IH, IW, CP] -> [N, PH, PW, OC]; computed in fp32 whatever the weight's dtype."""
     images, height, width, channels = pixels.shape
-    convolved = _half(height), _half(width)
-    pooled = (_half(convolved[0]), _half(convolved[1])) if pool == 3 else convolved
+    convolved = half(height), half(width)
+    pooled = (half(convolved[0]), half(convolved[1])) if pool == 3 else convolved
     out = weight.new_empty(images, *pooled, weight.shape[0])
-    folded = _fold(weight, scale, shift, mean, std, channels)
+    folded = fold(weight, scale, shift, mean, std, channels)
     border = _Border(folded.ones, (height, width))
     step = _strip_rows(convolved[1], weight.shape[0])
     for image, limits in enumerate(window.tolist()):
@@ -208,10 +208,10 @@ def stem_bwd(
 
     Each pooled row's windows are whole in its strip, so strips add up.
     """
-    folded = _fold(weight, torch.ones_like(scale), shift, mean, std, pixels.shape[-1])
+    folded = fold(weight, torch.ones_like(scale), shift, mean, std, pixels.shape[-1])
     combined = torch.cat([folded.weight, folded.ones], dim=1)  # [OC, CP + 1, K, K]
-    height, outputs = _half(pixels.shape[1]), dout.shape[1]
-    step = _strip_rows(_half(pixels.shape[2]), weight.shape[0])
+    height, outputs = half(pixels.shape[1]), dout.shape[1]
+    step = _strip_rows(half(pixels.shape[2]), weight.shape[0])
     taps, dscale, dshift = (torch.zeros_like(x, dtype=torch.float64) for x in (combined, scale, shift))
     per_channel = scale[:, None, None]
     for image, limits in enumerate(window.tolist()):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
-from . import cpu
+from . import cpu, native
 from .reference import stem_bwd_ref, stem_ref
 
 _INPUTS = "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
@@ -48,6 +48,7 @@ BACKENDS = register_table(
         _triton_unsupported,
         triton_support.unavailable_reasons,
     ),
+    Backend("native", {"stem": native.stem_fwd}, native.unsupported_reasons, native.unavailable_reasons),
     Backend("cpu", {"stem": cpu.stem_fwd, "stem_bwd": cpu.stem_bwd}, cpu.unsupported_reasons, cpu.unavailable_reasons),
     Backend("reference", {"stem": stem_ref, "stem_bwd": stem_bwd_ref}),
 )

@@ -1,5 +1,5 @@
-// conv_kernels.h for AVX-512F: 14 x 32 floats of a product in 28 of the 32 registers.
-#include "conv.h"
+// all_kernels.h for AVX-512F: 14 x 32 floats of a product in 28 of the 32 registers.
+#include "kernels.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -13,9 +13,9 @@
 #pragma GCC target("avx512f,fma")
 #endif
 
-#include "conv_kernels.h"
+#include "all_kernels.h"
 
-namespace hia::conv {
+namespace hia::cpu {
 namespace {
 
 struct Avx512 {
@@ -29,6 +29,11 @@ struct Avx512 {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  // Of numbers that are not negative: their bits are in their order, and NaN's are above all.
+  static V max_or_nan(V a, V b) {
+    const __m512i without_sign = _mm512_and_epi32(_mm512_castps_si512(b), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), without_sign));
+  }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
@@ -38,7 +43,7 @@ constexpr Kernels kAvx512 = kernels_of<Avx512>("avx512");
 
 const Kernels* avx512_kernels() { return &kAvx512; }
 
-}  // namespace hia::conv
+}  // namespace hia::cpu
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -47,7 +52,7 @@ const Kernels* avx512_kernels() { return &kAvx512; }
 #endif
 
 #else
-namespace hia::conv {
+namespace hia::cpu {
 const Kernels* avx512_kernels() { return nullptr; }
-}  // namespace hia::conv
+}  // namespace hia::cpu
 #endif

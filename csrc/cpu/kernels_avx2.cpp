@@ -1,5 +1,5 @@
-// conv_kernels.h for AVX2 with FMA: 6 x 16 floats of a product in 12 of the 16 registers.
-#include "conv.h"
+// all_kernels.h for AVX2 with FMA: 6 x 16 floats of a product in 12 of the 16 registers.
+#include "kernels.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -11,9 +11,9 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#include "conv_kernels.h"
+#include "all_kernels.h"
 
-namespace hia::conv {
+namespace hia::cpu {
 namespace {
 
 struct Avx2 {
@@ -27,6 +27,11 @@ struct Avx2 {
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  // Of numbers that are not negative: their bits are in their order, and NaN's are above all.
+  static V max_or_nan(V a, V b) {
+    const __m256i without_sign = _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), without_sign));
+  }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 };
 
@@ -36,7 +41,7 @@ constexpr Kernels kAvx2 = kernels_of<Avx2>("avx2");
 
 const Kernels* avx2_kernels() { return &kAvx2; }
 
-}  // namespace hia::conv
+}  // namespace hia::cpu
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -45,7 +50,7 @@ const Kernels* avx2_kernels() { return &kAvx2; }
 #endif
 
 #else
-namespace hia::conv {
+namespace hia::cpu {
 const Kernels* avx2_kernels() { return nullptr; }
-}  // namespace hia::conv
+}  // namespace hia::cpu
 #endif

@@ -1,9 +1,9 @@
-#include "conv.h"
+#include "kernels.h"
 
 #include <cstdlib>
 #include <cstring>
 
-namespace hia::conv {
+namespace hia::cpu {
 
 namespace {
 
@@ -38,4 +38,4 @@ const Kernels* kernels() {
 #endif
 }
 
-}  // namespace hia::conv
+}  // namespace hia::cpu

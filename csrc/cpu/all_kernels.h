@@ -2,16 +2,18 @@
 #pragma once
 
 #include "direct_kernels.h"
+#include "kernels.h"
+#include "stem_kernels.h"
 #include "winograd_kernels.h"
 
-namespace hia::conv {
+namespace hia::cpu {
 namespace {
 
 template <class Isa>
 constexpr Kernels kernels_of(const char* name) {
   return {name, direct<Isa>, weight<Isa>, winograd<Isa>, winograd_weight<Isa>,
-          gradient_tiles<Isa>, gradient_product<Isa>, gradient_weight<Isa>};
+          gradient_tiles<Isa>, gradient_product<Isa>, gradient_weight<Isa>, stem<Isa>};
 }
 
 }  // namespace
-}  // namespace hia::conv
+}  // namespace hia::cpu

@@ -1,0 +1,76 @@
+// What the CPU functions ask of their tensors, and their work memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "kernels.h"
+
+namespace hia {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<torch::stable::Tensor>;
+
+struct Free {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+inline Floats allocate(int64_t count) {
+  return Floats(static_cast<float*>(::operator new(sizeof(float) * count, std::align_val_t(64))));
+}
+
+inline const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
+inline float* mutable_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+// Checks for one op; its name begins each message.
+struct Checks {
+  const char* op;
+
+  const cpu::Kernels& kernels() const {
+    const cpu::Kernels* found = cpu::kernels();
+    STD_TORCH_CHECK(found != nullptr, op, ": the native kernels need AVX2 and FMA, which this processor has not");
+    return *found;
+  }
+
+  void floats(const Tensor& tensor, const char* name, int64_t dim) const {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name,
+                    " must be float32 on the CPU");
+    contiguous(tensor, name, dim);
+  }
+
+  void contiguous(const Tensor& tensor, const char* name, int64_t dim) const {
+    STD_TORCH_CHECK(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, got ", tensor.dim());
+    STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  }
+
+  void channels(int64_t outputs, int64_t channels) const {
+    STD_TORCH_CHECK(outputs > 0 && outputs % cpu::kPanel == 0 && channels > 0 && channels % cpu::kLanes == 0, op,
+                    ": outputs must be a multiple of 32 and channels of 16, got ", outputs, " and ", channels);
+  }
+
+  void size(const Tensor& tensor, const char* name, int64_t a, int64_t b, int64_t c, int64_t d) const {
+    STD_TORCH_CHECK(tensor.size(0) == a && tensor.size(1) == b && tensor.size(2) == c && tensor.size(3) == d, op, ": ",
+                    name, " must have shape [", a, ", ", b, ", ", c, ", ", d, "], got [", tensor.size(0), ", ",
+                    tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3), "]");
+  }
+
+  const float* vector(const Tensor& tensor, const char* name, int64_t count) const {
+    floats(tensor, name, 1);
+    STD_TORCH_CHECK(tensor.size(0) == count, op, ": ", name, " must have ", count, " entries, got ", tensor.size(0));
+    return data(tensor);
+  }
+
+  const float* vector(const MaybeTensor& tensor, const char* name, int64_t count) const {
+    return tensor.has_value() ? vector(*tensor, name, count) : nullptr;
+  }
+};
+
+}  // namespace hia
