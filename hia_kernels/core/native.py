@@ -53,9 +53,14 @@ def unavailable_reasons() -> tuple[str, ...]:
     return ()
 
 
+@cache
+def _cpu_reasons() -> tuple[str, ...]:
+    reasons = unavailable_reasons()
+    if not reasons and not torch.ops.hia_native.cpu_isa():
+        return ("the native kernels need AVX2 and FMA, or AVX-512",)
+    return reasons
+
+
 def cpu_unavailable_reasons() -> list[str]:
     """Why its CPU kernels can't serve here."""
-    reasons = list(unavailable_reasons())
-    if not reasons and not torch.ops.hia_native.cpu_isa():
-        reasons.append("the native kernels need AVX2 and FMA, or AVX-512")
-    return reasons
+    return list(_cpu_reasons())

@@ -70,7 +70,9 @@ def test_any_size(data):
     stride, residual = data.draw(st.sampled_from([1, 2])), data.draw(st.booleans())
     options = {"kernel": data.draw(st.sampled_from([1, 3])), "stride": stride, "residual": residual}
     options |= {"channels": data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))}
-    options |= {"activation": data.draw(st.sampled_from(["none", "relu", "gelu"])), "images": data.draw(st.just(1))}
+    options |= {"activation": data.draw(st.sampled_from(["none", "relu", "gelu"]))}
+    outputs = options["channels"][1] * ((size[0] - 1) // stride + 1) * ((size[1] - 1) // stride + 1)
+    options["images"] = -(-128 // outputs)  # the root mean square of fewer errors is a matter of luck
     dtype = data.draw(st.sampled_from([F32, BF16]))
     inputs = make_inputs(size, dtype, **options)
     with hia_kernels.use_backend("cpu" if dtype == F32 else "auto"):  # bf16 is for packed weights alone
