@@ -11,7 +11,7 @@ import hia_kernels
 from hia_kernels import info
 from hia_kernels.core import backend
 
-OPS = ["condition_queries", "conv_norm_act", "cross_attention", "inject_rows", "latent_attention", "norm_linear",
+OPS = ["condition_queries", "conv_norm_act", "cross_attention", "inject_rows", "latent_attention", "linear", "norm_linear",
        "row_softmax", "stem"]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_report_names_every_op_and_backend(monkeypatch):
         assert reasons["reference"] == [] and reasons["xformers"]
     missing = "no implementation of stem in this version (there is: triton, cpu, reference)"
     assert report["ops"]["stem"]["xformers"] == [missing]
-    missing = "no implementation of norm_linear in this version (there is: triton, cublas, reference)"
+    missing = "no implementation of norm_linear in this version (there is: triton, cublas, cpu, reference)"
     assert report["ops"]["norm_linear"]["cudnn"] == [missing]
     assert report["ops"]["norm_linear"]["cublas"] == report["ops"]["norm_linear"]["triton"]
     assert report["ops"]["inject_rows"]["cublas"] == report["ops"]["inject_rows"]["triton"]
