@@ -18,7 +18,7 @@ Size = tuple[int, int]  # height, width, pixels
 
 OPS = (
     "stem", "conv_norm_act", "condition_queries", "cross_attention", "norm_linear", "inject_rows", "row_softmax",
-    "latent_attention",
+    "latent_attention", "linear",
 )  # fmt: skip
 COMPOSITES = (
     "encode", "extract", "inject", "adapter_layer", "second_question", "adapter_train_step", "encode_train_step",
@@ -54,6 +54,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "conv_norm_act": tuple(CONVOLUTIONS),
     "cross_attention": ("extract", "inject"),
     "norm_linear": ("queries", "features", "visual", "extracted"),
+    "linear": ("features", "output"),
     "latent_attention": ("folded", "deep"),  # the latent: projected and normed features, or the features themselves
 }
 # what a GPU run without names measures first, and the only shapes it compiles for
@@ -62,6 +63,7 @@ FIRST = ("13b-896-2img", "13b-released-896-2img", "px896")
 CPU_ROLES: dict[str, tuple[str, ...]] = {
     "conv_norm_act": ("stage1-3x3", "stage2-down", "stage4-expand"),
     "norm_linear": ("features", "visual"),
+    "linear": ("features",),
 }
 
 

@@ -28,6 +28,7 @@ DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
     "cross_attention": ("q", "k", "v"),
     "norm_linear": ("x", "norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("hidden", "update", "weight", "bias"),
+    "linear": ("x", "weight", "bias"),
     "row_softmax": ("scores",),
     "latent_attention": ("q", "latent"),
 }
@@ -39,6 +40,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "cross_attention": (),
     "norm_linear": ("norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("weight", "bias"),
+    "linear": ("weight", "bias"),
     "row_softmax": (),
     "latent_attention": (),
 }
@@ -198,6 +200,19 @@ def _inject_rows(workload: Workload, draw: Draw) -> Inputs:
     }
 
 
+def _linear(workload: Workload, draw: Draw) -> Inputs:
+    case, dim = workload.case, workload.case.config.dim
+    rows, channels = {
+        "features": (sum(case.feature_lengths), case.channels),
+        "output": (case.images * case.num_queries, dim),
+    }[workload.role]
+    return {
+        "x": draw.normal(rows, channels),
+        "weight": draw.normal(dim, channels, scale=channels**-0.5),
+        "bias": draw.normal(dim),
+    }
+
+
 def _row_softmax(workload: Workload, draw: Draw) -> Inputs:
     """fp32 scores of one image, as the product before them leaves them; probabilities for the product behind."""
     case = workload.case
@@ -264,6 +279,7 @@ _MAKERS = {
     "cross_attention": _cross_attention,
     "norm_linear": _norm_linear,
     "inject_rows": _inject_rows,
+    "linear": _linear,
     "row_softmax": _row_softmax,
     "latent_attention": _latent_attention,
     "encode": _encode,

@@ -17,6 +17,7 @@ from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref
 from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
 from hia_kernels.ops.latent_attention.reference import latent_attention_ref
+from hia_kernels.ops.linear.reference import linear_ref
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
 from hia_kernels.ops.row_softmax.reference import row_softmax_ref
 from hia_kernels.ops.stem.reference import stem_ref
@@ -77,6 +78,10 @@ def _reference_latent(q: Tensor, latent: Tensor, lengths: list[int], softmax_sca
     return latent_attention_ref(q, latent, lengths, softmax_scale)[0]
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear_ref(x, weight, bias)
+
+
 def _inject_in_place(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
     inject_rows_inplace_ref(hidden, update, weight, bias, row_idx)
     return hidden
@@ -89,6 +94,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "cross_attention": _with_default_scale(cross_attention_ref),
     "norm_linear": norm_linear_ref,
     "inject_rows": inject_rows_ref,
+    "linear": _linear,
     "row_softmax": row_softmax_ref,
     "latent_attention": _reference_latent,
 }

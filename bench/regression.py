@@ -87,6 +87,12 @@ def inject_rows() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def linear() -> dict[str, Any]:
+    """Projection of the features."""
+    return {"x": _normal(IMAGES * FEATURES, CHANNELS), "weight": _normal(DIM, CHANNELS, scale=0.02),
+            "bias": _normal(DIM)}  # fmt: skip
+
+
 def row_softmax() -> dict[str, Any]:
     """The queries' scores over one image's features, four wide heads."""
     return {"scores": _normal(ABSORBED_HEADS * QUERIES, FEATURES, scale=4.0), "scale": 0.25}
@@ -158,6 +164,7 @@ INPUTS: dict[str, Callable[[], dict[str, Any]]] = {
     "cross_attention": cross_attention,
     "norm_linear": norm_linear,
     "inject_rows": inject_rows,
+    "linear": linear,
     "row_softmax": row_softmax,
     "latent_attention": latent_attention,
 }

@@ -26,6 +26,7 @@ DIFFERENTIABLE = {
     "cross_attention": ("q", "k", "v"),
     "norm_linear": ("x", "norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("hidden", "update", "weight", "bias"),
+    "linear": ("x", "weight", "bias"),
     "row_softmax": ("scores",),
     "latent_attention": ("q", "latent"),
 }
@@ -215,6 +216,23 @@ def inject_rows_inputs(
         "weight": draw.normal(channels, dim, scale=dim**-0.5),
         "bias": draw.normal(channels) if bias else None,
         "row_idx": draw.rows(rows, tokens, unique=True),
+    }
+
+
+def linear_inputs(
+    rows: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    channels: int = 48,
+    dim: int = 32,
+    bias: bool = True,
+) -> Inputs:
+    draw = Draw(dtype, device)
+    return {
+        "x": draw.strided(rows, channels),
+        "weight": draw.normal(dim, channels, scale=channels**-0.5),
+        "bias": draw.normal(dim) if bias else None,
     }
 
 

@@ -317,7 +317,13 @@ def released_op(workload: Workload, *, sdpa: bool) -> tuple[Callable[..., Any], 
         return (sdpa_packed if sdpa else _weighted_attention), dict
     if op == "norm_linear":
         return (_norm_twice if workload.role in ("features", "extracted") else _norm_once), dict
+    if op == "linear":
+        return _linear, dict
     return _Concatenation(case), dict
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 def _normalised(inputs: Inputs) -> Inputs:
