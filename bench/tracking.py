@@ -8,7 +8,7 @@ allocates them to the moment Python lets go of them, the way a caching allocator
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hia import plan
+from hia import arena, plan, tiling
 from hia.encoder import Encoder
 from hia_kernels import use_backend
+from hia_kernels.ops.conv_norm_act import native
 from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 
 # CUDA's caching allocator hands out multiples of this
@@ -232,7 +233,7 @@ def footprint(
     weight_bytes = tracker.live
     tracker.track(*_tensors(inputs))
     if not cuda:
-        tracker.live += packed_bytes(model)
+        tracker.live += kept_bytes(model, inputs.get("high_res_pixels", ()))
     counter = FlopCounterMode(display=False)
     # forced, or our encoder would lay fake weights out for oneDNN
     with torch.no_grad(), use_backend("reference"), ExitStack() as stack:
@@ -258,19 +259,35 @@ def held_beside(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in found if tensor.device.type != "meta"]
 
 
-def packed_bytes(model: nn.Module) -> int:
-    """Of what a prepared encoder's convolutions lay out for oneDNN when they first run: a copy of every weight but
-    the stem's, on CPUs where packing serves. Fake weights are never packed."""
+def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
+    """What a prepared encoder keeps on a CPU once it has run: a copy of every weight but the stem's, as the native
+    kernels or oneDNN lay it out, and the memory of its activations. Fake weights are never packed."""
     total = 0
     for module in model.modules():
         prepared = module.current() if isinstance(module, Encoder) else None
         if prepared is None:
             continue
+        convs = [conv for conv in prepared.steps if conv is not module.conv1]
         with unset_fake_temporarily():
             if packing_reasons(torch.zeros(16, 16, 1, 1, dtype=module.conv1.weight.dtype)):
                 continue
-        total += sum(conv.weight.nbytes for conv in prepared.steps if conv is not module.conv1)
+            native_serves = [not native.unavailable_reasons() and not native.packing_unsupported_reasons(conv.weight)
+                             for conv in convs]  # fmt: skip
+        for conv, serves in zip(convs, native_serves, strict=True):
+            points = native.POINTS**2 if serves and native.is_winograd(conv.weight, conv.stride[0]) else 0
+            total += conv.weight.nbytes * (points or 9) // 9
+        if all(native_serves):
+            total += max((_arena_bytes(module, image) for image in pixels), default=0)
     return total
+
+
+def _arena_bytes(encoder: Encoder, image: Tensor) -> int:
+    height, width = image.shape[:2]
+    if tiling.head(encoder, height, width)[0]:
+        return 0  # strips
+    size = (1, *tiling.stem_size(encoder, height, width), encoder.conv1.out_channels)
+    kept = tiling.arena_elements(encoder.units(), size) * encoder.conv1.weight.element_size()
+    return kept if kept <= arena.LARGEST else 0
 
 
 def _inside(value: Any) -> Iterator[Tensor]:

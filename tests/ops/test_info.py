@@ -36,7 +36,7 @@ def test_report_names_every_op_and_backend(monkeypatch):
     for reasons in report["ops"].values():
         assert list(reasons) == list(backend.BACKEND_NAMES[1:])
         assert reasons["reference"] == [] and reasons["xformers"]
-    missing = "no implementation of stem in this version (there is: triton, cpu, reference)"
+    missing = "no implementation of stem in this version (there is: triton, native, cpu, reference)"
     assert report["ops"]["stem"]["xformers"] == [missing]
     missing = "no implementation of norm_linear in this version (there is: triton, cublas, cpu, reference)"
     assert report["ops"]["norm_linear"]["cudnn"] == [missing]

@@ -32,7 +32,8 @@ def packing_unsupported_reasons(weight: Tensor) -> list[str]:
     return found
 
 
-def _is_winograd(weight: Tensor, stride: int) -> bool:
+def is_winograd(weight: Tensor, stride: int) -> bool:
+    """Whether a weight [OC, C, K, K] takes the Winograd form."""
     return weight.shape[-1] == 3 and stride == 1
 
 
@@ -44,7 +45,7 @@ def unsupported_reasons(*args: Any) -> list[str]:
         return packing_unsupported_reasons(args[1])
     weight, stride = args[2], args[-3]  # the backward: dout, x, weight, ..., stride, activation, mask
     found = packing_unsupported_reasons(weight)
-    if not _is_winograd(weight, stride):
+    if not is_winograd(weight, stride):
         found.append("gradients are for 3 x 3 with stride 1")
     return found
 
@@ -53,7 +54,7 @@ def slower_reasons(*args: Any) -> list[str]:
     """Why oneDNN is faster; a packed weight has its transform behind it."""
     if isinstance(args[-1], bool):
         return []
-    if isinstance(args[-1], str) and not _is_winograd(args[1], args[-2]):
+    if isinstance(args[-1], str) and not is_winograd(args[1], args[-2]):
         return ["the direct form is oneDNN's, and packing its weight for one call costs more"]
     images, height, width, _ = args[0].shape  # the image's and the gradient's are one
     tiles = images * ((height + 1) // 2) * ((width + 1) // 2)
@@ -69,7 +70,7 @@ def pack_weight(weight: Tensor, scale: Tensor, stride: int, turned: bool = False
         stride: of the convolution.
         turned: for the convolution that takes gradients back: [C, OC, ...], turned by 180 degrees.
     """
-    winograd = _is_winograd(weight, stride)
+    winograd = is_winograd(weight, stride)
     out_channels, channels, side, _ = weight.shape
     side = POINTS if winograd else side
     out = weight.new_empty(*((channels, out_channels) if turned else (out_channels, channels)), side, side)
