@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hia import HiAConfig, tiling
+from hia import HiAConfig, arena, tiling
 from hia.encoder import Encoder, build_encoder
+from hia_kernels import use_backend
 
 from . import environment
 from .images import find_images
@@ -26,6 +27,8 @@ WINDOW = torch.tensor([0.0, 255.0])
 FORMS = {
     "parameters": "not prepared: each convolution scales its weight first",
     "whole": "prepared, every map as a whole",
+    "fresh": "the same without the memory that is kept between images",
+    "onednn": "the same by oneDNN alone, HIA_BACKEND=cpu",
     "strips": "prepared, as it is by default: in strips up to the first halving where maps are large",
     "budget": "prepared, in strips through the whole network, within --budget-mib",
 }
@@ -88,15 +91,30 @@ def whole_maps() -> Iterator[None]:
 def calls_of(forms: Sequence[str], width: int, pixels: Tensor, budget: int) -> dict[str, Callable[[], Tensor]]:
     """Each form as a call that encodes ``pixels``."""
     plain, prepared = encoder_of(width), encoder_of(width)
-    prepared.prepare()
+    by_onednn = encoder_of(width) if "onednn" in forms else prepared
+    for encoder in {prepared, by_onednn}:
+        encoder.prepare()
 
-    def whole() -> Tensor:
+    def whole(encoder: Encoder = prepared) -> Tensor:
         with whole_maps():
-            return prepared(pixels, WINDOW)
+            return encoder(pixels, WINDOW)
+
+    def fresh() -> Tensor:
+        largest, arena.LARGEST = arena.LARGEST, 0
+        try:
+            return whole()
+        finally:
+            arena.LARGEST = largest
+
+    def onednn() -> Tensor:
+        with use_backend("cpu"):
+            return whole(by_onednn)
 
     calls: dict[str, Callable[[], Tensor]] = {
         "parameters": lambda: plain(pixels, WINDOW),
         "whole": whole,
+        "fresh": fresh,
+        "onednn": onednn,
         "strips": lambda: prepared(pixels, WINDOW),
         "budget": lambda: prepared(pixels, WINDOW, budget),
     }
