@@ -196,7 +196,7 @@ def test_a_peer_that_fails_is_a_red_row_and_absence_a_reason(tmp_path, capsys):
     arguments = ["--quick", "--device", "cpu", "--op", "inject_rows", "--case", "tiny", "--mode", "forward"]
     assert kernels.main([*arguments, "--json", str(path)]) == 0
     found = {record.provider: record for record in read_records(path)}
-    assert found["hia"].status == "ok" and found["hia"].extra["backend"] == "reference"
+    assert found["hia"].status == "ok" and found["hia"].extra["backend"] == "cpu"
     assert found["hia"].p20_ms <= found["hia"].p50_ms <= found["hia"].p80_ms
     assert found["hia"].percent_of_floor == pytest.approx(100 * found["hia"].floor_ms / found["hia"].p50_ms)
     assert found["wrong"].status == "failed" and found["wrong"].p50_ms is None
