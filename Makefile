@@ -10,13 +10,14 @@ EXTRAS   := bench,dicom,train,dev
 # Installed where torch brings no Triton of its own: beside a CPU wheel, on Linux.
 TRITON   := triton==3.6.0
 STAMP    := $(VENV)/.installed
+NATIVE   := $(VENV)/.native
 
 ifneq ($(strip $(PYTHON)),)
 PY    := $(PYTHON)
 READY := check-python
 else
 PY    := $(VENV)/bin/python
-READY := $(STAMP)
+READY := $(STAMP) $(NATIVE)
 endif
 
 # A development checkout works from its sources, installed or not.
@@ -77,7 +78,7 @@ format: $(READY) ## rewrite the sources as `make lint` wants them
 	$(RUN) -m ruff format .
 
 clean: ## remove caches and build outputs; .venv stays
-	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist hia_kernels/_native*.so "$(NATIVE)" *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path "./$(VENV)/*" -type d -prune -exec rm -rf {} +
 
 check-python:
@@ -85,8 +86,7 @@ check-python:
 	  { echo "PYTHON=$(PY) must be Python 3.10 or newer, got: $$("$(PY)" --version 2>&1)" >&2; exit 1; }
 	@"$(PY)" -c 'import torch' || { echo "PYTHON=$(PY) must have torch; without PYTHON=, make installs it in $(VENV)" >&2; exit 1; }
 
-# The package works without its native kernels, so a machine without a compiler gets a note.
-$(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+$(STAMP): pyproject.toml constraints.txt setup.py
 	@base=; for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	  if "$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
 	    base=$$python; break; \
@@ -105,7 +105,12 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(shell find csrc -name '*.cpp
 	@if [ "$$(uname -s)" = Linux ] && ! "$(VENV)/bin/python" -c 'import triton' 2>/dev/null; then \
 	  "$(VENV)/bin/python" -m pip install --progress-bar off --no-deps "$(TRITON)" || echo "note: no $(TRITON) for this machine; its tests will be skipped"; \
 	fi
-	@echo "compiling csrc/"; log=$$(mktemp); \
+	@touch "$@"
+
+# The package works without its native kernels, so a machine without a compiler gets a note. What was built before goes
+# first: a build that fails must not leave other sources' kernels behind.
+$(NATIVE): $(STAMP) setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	@echo "compiling csrc/"; rm -f hia_kernels/_native*.so; log=$$(mktemp); \
 	if "$(VENV)/bin/python" setup.py build_ext --inplace >"$$log" 2>&1; then \
 	  rm -f "$$log"; \
 	else \

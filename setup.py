@@ -68,6 +68,7 @@ class NativeBuild(build_ext):
             include_dirs=[str(ROOT / "csrc")],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3"]},
+            depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")),
             py_limited_api=True,  # it has no Python in it: torch loads it as a library of operators
         )
         self.distribution.ext_modules = [extension]

@@ -274,7 +274,7 @@ def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
             native_serves = [not native.unavailable_reasons() and not native.packing_unsupported_reasons(conv.weight)
                              for conv in convs]  # fmt: skip
         for conv, serves in zip(convs, native_serves, strict=True):
-            points = native.POINTS**2 if serves and native.is_winograd(conv.weight, conv.stride[0]) else 0
+            points = native.POINTS if serves and native.is_winograd(conv.weight, conv.stride[0]) else 0
             total += conv.weight.nbytes * (points or 9) // 9
         if all(native_serves):
             total += max((_arena_bytes(module, image) for image in pixels), default=0)

@@ -6,7 +6,7 @@
 
 namespace hia {
 
-int64_t revision() { return 2; }  // hia_kernels/core/native.py: REVISION
+int64_t revision() { return 3; }  // hia_kernels/core/native.py: REVISION
 
 }  // namespace hia
 

@@ -14,19 +14,17 @@ constexpr int64_t kBlockFloats = 4 << 20;  // of transformed tiles, while a weig
 
 constexpr Checks check{"hia::conv_norm_act"};
 
-// Sizes, x and the epilogue. A weight's last axis is K, or 4 for the Winograd form.
-Convolution convolution(const Tensor& x, const Tensor& weight, int64_t stride, bool pad_rows) {
+// Sizes and x.
+Convolution convolution(const Tensor& x, int64_t outputs, int64_t kernel, int64_t stride, bool pad_rows) {
   check.floats(x, "x", 4);
-  check.floats(weight, "weight", 4);
   Convolution p{};
-  p.x = data(x), p.weight = data(weight);
+  p.x = data(x);
   p.images = x.size(0), p.height = x.size(1), p.width = x.size(2), p.channels = x.size(3);
-  p.outputs = weight.size(0);
-  p.kernel = weight.size(3) == 4 ? 3 : weight.size(3), p.stride = stride;
+  p.outputs = outputs;
+  p.kernel = kernel, p.stride = stride;
   p.left = p.kernel / 2, p.top = pad_rows ? p.left : 0;
   p.rows = (p.height + 2 * p.top - p.kernel) / stride + 1, p.columns = (p.width - 1) / stride + 1;
   check.channels(p.outputs, p.channels);
-  check.size(weight, "weight", p.outputs, p.channels, weight.size(3), weight.size(3));
   return p;
 }
 
@@ -55,8 +53,7 @@ void conv_direct_weight(const Tensor& weight, const MaybeTensor& scale, bool tur
   const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1), side = weight.size(3);
   check.size(weight, "weight", weight.size(0), weight.size(1), side, side);
   check.channels(outputs, channels);
-  check.floats(out, "out", 4);
-  check.size(out, "out", outputs, channels, side, side);
+  check.packed(out, "out", outputs, channels, side * side);
   const float* factors = check.vector(scale, "scale", weight.size(0));
   const cpu::Kernels& run = check.kernels();
   const float* from = data(weight);
@@ -71,8 +68,7 @@ void conv_winograd_weight(const Tensor& weight, const MaybeTensor& scale, bool t
   const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1);
   check.size(weight, "weight", weight.size(0), weight.size(1), 3, 3);
   check.channels(outputs, channels);
-  check.floats(out, "out", 4);
-  check.size(out, "out", outputs, channels, 4, 4);
+  check.packed(out, "out", outputs, channels, kPoints);
   const float* factors = check.vector(scale, "scale", weight.size(0));
   const cpu::Kernels& run = check.kernels();
   const float* from = data(weight);
@@ -84,7 +80,10 @@ void conv_winograd_weight(const Tensor& weight, const MaybeTensor& scale, bool t
 
 void conv_direct(const Tensor& x, const Tensor& weight, const MaybeTensor& shift, const MaybeTensor& residual, int64_t stride,
           bool pad_rows, bool relu, Tensor out) {
-  Convolution p = convolution(x, weight, stride, pad_rows);
+  STD_TORCH_CHECK(weight.dim() == 3 && (weight.size(2) == 1 || weight.size(2) == 9),
+                  "hia::conv_norm_act: weight must be of conv_direct_weight");
+  Convolution p = convolution(x, weight.size(0), weight.size(2) == 1 ? 1 : 3, stride, pad_rows);
+  p.weight = check.packed(weight, "weight", p.outputs, p.channels, weight.size(2));
   finish(p, shift, residual, relu, out);
   const cpu::Kernels& run = check.kernels();
   const int64_t at_once = cpu::pixels_at_once(p.depth());
@@ -96,8 +95,10 @@ void conv_direct(const Tensor& x, const Tensor& weight, const MaybeTensor& shift
 
 void conv_winograd(const Tensor& x, const Tensor& weight, const MaybeTensor& shift, const MaybeTensor& residual,
               bool pad_rows, bool relu, Tensor out) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(3) == 4, "hia::conv_norm_act: weight must be of conv_winograd_weight");
-  Convolution p = convolution(x, weight, 1, pad_rows);
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(2) == kPoints,
+                  "hia::conv_norm_act: weight must be of conv_winograd_weight");
+  Convolution p = convolution(x, weight.size(0), 3, 1, pad_rows);
+  p.weight = check.packed(weight, "weight", p.outputs, p.channels, kPoints);
   finish(p, shift, residual, relu, out);
   const cpu::Kernels& run = check.kernels();
   const int64_t at_once = cpu::tiles_at_once(p.channels);
@@ -109,7 +110,8 @@ void conv_winograd(const Tensor& x, const Tensor& weight, const MaybeTensor& shi
 
 void conv_winograd_weight_gradient(const Tensor& dz, const Tensor& x, Tensor out) {
   check.floats(dz, "dout", 4);
-  Convolution p = convolution(x, out, 1, true);
+  check.floats(out, "out", 4);
+  Convolution p = convolution(x, out.size(0), 3, 1, true);
   check.size(out, "out", p.outputs, p.channels, 3, 3);
   check.size(dz, "dout", p.images, p.rows, p.columns, p.outputs);
   p.out = mutable_data(dz);  // only read

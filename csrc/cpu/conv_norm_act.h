@@ -15,10 +15,11 @@ using MaybeTensor = std::optional<torch::stable::Tensor>;
 // "avx512", "avx2", or "" where this processor runs none of the kernels.
 std::string cpu_isa();
 
-// weight [OC, C, K, K] (turned: [C, OC, K, K]), scale [of the weight's first axis] -> out, the direct form's layout.
+// weight [OC, C, K, K] (turned: [C, OC, K, K]), scale [of the weight's first axis] -> out [OC, C, K * K],
+// the direct form's layout.
 void conv_direct_weight(const Tensor& weight, const MaybeTensor& scale, bool turned, Tensor out);
 
-// The same for K = 3 -> out [OC, C, 4, 4], the Winograd form's layout.
+// The same for K = 3 -> out [OC, C, 16], the Winograd form's layout.
 void conv_winograd_weight(const Tensor& weight, const MaybeTensor& scale, bool turned, Tensor out);
 
 // x [N, H, W, C] -> out [N, OH, OW, OC]; out may be the residual.

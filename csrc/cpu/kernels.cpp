@@ -25,7 +25,7 @@ const Kernels* kernels() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
   static const Kernels* const best = [] {
     const char* asked = std::getenv("HIA_CPU_ISA");
-    const auto allows = [asked](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+    const auto allows = [asked](const char* name) { return asked == nullptr || *asked == 0 || std::strcmp(asked, name) == 0; };
     __builtin_cpu_init();
     const Kernels* found = nullptr;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allows("avx2")) found = avx2_kernels();

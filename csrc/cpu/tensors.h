@@ -62,6 +62,14 @@ struct Checks {
                     tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3), "]");
   }
 
+  const float* packed(const Tensor& tensor, const char* name, int64_t outputs, int64_t channels, int64_t points) const {
+    floats(tensor, name, 3);
+    STD_TORCH_CHECK(tensor.size(0) == outputs && tensor.size(1) == channels && tensor.size(2) == points, op, ": ", name,
+                    " must have shape [", outputs, ", ", channels, ", ", points, "], got [", tensor.size(0), ", ",
+                    tensor.size(1), ", ", tensor.size(2), "]");
+    return data(tensor);
+  }
+
   const float* vector(const Tensor& tensor, const char* name, int64_t count) const {
     floats(tensor, name, 1);
     STD_TORCH_CHECK(tensor.size(0) == count, op, ": ", name, " must have ", count, " entries, got ", tensor.size(0));

@@ -6,12 +6,13 @@ of these private functions; the ops' tables ask :func:`unavailable_reasons` and 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
 import torch
 
-REVISION = 2  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
+REVISION = 3  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
 BUILD = "python setup.py build_ext --inplace"
 
 _SCHEMAS = (
@@ -33,8 +34,8 @@ for _schema in _SCHEMAS:
 
 def library() -> Path | None:
     """The extension's file; None before it was built."""
-    found = sorted(Path(__file__).resolve().parents[1].glob("_native*.so"))
-    return found[-1] if found else None
+    found = Path(__file__).resolve().parents[1].glob("_native*.so")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)  # the one that was built last
 
 
 @cache
@@ -57,7 +58,9 @@ def unavailable_reasons() -> tuple[str, ...]:
 def _cpu_reasons() -> tuple[str, ...]:
     reasons = unavailable_reasons()
     if not reasons and not torch.ops.hia_native.cpu_isa():
-        return ("the native kernels need AVX2 and FMA, or AVX-512",)
+        asked = os.environ.get("HIA_CPU_ISA")
+        asked = f" and HIA_CPU_ISA={asked} to be avx2 or avx512" if asked else ""
+        return (f"the native kernels need AVX2 and FMA, or AVX-512{asked}",)
     return reasons
 
 

@@ -51,7 +51,7 @@ def _dense(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape
     if matrix.stride() in ((columns, 1), (1, rows)):
         return matrix
-    return torch.empty(rows, columns, dtype=matrix.dtype).copy_(matrix)
+    return matrix.new_empty(rows, columns).copy_(matrix)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -77,7 +77,7 @@ class Arena:
             elements: that the chain needs at most.
             dtype: of the activations.
         """
-        watched = torch._C._len_torch_dispatch_stack() > 0
+        watched = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
         if watched or elements * dtype.itemsize > LARGEST or not self._lock.acquire(blocking=False):
             yield None
             return
@@ -85,7 +85,7 @@ class Arena:
             if self._buffer is None or self._buffer.numel() < elements or self._buffer.dtype != dtype:
                 self._buffer = None  # before the larger one
                 with torch.inference_mode(False):  # both kinds of calls use it
-                    self._buffer = torch.empty(elements, dtype=dtype)
+                    self._buffer = torch.empty(elements, dtype=dtype, device="cpu")
             yield Ends(self._buffer)
         finally:
             self._lock.release()
@@ -94,4 +94,4 @@ class Arena:
 @contextmanager
 def passing(elements: int, dtype: torch.dtype) -> Iterator[Ends]:
     """A buffer for the time of a block and no longer, of any size."""
-    yield Ends(torch.empty(elements, dtype=dtype))
+    yield Ends(torch.empty(elements, dtype=dtype, device="cpu"))

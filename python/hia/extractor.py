@@ -90,9 +90,12 @@ class _ByHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return torch.cat([torch.bmm(image, weight.mT).transpose(0, 1) for image in x]).flatten(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -101,17 +104,19 @@ class _ByHead(torch.autograd.Function):
                 "hia::extract: gradients of gradients are not implemented for the absorbed forms; use "
                 "create_graph=False or HiAConfig(plan='textbook/auto')"
             )
-        x, weight = ctx.saved_tensors
-        images, heads, rows, _ = x.shape
-        by_head = dout.reshape(images, rows, heads, -1).transpose(1, 2)  # [n, H, M, d]
-        dx, dweight = torch.empty_like(x), None
-        for image in range(images):
-            torch.bmm(by_head[image], weight, out=dx[image])
-            if dweight is None:
-                dweight = torch.bmm(by_head[image].mT, x[image])
-            else:
-                torch.baddbmm(dweight, by_head[image].mT, x[image], out=dweight)
-        return dx, dweight
+        dtypes = [saved.dtype for saved in ctx.saved_tensors]
+        with torch.autocast(dout.device.type, enabled=False):  # which may have cast both on the way in
+            x, weight = (saved.to(dout.dtype) for saved in ctx.saved_tensors)
+            images, heads, rows, _ = x.shape
+            by_head = dout.reshape(images, rows, heads, -1).transpose(1, 2)  # [n, H, M, d]
+            dx, dweight = torch.empty_like(x), None
+            for image in range(images):
+                torch.bmm(by_head[image], weight, out=dx[image])
+                if dweight is None:
+                    dweight = torch.bmm(by_head[image].mT, x[image])
+                else:
+                    torch.baddbmm(dweight, by_head[image].mT, x[image], out=dweight)
+            return dx.to(dtypes[0]), None if dweight is None else dweight.to(dtypes[1])
 
 
 class Extractor(nn.Module):

@@ -18,9 +18,9 @@ from .layout import CallLayout
 
 def _weights(tokens: Tensor, keys: Tensor, offsets: Tensor, heads: int, scale: float) -> Tensor:
     """[R, H * M]: the softmax of each head's scores, ``scale * tokens keys^T + offsets``."""
-    if tokens.device.type == "cpu":
+    if tokens.device.type == "cpu" and tokens.dtype == torch.float32:  # 16 bits would be rounded before they are scaled
         scores = hia_kernels.linear(tokens, keys).mul_(scale).add_(offsets)
-    else:  # all in the product's kernel
+    else:
         scores = torch.addmm(offsets, tokens, keys.mT, alpha=scale)
     return torch.softmax(scores.unflatten(1, (heads, -1)), dim=-1).flatten(1)
 

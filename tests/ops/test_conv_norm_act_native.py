@@ -147,7 +147,7 @@ def test_one_layout_for_all_sizes():
     inputs = make_inputs((8, 8), F32, **WIDE)
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
     assert packed.is_native() and packed.layout(8, 8) is packed.layout(5, 31, False)
-    assert packed.layout(8, 8).shape == (64, 32, 4, 4)
+    assert packed.layout(8, 8).shape == (64, 32, 16)
     assert packed.nbytes == 4 * 64 * 32 * 16 + 2 * 4 * 64
     with hia_kernels.use_backend("cpu"):
         assert not packed.is_native() and packed.layout(8, 8).shape == (64, 32, 3, 3)
@@ -189,18 +189,28 @@ def test_packed_ops_are_registered():
     assert flops_by_op(lambda: conv_norm_act_packed_out(residual, x, packed)) == {"hia.conv_norm_act_packed_out": count}
 
 
+def test_a_plain_weight_is_not_taken_for_a_packed_one():
+    inputs = make_inputs((8, 8), F32, **WIDE)
+    with pytest.raises(NotImplementedError, match="native: the weight is not packed for the native kernels"):
+        torch.ops.hia.conv_norm_act_packed(inputs["x"], inputs["weight"], inputs["shift"], None, 1, "relu", True)
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"]).layout(8, 8)
+    with hia_kernels.use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: the weight is packed for the"):
+        torch.ops.hia.conv_norm_act_packed(inputs["x"], packed, inputs["shift"], None, 1, "relu", True)
+
+
 def test_native_functions_check_their_arguments():
     ops, x, weight = torch.ops.hia_native, torch.randn(1, 6, 5, 32), torch.randn(32, 32, 3, 3)
-    points, out = torch.empty(32, 32, 4, 4), torch.empty(1, 6, 5, 32)
+    points, taps, out = torch.empty(32, 32, 16), torch.empty(32, 32, 9), torch.empty(1, 6, 5, 32)
     calls = [
         (lambda: ops.conv_winograd_weight(weight[:31].clone(), None, False, points), "outputs must be a multiple of"),
         (lambda: ops.conv_winograd_weight(weight, torch.ones(3), False, points), "scale must have 32 entries, got"),
-        (lambda: ops.conv_direct_weight(weight, None, False, points), r"out must have shape \[32, 32, 3, 3\]"),
+        (lambda: ops.conv_direct_weight(weight, None, False, points), r"out must have shape \[32, 32, 9\]"),
         (lambda: ops.conv_winograd(x.double(), points, None, None, True, True, out), "x must be float32 on the CPU"),
         (lambda: ops.conv_winograd(x, weight, None, None, True, True, out), "weight must be of conv_winograd_weight"),
         (lambda: ops.conv_winograd(x, points, None, None, False, True, out), r"out must have shape \[1, 4, 5, 32\]"),
-        (lambda: ops.conv_direct(x, weight, None, x[:, :4], 1, True, True, out), "residual must have shape"),
-        (lambda: ops.conv_direct(x[:, :, ::2], weight, None, None, 1, True, True, out), "x must be contiguous"),
+        (lambda: ops.conv_direct(x, weight, None, None, 1, True, True, out), "weight must be of conv_direct_weight"),
+        (lambda: ops.conv_direct(x, taps, None, x[:, :4], 1, True, True, out), "residual must have shape"),
+        (lambda: ops.conv_direct(x[:, :, ::2], taps, None, None, 1, True, True, out), "x must be contiguous"),
         (lambda: ops.conv_winograd_weight_gradient(out[:, 1:], x, weight), "dout must have shape"),
     ]
     for call, message in calls:
@@ -210,14 +220,16 @@ def test_native_functions_check_their_arguments():
 
 @pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 1)])
 def test_nan_stays_near_its_pixel(kernel, reach):
-    """The Winograd form spreads it over its tile, 2 x 2 outputs, and no further."""
+    """No further than in the direct form, though the Winograd form has a tile in common with more outputs."""
     inputs = make_inputs((12, 12), F32, kernel=kernel, images=1, **WIDE)
-    inputs["x"][0, 6, 6, 3] = torch.nan
-    seen = conv_norm_act_packed(inputs["x"], pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])).isnan()
-    first, last = (6, 7) if kernel == 1 else (4, 8)
-    assert seen[0, 6 - reach : 7 + reach, 6 - reach : 7 + reach].all()
-    seen[0, first:last, first:last] = False
-    assert not seen.any()
+    for row, column in ((6, 6), (5, 6), (5, 5)):
+        x = inputs["x"].clone()
+        x[0, row, column, 3] = torch.nan
+        seen = conv_norm_act_packed(x, pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])).isnan()
+        area = slice(row - reach, row + reach + 1), slice(column - reach, column + reach + 1)
+        assert seen[0, area[0], area[1]].all()
+        seen[0, area[0], area[1]] = False
+        assert not seen.any()
 
 
 def test_no_images():

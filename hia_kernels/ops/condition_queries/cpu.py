@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core import products
@@ -31,7 +30,7 @@ def condition_queries_bwd(
     dhidden, dweight, dbias, dqueries = (hidden.new_empty(0) for _ in range(4))
     if output_mask[0]:
         drows = products.product(dshift, weight)  # [B, C]
-        dhidden = torch.zeros(hidden.shape).index_add_(0, row_idx, drows)
+        dhidden = hidden.new_zeros(hidden.shape).index_add_(0, row_idx, drows)
     if output_mask[1]:
         dweight = products.product(dshift.mT, hidden[row_idx])
     if output_mask[2]:

@@ -27,7 +27,7 @@ def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
     gradients' bound has room for.
     """
     if isinstance(rest[-1], bool):
-        if not packed_weight((first, *rest)).is_mkldnn:
+        if packed_weight((first, *rest)).dim() == 3:
             return ["the weight is packed for the native kernels"]
         return packing_unsupported_reasons(first)
     return _reasons(first, (torch.float32,))
@@ -35,7 +35,7 @@ def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
 
 def packed_weight(args: Sequence[Any]) -> Tensor:
     """Among the arguments of ``conv_norm_act_packed`` (x, weight, ...), or of its other forms (out, x, weight, ...)."""
-    return args[2] if args[2].dim() == 4 else args[1]
+    return args[1] if args[2].dim() == 1 else args[2]  # the shift is behind the weight
 
 
 def packing_unsupported_reasons(tensor: Tensor) -> list[str]:

@@ -228,7 +228,7 @@ def conv_norm_act_packed(
 def conv_norm_act_packed_(
     residual: Tensor, x: Tensor, packed: PackedConv, activation: str = "relu", pad_rows: bool = True
 ) -> Tensor:
-    """:func:`conv_norm_act_packed` that writes its result over ``residual``, which must be contiguous.
+    """:func:`conv_norm_act_packed` that writes its result over ``residual``, contiguous and apart from ``x``.
 
     Returns:
         ``residual`` itself.
@@ -245,8 +245,9 @@ def conv_norm_act_packed_(
 def conv_norm_act_packed_out(
     out: Tensor, x: Tensor, packed: PackedConv, activation: str = "relu", pad_rows: bool = True
 ) -> Tensor:
-    """:func:`conv_norm_act_packed` into a tensor that exists, which must be contiguous: fresh memory costs page faults.
+    """:func:`conv_norm_act_packed` into a tensor that exists, contiguous and apart from ``x``.
 
+    Fresh memory costs page faults.
     oneDNN makes its own result and copies it; :meth:`PackedConv.is_native` tells.
 
     Returns:

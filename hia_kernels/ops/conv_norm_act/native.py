@@ -14,7 +14,7 @@ from ...core import native
 from . import cpu
 
 CHANNELS = 32  # both channel counts are multiples of it: the kernels' panels
-POINTS = 4  # along each axis of a weight that the Winograd form has transformed, [OC, C, 4, 4]
+POINTS = 16  # of a weight that the Winograd form has transformed, [OC, C, 16]; the direct form's is [OC, C, K * K]
 FEWEST_TILES = 32  # of 2 x 2 outputs: below, transforming a weight for one call costs more than it saves
 
 unavailable_reasons = native.cpu_unavailable_reasons
@@ -40,7 +40,7 @@ def is_winograd(weight: Tensor, stride: int) -> bool:
 def unsupported_reasons(*args: Any) -> list[str]:
     """Of the arguments of any of the op's functions."""
     if isinstance(args[-1], bool):
-        return ["the weight is packed for oneDNN"] if cpu.packed_weight(args).is_mkldnn else []
+        return [] if cpu.packed_weight(args).dim() == 3 else ["the weight is not packed for the native kernels"]
     if isinstance(args[-1], str):
         return packing_unsupported_reasons(args[1])
     weight, stride = args[2], args[-3]  # the backward: dout, x, weight, ..., stride, activation, mask
@@ -62,7 +62,8 @@ def slower_reasons(*args: Any) -> list[str]:
 
 
 def pack_weight(weight: Tensor, scale: Tensor, stride: int, turned: bool = False) -> Tensor:
-    """[OC, C, K, K], [OC] -> the kernels' layout for images of any size, [OC, C, 4, 4] if the Winograd form serves.
+    """[OC, C, K, K], [OC] -> the kernels' layout for images of any size: [OC, C, 16] if the Winograd form serves, else
+    [OC, C, K * K]; three dimensions tell it from all other weights.
 
     Args:
         weight: fp32.
@@ -72,16 +73,18 @@ def pack_weight(weight: Tensor, scale: Tensor, stride: int, turned: bool = False
     """
     winograd = is_winograd(weight, stride)
     out_channels, channels, side, _ = weight.shape
-    side = POINTS if winograd else side
-    out = weight.new_empty(*((channels, out_channels) if turned else (out_channels, channels)), side, side)
+    points = POINTS if winograd else side * side
+    out = weight.new_empty(*((channels, out_channels) if turned else (out_channels, channels)), points)
     pack = torch.ops.hia_native.conv_winograd_weight if winograd else torch.ops.hia_native.conv_direct_weight
     pack(weight.contiguous(), scale.contiguous(), turned, out)
     return out
 
 
 def kernel_size(weight_shape: torch.Size) -> int:
-    """Of a weight, packed or not."""
-    return 3 if weight_shape[2] == POINTS else weight_shape[2]
+    """Of a weight, packed for these kernels or not."""
+    if len(weight_shape) == 4:
+        return weight_shape[2]
+    return 1 if weight_shape[2] == 1 else 3
 
 
 def convolve(
@@ -90,7 +93,7 @@ def convolve(
 ) -> Tensor:  # fmt: skip
     """Write ``act(conv(x) + shift + residual)`` to ``out``, which may be ``residual``; ``weight`` is packed."""
     x, relu = x.contiguous(), activation == "relu"
-    if weight.shape[-1] == POINTS:
+    if weight.shape[2] == POINTS:
         torch.ops.hia_native.conv_winograd(x, weight, shift, residual, pad_rows, relu, out)
     else:
         torch.ops.hia_native.conv_direct(x, weight, shift, residual, stride, pad_rows, relu, out)

@@ -62,7 +62,7 @@ def norm_linear_bwd(
         del dy, normed
         if output_mask[0]:
             drows.mul_(rstd)
-            dx = drows if row_idx is None else torch.zeros(x.shape).index_add_(0, row_idx, drows)
+            dx = drows if row_idx is None else x.new_zeros(x.shape).index_add_(0, row_idx, drows)
     if output_mask[4]:
         dbias = dout.sum(0)
     return dx, dnorm_weight, dnorm_bias, dweight, dbias
