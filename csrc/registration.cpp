@@ -2,11 +2,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/conv_norm_act.h"
+#include "cpu/linear.h"
 #include "cpu/stem_op.h"
 
 namespace hia {
 
-int64_t revision() { return 3; }  // hia_kernels/core/native.py: REVISION
+int64_t revision() { return 4; }  // hia_kernels/core/native.py: REVISION
 
 }  // namespace hia
 
@@ -22,4 +23,5 @@ STABLE_TORCH_LIBRARY_IMPL(hia_native, CPU, m) {
   m.impl("conv_winograd", TORCH_BOX(&hia::conv_winograd));
   m.impl("conv_winograd_weight_gradient", TORCH_BOX(&hia::conv_winograd_weight_gradient));
   m.impl("stem", TORCH_BOX(&hia::stem));
+  m.impl("linear", TORCH_BOX(&hia::linear));
 }

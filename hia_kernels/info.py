@@ -22,7 +22,7 @@ from . import __version__
 from .core import backend
 
 PACKAGES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers", "transformers": "transformers"}
-VARIABLES = ("HIA_BACKEND", "HIA_DEBUG")
+VARIABLES = ("HIA_BACKEND", "HIA_DEBUG", "HIA_CPU_ISA")
 
 
 def _probe(read: Callable[[], Any]) -> Any:

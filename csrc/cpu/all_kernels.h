@@ -2,6 +2,7 @@
 #pragma once
 
 #include "direct_kernels.h"
+#include "gemm_kernels.h"
 #include "kernels.h"
 #include "stem_kernels.h"
 #include "winograd_kernels.h"
@@ -12,7 +13,7 @@ namespace {
 template <class Isa>
 constexpr Kernels kernels_of(const char* name) {
   return {name, direct<Isa>, weight<Isa>, winograd<Isa>, winograd_weight<Isa>,
-          gradient_tiles<Isa>, gradient_product<Isa>, gradient_weight<Isa>, stem<Isa>};
+          gradient_tiles<Isa>, gradient_product<Isa>, gradient_weight<Isa>, stem<Isa>, gemm<Isa>};
 }
 
 }  // namespace

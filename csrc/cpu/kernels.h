@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv.h"
+#include "gemm.h"
 #include "stem.h"
 
 namespace hia::cpu {
@@ -41,6 +42,9 @@ struct Kernels {
 
   // Rows [begin, end) of the result, counted over all images.
   void (*stem)(const Stem& p, int64_t begin, int64_t end, float* work);
+
+  // Panels [begin, end) of 32 columns of c.
+  void (*gemm)(const Gemm& p, int64_t begin, int64_t end, float* work);
 };
 
 // The best instance this processor runs, or null.

@@ -1,32 +1,21 @@
-"""Matrix products of the CPU's rows of the tables: fp32, by oneDNN where a product is large, else by PyTorch's BLAS.
+"""Matrix products of the CPU's rows of the tables: fp32, by the native extension where a product is large, else by
+PyTorch's BLAS.
 
-For inside an op: nothing here records gradients. Sizes, strides and threads alone decide what runs, so results repeat
-bit for bit.
+For inside an op: nothing here records gradients. Sizes, strides and the build alone decide what runs, so results repeat
+bit for bit. oneDNN's product is as fast as the native one and not in use: its sums over thousands of terms have twice
+the error of MKL's, which the bound on a layer's output has no room for (docs/linear.md).
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_FLOPS = 2**25  # a smaller product is over before oneDNN has begun; docs/linear.md
+from . import native
 
-
-@lru_cache(maxsize=1)
-def _missing() -> tuple[str, ...]:
-    if not torch.backends.mkldnn.is_available():
-        return ("torch was built without oneDNN",)
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return ("this torch has no mkldnn::_linear_pointwise",)
-    return ()
-
-
-def unavailable_reasons() -> list[str]:
-    """Why this build of torch has no oneDNN product."""
-    return list(_missing())
+LEAST_ROWS = 32  # fewer read the weight once, and nothing pays for packing it
+LEAST_FLOPS = 2**25  # below, packing the operands costs what the better rate saves; docs/linear.md
 
 
 def unsupported_reasons(*tensors: Tensor) -> list[str]:
@@ -40,35 +29,33 @@ def unsupported_reasons(*tensors: Tensor) -> list[str]:
     return list(found)
 
 
-def _gains(x: Tensor, weight: Tensor) -> bool:
-    if unsupported_reasons(x, weight) or _missing() or not torch.backends.mkldnn.enabled:
+def is_native(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear(x, weight)`` is the extension's."""
+    if (
+        x.shape[0] < LEAST_ROWS
+        or 2 * x.shape[0] * x.shape[1] * weight.shape[0] < LEAST_FLOPS
+        or unsupported_reasons(x, weight)
+    ):
         return False
-    return 2 * x.shape[0] * x.shape[1] * weight.shape[0] >= LEAST_FLOPS
-
-
-def _dense(matrix: Tensor) -> Tensor:
-    """With rows or columns one after the other: of anything else oneDNN's plain loops are hundreds of times slower."""
-    rows, columns = matrix.shape
-    if matrix.stride() in ((columns, 1), (1, rows)):
-        return matrix
-    return matrix.new_empty(rows, columns).copy_(matrix)
+    return not native.cpu_unavailable_reasons()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``.
 
     Args:
-        x:      [R, C]; any strides, any dtype, any device: what oneDNN doesn't gain from is ``F.linear``'s.
+        x:      [R, C]; any strides, any dtype, any device: what the extension doesn't do is ``F.linear``'s.
         weight: [D, C].
         bias:   [D] or None.
 
     Returns:
         [R, D], contiguous.
     """
-    if not _gains(x, weight):
+    if not is_native(x, weight):
         return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    torch.ops.hia_native.linear(x, weight, None if bias is None else bias.contiguous(), out)
+    return out
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ def packages(tmp_path, monkeypatch):
 
 def test_report_names_every_op_and_backend(monkeypatch):
     monkeypatch.setenv("HIA_BACKEND", "reference")
-    monkeypatch.delenv("HIA_DEBUG", raising=False)
+    for name in ("HIA_DEBUG", "HIA_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
     report = info.collect()
     assert list(report["ops"]) == OPS
     for reasons in report["ops"].values():
@@ -49,7 +50,7 @@ def test_report_names_every_op_and_backend(monkeypatch):
     assert report["devices"]["cpu"]["threads"] == torch.get_num_threads()
     assert len(report["devices"]["cuda"]) == torch.cuda.device_count()
     assert report["environment"] == {
-        "HIA_BACKEND": "reference", "HIA_DEBUG": None, "in force": "backend reference, debug off"
+        "HIA_BACKEND": "reference", "HIA_DEBUG": None, "HIA_CPU_ISA": None, "in force": "backend reference, debug off"
     }  # fmt: skip
 
 

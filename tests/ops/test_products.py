@@ -1,4 +1,4 @@
-"""``hia_kernels.core.products``, and the ops' rows that are made of it, at sizes that oneDNN takes."""
+"""``hia_kernels.core.products``, and the ops' rows that are made of it, at sizes that the native kernel takes."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 import hia_kernels
 from hia_kernels import condition_queries, inject_rows, inject_rows_, last_backend, norm_linear, use_backend
-from hia_kernels.core import products
+from hia_kernels.core import native, products
 from hia_kernels.ops.condition_queries.reference import condition_queries_ref
 from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
@@ -16,7 +16,7 @@ from tests.ops.harness import assert_identical, assert_matches, assert_repeatabl
 
 F32 = torch.float32
 WIDE = {"channels": 300, "dim": 257}
-# function, reference, inputs that are large enough for oneDNN, small ones, the argument that decides the dtype
+# function, reference, inputs that are large enough for the native kernel, small ones, the argument that decides the dtype
 ROWS = {
     "norm_linear": (
         norm_linear, norm_linear_ref, lambda dtype: norm_linear_inputs(260, 300, dtype, **WIDE),
@@ -36,15 +36,17 @@ ROWS = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every product made, whether oneDNN made it."""
+    """For every product made, whether it may be the native kernel's by its size; whether it is, where that is built."""
     made: list[bool] = []
-    gains = products._gains
+    gains = products.is_native
+    if native.cpu_unavailable_reasons():
+        pytest.skip("; ".join(native.cpu_unavailable_reasons()))
 
     def watched(x: Tensor, weight: Tensor) -> bool:
         made.append(gains(x, weight))
         return made[-1]
 
-    monkeypatch.setattr(products, "_gains", watched)
+    monkeypatch.setattr(products, "is_native", watched)
     return made
 
 
@@ -84,7 +86,7 @@ def test_thin_products(rows, inner, columns, calls):
     exact = a.double() @ b.double()
     for x, y in ((a, b), (a.T.contiguous().T, b.T.contiguous().T), (torch.cat([a, a], 1)[:, :inner], b)):
         assert_close("product", products.product(x, y), exact, x @ y, dtype=F32)
-    assert calls == [True] * 3
+    assert calls == [rows > 32] * 3
 
 
 @pytest.mark.parametrize(
@@ -112,23 +114,50 @@ def test_other_dtypes_are_pytorchs(dtype, calls):
     assert torch.equal(products.product(a, b), a @ b) and calls == [False]
 
 
-def test_a_switched_off_onednn_is_not_used(calls):
-    a, b = torch.randn(300, 300), torch.randn(300, 257)
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert torch.equal(products.product(a, b), a @ b)
-    assert calls == [False]
+@pytest.mark.parametrize("inner", [1, 255, 256, 257, 767, 768, 769, 1600])
+def test_sums_of_any_length(inner, calls):
+    """Ends of the chains and of the panels; a sum of thousands of terms has no more of an error than PyTorch's."""
+    torch.manual_seed(0)
+    rows, columns = 113, max(65, 2**25 // (2 * 113 * inner) + 1)
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    assert_close("product", products.product(a, b), a.double() @ b.double(), a @ b, dtype=F32)
+    assert calls == [True]
 
 
-def test_a_build_without_onednn(monkeypatch):
-    monkeypatch.setattr(products, "_missing", lambda: ("torch was built without oneDNN",))
-    assert products.unavailable_reasons() == ["torch was built without oneDNN"]
+def test_number_of_threads_changes_no_bit(calls):
+    a, b = torch.randn(270, 900), torch.randn(900, 257)
+    out, threads = products.product(a, b), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert torch.equal(products.product(a, b), out)
+    finally:
+        torch.set_num_threads(threads)
+    assert calls == [True] * 2
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(native, "cpu_unavailable_reasons", lambda: ["not built"])
     a, b = torch.randn(300, 300), torch.randn(300, 257)
     assert torch.equal(products.product(a, b), a @ b)
-    for op, (function, _, _, small) in ROWS.items():
-        function(**small(F32))
-        assert last_backend(op) == "reference"
-        with use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: torch was built without oneDNN"):
-            function(**small(F32))
+    for op, (function, _, large, _) in ROWS.items():
+        function(**large(F32))
+        assert last_backend(op) == "cpu"
+
+
+def test_native_function_checks_its_arguments(calls):
+    x, weight, bias, out = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5), torch.zeros(4, 5)
+    torch.ops.hia_native.linear(x, weight, bias, out)
+    for arguments, message in (
+        ((x.double(), weight, bias, out), "x must be float32 on the CPU"),
+        ((x[0], weight, bias, out), "x must have 2 dimensions, got 1"),
+        ((x, weight[:, 1:], bias, out), "weight must have 6 columns, got 5"),
+        ((x, weight, bias[1:], out), "bias must have 5 entries, got 4"),
+        ((x, weight, bias, out[1:]), r"out must have shape \[4, 5\], got \[3, 5\]"),
+        ((x, weight, bias, torch.zeros(5, 4).T), "out must be contiguous"),
+        ((x[:, :0], weight[:, :0], bias, out), "x must have at least one column"),
+    ):
+        with pytest.raises(RuntimeError, match=f"hia::linear: {message}"):
+            torch.ops.hia_native.linear(*arguments)
 
 
 def test_reasons():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, products, registration, triton_support, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import condition_queries_bwd_ref, condition_queries_ref
@@ -41,7 +41,6 @@ BACKENDS = register_table(
         "cpu",
         {"condition_queries": cpu.condition_queries_fwd, "condition_queries_bwd": cpu.condition_queries_bwd},
         cpu.unsupported_reasons,
-        products.unavailable_reasons,
     ),
     Backend(
         "reference",

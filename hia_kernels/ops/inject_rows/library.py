@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, products, registration, triton_support, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import inject_rows_bwd_ref, inject_rows_inplace_ref, inject_rows_ref
@@ -74,7 +74,6 @@ BACKENDS = register_table(
             "inject_rows_bwd": cpu.inject_rows_bwd,
         },
         cpu.unsupported_reasons,
-        products.unavailable_reasons,
     ),
     Backend(
         "reference",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, products, registration, triton_support
+from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import linear_bwd_ref, linear_ref
@@ -39,7 +39,6 @@ BACKENDS = register_table(
         "cpu",
         {"linear": cpu.linear_fwd, "linear_bwd": cpu.linear_bwd},
         cpu.unsupported_reasons,
-        products.unavailable_reasons,
     ),
     Backend("cublas", _PLAIN, _cublas_unsupported, _cublas_unavailable),
     # the same product: forcing triton for a whole model must not end here

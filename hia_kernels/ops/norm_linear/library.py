@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, products, registration, triton_support, varlen
+from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import norm_linear_bwd_ref, norm_linear_ref
@@ -78,7 +78,6 @@ BACKENDS = register_table(
         "cpu",
         {"norm_linear": cpu.norm_linear_fwd, "norm_linear_bwd": cpu.norm_linear_bwd},
         cpu.unsupported_reasons,
-        products.unavailable_reasons,
     ),
     Backend("reference", {"norm_linear": norm_linear_ref, "norm_linear_bwd": norm_linear_bwd_ref}),
 )

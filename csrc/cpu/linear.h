@@ -1,0 +1,14 @@
+// What registration.cpp registers for linear on the CPU. Schema: hia_kernels/core/native.py.
+#pragma once
+
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace hia {
+
+// x [R, C], weight [D, C], any strides, bias [D] -> out [R, D], contiguous.
+void linear(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
+            const std::optional<torch::stable::Tensor>& bias, torch::stable::Tensor out);
+
+}  // namespace hia
