@@ -31,13 +31,10 @@ def unsupported_reasons(*tensors: Tensor) -> list[str]:
 
 def is_native(x: Tensor, weight: Tensor) -> bool:
     """Whether ``linear(x, weight)`` is the extension's."""
-    if (
-        x.shape[0] < LEAST_ROWS
-        or 2 * x.shape[0] * x.shape[1] * weight.shape[0] < LEAST_FLOPS
-        or unsupported_reasons(x, weight)
-    ):
+    rows, inner = x.shape
+    if rows < LEAST_ROWS or 2 * rows * inner * weight.shape[0] < LEAST_FLOPS:
         return False
-    return not native.cpu_unavailable_reasons()
+    return not (unsupported_reasons(x, weight) or native.cpu_unavailable_reasons())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

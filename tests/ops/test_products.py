@@ -16,7 +16,7 @@ from tests.ops.harness import assert_identical, assert_matches, assert_repeatabl
 
 F32 = torch.float32
 WIDE = {"channels": 300, "dim": 257}
-# function, reference, inputs that are large enough for the native kernel, small ones, the argument that decides the dtype
+# function, reference, inputs large enough for the native kernel, small ones
 ROWS = {
     "norm_linear": (
         norm_linear, norm_linear_ref, lambda dtype: norm_linear_inputs(260, 300, dtype, **WIDE),
