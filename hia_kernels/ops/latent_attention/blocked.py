@@ -1,7 +1,7 @@
 """Blocks of query rows: product, row softmax, product. The scores of one block are all that is ever held.
 
-The products are the vendor's (cuBLAS, MKL) or the native kernel's: plain and large. On a GPU the softmax between them is
-the op ``row_softmax``, which reads fp32 scores and writes probabilities in the compute dtype.
+The products are the vendor's (cuBLAS, MKL) or the native kernel's: they are plain and large. On a GPU the softmax
+between them is the op ``row_softmax``, which reads fp32 scores and writes probabilities in the compute dtype.
 """
 
 from __future__ import annotations
