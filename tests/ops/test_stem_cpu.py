@@ -53,8 +53,11 @@ def test_any_size(data):
     side = st.integers(kernel + 2 * (pool - 1), 61)
     pixel_dtype = data.draw(st.sampled_from([torch.uint8, torch.uint16, torch.float32, torch.float16]))
     options = {"channels": data.draw(st.sampled_from([1, 3])), "out_channels": data.draw(st.integers(1, 20))}
-    options |= {"images": 1, "kernel": kernel, "pool": pool, "pixel_dtype": pixel_dtype}
-    assert_forward_matches(make_inputs((data.draw(side), data.draw(side)), torch.float32, **options))
+    size = data.draw(side), data.draw(side)
+    outputs = options["out_channels"] * -(-size[0] // 4) * -(-size[1] // 4)
+    options["images"] = -(-128 // outputs)  # the root mean square of fewer errors is a matter of luck
+    options |= {"kernel": kernel, "pool": pool, "pixel_dtype": pixel_dtype}
+    assert_forward_matches(make_inputs(size, torch.float32, **options))
 
 
 def test_a_window_far_from_zero_keeps_its_bits():
