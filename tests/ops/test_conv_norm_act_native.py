@@ -73,7 +73,17 @@ def test_any_gradient(data):
         "activation": data.draw(st.sampled_from(["none", "relu", "gelu"])),
         "residual": data.draw(st.booleans()),
     }
-    assert_matches(OP, conv_norm_act, conv_norm_act_ref, make_inputs(size, F32, **options), F32)
+    inputs = make_inputs(size, F32, **options)
+    assert_matches(OP, conv_norm_act, conv_norm_act_ref, off_the_kink(inputs), F32)
+
+
+def off_the_kink(inputs):
+    """A residual that moves what lies so near zero that rounding would decide ReLU's derivative."""
+    if inputs["activation"] != "relu":
+        return inputs
+    z = conv_norm_act_ref(**upcast({**inputs, "activation": "none"}, torch.float64))
+    nudge = torch.where(z.abs() < 1e-4, 1e-3, 0.0).float()
+    return {**inputs, "residual": nudge if inputs["residual"] is None else inputs["residual"] + nudge}
 
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 160), (512, 40)])
