@@ -18,14 +18,14 @@ Size = tuple[int, int]  # height, width, pixels
 
 OPS = (
     "stem", "conv_norm_act", "condition_queries", "cross_attention", "norm_linear", "inject_rows", "row_softmax",
-    "latent_attention", "linear",
+    "latent_attention", "linear", "head_linear",
 )  # fmt: skip
 COMPOSITES = (
     "encode", "extract", "inject", "adapter_layer", "second_question", "adapter_train_step", "encode_train_step",
 )  # fmt: skip
 ENCODER_OPS = ("stem", "conv_norm_act", "encode", "encode_train_step")
 TRAIN_STEPS = ("adapter_train_step", "encode_train_step")
-ABSORBED_OPS = ("row_softmax", "latent_attention")  # what is left of the attention once its projections are absorbed
+ABSORBED_OPS = ("row_softmax", "latent_attention", "head_linear")  # of the attention with absorbed projections
 WITH_ENCODER = ("adapter_layer", "adapter_train_step")
 
 # LLaMA-2: hidden size, decoder layers
@@ -55,6 +55,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "cross_attention": ("extract", "inject"),
     "norm_linear": ("queries", "features", "visual", "extracted"),
     "linear": ("features", "output"),
+    "head_linear": ("queries", "results"),  # through the keys' projection, and through the values'
     "latent_attention": ("folded", "deep"),  # the latent: projected and normed features, or the features themselves
 }
 # what a GPU run without names measures first, and the only shapes it compiles for

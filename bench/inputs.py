@@ -29,6 +29,7 @@ DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
     "norm_linear": ("x", "norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("hidden", "update", "weight", "bias"),
     "linear": ("x", "weight", "bias"),
+    "head_linear": ("x", "weight"),
     "row_softmax": ("scores",),
     "latent_attention": ("q", "latent"),
 }
@@ -41,6 +42,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "norm_linear": ("norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("weight", "bias"),
     "linear": ("weight", "bias"),
+    "head_linear": ("weight",),
     "row_softmax": (),
     "latent_attention": (),
 }
@@ -213,6 +215,19 @@ def _linear(workload: Workload, draw: Draw) -> Inputs:
     }
 
 
+def _head_linear(workload: Workload, draw: Draw) -> Inputs:
+    """Queries as they are projected, results as the attention leaves them; weights as one linear layer's halves."""
+    case, config = workload.case, workload.case.config
+    heads, width, dim = config.num_heads, config.head_dim, config.dim
+    if workload.role == "queries":
+        x = draw.normal(case.batch, case.num_queries, heads, width).transpose(1, 2)
+        weight = draw.normal(heads, width, dim, scale=width**-0.5).mT
+    else:
+        x = draw.normal(case.images, heads, case.num_queries, dim)
+        weight = draw.normal(heads, width, dim, scale=dim**-0.5)
+    return {"x": x, "weight": weight, "merge_heads": workload.role == "results"}
+
+
 def _row_softmax(workload: Workload, draw: Draw) -> Inputs:
     """fp32 scores of one image, as the product before them leaves them; probabilities for the product behind."""
     case = workload.case
@@ -280,6 +295,7 @@ _MAKERS = {
     "norm_linear": _norm_linear,
     "inject_rows": _inject_rows,
     "linear": _linear,
+    "head_linear": _head_linear,
     "row_softmax": _row_softmax,
     "latent_attention": _latent_attention,
     "encode": _encode,

@@ -15,6 +15,7 @@ import hia_kernels
 from hia_kernels.ops.condition_queries.reference import condition_queries_ref
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref
+from hia_kernels.ops.head_linear.reference import head_linear_ref
 from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
 from hia_kernels.ops.latent_attention.reference import latent_attention_ref
 from hia_kernels.ops.linear.reference import linear_ref
@@ -82,6 +83,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_ref(x, weight, bias)
 
 
+def _head_linear(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Tensor:
+    return head_linear_ref(x, weight, merge_heads)
+
+
 def _inject_in_place(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
     inject_rows_inplace_ref(hidden, update, weight, bias, row_idx)
     return hidden
@@ -95,6 +100,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "norm_linear": norm_linear_ref,
     "inject_rows": inject_rows_ref,
     "linear": _linear,
+    "head_linear": _head_linear,
     "row_softmax": row_softmax_ref,
     "latent_attention": _reference_latent,
 }

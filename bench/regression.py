@@ -93,6 +93,12 @@ def linear() -> dict[str, Any]:
             "bias": _normal(DIM)}  # fmt: skip
 
 
+def head_linear() -> dict[str, Any]:
+    """Absorbed queries."""
+    width = DIM // ABSORBED_HEADS
+    return {"x": _normal(IMAGES, ABSORBED_HEADS, QUERIES, width), "weight": _normal(ABSORBED_HEADS, DIM, width)}
+
+
 def row_softmax() -> dict[str, Any]:
     """The queries' scores over one image's features, four wide heads."""
     return {"scores": _normal(ABSORBED_HEADS * QUERIES, FEATURES, scale=4.0), "scale": 0.25}
@@ -165,6 +171,7 @@ INPUTS: dict[str, Callable[[], dict[str, Any]]] = {
     "norm_linear": norm_linear,
     "inject_rows": inject_rows,
     "linear": linear,
+    "head_linear": head_linear,
     "row_softmax": row_softmax,
     "latent_attention": latent_attention,
 }

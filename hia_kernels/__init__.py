@@ -8,6 +8,7 @@ from .core.backend import last_backend, use_backend
 from .ops.condition_queries import condition_queries
 from .ops.conv_norm_act import conv_norm_act
 from .ops.cross_attention import cross_attention, cross_attention_with_lse
+from .ops.head_linear import head_linear
 from .ops.inject_rows import inject_rows, inject_rows_
 from .ops.latent_attention import latent_attention
 from .ops.linear import linear
@@ -23,6 +24,7 @@ __all__ = [
     "conv_norm_act",
     "cross_attention",
     "cross_attention_with_lse",
+    "head_linear",
     "inject_rows",
     "inject_rows_",
     "last_backend",

@@ -27,6 +27,7 @@ DIFFERENTIABLE = {
     "norm_linear": ("x", "norm_weight", "norm_bias", "weight", "bias"),
     "inject_rows": ("hidden", "update", "weight", "bias"),
     "linear": ("x", "weight", "bias"),
+    "head_linear": ("x", "weight"),
     "row_softmax": ("scores",),
     "latent_attention": ("q", "latent"),
 }
@@ -233,6 +234,26 @@ def linear_inputs(
         "x": draw.strided(rows, channels),
         "weight": draw.normal(dim, channels, scale=channels**-0.5),
         "bias": draw.normal(dim) if bias else None,
+    }
+
+
+def head_linear_inputs(
+    images: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    heads: int = 3,
+    channels: int = 48,
+    dim: int = 32,
+    merge_heads: bool = False,
+) -> Inputs:
+    """``x`` as queries are, row by row with their heads side by side."""
+    draw = Draw(dtype, device)
+    return {
+        "x": draw.strided(images, rows, heads, channels).transpose(1, 2),
+        "weight": draw.normal(heads, dim, channels, scale=channels**-0.5),
+        "merge_heads": merge_heads,
     }
 
 

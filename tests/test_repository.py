@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"hia_kernels": ROOT / "hia_kernels", "hia": ROOT / "python" / "hia", "bench": ROOT / "bench"}
 OPS = sorted(path.name for path in (ROOT / "hia_kernels" / "ops").glob("*") if (path / "functional.py").exists())
 EXPECTED_OPS = {"stem", "conv_norm_act", "condition_queries", "cross_attention", "norm_linear", "inject_rows",
-    "row_softmax", "latent_attention", "linear",
+    "row_softmax", "latent_attention", "linear", "head_linear",
 }  # fmt: skip
 
 OP_PARTS = [

@@ -38,6 +38,7 @@ void finish(Convolution& p, const MaybeTensor& shift, const MaybeTensor& residua
   }
   p.shift = check.vector(shift, "shift", p.outputs);
   p.out = mutable_data(out);
+  prefer_huge_pages(out);
   p.relu = relu;
 }
 

@@ -1,4 +1,4 @@
-// Products of matrices on the CPU, fp32: c = a b^T + bias, any strides.
+// Products of matrices on the CPU, fp32: c = a b^T + bias or c += a b^T, any strides.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,10 @@ struct Gemm {
   const float* a;     // [rows, depth], element (i, k) at i * a_row + k * a_step
   const float* b;     // [columns, depth], element (j, k) at j * b_row + k * b_step
   const float* bias;  // [columns], or null
-  float* c;           // [rows, columns], contiguous
+  float* c;           // [rows, columns], columns one after the other
   int64_t rows, columns, depth;
-  int64_t a_row, a_step, b_row, b_step;
+  int64_t a_row, a_step, b_row, b_step, c_row;
+  bool add;           // to what c holds; no bias then
 };
 
 // Floats that Kernels::gemm works in, for `panels` panels of 32 columns.

@@ -83,14 +83,13 @@ void gemm(const Gemm& p, int64_t begin, int64_t end, float* work) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const float* right = panels + (panel - begin) * depth * kPanel;
         const int64_t j = panel * kPanel, there = p.columns - j < kPanel ? p.columns - j : kPanel;
-        float* to = p.c + i * p.columns + j;
+        float* to = p.c + i * p.c_row + j;
         if (there == kPanel) {
-          const int64_t c_row = p.columns;
-          if (k)
-            chained_product<Isa>(rows, left, stride, right, depth, to, c_row, Add<Isa>{to, c_row});
+          if (k || p.add)
+            chained_product<Isa>(rows, left, stride, right, depth, to, p.c_row, Add<Isa>{to, p.c_row});
           else
-            chained_product<Isa>(rows, left, stride, right, depth, to, c_row,
-                                 Finish<Isa>{p.bias ? p.bias + j : nullptr, nullptr, to, c_row, false});
+            chained_product<Isa>(rows, left, stride, right, depth, to, p.c_row,
+                                 Finish<Isa>{p.bias ? p.bias + j : nullptr, nullptr, to, p.c_row, false});
           continue;
         }
         for (int64_t first = 0; first < rows; first += Isa::kRows) {  // part of a panel: through a buffer
@@ -99,8 +98,8 @@ void gemm(const Gemm& p, int64_t begin, int64_t end, float* work) {
                                Put<Isa>{edge, kPanel});
           for (int64_t row = 0; row < count; ++row)
             for (int64_t column = 0; column < there; ++column) {
-              float& at = to[(first + row) * p.columns + column];
-              const float start = k ? at : p.bias ? p.bias[j + column] : 0.0f;
+              float& at = to[(first + row) * p.c_row + column];
+              const float start = k || p.add ? at : p.bias ? p.bias[j + column] : 0.0f;
               at = start + edge[row * kPanel + column];
             }
         }

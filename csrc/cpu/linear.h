@@ -7,8 +7,8 @@
 
 namespace hia {
 
-// x [R, C], weight [D, C], any strides, bias [D] -> out [R, D], contiguous.
+// x [R, C], weight [D, C], any strides, bias [D] -> out [R, D], rows of any distance; `add` to it, without a bias.
 void linear(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
-            const std::optional<torch::stable::Tensor>& bias, torch::stable::Tensor out);
+            const std::optional<torch::stable::Tensor>& bias, torch::stable::Tensor out, bool add);
 
 }  // namespace hia

@@ -38,6 +38,7 @@ void stem(const Tensor& pixels, const Tensor& window, const Tensor& weight, cons
   check.floats(out, "out", 4);
   check.size(out, "out", p.images, p.out_rows(), p.out_columns(), p.outputs);
   p.out = mutable_data(out);
+  prefer_huge_pages(out);
   const cpu::Kernels& run = check.kernels();
   torch::stable::parallel_for(0, p.images * p.out_rows(), 8, [&](int64_t begin, int64_t end) {
     const Floats work = allocate(cpu::stem_floats(p));

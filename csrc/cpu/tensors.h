@@ -7,6 +7,10 @@
 #include <new>
 #include <optional>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -29,6 +33,25 @@ inline Floats allocate(int64_t count) {
 
 inline const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
 inline float* mutable_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+constexpr uintptr_t kHugePage = 2 << 20;
+
+// Asks Linux for huge pages where a result is about to be written: what the C library has just got from the system is
+// faulted in page by page else, which shows in products of few terms, such as weights' gradients. Nothing outside the
+// tensor is touched, and a system that has none, or gives none when asked, goes on as before.
+inline void prefer_huge_pages([[maybe_unused]] const Tensor& out) {
+#if defined(MADV_HUGEPAGE)
+  int64_t last = 0;
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    if (out.size(i) == 0) return;
+    last += (out.size(i) - 1) * out.stride(i);
+  }
+  const uintptr_t from = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t first = (from + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (from + (last + 1) * sizeof(float)) / kHugePage * kHugePage;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
 
 // Checks for one op; its name begins each message.
 struct Checks {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-REVISION = 4  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
+REVISION = 5  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
 BUILD = "python setup.py build_ext --inplace"
 
 _SCHEMAS = (
@@ -27,7 +27,7 @@ _SCHEMAS = (
     "conv_winograd_weight_gradient(Tensor dz, Tensor x, Tensor(a!) out) -> ()",
     "stem(Tensor pixels, Tensor window, Tensor weight, Tensor inside, Tensor shift, float centre, int kernel,"
     " bool pool, Tensor(a!) out) -> ()",
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool add) -> ()",
 )
 for _schema in _SCHEMAS:
     torch.library.define("hia_native::" + _schema.partition("(")[0], _schema[_schema.index("(") :])

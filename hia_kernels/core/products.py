@@ -51,10 +51,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_native(x, weight):
         return F.linear(x, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
-    torch.ops.hia_native.linear(x, weight, None if bias is None else bias.contiguous(), out)
+    torch.ops.hia_native.linear(x, weight, None if bias is None else bias.contiguous(), out, False)
     return out
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` of [R, K] and [K, D], contiguous."""
     return linear(a, b.mT)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out = a b``, or ``out += a b``.
+
+    Args:
+        a:   [R, K]; any strides.
+        b:   [K, D]; any strides.
+        out: [R, D], its rows or its columns one after the other.
+        add: to what is there.
+    """
+    if out.stride(1) != 1:  # the same sum, transposed
+        a, b, out = b.mT, a.mT, out.mT
+    if out.stride(1) == 1 and a.shape[1] > 0 and is_native(a, b.mT):
+        torch.ops.hia_native.linear(a, b.mT, None, out, add)
+    elif add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,43 +79,6 @@ class PackedFeatures:
             pad[:, 0] = 1
             self._memo["widened"] = torch.cat([self.tokens, pad], dim=1)
         return self._memo["widened"]
-
-
-class _ByHead(torch.autograd.Function):
-    """[n, H, M, E] by each head's weight [H, d, E]: [n * M, H * d].
-
-    PyTorch's own backward makes the weight's gradient transposed, once an image, and then copies and adds what is as
-    large as the weight.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([torch.bmm(image, weight.mT).transpose(0, 1) for image in x]).flatten(1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise NotImplementedError(
-                "hia::extract: gradients of gradients are not implemented for the absorbed forms; use "
-                "create_graph=False or HiAConfig(plan='textbook/auto')"
-            )
-        dtypes = [saved.dtype for saved in ctx.saved_tensors]
-        with torch.autocast(dout.device.type, enabled=False):  # which may have cast both on the way in
-            x, weight = (saved.to(dout.dtype) for saved in ctx.saved_tensors)
-            images, heads, rows, _ = x.shape
-            by_head = dout.reshape(images, rows, heads, -1).transpose(1, 2)  # [n, H, M, d]
-            dx, dweight = torch.empty_like(x), None
-            for image in range(images):
-                torch.bmm(by_head[image], weight, out=dx[image])
-                if dweight is None:
-                    dweight = torch.bmm(by_head[image].mT, x[image])
-                else:
-                    torch.baddbmm(dweight, by_head[image].mT, x[image], out=dweight)
-            return dx.to(dtypes[0]), None if dweight is None else dweight.to(dtypes[1])
 
 
 class Extractor(nn.Module):
@@ -326,19 +288,13 @@ class Extractor(nn.Module):
         else:
             latent = self._normed(self._projected(features, form))
         key_weight, value_weight = weight.view(2, heads, self.head_dim, -1).unbind(0)  # [H, d, E]
-        # one product a sample or image: a batched one over both would copy the weight for each
-        absorbed = _stack([torch.bmm(queries.transpose(0, 1), key_weight) for queries in q])  # [B, H, M, E]
-        absorbed = absorbed.flatten(1, 2)
+        absorbed = hia_kernels.head_linear(q.transpose(1, 2), key_weight.mT).flatten(1, 2)  # [B, H * M, E]
         images = image_to_sample.shape[0]
         absorbed = absorbed.expand(images, -1, -1) if q.shape[0] == 1 else absorbed[image_to_sample]  # [n, H * M, E]
         out = hia_kernels.latent_attention(absorbed, latent.to(absorbed.dtype), features.lengths, self.head_dim**-0.5)
         out = out.view(images, heads, -1, out.shape[-1])
-        return _ByHead.apply(out, value_weight.to(out.dtype)) + bias[dim:]
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    """``torch.stack``, without its copy of a single part."""
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+        out = hia_kernels.head_linear(out, value_weight.to(out.dtype), merge_heads=True)  # [n, M, D]
+        return out.flatten(0, 1) + bias[dim:]
 
 
 def norm_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, row_idx: Tensor | None = None) -> Tensor:

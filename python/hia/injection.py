@@ -126,12 +126,12 @@ class Injection(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [n, H, M, d]
         query_weight = self.q_proj.weight.view(heads, width, -1)  # [H, d, D1]
         out_weight = self.out_proj.weight.view(-1, heads, width).permute(1, 2, 0)  # [H, d, D1]
+        keys = hia_kernels.head_linear(k, query_weight.mT).flatten(1, 2)  # [n, H * M, D1]
+        values = hia_kernels.head_linear(v, out_weight.mT).flatten(1, 2)  # [n, H * M, D1]
         offsets = (k @ self.q_proj.bias.view(heads, width, 1)).flatten(1) * width**-0.5  # [n, H * M]
         updates = []
         for image, tokens in enumerate(visual.split(layout.row_counts)):
-            keys = torch.bmm(k[image], query_weight).flatten(0, 1)  # [H * M, D1]
-            values = torch.bmm(v[image], out_weight).flatten(0, 1)  # [H * M, D1]
-            updates.append(self._read(tokens, keys, values, offsets[image]))
+            updates.append(self._read(tokens, keys[image], values[image], offsets[image]))
         update = torch.cat(updates)
         return update if self.gate is None else update * torch.tanh(self.gate)
 

@@ -30,6 +30,7 @@ OPS: dict[str, Callable[..., op_inputs.Inputs]] = {
     "norm_linear": lambda dtype: op_inputs.norm_linear_inputs(40, 17, dtype, "cuda"),
     "inject_rows": lambda dtype: op_inputs.inject_rows_inputs(40, 17, dtype, "cuda"),
     "linear": lambda dtype: op_inputs.linear_inputs(40, dtype, "cuda"),
+    "head_linear": lambda dtype: op_inputs.head_linear_inputs(2, 17, dtype, "cuda"),
     "row_softmax": lambda dtype: op_inputs.row_softmax_inputs(9, 33, dtype, "cuda"),
     "latent_attention": lambda dtype: op_inputs.latent_attention_inputs(24, 32, [17, 5], dtype, "cuda"),
 }

@@ -11,8 +11,8 @@ import hia_kernels
 from hia_kernels import info
 from hia_kernels.core import backend
 
-OPS = ["condition_queries", "conv_norm_act", "cross_attention", "inject_rows", "latent_attention", "linear",
-       "norm_linear", "row_softmax", "stem"]  # fmt: skip
+OPS = ["condition_queries", "conv_norm_act", "cross_attention", "head_linear", "inject_rows", "latent_attention",
+       "linear", "norm_linear", "row_softmax", "stem"]  # fmt: skip
 
 
 @pytest.fixture

@@ -146,18 +146,46 @@ def test_without_the_extension(monkeypatch):
 
 def test_native_function_checks_its_arguments(calls):
     x, weight, bias, out = torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5), torch.zeros(4, 5)
-    torch.ops.hia_native.linear(x, weight, bias, out)
+    torch.ops.hia_native.linear(x, weight, bias, out, False)
     for arguments, message in (
         ((x.double(), weight, bias, out), "x must be float32 on the CPU"),
         ((x[0], weight, bias, out), "x must have 2 dimensions, got 1"),
         ((x, weight[:, 1:], bias, out), "weight must have 6 columns, got 5"),
         ((x, weight, bias[1:], out), "bias must have 5 entries, got 4"),
         ((x, weight, bias, out[1:]), r"out must have shape \[4, 5\], got \[3, 5\]"),
-        ((x, weight, bias, torch.zeros(5, 4).T), "out must be contiguous"),
+        ((x, weight, bias, torch.zeros(5, 4).T), "out.s columns must lie one after the other"),
         ((x[:, :0], weight[:, :0], bias, out), "x must have at least one column"),
     ):
         with pytest.raises(RuntimeError, match=f"hia::linear: {message}"):
-            torch.ops.hia_native.linear(*arguments)
+            torch.ops.hia_native.linear(*arguments, False)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("inner", [5, 300, 1600])
+def test_into_a_part_of_something_larger(inner, transposed, calls):
+    """Written or added to; nothing around it is touched."""
+    torch.manual_seed(0)
+    rows, columns = 270, max(257, 2**25 // (2 * 270 * inner) + 1)
+    a, b, start = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(rows, columns)
+    exact = a.double() @ b.double()
+    for add in (False, True):
+        wide = torch.full((rows + 2, columns + 40), float("nan"))
+        out = wide[1:-1, 20:-20]
+        if transposed:
+            wide = torch.full((columns + 40, rows + 2), float("nan"))
+            out = wide[20:-20, 1:-1].mT
+        if add:
+            out.copy_(start)
+        products.multiply(a, b, out, add=add)
+        usual = torch.addmm(start, a, b) if add else a @ b
+        assert_close("out", out, exact + start if add else exact, usual, dtype=F32)
+        assert int(wide.isnan().sum()) == wide.numel() - out.numel()
+    assert calls == [True] * 2
+
+
+def test_a_sum_has_no_bias(calls):
+    with pytest.raises(RuntimeError, match="bias must be None where out is added to"):
+        torch.ops.hia_native.linear(torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(5), torch.zeros(4, 5), True)
 
 
 def test_reasons():

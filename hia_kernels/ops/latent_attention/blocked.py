@@ -34,6 +34,16 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return products.product(a, b)
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out = a b`` or ``out += a b``; without a second tensor where the dtypes agree."""
+    if out.dtype == a.dtype:
+        products.multiply(a, b, out, add=add)
+    elif add:
+        out += _product(a, b)
+    else:
+        out.copy_(_product(a, b))
+
+
 def _softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Probabilities [rows, N] in ``dtype``, log-sum-exp [rows]. Consumes the scores."""
     if scores.device.type != "cpu" or triton_support.interpreted():
@@ -70,10 +80,7 @@ def latent_attention_blocked(
             rows = slice(first, first + step)
             scores = _product(_computed(q[image, rows]), tokens.mT)  # [rows, N]
             p, lse[image, rows] = _softmax(scores, softmax_scale, tokens.dtype)
-            if p.dtype == out.dtype and p.device.type != "cpu":
-                torch.mm(p, tokens, out=out[image, rows])
-            else:
-                out[image, rows] = products.product(p, tokens)
+            _multiply(p, tokens, out[image, rows])
     return out, lse
 
 
@@ -90,20 +97,20 @@ def latent_attention_bwd_blocked(
         if tokens.shape[0] == 0:
             dq[image].zero_()
             continue
-        sums = dlatent[where].zero_()  # [N, E]: blocks add up in fp32
+        sums = dlatent[where]  # [N, E]: blocks add up in fp32
         if sums.dtype != lse.dtype:
-            sums = torch.zeros(tokens.shape, dtype=lse.dtype, device=q.device)
+            sums = torch.empty(tokens.shape, dtype=lse.dtype, device=q.device)
+        if q.shape[1] == 0:
+            sums.zero_()
         step = _block_rows(q.shape[1], tokens.shape[0], q.device.type)
         for first in range(0, q.shape[1], step):
             rows = slice(first, first + step)
             queries, douts = _computed(q[image, rows]), _computed(dout[image, rows])
             p, _ = _softmax(_product(queries, tokens.mT), softmax_scale, tokens.dtype)
             ds = _softmax_bwd(_product(douts, tokens.mT), p, softmax_scale)
-            dq[image, rows] = products.product(ds, tokens)
-            if sums.dtype == p.dtype:
-                sums.addmm_(p.mT, douts).addmm_(ds.mT, queries)
-            else:
-                sums.add_(_product(p.mT, douts)).add_(_product(ds.mT, queries))
+            _multiply(ds, tokens, dq[image, rows])
+            _multiply(p.mT, douts, sums, add=first > 0)
+            _multiply(ds.mT, queries, sums, add=True)
         if sums.dtype != dlatent.dtype:
             dlatent[where] = sums
     return dq, dlatent

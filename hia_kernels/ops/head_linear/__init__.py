@@ -1,0 +1,3 @@
+from .functional import head_linear
+
+__all__ = ["head_linear"]

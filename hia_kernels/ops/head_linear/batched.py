@@ -1,0 +1,49 @@
+"""``head_linear`` by batched products of the vendor's library, the heads their batch.
+
+Image by image where the weight is an operand: a batch of images and heads would copy it for each image. Its gradient
+is one product over the rows of all images, summed in the library's accumulator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def head_linear_batched(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
+    """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
+    images, heads, rows, _ = x.shape
+    dim = weight.shape[1]
+    if merge_heads:
+        out = x.new_empty(images, rows, heads, dim)
+        for image, to in zip(x, out, strict=True):
+            to.copy_(torch.bmm(image, weight.mT).transpose(0, 1))
+        return out.flatten(2)
+    return _by_image(x, weight.mT)
+
+
+def head_linear_bwd_batched(
+    dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
+    if merge_heads:
+        dout = dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2)  # [n, H, R, D]
+    dx, dweight = (x.new_empty(0) for _ in range(2))
+    if output_mask[0]:
+        dx = _by_image(dout, weight)
+    if output_mask[1]:
+        douts, rows = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (dout, x))  # [H, n * R, .]
+        dweight = torch.empty_like(weight)
+        if dweight.stride(-1) == 1:
+            torch.bmm(douts.mT, rows, out=dweight)
+        else:
+            dweight.copy_(torch.bmm(rows.mT, douts).mT)
+    return dx, dweight
+
+
+def _by_image(x: Tensor, right: Tensor) -> Tensor:
+    """[n, H, R, K], [H, K, N] -> [n, H, R, N]."""
+    out = x.new_empty(*x.shape[:3], right.shape[2])
+    for image, to in zip(x, out, strict=True):
+        torch.bmm(image, right, out=to)
+    return out

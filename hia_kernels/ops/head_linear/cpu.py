@@ -1,0 +1,47 @@
+"""``head_linear`` on the CPU, fp32: head by head, by the products of :mod:`hia_kernels.core.products`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import products
+
+
+def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
+    """x, or the incoming gradient in the backward: one dtype."""
+    return products.unsupported_reasons(first)
+
+
+def head_linear_fwd(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
+    """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
+    images, heads, rows, _ = x.shape
+    out = x.new_empty((images, rows, heads, weight.shape[1]) if merge_heads else (*x.shape[:3], weight.shape[1]))
+    by_head = out.transpose(1, 2) if merge_heads else out  # [n, H, R, D]
+    for head, own in enumerate(weight):
+        for image in range(images):
+            products.multiply(x[image, head], own.mT, by_head[image, head])
+    return out.flatten(2) if merge_heads else out
+
+
+def head_linear_bwd(
+    dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
+    images = x.shape[0]
+    if merge_heads:
+        dout = dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2)  # [n, H, R, D]
+    dx, dweight = (x.new_empty(0) for _ in range(2))
+    if output_mask[0]:
+        dx = x.new_empty(x.shape)
+        for head, own in enumerate(weight):
+            for image in range(images):
+                products.multiply(dout[image, head], own, dx[image, head])
+    if output_mask[1]:
+        dweight = torch.empty_like(weight) if images else torch.zeros_like(weight)
+        for head, to in enumerate(dweight):
+            for image in range(images):
+                products.multiply(dout[image, head].mT, x[image, head], to, add=image > 0)
+    return dx, dweight

@@ -1,0 +1,94 @@
+"""``hia::head_linear``: schema, fake, autograd, autocast, FLOP formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ...core import autocast, registration, triton_support
+from ...core.backend import Backend, register_table
+from . import cpu
+from .batched import head_linear_batched, head_linear_bwd_batched
+from .reference import head_linear_bwd_ref, head_linear_ref
+
+registration.define("head_linear", "(Tensor x, Tensor weight, bool merge_heads) -> Tensor")
+registration.define(
+    "head_linear_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, bool merge_heads, bool[] output_mask) -> (Tensor, Tensor)",
+)
+
+_BATCHED: dict[str, Callable[..., Any]] = {
+    "head_linear": head_linear_batched,
+    "head_linear_bwd": head_linear_bwd_batched,
+}
+
+
+def _cublas_unavailable():
+    return [] if torch.cuda.is_available() else ["no CUDA device that torch can see"]
+
+
+def _cublas_unsupported(first, *rest):
+    return [] if first.device.type == "cuda" else [f"tensors must be on a CUDA device, got {first.device}"]
+
+
+def _triton_unsupported(first, *rest):
+    return triton_support.device_reasons(first)
+
+
+BACKENDS = register_table(
+    "head_linear",
+    Backend(
+        "cpu",
+        {"head_linear": cpu.head_linear_fwd, "head_linear_bwd": cpu.head_linear_bwd},
+        cpu.unsupported_reasons,
+    ),
+    Backend("cublas", _BATCHED, _cublas_unsupported, _cublas_unavailable),
+    # the same products: forcing triton for a whole model must not end here
+    Backend("triton", _BATCHED, _triton_unsupported, triton_support.unavailable_reasons),
+    Backend("reference", {"head_linear": head_linear_ref, "head_linear_bwd": head_linear_bwd_ref}),
+)
+registration.implement("head_linear", BACKENDS)
+registration.implement("head_linear_bwd", BACKENDS)
+
+
+@torch.library.register_fake("hia::head_linear")
+def _fwd_fake(x, weight, merge_heads):
+    images, heads, rows, _ = x.shape
+    dim = weight.shape[1]
+    return x.new_empty((images, rows, heads * dim) if merge_heads else (images, heads, rows, dim))
+
+
+@torch.library.register_fake("hia::head_linear_bwd")
+def _bwd_fake(dout, x, weight, merge_heads, output_mask):
+    dx = x.new_empty(x.shape if output_mask[0] else 0)
+    return dx, torch.empty_like(weight) if output_mask[1] else weight.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, ctx.merge_heads = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, dout):
+    mask = list(ctx.needs_input_grad[:2])
+    grads = torch.ops.hia.head_linear_bwd(dout, *ctx.saved_tensors, ctx.merge_heads, mask)
+    return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None
+
+
+torch.library.register_autograd("hia::head_linear", _backward, setup_context=_setup_context)
+registration.refuse_double_backward("head_linear", "head_linear_bwd")
+autocast.register_autocast(registration.overload("head_linear"), cast=("x", "weight"))
+
+
+@register_flop_formula(torch.ops.hia.head_linear)
+def _flops(x_shape, weight_shape, *args, **kwargs):
+    return 2 * math.prod(x_shape) * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.hia.head_linear_bwd)
+def _bwd_flops(dout_shape, x_shape, weight_shape, merge_heads, output_mask, **kwargs):
+    return 2 * sum(output_mask) * math.prod(x_shape) * weight_shape[1]

@@ -1,0 +1,27 @@
+"""Plain PyTorch truth of ``head_linear``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def head_linear_ref(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
+    """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
+    out = torch.matmul(x, weight.mT)
+    return (out.transpose(1, 2).flatten(2) if merge_heads else out).contiguous()
+
+
+def head_linear_bwd_ref(
+    dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
+    if merge_heads:
+        dout = dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2)  # [n, H, R, D]
+    dx, dweight = (x.new_empty(0) for _ in range(2))
+    if output_mask[0]:
+        dx = torch.matmul(dout, weight).contiguous()
+    if output_mask[1]:
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dweight = torch.empty_like(weight).copy_(torch.matmul(dout.mT.to(acc), x.to(acc)).sum(0))
+    return dx, dweight
