@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         + "; ".join(f"{name}: {what}" for name, what in FORMS.items()),
     )
     parser.add_argument("--px", type=int, nargs="+", default=[896, 2048], help="sides of the image (default: 896 2048)")
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="compared with the first (default: all)")
     parser.add_argument("--budget-mib", type=int, default=128, metavar="M", help="of activations (default: 128)")
     parser.add_argument("--width", type=int, default=64, help="of the encoder (default: 64, ResNet-50's)")
     parser.add_argument("--seconds", type=float, default=30, metavar="S", help="for each side (default: 30)")
@@ -131,11 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     source, failed = find_images(None), False
     print(
-        "| px | form | ms | against whole | peak MB | features differ by |\n| ---: | --- | ---: | ---: | ---: | ---: |"
+        "| px | form | ms | against whole | peak MB | differs from the first by |\n| ---: | --- | ---: | ---: | ---: | ---: |"
     )
     for side in options.px:
         calls = calls_of(options.form, options.width, source.load(1, side)[0], options.budget_mib * 2**20)
-        truth = next(iter(calls.values()))().double()
+        first = next(iter(calls))
+        truth = calls[first]().double()
         peaks, differences = {}, {}
         for name, call in calls.items():
             call()  # packs weights for its sizes
@@ -143,13 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peaks[name] = memory.peak
             differences[name] = ((memory.result - truth).norm() / truth.norm()).item()
         failed |= any(not difference < 1e-5 for difference in differences.values())
+        differ = {name: "-" if name == first else f"{value:.1e}" for name, value in differences.items()}
         found = interleaved(calls, cpu_clock, Budget(options.seconds))
         base = found["whole"].percentile(50) if "whole" in found else None
         for name, samples in found.items():
             ratio = "-" if base is None else f"{samples.percentile(50) / base:.2f}"
             noisy = " (noisy)" if samples.noisy else ""
             print(f"| {side} | {name} | {samples.percentile(50):,.0f}{noisy} | {ratio} | {peaks[name] / 1e6:,.1f} "
-                  f"| {differences[name]:.1e} |", flush=True)  # fmt: skip
+                  f"| {differ[name]} |", flush=True)  # fmt: skip
     facts = environment.describe("cpu", "bench.encoder_forms")
     print(f"\n`{facts['command']}` at commit {(facts['commit'] or 'unknown')[:12]}"
           f"{' with changes' if facts['dirty'] else ''}, {facts['cpu']}, {facts['threads']} threads, "
