@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         + "; ".join(f"{name}: {what}" for name, what in FORMS.items()),
     )
     parser.add_argument("--px", type=int, nargs="+", default=[896, 2048], help="sides of the image (default: 896 2048)")
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="compared with the first (default: all)")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
     parser.add_argument("--budget-mib", type=int, default=128, metavar="M", help="of activations (default: 128)")
     parser.add_argument("--width", type=int, default=64, help="of the encoder (default: 64, ResNet-50's)")
     parser.add_argument("--seconds", type=float, default=30, metavar="S", help="for each side (default: 30)")
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     source, failed = find_images(None), False
     print(
-        "| px | form | ms | against whole | peak MB | differs from the first by |\n| ---: | --- | ---: | ---: | ---: | ---: |"
+        "| px | form | ms | against whole | peak MB | differs from first |\n| ---: | --- | ---: | ---: | ---: | ---: |"
     )
     for side in options.px:
         calls = calls_of(options.form, options.width, source.load(1, side)[0], options.budget_mib * 2**20)

@@ -1,0 +1,47 @@
+"""Where a call's time goes: the table adds up, and bad values are refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from bench import profiles
+
+
+def test_prints_a_table_of_a_composite(capsys):
+    assert profiles.main(["adapter_train_step", "tiny", "--device", "cpu", "--rows", "3"]) == 0
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) == 3 and "| together |" in text
+    assert "hia, both, fp32; " in text and "`python -m bench.profiles" in text
+
+
+def test_prints_shapes_and_the_backend_of_an_op(capsys):
+    assert profiles.main(["linear", "tiny", "--device", "cpu", "--shapes", "--role", "output"]) == 0
+    text = capsys.readouterr().out
+    assert "hia (cpu), forward, fp32; " in text and "`hia::linear` [[" in text
+
+
+def test_the_rest_is_in_the_sum():
+    events = [SimpleNamespace(key=name, count=1, self_cpu_time_total=us) for name, us in
+              (("a", 1000.0), ("c", 250.0), ("b", 2750.0))]  # fmt: skip
+    text = profiles.table(events, "cpu", 1, shapes=False)
+    assert "| `b` | 1 | 2.8 | 68.8% |" in text and "| 2 more | | 1.2 | 31.2% |" in text
+    assert text.endswith("| together | | 4.0 | |")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["linear", "nothing"], "case: must be among "),
+        (["linear", "tiny", "--role", "nobody"], "--role: must be among features, output, got 'nobody'"),
+        (["linear", "tiny", "--provider", "nobody"], "--provider: must be among hia, "),
+        (["linear", "tiny", "--provider", "hia-cublas", "--device", "cpu"], "--provider: hia-cublas can't run here"),
+        (["linear", "tiny", "--rows", "0"], "--rows: must be at least 1, got 0"),
+    ],
+)
+def test_bad_values_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        profiles.parse(flags)
+    assert message in capsys.readouterr().err
