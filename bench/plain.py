@@ -83,10 +83,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_ref(x, weight, bias)
 
 
-def _head_linear(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Tensor:
-    return head_linear_ref(x, weight, merge_heads)
-
-
 def _inject_in_place(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
     inject_rows_inplace_ref(hidden, update, weight, bias, row_idx)
     return hidden
@@ -100,7 +96,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "norm_linear": norm_linear_ref,
     "inject_rows": inject_rows_ref,
     "linear": _linear,
-    "head_linear": _head_linear,
+    "head_linear": head_linear_ref,
     "row_softmax": row_softmax_ref,
     "latent_attention": _reference_latent,
 }

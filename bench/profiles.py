@@ -20,7 +20,7 @@ from hia_kernels.core.backend import last_backend
 from . import environment
 from .cases import COMPOSITES, OPS, Workload, workloads
 from .composites import make_weights
-from .gate import Bound, dout_like
+from .gate import Bound, both_call, dout_like
 from .inputs import make_inputs
 from .limits import DTYPES
 from .providers import all_providers
@@ -83,12 +83,13 @@ def call_of(workload: Workload, provider: str, dtype: torch.dtype, device: str, 
     gradients = mode == "both"
     bound: Bound = all_providers()[provider].bind(workload, inputs, weights, gradients=gradients)
 
+    with torch.set_grad_enabled(gradients):
+        work = both_call(bound, dout_like(bound.forward())) if gradients else bound.forward
+
     def call() -> None:
         bound.restore()
         with torch.set_grad_enabled(gradients):
-            outs = bound.forward()
-        if gradients:
-            torch.autograd.grad(outs, list(bound.leaves.values()), dout_like(outs), allow_unused=True)
+            work()
         if device == "cuda":
             torch.cuda.synchronize()
 

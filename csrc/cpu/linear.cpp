@@ -26,8 +26,9 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
                   weight.size(1));
   STD_TORCH_CHECK(out.size(0) == p.rows && out.size(1) == p.columns, "hia::linear: out must have shape [", p.rows, ", ",
                   p.columns, "], got [", out.size(0), ", ", out.size(1), "]");
-  STD_TORCH_CHECK((p.columns <= 1 || out.stride(1) == 1) && (p.rows <= 1 || out.stride(0) >= p.columns), "hia::linear: out's columns must lie one after the "
-                  "other and its rows apart, got strides [", out.stride(0), ", ", out.stride(1), "]");
+  STD_TORCH_CHECK((p.columns <= 1 || out.stride(1) == 1) && (p.rows <= 1 || out.stride(0) >= p.columns),
+                  "hia::linear: out's columns must lie one after the other and its rows apart, got strides [",
+                  out.stride(0), ", ", out.stride(1), "]");
   STD_TORCH_CHECK(!(add && bias.has_value()), "hia::linear: bias must be None where out is added to");
   STD_TORCH_CHECK(p.depth > 0, "hia::linear: x must have at least one column");
   p.a = data(x), p.a_row = x.stride(0), p.a_step = x.stride(1);

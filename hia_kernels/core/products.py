@@ -2,8 +2,8 @@
 PyTorch's BLAS.
 
 For inside an op: nothing here records gradients. Sizes, strides and the build alone decide what runs, so results repeat
-bit for bit. oneDNN's product is as fast as the native one and not in use: its sums over thousands of terms have twice
-the error of MKL's, which the bound on a layer's output has no room for (docs/linear.md).
+bit for bit. oneDNN's product is as fast as the native one and not in use: its sums over thousands of terms lose more
+digits than MKL's, which the bound on a layer's output has no room for (docs/linear.md).
 """
 
 from __future__ import annotations

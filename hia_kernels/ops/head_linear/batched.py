@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import by_head
+
 
 def head_linear_batched(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
     """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
@@ -26,8 +28,7 @@ def head_linear_bwd_batched(
     dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
-    if merge_heads:
-        dout = dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2)  # [n, H, R, D]
+    dout = by_head(dout, weight, merge_heads)
     dx, dweight = (x.new_empty(0) for _ in range(2))
     if output_mask[0]:
         dx = _by_image(dout, weight)

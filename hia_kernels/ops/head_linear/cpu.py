@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import products
+from .reference import by_head
 
 
 def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
@@ -19,10 +20,10 @@ def head_linear_fwd(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
     """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
     images, heads, rows, _ = x.shape
     out = x.new_empty((images, rows, heads, weight.shape[1]) if merge_heads else (*x.shape[:3], weight.shape[1]))
-    by_head = out.transpose(1, 2) if merge_heads else out  # [n, H, R, D]
+    parts = out.transpose(1, 2) if merge_heads else out  # [n, H, R, D]
     for head, own in enumerate(weight):
         for image in range(images):
-            products.multiply(x[image, head], own.mT, by_head[image, head])
+            products.multiply(x[image, head], own.mT, parts[image, head])
     return out.flatten(2) if merge_heads else out
 
 
@@ -31,8 +32,7 @@ def head_linear_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
     images = x.shape[0]
-    if merge_heads:
-        dout = dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2)  # [n, H, R, D]
+    dout = by_head(dout, weight, merge_heads)
     dx, dweight = (x.new_empty(0) for _ in range(2))
     if output_mask[0]:
         dx = x.new_empty(x.shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support
+from ...core import autocast, cublas, registration, triton_support
 from ...core.backend import Backend, register_table
 from . import cpu
 from .batched import head_linear_batched, head_linear_bwd_batched
@@ -27,14 +27,6 @@ _BATCHED: dict[str, Callable[..., Any]] = {
 }
 
 
-def _cublas_unavailable():
-    return [] if torch.cuda.is_available() else ["no CUDA device that torch can see"]
-
-
-def _cublas_unsupported(first, *rest):
-    return [] if first.device.type == "cuda" else [f"tensors must be on a CUDA device, got {first.device}"]
-
-
 def _triton_unsupported(first, *rest):
     return triton_support.device_reasons(first)
 
@@ -46,7 +38,7 @@ BACKENDS = register_table(
         {"head_linear": cpu.head_linear_fwd, "head_linear_bwd": cpu.head_linear_bwd},
         cpu.unsupported_reasons,
     ),
-    Backend("cublas", _BATCHED, _cublas_unsupported, _cublas_unavailable),
+    Backend("cublas", _BATCHED, cublas.unsupported_reasons, cublas.unavailable_reasons),
     # the same products: forcing triton for a whole model must not end here
     Backend("triton", _BATCHED, _triton_unsupported, triton_support.unavailable_reasons),
     Backend("reference", {"head_linear": head_linear_ref, "head_linear_bwd": head_linear_bwd_ref}),

@@ -6,18 +6,22 @@ import torch
 from torch import Tensor
 
 
-def head_linear_ref(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
+def head_linear_ref(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Tensor:
     """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
     out = torch.matmul(x, weight.mT)
     return (out.transpose(1, 2).flatten(2) if merge_heads else out).contiguous()
+
+
+def by_head(dout: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
+    """The incoming gradient as [n, H, R, D]."""
+    return dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2) if merge_heads else dout
 
 
 def head_linear_bwd_ref(
     dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
-    if merge_heads:
-        dout = dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2)  # [n, H, R, D]
+    dout = by_head(dout, weight, merge_heads)
     dx, dweight = (x.new_empty(0) for _ in range(2))
     if output_mask[0]:
         dx = torch.matmul(dout, weight).contiguous()

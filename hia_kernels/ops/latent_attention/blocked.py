@@ -19,7 +19,7 @@ LEAST_ROWS = 128  # below it the products slow down
 def _block_rows(rows: int, tokens: int, device: str) -> int:
     fitting = max(LEAST_ROWS, BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // (4 * max(1, tokens)))
     blocks = -(-rows // fitting)
-    return -(-rows // max(1, blocks))  # of one size: a short last block reads all tokens for a few rows
+    return max(1, -(-rows // max(1, blocks)))  # of one size: a short last block reads all tokens for a few rows
 
 
 def _computed(x: Tensor) -> Tensor:

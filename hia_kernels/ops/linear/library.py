@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support
+from ...core import autocast, cublas, registration, triton_support
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import linear_bwd_ref, linear_ref
@@ -19,14 +19,6 @@ registration.define(
 )
 
 _PLAIN: dict[str, Callable[..., Any]] = {"linear": linear_ref, "linear_bwd": linear_bwd_ref}
-
-
-def _cublas_unavailable():
-    return [] if torch.cuda.is_available() else ["no CUDA device that torch can see"]
-
-
-def _cublas_unsupported(first, *rest):
-    return [] if first.device.type == "cuda" else [f"tensors must be on a CUDA device, got {first.device}"]
 
 
 def _triton_unsupported(first, *rest):
@@ -40,7 +32,7 @@ BACKENDS = register_table(
         {"linear": cpu.linear_fwd, "linear_bwd": cpu.linear_bwd},
         cpu.unsupported_reasons,
     ),
-    Backend("cublas", _PLAIN, _cublas_unsupported, _cublas_unavailable),
+    Backend("cublas", _PLAIN, cublas.unsupported_reasons, cublas.unavailable_reasons),
     # the same product: forcing triton for a whole model must not end here
     Backend("triton", _PLAIN, _triton_unsupported, triton_support.unavailable_reasons),
     Backend("reference", _PLAIN),

@@ -1,0 +1,18 @@
+"""What a backend of plain cuBLAS products asks before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unavailable_reasons() -> list[str]:
+    """Why there is no cuBLAS on this machine."""
+    return [] if torch.cuda.is_available() else ["no CUDA device that torch can see"]
+
+
+def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
+    """Why it can't serve a call whose tensors are where the first is."""
+    return [] if first.device.type == "cuda" else [f"tensors must be on a CUDA device, got {first.device}"]
