@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.tolerance import rel_rms
 from hia.config import HiAConfig
 from hia.extractor import Extractor
 from hia.features import ImageFeatures
+from hia_kernels.testing import rel_rms
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXACT = {"fp32": torch.float32, "fp64": torch.float64}

@@ -31,10 +31,11 @@ from hia_kernels import ops as all_ops
 from hia_kernels.core import backend, tuning
 from hia_kernels.ops.conv_norm_act import cudnn
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
+from hia_kernels.testing import analysed
 
 from . import environment
 from .cases import OPS, RESOLUTIONS, Size, Workload, halved, in_set, workloads
-from .gate import EXACT, Truth, both_call, dout_like, results_of, truth_of
+from .gate import Truth, both_call, dout_like, results_of, truth_of
 from .inputs import Draw, Inputs, make_inputs
 from .kernels_args import names
 from .limits import DTYPES
@@ -260,9 +261,7 @@ def race(
     name = f"conv_norm_act/{cudnn.backend_key(inputs['x'], inputs['weight'], shape.stride)}"
     if name in tuned.backends:
         return None
-    wide = EXACT[dtype]
-    exact = {key: x.to(wide) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
-    truth = Truth({"out0": conv_norm_act_ref(**exact)}, {"out0": conv_norm_act_ref(**inputs)}, dtype)
+    truth = Truth({"out0": conv_norm_act_ref(**analysed(inputs, dtype))}, {"out0": conv_norm_act_ref(**inputs)}, dtype)
 
     def with_backend(rival: str) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:

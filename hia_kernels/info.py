@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .core import backend
+from .core import backend, settings
 
 PACKAGES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers", "transformers": "transformers"}
-VARIABLES = ("HIA_BACKEND", "HIA_DEBUG", "HIA_CPU_ISA")
 
 
 def _probe(read: Callable[[], Any]) -> Any:
@@ -115,13 +114,14 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "devices": devices(),
-        "environment": {name: os.environ.get(name) for name in VARIABLES} | {"in force": _probe(_in_force)},
+        "environment": {name: os.environ.get(name) for name in settings.CHOICES} | {"in force": _probe(_in_force)},
         "ops": {op: op_backends(table) for op, table in sorted(backend.TABLES.items())},
     }
 
 
 def _in_force() -> str:
-    return f"backend {backend.requested_backend()}, debug {'on' if backend.debug_enabled() else 'off'}"
+    isa = settings.read("HIA_CPU_ISA") or "the best there is"
+    return f"backend {backend.requested_backend()}, debug {'on' if backend.debug_enabled() else 'off'}, CPU ISA {isa}"
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ reason, and nothing falls back in silence.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +14,8 @@ from typing import Any
 
 import torch
 
-BACKEND_NAMES = (
-    "auto", "reference", "triton", "cuda", "cublas", "cudnn", "native", "cpu", "sdpa", "flash_attn", "xformers",
-)  # fmt: skip
+from . import settings
+from .settings import BACKEND_NAMES
 
 _forced: list[str] = []  # a stack: use_backend nests
 _last: dict[str, str] = {}
@@ -58,10 +56,11 @@ class BackendTable:
         """The implementation of ``function`` for these arguments.
 
         Raises:
-            ValueError: ``HIA_BACKEND`` is no backend's name.
+            ValueError: ``HIA_BACKEND`` or ``HIA_CPU_ISA`` is none of its choices.
             NotImplementedError: the forced backend can't run; lists every reason.
         """
         wanted = requested_backend()
+        settings.read("HIA_CPU_ISA")  # a misspelt one is an error for every op, like a misspelt backend
         rejected: list[str] = []
         for backend in self.backends:
             if wanted not in ("auto", backend.name):
@@ -102,10 +101,7 @@ def missing_reason(table: BackendTable, name: str) -> str:
 
 def requested_backend() -> str:
     """The forced backend's name, or ``auto``."""
-    name = _forced[-1] if _forced else os.environ.get("HIA_BACKEND", "auto")
-    if name not in BACKEND_NAMES:
-        raise ValueError(f"HIA_BACKEND must be one of {', '.join(BACKEND_NAMES)}, got {name!r}")
-    return name
+    return _forced[-1] if _forced else settings.read("HIA_BACKEND")
 
 
 @contextmanager
@@ -152,4 +148,4 @@ def reference_implementation(overload: torch._ops.OpOverload) -> Callable[..., A
 
 def debug_enabled() -> bool:
     """``HIA_DEBUG=1``: check values too, even where that makes the host wait for the device."""
-    return os.environ.get("HIA_DEBUG", "0") == "1"
+    return settings.read("HIA_DEBUG") == "1"

@@ -6,11 +6,12 @@ of these private functions; the ops' tables ask :func:`unavailable_reasons` and 
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from . import settings
 
 REVISION = 5  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
 BUILD = "python setup.py build_ext --inplace"
@@ -56,15 +57,22 @@ def unavailable_reasons() -> tuple[str, ...]:
 
 
 @cache
-def _cpu_reasons() -> tuple[str, ...]:
+def _cpu_reasons(asked: str) -> tuple[str, ...]:
+    if asked == "none":
+        return ("HIA_CPU_ISA=none turns the native kernels off",)
     reasons = unavailable_reasons()
-    if not reasons and not torch.ops.hia_native.cpu_isa():
-        asked = os.environ.get("HIA_CPU_ISA")
-        asked = f" and HIA_CPU_ISA={asked} to be avx2 or avx512" if asked else ""
-        return (f"the native kernels need AVX2 and FMA, or AVX-512{asked}",)
-    return reasons
+    if reasons or torch.ops.hia_native.cpu_isa():
+        return reasons
+    if asked:
+        raise RuntimeError(f"HIA_CPU_ISA={asked} asks for instructions that this processor does not have")
+    return ("the native kernels need AVX2 and FMA, or AVX-512",)
 
 
 def cpu_unavailable_reasons() -> list[str]:
-    """Why its CPU kernels can't serve here."""
-    return list(_cpu_reasons())
+    """Why its CPU kernels can't serve here.
+
+    Raises:
+        ValueError: ``HIA_CPU_ISA`` is none of its choices.
+        RuntimeError: it asks for instructions that this processor does not have.
+    """
+    return list(_cpu_reasons(settings.read("HIA_CPU_ISA")))

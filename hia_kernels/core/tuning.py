@@ -8,7 +8,6 @@ through :func:`measured_backend`, and tests see the heuristics alone.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .backend import BACKEND_NAMES
+from . import settings
+from .settings import BACKEND_NAMES
 
 FOLDER = Path(__file__).with_name("tuned")
 Config = Mapping[str, int]  # meta-parameters of a launch: BLOCK_*, num_warps, num_stages
@@ -71,7 +71,7 @@ def _read(slug: str, part: str) -> dict[str, Any]:
 
 def _slug_of(device: torch.device) -> str | None:
     """Of the device's file; None where no file counts."""
-    if device.type != "cuda" or os.environ.get("HIA_TUNED", "1") == "0":
+    if device.type != "cuda" or settings.read("HIA_TUNED") == "0":
         return None
     return device_slug(_device_name(torch.cuda.current_device() if device.index is None else device.index))
 

@@ -14,7 +14,7 @@ import bench.kernels as kernels
 from bench import cases, composites, costs, environment, gate, inputs, kernels_args, kernels_output, providers
 from bench.baselines import peers
 from bench.measurement import Measurement, read_records, write_records
-from tests.compare import UNIT_ROUNDOFF, rel_rms
+from hia_kernels.testing import UNIT_ROUNDOFF, rel_rms
 
 RECORD = Measurement(
     "op", "stem", "px224", "hia", "forward", "fp32", "cpu", "ok", p20_ms=1.0, p50_ms=2.0, p80_ms=3.0, repeats=5,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import hia_kernels
-from bench.gate import GRADIENT_SLACK, KINK_SLACK
+from bench.gate import KINK_SLACK
 from bench.timing import peak_bytes
 from hia import tiling
 from hia.encoder import Encoder
-from tests.compare import UNIT_ROUNDOFF, assert_close, rel_rms
+from hia_kernels.testing import GRADIENT_SLACK, UNIT_ROUNDOFF, assert_close, rel_rms
 from tests.hia.encoders import encoder_of, pixels_of, sides_of, without_graphs
 from tests.ops.conftest import triton_device  # noqa: F401
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401

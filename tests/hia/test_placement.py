@@ -7,7 +7,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import hia
-from tests.compare import rel_rms
+from hia_kernels.testing import rel_rms
 from tests.hia.conftest import ONE, host_inputs, random_images
 from tests.hia.hosts import llava_config, stir, tiny_config, tiny_llava
 

@@ -12,7 +12,7 @@ from hia import injection, plan
 from hia.adapter import HiAAdapter
 from hia.features import ImageFeatures
 from hia.layout import build_layout
-from tests.compare import assert_close
+from hia_kernels.testing import assert_close
 from tests.hia.hosts import text_config, tiny_llava
 from tests.hia.test_modules import randomised
 

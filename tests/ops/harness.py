@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hia_kernels import last_backend
-from tests.compare import assert_close
+from hia_kernels import last_backend, testing
 from tests.inputs import DIFFERENTIABLE, Inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
-EXACT = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
-# Nothing is more exact than fp64, so there the bound is roundings alone: these are sums of up to 1000 terms.
-FP64_SLACK = 64
 
-Results = dict[str, Tensor]
+Results = testing.Results
 
 
-def _named(outs: Tensor | tuple[Tensor, ...]) -> Results:
-    return dict(zip(("out", "lse"), outs if isinstance(outs, tuple) else (outs,), strict=False))
+def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> Results:
+    """``out``, and ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient."""
+    return testing.forward_backward(function, inputs, DIFFERENTIABLE[op])
 
 
 def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
@@ -33,35 +30,10 @@ def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
     return {name: x.detach().requires_grad_() for name, x in found.items() if x.is_floating_point()}
 
 
-def dout_like(out: Tensor, seed: int) -> Tensor:
-    """An incoming gradient: bf16 numbers whatever the dtype, so that all precisions are asked the same question."""
-    values = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return values.bfloat16().to(out.device, out.dtype)
-
-
-def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> Results:
-    """``out``, and ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient."""
-    wrt = leaves(op, inputs)
-    outs = _named(function(**{**inputs, **wrt}))
-    results = {name: out.detach() for name, out in outs.items()}
-    reached = [out for out in outs.values() if out.requires_grad]
-    douts = [dout_like(out, seed) for seed, out in enumerate(reached)]
-    if reached:
-        grads = torch.autograd.grad(reached, list(wrt.values()), douts, allow_unused=True, materialize_grads=True)
-    else:  # no sequence has a key, say
-        grads = tuple(torch.zeros_like(x) for x in wrt.values())
-    return results | {f"d{name}": grad for name, grad in zip(wrt, grads, strict=True)}
-
-
-def upcast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Every floating tensor in ``dtype``."""
-    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
-
-
 def assert_matches(
     op: str, function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, dtype: torch.dtype
 ) -> None:
-    """Outputs and gradients of ``function`` against the reference in higher precision and the reference as it is.
+    """Outputs and gradients of ``function`` against the reference, by the tolerance policy.
 
     On a GPU the reference may have served neither: comparing it with itself would pass.
     """
@@ -75,12 +47,7 @@ def assert_matches(
     got = forward_backward(op, watched, inputs)
     served.append(last_backend(op))
     assert device_type(inputs) == "cpu" or not {None, "reference"} & set(served), f"{op} was served by {served}"
-    exact = forward_backward(op, reference, upcast(inputs, EXACT[dtype]))
-    plain = forward_backward(op, reference, inputs)
-    assert set(got) == set(plain)
-    for name in got:
-        slack = 2 if name in ("out", "lse") else 4
-        assert_close(name, got[name], exact[name], plain[name], dtype=dtype, slack=slack)
+    testing.expect(reference, inputs, DIFFERENTIABLE[op], dtype=dtype).check(got)
 
 
 def assert_backward_is_autograd_of_reference(
@@ -88,10 +55,7 @@ def assert_backward_is_autograd_of_reference(
 ) -> None:
     """fp64: the explicit backward against PyTorch's differentiation of the reference."""
     assert all(x.dtype == torch.float64 for x in leaves(op, inputs).values())
-    got, exact = (forward_backward(op, run, inputs) for run in (function, reference))
-    assert set(got) == set(exact)
-    for name in got:
-        assert_close(name, got[name], exact[name], exact[name], dtype=torch.float64, slack=FP64_SLACK)
+    assert_matches(op, function, reference, inputs, torch.float64)
 
 
 def assert_identical(first: Results, second: Results) -> None:
@@ -126,7 +90,7 @@ def assert_exports(function: Callable[..., Any], inputs: Inputs) -> None:
     kept = [target for target in targets if "getitem" not in target]
     assert len(kept) == 1 and kept[0].startswith("hia."), targets
     got, expected = program.module()(**inputs), function(**inputs)
-    assert_identical(_named(got), _named(expected))
+    assert_identical(*(dict(enumerate(x if isinstance(x, tuple) else (x,))) for x in (got, expected)))
 
 
 def assert_gradcheck(op: str, function: Callable[..., Any], inputs: Inputs) -> None:

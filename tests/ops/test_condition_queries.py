@@ -5,11 +5,10 @@ import torch
 
 from hia_kernels import condition_queries
 from hia_kernels.ops.condition_queries.reference import condition_queries_bwd_ref, condition_queries_ref
-from tests.compare import assert_close
+from hia_kernels.testing import FP64_SLACK, analysed, assert_close
 from tests.inputs import condition_queries_inputs as make_inputs
 from tests.ops.harness import (
     DTYPES,
-    FP64_SLACK,
     HALVES,
     assert_autocast,
     assert_backward_is_autograd_of_reference,
@@ -23,7 +22,6 @@ from tests.ops.harness import (
     flops_by_op,
     forward_backward,
     opcheck,
-    upcast,
 )
 
 OP = "condition_queries"
@@ -120,7 +118,7 @@ def test_nan_in_rows_not_selected_does_not_leak(device):
 
 def test_samples_are_independent(device):
     inputs = make_inputs(40, 6, torch.float32, device)
-    exact = condition_queries_ref(**upcast(inputs, torch.float64))
+    exact = condition_queries_ref(**analysed(inputs, torch.float32))
     together = condition_queries(**inputs)
     one_by_one = [condition_queries(**{**inputs, "row_idx": row}) for row in inputs["row_idx"].split(1)]
     assert_close("out", torch.cat(one_by_one), exact, together, dtype=torch.float32)

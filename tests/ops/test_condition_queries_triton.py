@@ -15,7 +15,7 @@ from tests.ops.harness import (
     forward_backward,
     opcheck,
 )
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
+from tests.ops.interpreter import loop_bounds_are_ints, products_in_order  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
@@ -82,6 +82,7 @@ def test_two_runs_are_bit_identical(triton_device):
     assert_repeatable(OP, condition_queries, make_inputs(4, 30, torch.float32, triton_device))
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_samples_together_are_one_at_a_time_bit_for_bit(dtype, triton_device):
     """More samples than a tile holds. Backward: sums over samples in their order, which fp32 shows."""

@@ -15,9 +15,9 @@ from hia_kernels.ops.conv_norm_act.functional import (
     pack_conv,
 )
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close
 from tests.inputs import conv_norm_act_inputs as make_inputs
-from tests.ops.harness import assert_matches, flops_by_op, forward_backward, upcast
+from tests.ops.harness import assert_matches, flops_by_op, forward_backward
 
 OP = "conv_norm_act"
 F32, BF16 = torch.float32, torch.bfloat16
@@ -38,7 +38,7 @@ def packed_call(inputs):
 
 
 def assert_forward_matches(run, inputs, dtype=F32):
-    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    exact, plain = conv_norm_act_ref(**analysed(inputs, dtype)), conv_norm_act_ref(**inputs)
     out = run(inputs)
     assert out.is_contiguous()
     assert_close("out", out, exact, plain, dtype=dtype)

@@ -19,9 +19,9 @@ from hia_kernels.ops.conv_norm_act.functional import (
     pack_conv,
 )
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close, upcast
 from tests.inputs import conv_norm_act_inputs as make_inputs
-from tests.ops.harness import assert_identical, assert_matches, flops_by_op, forward_backward, upcast
+from tests.ops.harness import assert_identical, assert_matches, flops_by_op, forward_backward
 
 OP = "conv_norm_act"
 F32 = torch.float32
@@ -42,7 +42,7 @@ def packed_call(inputs):
 
 
 def assert_forward_matches(run, inputs):
-    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    exact, plain = conv_norm_act_ref(**analysed(inputs, F32)), conv_norm_act_ref(**inputs)
     out = run(inputs)
     assert hia_kernels.last_backend(OP) == "native" and out.is_contiguous()
     assert_close("out", out, exact, plain, dtype=F32)
@@ -144,7 +144,7 @@ def test_packed_over_its_residual(kernel, stride, activation):
 def test_strips_bring_their_own_rows(kernel, stride):
     inputs = make_inputs((13, 10), F32, images=1, kernel=kernel, stride=stride, **WIDE)
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], stride)
-    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    exact, plain = conv_norm_act_ref(**analysed(inputs, F32)), conv_norm_act_ref(**inputs)
     pad = kernel // 2
     padded = torch.nn.functional.pad(inputs["x"], (0, 0, 0, 0, pad, pad))
     for first, last in ((0, 3), (3, 6), (2, exact.shape[1])):

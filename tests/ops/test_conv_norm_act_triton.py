@@ -9,10 +9,10 @@ import hia_kernels
 from hia_kernels import conv_norm_act, last_backend, use_backend
 from hia_kernels.core import triton_support, tuning
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_bwd_ref, conv_norm_act_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close, bounded
 from tests.inputs import conv_norm_act_inputs as make_inputs
 from tests.inputs import stem_inputs
-from tests.ops.harness import DTYPES, EXACT, assert_matches, assert_repeatable, forward_backward, opcheck, upcast
+from tests.ops.harness import DTYPES, assert_matches, assert_repeatable, forward_backward, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
@@ -67,7 +67,7 @@ def test_split_sums(activation, triton_device, monkeypatch):
         inputs = make_inputs((5, 4), dtype, triton_device, activation=activation, **SPLIT)
         out, plain = conv_norm_act(**inputs), conv_norm_act_ref(**inputs)
         assert [blocks["SPLITS"] for blocks in chosen] == [8 if dtype == torch.float32 else 2]
-        assert_close("out", out, conv_norm_act_ref(**upcast(inputs, EXACT[dtype])), plain, dtype=dtype)
+        assert_close("out", out, conv_norm_act_ref(**analysed(inputs, dtype)), plain, dtype=dtype)
     assert last_backend(OP) == "triton"
 
 
@@ -75,7 +75,7 @@ def test_a_split_may_get_nothing(triton_device, monkeypatch):
     """A measured configuration with more shares than steps."""
     blocks_become(monkeypatch, SPLITS=8, BLOCK_M=16, BLOCK_OC=16)
     inputs = make_inputs((5, 9), torch.float32, triton_device, kernel=1, channels=(40, 20), residual=True)
-    exact, plain = conv_norm_act_ref(**upcast(inputs, torch.float64)), conv_norm_act_ref(**inputs)
+    exact, plain = conv_norm_act_ref(**analysed(inputs, torch.float32)), conv_norm_act_ref(**inputs)
     assert_close("out", conv_norm_act(**inputs), exact, plain, dtype=torch.float32)
 
 
@@ -95,7 +95,7 @@ def test_backward_masks(triton_device):
         x, weight, scale, shift, residual, *options = inputs.values()
         dout = torch.randn(5, 4, 24, 2, device=triton_device).permute(3, 0, 1, 2)
         arguments = (dout, x, weight, scale, shift, residual, out, *options)
-        exact_arguments = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        exact_arguments = [bounded(a, torch.float32) if isinstance(a, torch.Tensor) else a for a in arguments]
         for mask in (
             [False, False, False, False, True],
             [True, False, False, True, False],
@@ -120,7 +120,7 @@ def test_dscale_out_of_the_weight_s_gradient(activation, dtype, triton_device, m
     x, weight, scale, shift, residual, *options = inputs.values()
     dout = torch.randn(out.shape, device=triton_device).bfloat16().to(dtype)
     arguments = (dout, x, weight, scale, shift, residual, out, *options)
-    exact_arguments = [a.to(EXACT[dtype]) if isinstance(a, torch.Tensor) else a for a in arguments]
+    exact_arguments = [bounded(a, dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
     for mask in ([True, True, True, True, True], [False, True, True, False, False], [True, False, True, True, True]):
         keys.clear()
         got = torch.ops.hia.conv_norm_act_bwd(*arguments, mask)
@@ -257,7 +257,7 @@ def test_an_image_of_more_elements_than_32_bits_count():
     """The last rows of one image, against a crop of them alone (other blocks, so to rounding)."""
     inputs = _large_inputs(1, (8200, 4096), kernel=1)
     crop = {**inputs, "x": inputs["x"][:, -4:]}
-    exact, plain = conv_norm_act_ref(**upcast(crop, torch.float32)), conv_norm_act_ref(**crop)
+    exact, plain = conv_norm_act_ref(**analysed(crop, torch.bfloat16)), conv_norm_act_ref(**crop)
     assert_close("out", conv_norm_act(**inputs)[:, -4:], exact, plain, dtype=torch.bfloat16)
 
 

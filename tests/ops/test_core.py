@@ -1,6 +1,6 @@
 """What the ops share: argument checks, backend choice, packing, autocast, the poison of these tests, the policy."""
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hia_kernels
 from hia_kernels import last_backend, norm_linear, use_backend
-from hia_kernels.core import backend, checks, cudnn, registration, tuning, varlen
+from hia_kernels.core import backend, checks, cudnn, native, registration, settings, tuning, varlen
 from hia_kernels.core.backend import Backend, BackendTable
-from tests.compare import assert_close, rel_rms, worst_index
+from hia_kernels.testing import assert_close, rel_rms
 from tests.inputs import (
     DIFFERENTIABLE,
     condition_queries_inputs,
@@ -409,64 +409,57 @@ class TestPoison:
             assert_close("out", namespace["half"](x), x, x, dtype=F32)
 
 
-class TestTolerance:
-    """compare.py: the policy must be able to fail."""
+class TestSettings:
+    """Environment variables: what none of a variable's choices is raises, and never means its default."""
 
-    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+    @pytest.mark.parametrize(
+        ("name", "value", "choices"),
+        [
+            ("HIA_CPU_ISA", "AVX2", "avx512, avx2, none"),
+            ("HIA_CPU_ISA", "sse", "avx512, avx2, none"),
+            ("HIA_BACKEND", "Triton", "auto, .*, xformers"),
+            ("HIA_DEBUG", "true", "0, 1"),
+            ("HIA_TUNED", "off", "1, 0"),
+        ],
+    )
+    def test_an_unknown_value_raises(self, name, value, choices, monkeypatch):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"^{name} must be one of {choices}, got '{value}'$"):
+            settings.read(name)
 
-    def test_rounding_passes_and_more_does_not(self):
-        plain = self.exact.half()
-        assert_close("x", plain, self.exact, plain, dtype=torch.float16)
-        wrong = plain.clone()
-        wrong[7] += 0.05
-        with pytest.raises(AssertionError, match=r"^x: rel-RMS .* > .*; worst at \[7\]: 1.12012 instead of 1.07071$"):
-            assert_close("x", wrong, self.exact, plain, dtype=torch.float16)
+    @pytest.mark.parametrize("name", settings.CHOICES)
+    def test_every_choice_is_taken_and_empty_is_unset(self, name, monkeypatch):
+        for value in settings.CHOICES[name]:
+            monkeypatch.setenv(name, value)
+            assert settings.read(name) == value
+        monkeypatch.setenv(name, "")
+        assert settings.read(name) == settings.CHOICES[name][0]
+        monkeypatch.delenv(name)
+        assert settings.read(name) == settings.CHOICES[name][0]
 
-    def test_slack_is_in_roundoffs_of_the_dtype(self):
-        for dtype, roundoff in {
-            torch.float64: 2**-53,
-            F32: 2**-24,
-            torch.float16: 2**-11,
-            torch.bfloat16: 2**-8,
-        }.items():
-            truth = torch.ones(4, dtype=torch.float64)
-            plain = truth.to(dtype)
-            step = 4 * roundoff  # representable above 1
-            assert_close("x", plain + step, truth, plain, dtype=dtype, slack=4)
-            with pytest.raises(AssertionError):
-                assert_close("x", plain + step, truth, plain, dtype=dtype, slack=3.9)
+    @pytest.mark.parametrize("op", CALLS)
+    def test_every_op_refuses_a_misspelt_cpu_isa(self, op, monkeypatch):
+        monkeypatch.setenv("HIA_CPU_ISA", "AVX2")
+        with pytest.raises(ValueError, match="HIA_CPU_ISA must be one of avx512, avx2, none, got 'AVX2'"):
+            getattr(hia_kernels, op)(**CALLS[op](F32))
 
-    def test_nan_is_never_close_to_a_number(self):
-        for value in (math.nan, math.inf):
-            wrong = self.exact.clone()
-            wrong[3] = value
-            with pytest.raises(AssertionError, match="pattern differs"):
-                assert_close("x", wrong, self.exact, self.exact, dtype=torch.float64)
-            with pytest.raises(AssertionError, match="pattern differs"):
-                assert_close("x", self.exact, wrong, wrong, dtype=torch.float64)
-            with pytest.raises(AssertionError, match="the plain reference is not finite where the truth is"):
-                assert_close("x", self.exact, self.exact, wrong, dtype=torch.float64)
-            assert_close("x", wrong, wrong, wrong, dtype=torch.float64)
-        opposite = wrong.clone()
-        opposite[3] = -math.inf
-        with pytest.raises(AssertionError, match="sign of Inf differs"):
-            assert_close("x", opposite, wrong, wrong, dtype=torch.float64)
+    def test_none_turns_the_native_kernels_off(self, monkeypatch):
+        monkeypatch.setenv("HIA_CPU_ISA", "none")
+        assert native.cpu_unavailable_reasons() == ["HIA_CPU_ISA=none turns the native kernels off"]
+        x, weight = torch.ones(1, 9, 9, 32), torch.ones(32, 32, 3, 3)
+        hia_kernels.conv_norm_act(x, weight, torch.ones(32), torch.zeros(32))
+        assert last_backend("conv_norm_act") != "native"
 
-    def test_a_truth_of_zeros(self):
-        zero = torch.zeros(4, dtype=torch.float64)
-        assert_close("x", zero.float(), zero, zero.float(), dtype=F32)
-        assert rel_rms(torch.full((4,), 0.5), zero) == 0.5
-        with pytest.raises(AssertionError, match=r"rel-RMS 1.00e-03"):
-            assert_close("x", (zero + 1e-3).float(), zero, zero.float(), dtype=F32)
-
-    def test_shape_dtype_and_nothing_at_all(self):
-        with pytest.raises(AssertionError, match=r"^x: shape \(2,\) != \(100,\)"):
-            assert_close("x", self.exact[:2], self.exact, self.exact, dtype=torch.float64)
-        with pytest.raises(AssertionError, match=r"^x: torch.float32 != torch.float64"):
-            assert_close("x", self.exact.float(), self.exact, self.exact, dtype=F32)
-        nothing = torch.empty(0, 3)
-        assert_close("x", nothing, nothing.double(), nothing, dtype=F32)
-        assert worst_index(nothing, nothing) == "nowhere (empty)"
+    def test_instructions_that_are_not_there_are_an_error(self, monkeypatch):
+        native._cpu_reasons.cache_clear()
+        monkeypatch.setattr(native, "unavailable_reasons", tuple)
+        monkeypatch.setattr(torch.ops, "hia_native", SimpleNamespace(cpu_isa=str), raising=False)
+        monkeypatch.setenv("HIA_CPU_ISA", "avx512")
+        with pytest.raises(RuntimeError, match="^HIA_CPU_ISA=avx512 asks for instructions that"):
+            native.cpu_unavailable_reasons()
+        monkeypatch.delenv("HIA_CPU_ISA")
+        assert native.cpu_unavailable_reasons() == ["the native kernels need AVX2 and FMA, or AVX-512"]
+        native._cpu_reasons.cache_clear()
 
 
 def test_overload():

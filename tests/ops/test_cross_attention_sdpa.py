@@ -10,10 +10,10 @@ from hia_kernels.core import triton_support
 from hia_kernels.ops.cross_attention import sdpa
 from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref as backward_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross_attention_with_lse_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close
 from tests.inputs import cross_attention_inputs as make_inputs
 from tests.inputs import packing
-from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward, upcast
+from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward
 
 OP = "cross_attention"
 CASES = [  # dtypes rotate where the axis is not about precision
@@ -110,7 +110,7 @@ def test_large_scores_do_not_overflow(head_dim):
     inputs = make_inputs([5, 3], [7, 2], torch.float32, head_dim=head_dim)
     inputs["q"] = inputs["q"] * 1e4
     got = forward_backward(OP, cross_attention_with_lse, inputs)
-    exact = cross_attention_with_lse_ref(**upcast(inputs, torch.float64))
+    exact = cross_attention_with_lse_ref(**analysed(inputs, torch.float32))
     plain = cross_attention_with_lse_ref(**inputs)
     for i, name in enumerate(("out", "lse")):
         assert_close(name, got[name], exact[i], plain[i], dtype=torch.float32)
@@ -137,7 +137,7 @@ def test_packed_is_a_loop_over_samples(lengths, dtype):
         rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         alone = {"q": inputs["q"][rows_q], "k": inputs["k"][rows_k], "v": inputs["v"][rows_k]}
         outs.append(cross_attention(**alone, **packing([lq], [lk])))
-    exact = cross_attention_ref(**upcast(inputs, torch.float64))
+    exact = cross_attention_ref(**analysed(inputs, dtype))
     assert_close("out", torch.cat(outs), exact, packed["out"], dtype=dtype)
 
 

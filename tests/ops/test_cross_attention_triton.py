@@ -9,10 +9,10 @@ from hia_kernels import cross_attention, cross_attention_with_lse, last_backend,
 from hia_kernels.core import triton_support
 from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref as backward_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross_attention_with_lse_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close
 from tests.inputs import cross_attention_inputs as make_inputs
 from tests.inputs import packing
-from tests.ops.harness import assert_matches, assert_repeatable, forward_backward, opcheck, upcast
+from tests.ops.harness import assert_matches, assert_repeatable, forward_backward, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
@@ -72,7 +72,7 @@ def assert_both_match(inputs, dtype):
     assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, dtype)
     with torch.no_grad():
         out = cross_attention(**inputs)
-    exact, plain = cross_attention_ref(**upcast(inputs, torch.float64)), cross_attention_ref(**inputs)
+    exact, plain = cross_attention_ref(**analysed(inputs, dtype)), cross_attention_ref(**inputs)
     assert_close("out without lse", out, exact, plain, dtype=dtype)
     assert last_backend(OP) == "triton"
 
@@ -153,7 +153,7 @@ def test_any_strides(head_dim, triton_device):
     inputs["v"] = inputs["v"].transpose(0, 1).contiguous().transpose(0, 1)
     q, k, v, *rest = inputs.values()
     out, lse = cross_attention_with_lse(**inputs)
-    exact, plain = cross_attention_ref(**upcast(inputs, torch.float64)), cross_attention_ref(**inputs)
+    exact, plain = cross_attention_ref(**analysed(inputs, dtype)), cross_attention_ref(**inputs)
     assert_close("out", out, exact, plain, dtype=dtype)
     dout = torch.randn(head_dim, 2, 9, device=triton_device).to(dtype).permute(2, 1, 0)
     dlse = torch.randn(9, 2, device=triton_device).T
@@ -181,7 +181,7 @@ def test_large_scores_do_not_overflow(head_dim, dtype, triton_device):
     inputs = make_inputs([5, 3], [200, 2], dtype, triton_device, head_dim=head_dim)
     inputs["q"] = inputs["q"] * 1e4
     got = forward_backward(OP, cross_attention_with_lse, inputs)
-    exact = cross_attention_with_lse_ref(**upcast(inputs, torch.float64))
+    exact = cross_attention_with_lse_ref(**analysed(inputs, dtype))
     plain = cross_attention_with_lse_ref(**inputs)
     for i, name in enumerate(("out", "lse")):
         assert_close(name, got[name], exact[i], plain[i], dtype=dtype)

@@ -10,11 +10,10 @@ from hia_kernels import head_linear, last_backend, use_backend
 from hia_kernels.core import triton_support
 from hia_kernels.ops.head_linear import batched
 from hia_kernels.ops.head_linear.reference import head_linear_bwd_ref, head_linear_ref
-from tests.compare import assert_close
+from hia_kernels.testing import FP64_SLACK, assert_close, bounded, dout_like
 from tests.inputs import head_linear_inputs as make_inputs
 from tests.ops.harness import (
     DTYPES,
-    FP64_SLACK,
     HALVES,
     assert_autocast,
     assert_backward_is_autograd_of_reference,
@@ -23,7 +22,6 @@ from tests.ops.harness import (
     assert_gradcheck,
     assert_matches,
     assert_repeatable,
-    dout_like,
     flops,
     flops_by_op,
     forward_backward,
@@ -90,7 +88,7 @@ def test_batched_products_match_the_reference(images, merge_heads, transposed, d
     x, weight = inputs["x"], inputs["weight"]
     if transposed:
         weight = weight.mT.contiguous().mT
-    exact = head_linear_ref(x.double(), weight.double(), merge_heads)
+    exact = head_linear_ref(bounded(x, dtype), bounded(weight, dtype), merge_heads)
     out = batched.head_linear_batched(x, weight, merge_heads)
     assert out.is_contiguous()
     slack = FP64_SLACK if dtype == torch.float64 else 1
@@ -98,7 +96,7 @@ def test_batched_products_match_the_reference(images, merge_heads, transposed, d
     dout = dout_like(out, 0)
     got = batched.head_linear_bwd_batched(dout, x, weight, merge_heads, [True, True])
     plain = head_linear_bwd_ref(dout, x, weight, merge_heads, [True, True])
-    truth = head_linear_bwd_ref(dout.double(), x.double(), weight.double(), merge_heads, [True, True])
+    truth = head_linear_bwd_ref(*(bounded(t, dtype) for t in (dout, x, weight)), merge_heads, [True, True])
     assert got[1].stride() == weight.stride()
     for name, mine, right, usual in zip(("dx", "dweight"), got, truth, plain, strict=True):
         assert_close(name, mine, right, usual, dtype=dtype, slack=slack)

@@ -30,7 +30,7 @@ def packages(tmp_path, monkeypatch):
 
 def test_report_names_every_op_and_backend(monkeypatch):
     monkeypatch.setenv("HIA_BACKEND", "reference")
-    for name in ("HIA_DEBUG", "HIA_CPU_ISA"):
+    for name in ("HIA_DEBUG", "HIA_CPU_ISA", "HIA_TUNED"):
         monkeypatch.delenv(name, raising=False)
     report = info.collect()
     assert list(report["ops"]) == OPS
@@ -50,7 +50,8 @@ def test_report_names_every_op_and_backend(monkeypatch):
     assert report["devices"]["cpu"]["threads"] == torch.get_num_threads()
     assert len(report["devices"]["cuda"]) == torch.cuda.device_count()
     assert report["environment"] == {
-        "HIA_BACKEND": "reference", "HIA_DEBUG": None, "HIA_CPU_ISA": None, "in force": "backend reference, debug off"
+        "HIA_BACKEND": "reference", "HIA_DEBUG": None, "HIA_TUNED": None, "HIA_CPU_ISA": None,
+        "in force": "backend reference, debug off, CPU ISA the best there is",
     }  # fmt: skip
 
 

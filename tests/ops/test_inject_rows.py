@@ -6,11 +6,10 @@ from torch._dynamo.testing import CompileCounter
 
 from hia_kernels import inject_rows, inject_rows_
 from hia_kernels.ops.inject_rows.reference import inject_rows_bwd_ref, inject_rows_ref
-from tests.compare import assert_close
+from hia_kernels.testing import FP64_SLACK, analysed, assert_close
 from tests.inputs import inject_rows_inputs as make_inputs
 from tests.ops.harness import (
     DTYPES,
-    FP64_SLACK,
     HALVES,
     assert_autocast,
     assert_backward_is_autograd_of_reference,
@@ -24,7 +23,6 @@ from tests.ops.harness import (
     flops_by_op,
     forward_backward,
     opcheck,
-    upcast,
 )
 
 OP = "inject_rows"
@@ -172,7 +170,7 @@ def test_in_place_is_the_same_and_in_place(device):
 
 def test_rows_are_independent(device):
     inputs = make_inputs(12, 6, torch.float32, device)
-    exact = inject_rows_ref(**upcast(inputs, torch.float64))
+    exact = inject_rows_ref(**analysed(inputs, torch.float32))
     one_by_one = inputs["hidden"]
     for row, update in zip(inputs["row_idx"].split(1), inputs["update"].split(1), strict=True):
         one_by_one = inject_rows(one_by_one, update, inputs["weight"], inputs["bias"], row)

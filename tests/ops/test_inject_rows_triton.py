@@ -9,7 +9,7 @@ from hia_kernels import inject_rows, inject_rows_, last_backend, use_backend
 from hia_kernels.core import triton_support
 from hia_kernels.ops.inject_rows import library
 from hia_kernels.ops.inject_rows.reference import inject_rows_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close
 from tests.inputs import inject_rows_inputs as make_inputs
 from tests.ops.harness import (
     DTYPES,
@@ -19,7 +19,6 @@ from tests.ops.harness import (
     assert_repeatable,
     forward_backward,
     opcheck,
-    upcast,
 )
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
@@ -194,5 +193,5 @@ def test_autocast_leaves_the_residual_stream_in_fp32(route, triton_device):
 def test_any_shape(tokens, share, channels, dim, dtype):
     inputs = make_inputs(tokens, int(share * tokens), dtype, channels=channels, dim=dim)
     if triton_support.interpreted():
-        plain, exact = inject_rows_ref(**inputs), inject_rows_ref(**upcast(inputs, torch.float64))
+        plain, exact = inject_rows_ref(**inputs), inject_rows_ref(**analysed(inputs, dtype))
         assert_close("out", inject_rows(**inputs), exact, plain, dtype=dtype)

@@ -16,7 +16,7 @@ from hia_kernels import (
     use_backend,
 )
 from hia_kernels.core import triton_support
-from tests.compare import assert_close
+from hia_kernels.testing import assert_close
 from tests.inputs import packing, stem_inputs
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")

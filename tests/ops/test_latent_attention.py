@@ -10,11 +10,10 @@ from hia_kernels import cross_attention, last_backend, latent_attention, row_sof
 from hia_kernels.core import triton_support
 from hia_kernels.ops.latent_attention import blocked
 from hia_kernels.ops.latent_attention import reference as reference_module
-from tests.compare import assert_close
+from hia_kernels.testing import FP64_SLACK, assert_close
 from tests.inputs import latent_attention_inputs as make_inputs
 from tests.ops.harness import (
     DTYPES,
-    FP64_SLACK,
     HALVES,
     assert_autocast,
     assert_backward_is_autograd_of_reference,

@@ -9,7 +9,7 @@ from hia_kernels import last_backend, norm_linear, use_backend
 from hia_kernels.core import triton_support
 from hia_kernels.ops.norm_linear import library
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close
 from tests.inputs import norm_linear_inputs as make_inputs
 from tests.ops.harness import (
     DTYPES,
@@ -19,7 +19,6 @@ from tests.ops.harness import (
     assert_repeatable,
     forward_backward,
     opcheck,
-    upcast,
 )
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
@@ -62,7 +61,7 @@ def test_matches_reference(tokens, rows, options, dtype, triton_device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_routes_agree_with_the_reference(route, dtype, triton_device):
     inputs = make_inputs(70, 75, dtype, triton_device, channels=144, dim=136, offset=10.0)
-    plain, exact = norm_linear_ref(**inputs), norm_linear_ref(**upcast(inputs, torch.float64))
+    plain, exact = norm_linear_ref(**inputs), norm_linear_ref(**analysed(inputs, dtype))
     assert_close("out", norm_linear(**inputs), exact, plain, dtype=dtype)
     assert last_backend(OP) == route
 
@@ -211,5 +210,5 @@ def test_reasons(triton_device):
 def test_any_shape(tokens, rows, channels, dim, dtype):
     inputs = make_inputs(tokens, rows, dtype, channels=channels, dim=dim)
     if triton_support.interpreted():
-        plain, exact = norm_linear_ref(**inputs), norm_linear_ref(**upcast(inputs, torch.float64))
+        plain, exact = norm_linear_ref(**inputs), norm_linear_ref(**analysed(inputs, dtype))
         assert_close("out", norm_linear(**inputs), exact, plain, dtype=dtype)

@@ -7,9 +7,9 @@ from hia_kernels import last_backend, row_softmax, row_softmax_, use_backend
 from hia_kernels.core import triton_support
 from hia_kernels.ops.row_softmax import library
 from hia_kernels.ops.row_softmax.reference import row_softmax_bwd_ref, row_softmax_ref
-from tests.compare import assert_close
+from hia_kernels.testing import assert_close, upcast
 from tests.inputs import row_softmax_inputs as make_inputs
-from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward, opcheck, upcast
+from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")

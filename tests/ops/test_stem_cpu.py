@@ -10,9 +10,9 @@ from bench.timing import peak_bytes
 from hia_kernels import stem
 from hia_kernels.ops.stem import cpu
 from hia_kernels.ops.stem.reference import stem_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close
 from tests.inputs import stem_inputs as make_inputs
-from tests.ops.harness import DTYPES, assert_matches, assert_repeatable, upcast
+from tests.ops.harness import DTYPES, assert_matches, assert_repeatable
 
 OP = "stem"
 
@@ -25,7 +25,7 @@ def backend():
 
 
 def assert_forward_matches(inputs, dtype=torch.float32):
-    exact, plain = stem_ref(**upcast(inputs, torch.float64)), stem_ref(**inputs)
+    exact, plain = stem_ref(**analysed(inputs, dtype)), stem_ref(**inputs)
     assert_close("out", stem(**inputs), exact, plain, dtype=dtype)
 
 
@@ -42,7 +42,7 @@ def test_strips_do_not_show(monkeypatch):
     whole = stem(**inputs)
     for size in (1, 20_000, 60_000):
         monkeypatch.setattr(cpu, "STRIP_BYTES", size)
-        assert_close("out", stem(**inputs), stem_ref(**upcast(inputs, torch.float64)), whole, dtype=torch.float32)
+        assert_close("out", stem(**inputs), stem_ref(**analysed(inputs, torch.float32)), whole, dtype=torch.float32)
     assert_repeatable(OP, stem, inputs)
 
 

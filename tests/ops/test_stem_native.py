@@ -9,9 +9,8 @@ import hia_kernels
 from hia_kernels import stem
 from hia_kernels.ops.stem import native
 from hia_kernels.ops.stem.reference import stem_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close
 from tests.inputs import stem_inputs as make_inputs
-from tests.ops.harness import upcast
 
 OP = "stem"
 F32 = torch.float32
@@ -26,7 +25,7 @@ def only_native():
 
 
 def assert_forward_matches(inputs):
-    exact, plain = stem_ref(**upcast(inputs, torch.float64)), stem_ref(**inputs)
+    exact, plain = stem_ref(**analysed(inputs, F32)), stem_ref(**inputs)
     out = stem(**inputs)
     assert hia_kernels.last_backend(OP) == "native"
     assert_close("out", out, exact, plain, dtype=F32)
@@ -61,7 +60,7 @@ def test_neighbours_and_number_of_threads_change_no_bit(pool):
 def test_a_grey_image_is_three_equal_channels():
     """The summed weights are exact: to rounding, what three copies of the channel give."""
     inputs = make_inputs((37, 52), F32, out_channels=32)
-    exact = stem_ref(**upcast({**inputs, "pixels": inputs["pixels"].expand(-1, -1, -1, 3)}, torch.float64))
+    exact = stem_ref(**analysed({**inputs, "pixels": inputs["pixels"].expand(-1, -1, -1, 3)}, F32))
     assert_close("out", stem(**inputs), exact, stem_ref(**inputs), dtype=F32)
 
 

@@ -8,10 +8,10 @@ from hia_kernels.core import tuning
 from hia_kernels.ops.stem import library
 from hia_kernels.ops.stem.functional import pack_stem, stem_packed, stem_packing_reasons
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
-from tests.compare import assert_close
+from hia_kernels.testing import analysed, assert_close, bounded
 from tests.hia.encoders import encoder_of, pixels_of
 from tests.inputs import stem_inputs as make_inputs
-from tests.ops.harness import assert_matches, assert_repeatable, flops, opcheck, upcast
+from tests.ops.harness import assert_matches, assert_repeatable, flops, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
@@ -63,7 +63,7 @@ def test_tiles_inside_and_along_the_borders(channels, pool, rows, triton_device,
     inputs = make_inputs((41, 43), F32, triton_device, channels=channels, images=1, kernel=3, pool=pool)
     inputs["mean"] = torch.tensor([0.9, 0.5, -0.7], device=triton_device)  # a wrong share of them would show
     inputs["scale"][::2] *= -1  # their pool is a minimum of the convolution
-    exact, plain = stem_ref(**upcast(inputs, torch.float64)), stem_ref(**inputs)
+    exact, plain = stem_ref(**analysed(inputs, torch.float32)), stem_ref(**inputs)
     out = stem(**inputs)
     assert_close("out", out, exact, plain, dtype=F32)
     for name, dim, place in (("top", 1, 0), ("bottom", 1, -1), ("left", 2, 0), ("right", 2, -1)):
@@ -76,7 +76,7 @@ def test_backward_masks(triton_device):
         inputs = make_inputs((11, 9), F32, triton_device, pixel_dtype=pixel_dtype, pool=pool, kernel=3)
         out = stem_ref(**inputs)
         dout = torch.randn(*out.shape[::-1], device=triton_device).permute(3, 2, 1, 0)
-        exact_arguments = [dout.double(), *upcast(inputs, torch.float64).values()]
+        exact_arguments = [bounded(dout, F32), *analysed(inputs, torch.float32).values()]
         for mask in ([pixel_dtype == F32] + [False] * 3, [False, False, True, True], [False, True, False, False]):
             got = torch.ops.hia.stem_bwd(dout, *inputs.values(), mask)
             plain, exact = stem_bwd_ref(dout, *inputs.values(), mask), stem_bwd_ref(*exact_arguments, mask)
@@ -95,7 +95,7 @@ def test_a_tie_goes_to_the_first(triton_device):
     dout = torch.randn(stem_ref(**inputs).shape, device=triton_device)
     got = torch.ops.hia.stem_bwd(dout, *inputs.values(), [True] * 4)
     plain = stem_bwd_ref(dout, *inputs.values(), [True] * 4)
-    exact = stem_bwd_ref(dout.double(), *upcast(inputs, torch.float64).values(), [True] * 4)
+    exact = stem_bwd_ref(bounded(dout, F32), *analysed(inputs, torch.float32).values(), [True] * 4)
     for name, *grads in zip(("dpixels", "dweight", "dscale", "dshift"), got, exact, plain):
         assert_close(name, *grads, dtype=F32, slack=4)
 

@@ -1,0 +1,333 @@
+"""The tolerance policy: is a result as right as its dtype allows? Public, so that you can test a backend of your own.
+
+A result is compared with the reference run in higher precision (``exact``), and must pass two tests:
+
+1. **Element by element**, ``|out - exact|`` is at most :data:`UNITS` roundings of the sum of the magnitudes of the
+   terms that make the element up, and of what is stored (:mod:`hia_kernels.core.rounding`), or twice as many as the
+   worst element of the reference at the same dtype (``plain``) is off by: where terms are all alike, the roundings of
+   a long sum don't average out. This holds where terms cancel, and sees a single wrong element among millions.
+2. **As a whole**, its root-mean-square error is at most twice plain's, and ``slack`` roundings more. This is much
+   tighter where errors average out, and sees a sum in the wrong precision. Its roundings are relative to the result,
+   or to what that would be if its terms had random signs: a handful of outputs may all nearly cancel.
+
+Test a function against a reference with its gradients::
+
+    from hia_kernels import testing
+
+    expected = testing.expect(reference, inputs, ("x", "weight"), dtype=torch.bfloat16)
+    expected.check(testing.forward_backward(mine, inputs, ("x", "weight")))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .core.rounding import UNIT_ROUNDOFF, UNITS, Bounded
+
+__all__ = [
+    "EXACT", "FP64_SLACK", "GRADIENT_SLACK", "OUT_SLACK", "UNITS", "UNIT_ROUNDOFF", "Expected", "analysed",
+    "assert_close", "bounded", "dout_like", "expect", "forward_backward", "mismatch", "rel_rms", "upcast",
+    "worst_index",
+]  # fmt: skip
+
+EXACT = {
+    torch.float64: torch.float64, torch.float32: torch.float64, torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}  # fmt: skip
+OUT_SLACK, GRADIENT_SLACK = 2.0, 4.0  # roundings that an output's, or a gradient's, RMS error may have beyond plain's
+# Nothing is more exact than fp64: there plain has no error of its own, and these are sums of up to 1000 terms.
+FP64_SLACK = 64.0
+
+Results = dict[str, Tensor]
+
+
+def rel_rms(x: Tensor, exact: Tensor) -> float:
+    """Compute the root mean square of ``x - exact`` over that of ``exact``, where ``exact`` is finite.
+
+    A truth of zeros has no scale: the error is then absolute. NaN if ``x`` is NaN where the truth is a number.
+
+    Args:
+        x: any shape and dtype.
+        exact: same shape.
+    """
+    exact = _plain(exact)
+    error, scale = _rms(x, exact), _size(exact)
+    return error / (scale if scale > 0 else 1.0)
+
+
+def _rms(x: Tensor, exact: Tensor) -> float:
+    finite = exact.isfinite()
+    difference = x[finite].double() - exact[finite].double()
+    return torch.linalg.vector_norm(difference).item() / max(difference.numel(), 1) ** 0.5
+
+
+def _size(x: Tensor) -> float:
+    finite = x[x.isfinite()].double()
+    return torch.linalg.vector_norm(finite).item() / max(finite.numel(), 1) ** 0.5
+
+
+def worst_index(x: Tensor, exact: Tensor) -> str:
+    """Name the element where ``x`` is farthest from ``exact``, and the two values there."""
+    return _element_at(x, exact, (x.double() - exact.double()).abs())
+
+
+def _element_at(x: Tensor, exact: Tensor, distance: Tensor) -> str:
+    if exact.numel() == 0:
+        return "nowhere (empty)"
+    distance = distance.nan_to_num(nan=-1.0)  # two equal infinities differ by NaN
+    index = tuple(int(i) for i in torch.unravel_index(distance.argmax(), exact.shape))
+    return f"{list(index)}: {x[index].item():.6g} instead of {exact[index].item():.6g}"
+
+
+def mismatch(
+    name: str,
+    out: Tensor,
+    exact: Tensor,
+    plain: Tensor,
+    *,
+    dtype: torch.dtype,
+    slack: float = OUT_SLACK,
+) -> str | None:
+    """Say why ``out`` is not close enough to ``exact``; None if it is.
+
+    Args:
+        name: of the tensor, for the message.
+        out: what is tested.
+        exact: the reference in higher precision. What :func:`analysed` inputs gave knows its own roundings; of a
+            plain tensor nothing is known but its values: the first test of the module is then left out, and the
+            second one asks too much where all of a result's terms cancel.
+        plain: the same reference run at ``dtype``.
+        dtype: the dtype it was computed in.
+        slack: roundings of ``dtype`` that the RMS error may have beyond twice plain's.
+    """
+    bounds, exact = exact if isinstance(exact, Bounded) else None, _plain(exact)
+    wrong = _pattern_mismatch(out, exact, plain)
+    if wrong is None and bounds is not None:
+        wrong = _element_mismatch(out, exact, plain, bounds.bound())
+    if wrong is not None:
+        return f"{name}: {wrong}"
+    spread = 0.0 if bounds is None else _size(bounds.spread)
+    scale = max(_size(exact), spread) or 1.0
+    limit = 2 * _rms(plain, exact) / scale + slack * UNIT_ROUNDOFF[dtype]
+    if not math.isfinite(limit):
+        return f"{name}: the plain reference is not finite where the truth is; it bounds nothing"
+    error = _rms(out, exact) / scale
+    if not error <= limit:  # a NaN error is no pass
+        return f"{name}: rel-RMS {error:.2e} > {limit:.2e}; worst at {worst_index(out, exact)}"
+    return None
+
+
+def _pattern_mismatch(out: Tensor, exact: Tensor, plain: Tensor) -> str | None:
+    if out.shape != exact.shape:
+        return f"shape {tuple(out.shape)} != {tuple(exact.shape)}"
+    if out.dtype != plain.dtype:
+        return f"{out.dtype} != {plain.dtype}"
+    if not torch.equal(out.isnan(), exact.isnan()):
+        return "NaN pattern differs"
+    infinite = exact.isinf()
+    if not torch.equal(out.isinf(), infinite):
+        return "Inf pattern differs"
+    if not torch.equal(out[infinite] > 0, exact[infinite] > 0):
+        return "sign of Inf differs"
+    return None
+
+
+def _element_mismatch(out: Tensor, exact: Tensor, plain: Tensor, bound: Tensor) -> str | None:
+    """An element farther away than its terms' roundings, or than plain's worst one; nan bounds bind nothing."""
+    excess = _shares(out, exact, bound)
+    allowed = max(1.0, 2 * _largest(_shares(plain, exact, bound)))
+    beyond = excess > allowed
+    if not bool(beyond.any()):
+        return None
+    worst = UNITS * _largest(excess)
+    return (
+        f"{int(beyond.sum())} of {out.numel()} elements beyond {UNITS * allowed:.3g} roundings of their terms, the "
+        f"worst by {worst:.3g}; {_element_at(out, exact, excess.nan_to_num(posinf=1e308))}"
+    )
+
+
+def _shares(x: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
+    """Errors over their bounds; 0 where there is none, or the bound overflowed."""
+    error = (x.double() - exact.double()).abs()
+    return torch.where((error > 0) & exact.isfinite(), error / bound.double(), 0.0).nan_to_num(nan=0.0, posinf=math.inf)
+
+
+def _largest(shares: Tensor) -> float:
+    return shares.max().item() if shares.numel() else 0.0
+
+
+def assert_close(
+    name: str,
+    out: Tensor,
+    exact: Tensor,
+    plain: Tensor,
+    *,
+    dtype: torch.dtype,
+    slack: float = OUT_SLACK,
+) -> None:
+    """Raise AssertionError with what :func:`mismatch` finds; its arguments.
+
+    Raises:
+        AssertionError: ``out`` is not close enough to ``exact``.
+    """
+    problem = mismatch(name, out, exact, plain, dtype=dtype, slack=slack)
+    if problem is not None:
+        raise AssertionError(problem)
+
+
+def upcast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Convert every floating tensor to ``dtype``; what is no floating tensor stays."""
+    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def dout_like(out: Tensor, seed: int) -> Tensor:
+    """Draw an incoming gradient: bf16 numbers whatever the dtype, so that all precisions are asked the same question.
+
+    Args:
+        out: what it is the gradient of.
+        seed: another one gives other numbers.
+
+    Returns:
+        Shape, dtype and device of ``out``.
+    """
+    values = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.bfloat16().to(out.device, out.dtype)
+
+
+def forward_backward(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    differentiable: Iterable[str] = (),
+    names: tuple[str, ...] = ("out", "lse"),
+) -> Results:
+    """Run a function and its backward with :func:`dout_like` gradients.
+
+    Args:
+        function: takes ``inputs`` by name, returns a tensor or a tuple of tensors.
+        inputs: its arguments.
+        differentiable: names of the arguments to differentiate in; those that are None or not floating are left out.
+        names: of the outputs, in their order.
+
+    Returns:
+        The outputs by name, and ``d<argument>`` for every argument differentiated in.
+    """
+    leaves = _leaves(inputs, differentiable)
+    return _results(function, {**inputs, **leaves}, leaves, names)
+
+
+def _leaves(inputs: Mapping[str, Any], differentiable: Iterable[str]) -> dict[str, Tensor]:
+    found = {name: inputs[name] for name in differentiable if isinstance(inputs[name], Tensor)}
+    return {name: x.detach().requires_grad_() for name, x in found.items() if x.is_floating_point()}
+
+
+def _results(
+    function: Callable[..., Any], arguments: Mapping[str, Any], leaves: dict[str, Tensor], names: tuple[str, ...]
+) -> Results:
+    outs = function(**arguments)
+    named = dict(zip(names, outs if isinstance(outs, tuple) else (outs,), strict=False))
+    results = {name: out.detach() for name, out in named.items()}
+    reached = [out for out in named.values() if out.requires_grad]
+    if reached and leaves:
+        douts = [_dout(out, seed) for seed, out in enumerate(reached)]
+        grads = torch.autograd.grad(reached, list(leaves.values()), douts, allow_unused=True)
+        found = (torch.zeros_like(_plain(x)) if grad is None else grad for x, grad in zip(leaves.values(), grads))
+    else:  # no sequence has a key, say
+        found = (torch.zeros_like(_plain(x)) for x in leaves.values())
+    return results | {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.value if isinstance(x, Bounded) else x
+
+
+def _dout(out: Tensor, seed: int) -> Tensor:
+    if not isinstance(out, Bounded):
+        return dout_like(out, seed)
+    return Bounded.of_input(dout_like(out.value, seed), out.dtype_tested)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reference says of one call, and how far from it a result may be.
+
+    Attributes:
+        exact: the reference's results in higher precision, by name: outputs, and "d" and the argument's name; each
+            with what roundings can do to it (:class:`hia_kernels.core.rounding.Bounded`).
+        plain: the reference's results at ``dtype``.
+        dtype: what is tested.
+        slacks: by name, where it isn't :data:`OUT_SLACK` or :data:`GRADIENT_SLACK`.
+    """
+
+    exact: Results
+    plain: Results
+    dtype: torch.dtype
+    slacks: Mapping[str, float] = field(default_factory=dict)
+
+    def problem(self, name: str, out: Tensor) -> str | None:
+        """Say why ``out`` is not close enough to the result of that name; None if it is."""
+        slack = self.slacks.get(name, GRADIENT_SLACK if name.startswith("d") else OUT_SLACK)
+        return mismatch(name, out, self.exact[name], self.plain[name], dtype=self.dtype, slack=slack)
+
+    def check(self, results: Mapping[str, Tensor]) -> None:
+        """Compare all results.
+
+        Raises:
+            AssertionError: one is missing, is not expected, or is not close enough.
+        """
+        if set(results) != set(self.plain):
+            raise AssertionError(f"results must be {sorted(self.plain)}, got {sorted(results)}")
+        problems = [wrong for name in results if (wrong := self.problem(name, results[name])) is not None]
+        if problems:
+            raise AssertionError("; ".join(problems))
+
+
+def expect(
+    reference: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    differentiable: Iterable[str] = (),
+    *,
+    dtype: torch.dtype,
+    names: tuple[str, ...] = ("out", "lse"),
+) -> Expected:
+    """Run a reference as it is, in higher precision, and with its roundings analysed.
+
+    Args:
+        reference: plain PyTorch; takes ``inputs`` by name, returns a tensor or a tuple of tensors.
+        inputs: its arguments, floating tensors at ``dtype`` (statistics may be fp32 beside halves).
+        differentiable: names of the arguments to differentiate in.
+        dtype: what is tested: float64, float32, float16 or bfloat16.
+        names: of the outputs, in their order.
+
+    Raises:
+        NotImplementedError: the reference uses an operator of which nothing says what its roundings do.
+    """
+    differentiable = tuple(differentiable)
+    plain = forward_backward(reference, inputs, differentiable, names)
+    wrapped = analysed(inputs, dtype)
+    leaves = {name: wrapped[name].requires_grad_() for name in _leaves(inputs, differentiable)}
+    exact = _results(reference, wrapped, leaves, names)
+    return Expected(exact, plain, dtype, dict.fromkeys(plain, FP64_SLACK) if dtype == torch.float64 else {})
+
+
+def analysed(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Convert every floating tensor to higher precision and let it carry what roundings do to what it becomes.
+
+    Args:
+        inputs: arguments by name.
+        dtype: what is tested: float64, float32, float16 or bfloat16.
+
+    Returns:
+        The arguments; run a reference on them for the ``exact`` of :func:`assert_close`.
+    """
+    return {name: bounded(x, dtype) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
+def bounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert one floating tensor as :func:`analysed` does; others come back as they are."""
+    return Bounded.of_input(x.detach().to(EXACT[dtype]), dtype) if x.is_floating_point() else x

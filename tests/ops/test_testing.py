@@ -1,0 +1,314 @@
+"""``hia_kernels.testing``: the policy lets roundings pass and nothing else, for every op and where terms cancel."""
+
+import math
+
+import pytest
+import torch
+
+import hia_kernels
+from bench.plain import REFERENCES
+from hia_kernels import testing
+from hia_kernels.core.rounding import UNITS, Bounded
+from hia_kernels.testing import UNIT_ROUNDOFF, assert_close, bounded, mismatch, rel_rms, worst_index
+from tests import inputs as make
+
+F32, BF16 = torch.float32, torch.bfloat16
+# of each op, inputs whose output has some thousand elements
+INPUTS = {
+    "stem": lambda dtype: make.stem_inputs((61, 75), dtype),
+    "conv_norm_act": lambda dtype: make.conv_norm_act_inputs((13, 17), dtype, residual=True),
+    "condition_queries": lambda dtype: make.condition_queries_inputs(20, 4, dtype, queries=40),
+    "cross_attention": lambda dtype: make.cross_attention_inputs([50, 33], [100, 77], dtype),
+    "norm_linear": lambda dtype: make.norm_linear_inputs(150, 140, dtype),
+    "inject_rows": lambda dtype: make.inject_rows_inputs(150, 100, dtype),
+    "linear": lambda dtype: make.linear_inputs(140, dtype),
+    "head_linear": lambda dtype: make.head_linear_inputs(2, 40, dtype),
+    "row_softmax": lambda dtype: make.row_softmax_inputs(40, 120, dtype),
+    "latent_attention": lambda dtype: make.latent_attention_inputs(40, 64, [30, 51], dtype),
+}
+
+
+def replaced(**changes):
+    """A fault: the reference on other arguments, which ``changes`` makes of the right ones."""
+    return lambda reference, given: reference(**{**given, **{name: change(given) for name, change in changes.items()}})
+
+
+def first(results):
+    return results[0] if isinstance(results, tuple) else results
+
+
+def without(name, index):
+    """``name`` with zeros at ``index``: a mask that drops too much."""
+
+    def drop(given):
+        x = given[name].clone()
+        x[index] = 0
+        return x
+
+    return drop
+
+
+def half_precision_sums(reference, given):
+    """Every product rounded to bf16 before it is added."""
+    return (given["x"].bfloat16() @ given["weight"].mT.bfloat16()).float() + given["bias"]
+
+
+def one_row_late(given):
+    starts = given["cu_seqlens_k"].clone()
+    starts[1] += 1
+    return starts
+
+
+# what each op gets wrong: seen in fp32, in the output
+FAULTS = {
+    "stem": {
+        "a tap lost at the kernel's edge": replaced(weight=without("weight", (slice(None), slice(None), 6, 6))),
+        "the window of one image turned over": replaced(window=lambda given: given["window"].flip(1)),
+        "the mean of another channel": replaced(mean=lambda given: given["mean"].roll(1)),
+    },
+    "conv_norm_act": {
+        "a tap lost at the kernel's edge": replaced(weight=without("weight", (slice(None), slice(None), 2, 2))),
+        "one channel's residual lost in one pixel": replaced(residual=without("residual", (1, 5, 5, 3))),
+        "the shift of another channel": replaced(shift=lambda given: given["shift"].roll(1)),
+    },
+    "condition_queries": {
+        "the row before the instruction's": replaced(row_idx=lambda given: (given["row_idx"] - 1).clamp_min(0)),
+        "no bias": replaced(bias=lambda given: None),
+    },
+    "cross_attention": {
+        "the last key lost": replaced(v=without("v", -1)),
+        "heads swapped": replaced(k=lambda given: given["k"].flip(1)),
+        "a boundary of the packing off by one": replaced(cu_seqlens_k=one_row_late),
+        "scaled by a head's width and not its root": replaced(softmax_scale=lambda given: 1 / given["q"].shape[-1]),
+    },
+    "norm_linear": {
+        "no eps": replaced(eps=lambda given: 0.0),
+        "one row twice": replaced(row_idx=lambda given: torch.cat([given["row_idx"][:1], given["row_idx"][:-1]])),
+        "variance over one channel less": lambda reference, given: reference(
+            **{**given, "norm_weight": given["norm_weight"] * (47 / 48) ** 0.5}
+        ),
+    },
+    "inject_rows": {
+        "one row not written": replaced(update=without("update", 7)),
+        "added twice": lambda reference, given: 2 * reference(**given) - given["hidden"],
+    },
+    "linear": {
+        "one product lost in one sum": lambda reference, given: _without_one_product(reference(**given), given),
+        "sums in bf16": half_precision_sums,
+        "no bias": replaced(bias=lambda given: None),
+    },
+    "head_linear": {
+        "heads swapped": replaced(weight=lambda given: given["weight"].roll(1, 0)),
+        "one channel of one row lost": replaced(x=without("x", (1, 2, 3, 4))),
+    },
+    "row_softmax": {
+        "the sum lacks a column": lambda reference, given: _sum_without_a_column(given),
+        "scaled twice": replaced(scale=lambda given: given["scale"] ** 2),
+    },
+    "latent_attention": {
+        "a boundary of the images off by one": replaced(lengths=lambda given: [31, 50]),
+        "a token lost": replaced(latent=without("latent", -1)),
+    },
+}  # fmt: skip
+
+
+def _without_one_product(out, given):
+    out[5, 7] -= given["x"][5, 11] * given["weight"][7, 11]
+    return out
+
+
+def _sum_without_a_column(given):
+    weights = torch.exp(given["scores"] * given["scale"])
+    return weights / weights[:, :-1].sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("op", "fault"), [(op, fault) for op, faults in FAULTS.items() for fault in faults])
+def test_a_wrong_output_is_caught(op, fault):
+    given = INPUTS[op](F32)
+    expected = testing.expect(REFERENCES[op], given, dtype=F32)
+    assert expected.problem("out", first(getattr(hia_kernels, op)(**given))) is None
+    assert expected.problem("out", first(FAULTS[op][fault](REFERENCES[op], given))) is not None
+
+
+@pytest.mark.parametrize("op", INPUTS)
+def test_one_wrong_element_of_thousands_is_caught_in_bf16(op):
+    """Half of an ordinary element off: a root mean square over thousands doesn't see it."""
+    given = INPUTS[op](BF16)
+    expected = testing.expect(REFERENCES[op], given, dtype=BF16)
+    out = first(getattr(hia_kernels, op)(**given)).clone()
+    exact, plain = expected.exact["out"].value, expected.plain["out"]
+    place = tuple(size // 2 for size in out.shape)
+    out[place] += 0.5 * exact.square().mean().sqrt().bfloat16()
+    assert mismatch("out", out, exact, plain, dtype=BF16) is None
+    with pytest.raises(AssertionError, match=rf"1 of \d+ elements beyond \S+ roundings .*\[{place[0]}, {place[1]}"):
+        assert_close("out", out, expected.exact["out"], plain, dtype=BF16)
+
+
+@pytest.mark.parametrize("op", INPUTS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_wrong_gradient_is_caught(op, dtype):
+    """One too large, one of other rows. In 16 bits the stem's plain gradient is rough: roundings decide its maxima."""
+    given, wrt = INPUTS[op](dtype), make.DIFFERENTIABLE[op]
+    expected = testing.expect(REFERENCES[op], given, wrt, dtype=dtype)
+    results = testing.forward_backward(getattr(hia_kernels, op), given, wrt)
+    expected.check(results)
+    for name in (name for name in results if name.startswith("d")):
+        assert expected.problem(name, results[name] * (1.05 if dtype == F32 else 1.3)) is not None, name
+        assert expected.problem(name, results[name].roll(1, 0)) is not None, name
+
+
+@pytest.mark.parametrize("op", INPUTS)
+def test_the_wrong_results_of_every_op_are_listed(op):
+    assert op in FAULTS and set(INPUTS) == set(FAULTS) == set(REFERENCES)
+
+
+class TestCancellation:
+    """A sum of 215 products that is 0 but for 1e-6 of its terms."""
+
+    x = torch.randn(1, 215, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(1, 215, generator=torch.Generator().manual_seed(1))
+
+    def cancelling(self):
+        weight = self.weight.double().clone()
+        weight[0, -1] -= (self.x.double() @ weight.mT).item() / self.x[0, -1].item()
+        return weight.float()
+
+    def test_any_order_of_the_sum_passes(self):
+        weight = self.cancelling()
+        exact, plain = bounded(self.x, F32) @ bounded(weight, F32).mT, self.x @ weight.mT
+        backwards = (self.x.flip(1) * weight.flip(1)).cumsum(1)[:, -1:]
+        assert rel_rms(backwards, exact) > 1e-4  # a bound relative to the result refuses it
+        for out in (plain, backwards):
+            assert_close("out", out, exact, plain, dtype=F32)
+
+    def test_a_lost_product_does_not(self):
+        weight = self.cancelling()
+        exact, plain = bounded(self.x, F32) @ bounded(weight, F32).mT, self.x @ weight.mT
+        least = (self.x * weight).abs().min()
+        wrong = plain + UNITS * 215 * least  # still less than any other product
+        assert mismatch("out", wrong, exact, plain, dtype=F32) is not None
+
+
+class TestRoundingAnalysis:
+    """Terms and spread, against sums written out."""
+
+    def setup_method(self):
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = (torch.randn(shape, generator=generator) for shape in ((4, 9), (9, 5)))
+
+    def test_of_a_product(self):
+        found = bounded(self.a, F32) @ bounded(self.b, F32)
+        assert torch.equal(found.value, self.a.double() @ self.b.double())
+        torch.testing.assert_close(found.terms, self.a.abs() @ self.b.abs())
+        torch.testing.assert_close(found.spread, (self.a.square() @ self.b.square()).sqrt())
+
+    def test_a_second_product_adds_its_own_terms_to_the_first_ones(self):
+        c = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+        found = bounded(self.a, F32) @ bounded(self.b, F32) @ bounded(c, F32)
+        inner = self.a.abs() @ self.b.abs()
+        torch.testing.assert_close(found.terms, (inner + (self.a @ self.b).abs()) @ c.abs())
+
+    def test_of_a_difference(self):
+        x, y = bounded(torch.tensor([1.0, 2.0]), F32), bounded(torch.tensor([1.0, -2.0]), F32)
+        found = x - y
+        assert found.value.tolist() == [0, 4] and found.terms.tolist() == [0, 4]
+        torch.testing.assert_close(found.spread, torch.tensor([2.0, 8.0]).sqrt())
+
+    def test_autograd_runs_on_top(self):
+        a, b = bounded(self.a, F32).requires_grad_(), bounded(self.b, F32)
+        (gradient,) = torch.autograd.grad((a @ b).exp().sum(), a)
+        assert isinstance(gradient, Bounded) and (gradient.terms >= gradient.value.abs() * 0.99).all()
+
+    def test_a_branch_that_a_rounding_decides_is_in_the_terms(self):
+        """The gradient of ReLU at a sum that is 0 but for roundings may be all or nothing; far away it may not."""
+        x = bounded(torch.tensor([1.0, 1.0]), F32).requires_grad_()
+        out = torch.relu(x - bounded(torch.tensor([1.0, 0.5]), F32))
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert gradient.value.tolist() == [0, 1]
+        assert gradient.bound()[0] >= 1 and gradient.bound()[1] < 1e-5
+
+    def test_an_operator_without_a_rule_is_named(self):
+        with pytest.raises(NotImplementedError, match=r"no rule says what roundings do in \w+\.erf_?inv"):
+            torch.erfinv(bounded(self.a, F32))
+
+    @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=str)
+    def test_the_bound_of_a_stored_value_is_in_roundings(self, dtype):
+        found = bounded(torch.ones(1, dtype=dtype), dtype)
+        units = 2 * UNITS if dtype == torch.float64 else UNITS  # its truth is no more exact than it is
+        assert found.bound().item() == pytest.approx(units * UNIT_ROUNDOFF[dtype], rel=1e-4)
+
+
+def test_expected_names_what_is_missing():
+    given = INPUTS["linear"](F32)
+    expected = testing.expect(REFERENCES["linear"], given, ("x",), dtype=F32)
+    with pytest.raises(AssertionError, match=r"results must be \['dx', 'out'\], got \['out'\]"):
+        expected.check({"out": hia_kernels.linear(**given)})
+
+
+def test_an_overflowing_bound_binds_nothing_and_the_rest_is_compared():
+    huge = torch.full((2, 3), 1e20)
+    exact = bounded(huge, F32) @ bounded(huge, F32).mT
+    assert exact.spread.isinf().all()
+    out = torch.full((2, 2), 3e40, dtype=torch.float64)
+    assert mismatch("out", out, exact, out, dtype=F32) is None
+    assert "rel-RMS" in mismatch("out", 1.01 * out, exact, out, dtype=F32)
+
+
+class TestTolerance:
+    """Without an analysis: the root mean square and the patterns, which must be able to fail."""
+
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+
+    def test_rounding_passes_and_more_does_not(self):
+        plain = self.exact.half()
+        assert_close("x", plain, self.exact, plain, dtype=torch.float16)
+        wrong = plain.clone()
+        wrong[7] += 0.05
+        with pytest.raises(AssertionError, match=r"^x: rel-RMS .* > .*; worst at \[7\]: 1.12012 instead of 1.07071$"):
+            assert_close("x", wrong, self.exact, plain, dtype=torch.float16)
+
+    def test_slack_is_in_roundoffs_of_the_dtype(self):
+        for dtype, roundoff in {
+            torch.float64: 2**-53,
+            F32: 2**-24,
+            torch.float16: 2**-11,
+            torch.bfloat16: 2**-8,
+        }.items():
+            truth = torch.ones(4, dtype=torch.float64)
+            plain = truth.to(dtype)
+            step = 4 * roundoff  # representable above 1
+            assert_close("x", plain + step, truth, plain, dtype=dtype, slack=4)
+            with pytest.raises(AssertionError):
+                assert_close("x", plain + step, truth, plain, dtype=dtype, slack=3.9)
+
+    def test_nan_is_never_close_to_a_number(self):
+        for value in (math.nan, math.inf):
+            wrong = self.exact.clone()
+            wrong[3] = value
+            with pytest.raises(AssertionError, match="pattern differs"):
+                assert_close("x", wrong, self.exact, self.exact, dtype=torch.float64)
+            with pytest.raises(AssertionError, match="pattern differs"):
+                assert_close("x", self.exact, wrong, wrong, dtype=torch.float64)
+            with pytest.raises(AssertionError, match="the plain reference is not finite where the truth is"):
+                assert_close("x", self.exact, self.exact, wrong, dtype=torch.float64)
+            assert_close("x", wrong, wrong, wrong, dtype=torch.float64)
+        opposite = wrong.clone()
+        opposite[3] = -math.inf
+        with pytest.raises(AssertionError, match="sign of Inf differs"):
+            assert_close("x", opposite, wrong, wrong, dtype=torch.float64)
+
+    def test_a_truth_of_zeros(self):
+        zero = torch.zeros(4, dtype=torch.float64)
+        assert_close("x", zero.float(), zero, zero.float(), dtype=F32)
+        assert rel_rms(torch.full((4,), 0.5), zero) == 0.5
+        with pytest.raises(AssertionError, match=r"rel-RMS 1.00e-03"):
+            assert_close("x", (zero + 1e-3).float(), zero, zero.float(), dtype=F32)
+
+    def test_shape_dtype_and_nothing_at_all(self):
+        with pytest.raises(AssertionError, match=r"^x: shape \(2,\) != \(100,\)"):
+            assert_close("x", self.exact[:2], self.exact, self.exact, dtype=torch.float64)
+        with pytest.raises(AssertionError, match=r"^x: torch.float32 != torch.float64"):
+            assert_close("x", self.exact.float(), self.exact, self.exact, dtype=F32)
+        nothing = torch.empty(0, 3)
+        assert_close("x", nothing, nothing.double(), nothing, dtype=F32)
+        assert worst_index(nothing, nothing) == "nowhere (empty)"
