@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import random
@@ -17,7 +18,24 @@ DATA_VARIABLE = "HIA_TEST_DATA"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 NO_GPU = "no CUDA device here: the gpu tier is not tested"
 
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # The same examples in every run; HYPOTHESIS_PROFILE=random draws others and shrinks what fails.
+    settings.register_profile("same", derandomize=True, deadline=None, database=None)
+    settings.register_profile("random", deadline=None, print_blob=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
 logging.getLogger("torch.__trace").propagate = False  # the compiler's own records would bury a failure's message
+
+
+def pytest_configure() -> None:
+    """Workers of pytest-xdist share the processors: each has its part of them, and so has what it starts."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        share = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(share)
+        torch.set_num_threads(share)
 
 
 def data_folder() -> Path:

@@ -1,5 +1,8 @@
 """What ``tests/conftest.py`` and ``tests/ops/harness.py`` promise of every test."""
 
+import os
+
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +24,26 @@ def test_stored_tuning_is_not_looked_at(monkeypatch):
     assert tuning.pick("fake", "fwd", device, HEURISTIC) == HEURISTIC
     monkeypatch.setenv("HIA_TUNED", "1")
     assert tuning.pick("fake", "fwd", device, HEURISTIC) == {**HEURISTIC, "BLOCK_R": 64}
+
+
+def test_drawn_examples_are_the_same_in_every_run():
+    """A fresh random example now and then makes a suite red that nobody has changed."""
+    if os.environ.get("HYPOTHESIS_PROFILE", "same") == "same":
+        assert hypothesis.settings.default.derandomize and hypothesis.settings.default.database is None
+        assert hypothesis.settings(max_examples=3).derandomize  # a test's own settings keep it
+
+
+def test_workers_share_the_processors(monkeypatch):
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    conftest.pytest_configure()
+    assert threads == []  # somebody asked for a number
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    conftest.pytest_configure()
+    assert threads == [2] and os.environ["OMP_NUM_THREADS"] == "2"
 
 
 class Item:
