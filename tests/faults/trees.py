@@ -1,0 +1,241 @@
+"""Copies of the working tree in which faults are seeded, and pytest's verdict in them. The tree itself stays as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .mutant import Mutant
+
+EXTENSION = "hia_kernels/_native*.so"
+BUILD = ("setup.py", "build_ext", "--inplace")
+PACKAGES = ("hia_kernels", "hia", "bench", "tests")
+SLOWEST_S = 600.0  # that one fault's tests, or a build, may take
+# What an assertion raises: Python's, pytest.raises where nothing was raised, gradcheck's and opcheck's.
+ASSERTIONS = ("AssertionError", "Failed", "GradcheckError", "OpCheckError")
+OWN_VARIABLES = ("HIA_", "TRITON_INTERPRET", "PYTEST_ADDOPTS")  # of the caller's shell: tests set their own
+
+_children: set[subprocess.Popen[str]] = set()
+_lock = threading.Lock()
+
+
+class TreeError(RuntimeError):
+    """No verdict is possible: the copy, the build or the unmutated tests are not as they must be."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run of pytest.
+
+    Attributes:
+        code: pytest's exit code; None if it was ended for taking too long.
+        passed: node ids.
+        failed: node ids of tests whose own code raised, and what.
+        broken: likewise of fixtures and of files that could not be collected.
+        output: the end of what it printed.
+    """
+
+    code: int | None
+    passed: tuple[str, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    output: str = ""
+
+    def passed_of(self, test: str) -> list[str]:
+        """Node ids that passed and belong to ``test``: itself, its parameters, or what is in its file or class."""
+        return [node for node in self.passed if node == test or node.startswith((f"{test}[", f"{test}::"))]
+
+    def caught_by(self) -> list[str]:
+        """Node ids that failed by an assertion, if nothing but tests failed."""
+        if self.code != 1 or self.broken:
+            return []
+        return [node for node, message in self.failed.items() if is_assertion(message)]
+
+    def problem(self) -> str:
+        """Why nothing was caught, in words."""
+        if self.code is None:
+            return f"its tests were ended after {SLOWEST_S:.0f} s"
+        if self.code == 0:
+            return "its tests pass"
+        if self.broken:
+            return f"not a test but what surrounds it failed: {_first(self.broken)}"
+        if self.failed:
+            return f"a test failed, but not by an assertion: {_first(self.failed)}"
+        return f"pytest ended with {self.code}: {self.output.strip()[-300:]}"
+
+
+def _first(problems: dict[str, str]) -> str:
+    node, message = next(iter(problems.items()))
+    return f"{node}: {message.splitlines()[0][:200] if message else 'no message'}"
+
+
+def is_assertion(message: str) -> bool:
+    """Whether a failure's message, as pytest's XML has it, is an assertion's."""
+    kind = message.partition("\n")[0].partition(":")[0].strip()
+    return message.startswith("assert ") or kind.rpartition(".")[2] in ASSERTIONS
+
+
+def kill_children() -> None:
+    """End every process of a build or of pytest that still runs, and what they started."""
+    with _lock:
+        running = list(_children)
+    for child in running:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            child.kill()
+
+
+def _run(command: Sequence[str], cwd: Path, environment: dict[str, str]) -> tuple[int | None, str]:
+    """Exit code, None if it took too long, and output."""
+    child = subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    with _lock:
+        _children.add(child)
+    try:
+        output, _ = child.communicate(timeout=SLOWEST_S)
+        return child.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        return None, child.communicate()[0] or ""
+    finally:
+        with _lock:
+            _children.discard(child)
+
+
+def project_files(root: Path) -> list[Path]:
+    """What git tracks or would, as it is now, relative to the root; and the built extension.
+
+    Raises:
+        TreeError: no repository.
+    """
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise TreeError(f"mutants: {root} must be a git repository, got: {done.stderr.strip()}")
+    listed = {Path(name) for name in done.stdout.split("\0") if name and (root / name).is_file()}
+    return sorted(listed | {path.relative_to(root) for path in root.glob(EXTENSION)})
+
+
+class Tree:
+    """One copy.
+
+    Args:
+        folder: where it goes; must not exist.
+        root: of the working tree.
+    """
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder, self.root = folder, root
+        self._touched = 0
+        for path in project_files(root):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / path, folder / path)
+
+    def environment(self, *, interpreter: bool = False) -> dict[str, str]:
+        """Of its processes: its own sources first."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES)}
+        paths = [str(self.folder), str(self.folder / "python"), kept.get("PYTHONPATH", "")]
+        kept["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        return kept | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if interpreter else {})
+
+    def check_sources(self) -> None:
+        """Raises TreeError unless Python imports the copy's packages: an installed one would hide every fault."""
+        names = [name for name in PACKAGES if (self.folder / name).is_dir() or (self.folder / "python" / name).is_dir()]
+        code = f"import importlib\nfor name in {names!r}: print(importlib.import_module(name).__path__[0])"
+        status, output = _run([sys.executable, "-c", code], self.folder, self.environment())
+        found = [Path(line).resolve() for line in output.splitlines()] if status == 0 else []
+        elsewhere = [str(path) for path in found if not path.is_relative_to(self.folder.resolve())]
+        if elsewhere or len(found) != len(names):
+            raise TreeError(
+                f"mutants: the packages must be imported from {self.folder}, got {elsewhere or output.strip()[-600:]}"
+            )
+
+    def build(self) -> None:
+        """Compile csrc/ where it changed.
+
+        Raises:
+            TreeError: it does not build; carries the end of the compiler's output.
+        """
+        status, output = _run([sys.executable, *BUILD], self.folder, self.environment())
+        if status != 0:
+            raise TreeError(f"mutants: {' '.join(BUILD)} must succeed, got: {output.strip()[-600:]}")
+
+    def extension(self) -> dict[Path, bytes]:
+        """The built extension's files."""
+        return {path: path.read_bytes() for path in self.folder.glob(EXTENSION)}
+
+    @contextmanager
+    def changed(self, mutant: Mutant, *, keep: bool = False) -> Iterator[None]:
+        """The fault is in the copy inside the block, and with ``keep`` stays there."""
+        path, built = self.folder / mutant.file, self.extension() if mutant.native else {}
+        text = path.read_text(encoding="utf-8")
+        self._write(path, mutant.applied(text))
+        try:
+            if mutant.native:
+                self.build()
+            yield
+        finally:
+            if not keep:
+                self._write(path, text)
+                for file, content in built.items():
+                    file.write_bytes(content)
+
+    def _write(self, path: Path, text: str) -> None:
+        """With a time of its own: Python and ninja tell versions apart by whole seconds."""
+        path.write_text(text, encoding="utf-8")
+        self._touched = max(self._touched + 1, int(time.time()))
+        os.utime(path, (self._touched, self._touched))
+
+    def pytest(self, tests: Sequence[str], *, interpreter: bool, first_failure: bool) -> Report:
+        """Run tests.
+
+        Args:
+            tests: node ids.
+            interpreter: in Triton's interpreter, those that are marked for it.
+            first_failure: stop there.
+        """
+        results = self.folder / f".mutants-{threading.get_ident()}.xml"
+        results.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={results}"]
+        command += ["--hypothesis-seed=0"]  # the same examples every time
+        command += (["-x"] if first_failure else []) + (["-m", "interpreter"] if interpreter else [])
+        code, output = _run([*command, *tests], self.folder, self.environment(interpreter=interpreter))
+        if not results.is_file():
+            return Report(code, output=output)
+        passed, failed, broken = self._read(results)
+        return Report(code, passed, failed, broken, output)
+
+    def _read(self, results: Path) -> tuple[tuple[str, ...], dict[str, str], dict[str, str]]:
+        passed, failed, broken = [], {}, {}
+        for case in ElementTree.parse(results).iter("testcase"):
+            node = self._node_id(case.get("classname") or "", case.get("name") or "")
+            failure, error = case.find("failure"), case.find("error")
+            if error is not None:
+                broken[node] = error.get("message") or ""
+            elif failure is not None:
+                failed[node] = failure.get("message") or ""
+            elif case.find("skipped") is None:
+                passed.append(node)
+        return tuple(passed), failed, broken
+
+    def _node_id(self, dotted: str, name: str) -> str:
+        """``tests.ops.test_core.TestChecks`` and a name as pytest takes them; what cannot be collected has no first."""
+        parts = (dotted or name).split(".")
+        for count in range(1, len(parts) + 1):
+            path = Path(*parts[:count]).with_suffix(".py")
+            if (self.folder / path).is_file():
+                return "::".join([path.as_posix(), *parts[count:], *([name] if dotted else [])])
+        return f"{dotted}::{name}" if dotted else name
