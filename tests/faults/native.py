@@ -24,7 +24,7 @@ MUTANTS = (
         file="csrc/cpu/winograd_kernels.h",
         old="const float* residual = p.residual ? p.residual + offset : nullptr;",
         new="const float* residual = nullptr;",
-        tests=("tests/ops/test_conv_norm_act_native.py::test_packed_over_its_residual",),
+        tests=("tests/ops/test_conv_norm_act_native.py::test_borders_and_residual_are_the_references",),
         why="3 x 3 convolutions forget the bottleneck's shortcut",
     ),
     Native(
@@ -42,7 +42,7 @@ MUTANTS = (
         file="csrc/cpu/direct_kernels.h",
         old="j >= 0 && j < p.width)",
         new="j >= 0 && j <= p.width)",
-        tests=("tests/ops/test_conv_norm_act_native.py::test_any_size",),
+        tests=("tests/ops/test_conv_norm_act_native.py::test_borders_and_residual_are_the_references",),
         why="the last column sees the next row's first pixel instead of padding",
     ),
     Native(

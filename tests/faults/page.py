@@ -24,14 +24,21 @@ def page(verdicts: Sequence[Verdict], facts: str) -> str:
     lines = [
         "# Seeded faults",
         "",
-        "Each line is a fault of one line, and the test that fails when it is in the code. `make mutants` puts them into "
-        "a copy of the tree one by one and fails unless every one is caught by an assertion; how to add one is in "
-        "[CONTRIBUTING.md](../CONTRIBUTING.md). This page is written by that command: don't edit it.",
+        "Each row is a fault in one line of the code, and the test that fails because of it. `make mutants` puts the "
+        "faults into a copy of the tree one at a time, and fails unless an assertion catches every one. "
+        "[CONTRIBUTING.md](../CONTRIBUTING.md#seeded-faults) says how to add one. The command writes this page: don't "
+        "edit it.",
         "",
         facts,
     ]
     for area, members in groupby(verdicts, key=_area):
-        lines += ["", f"## {area}", "", "| fault | kind | file | what it would do | caught by |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {area}",
+            "",
+            "| fault | kind | file | what it would do | caught by |",
+            "|---|---|---|---|---|",
+        ]
         lines += [_row(verdict) for verdict in members]
     return "\n".join(lines) + "\n"
 
@@ -58,6 +65,6 @@ def facts_of(root: Path, count: int, seconds: float) -> str:
     changes = " with uncommitted changes" if found["dirty"] else ""
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "triton", "transformers"))
     return (
-        f"`{COMMAND}` at commit {commit.stdout.strip()}{changes}, {found['device']}, {found['cores']} cores, {versions}: "
-        f"{count} of {count} caught in {seconds / 60:.1f} minutes."
+        f"`{COMMAND}` at commit {commit.stdout.strip()}{changes}, {found['device']}, {found['cores']} cores, "
+        f"{versions}: {count} of {count} caught in {seconds / 60:.1f} minutes."
     )

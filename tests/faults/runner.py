@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .mutant import Mutant
-from .trees import EXTENSION, Report, Tree, TreeError, kill_children
+from .trees import EXTENSION, Processes, Report, Tree, TreeError
 
 Say = Callable[[str], None]
 
@@ -53,26 +53,28 @@ def examine(root: Path, mutants: Sequence[Mutant], jobs: int, say: Say, *, keep:
     with ExitStack() as stack:
         folder = tempfile.mkdtemp(prefix="hia-mutants-") if keep else None
         folder = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="hia-mutants-"))
-        stack.callback(kill_children)  # before the folder goes
+        processes = Processes()
+        stack.callback(processes.end)  # before the folder goes
         if keep:
             say(f"copies, which stay: {folder}")
-        trees = _copies(Path(folder), root, min(jobs, len(mutants)), say, build=any(m.native for m in mutants))
+        trees = [Tree(Path(folder) / f"tree-{number}", root, processes) for number in range(min(jobs, len(mutants)))]
+        trees[0].check_sources()
+        if any(mutant.native for mutant in mutants):
+            say("compiling csrc/")
+            _compile(trees)
         _require_green(trees, mutants, say)
         return _Rounds(trees, mutants, say, keep=keep and len(mutants) == 1).verdicts()
 
 
-def _copies(folder: Path, root: Path, count: int, say: Say, *, build: bool) -> list[Tree]:
-    trees = [Tree(folder / f"tree-{number}", root) for number in range(max(1, count))]
-    trees[0].check_sources()
-    if build:  # here all faults in csrc/ are built, each from what was compiled before it
-        say("compiling csrc/")
-        trees[0].build()
-        for tree in trees[1:]:
-            for path in tree.folder.glob(EXTENSION):
-                path.unlink()
-            for path, content in trees[0].extension().items():
-                (tree.folder / path.relative_to(trees[0].folder)).write_bytes(content)
-    return trees
+def _compile(trees: Sequence[Tree]) -> None:
+    """In the first copy, where all faults in csrc/ are built; the others get its extension."""
+    first = trees[0]
+    first.build()
+    for tree in trees[1:]:
+        for path in tree.folder.glob(EXTENSION):
+            path.unlink()
+        for path, content in first.extension().items():
+            (tree.folder / path.relative_to(first.folder)).write_bytes(content)
 
 
 def _require_green(trees: Sequence[Tree], mutants: Sequence[Mutant], say: Say) -> None:
@@ -136,7 +138,7 @@ class _Rounds:
             _join(threads)
         finally:
             self.stopped = True
-            kill_children()
+            self.trees[0].processes.end()
             _join(threads)
         if self.raised is not None:
             raise self.raised

@@ -1,4 +1,4 @@
-"""Copies of the working tree in which faults are seeded, and pytest's verdict in them. The tree itself stays as it is."""
+"""Copies of the working tree in which faults are seeded, and what pytest says of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +24,6 @@ SLOWEST_S = 600.0  # that one fault's tests, or a build, may take
 # What an assertion raises: Python's, pytest.raises where nothing was raised, gradcheck's and opcheck's.
 ASSERTIONS = ("AssertionError", "Failed", "GradcheckError", "OpCheckError")
 OWN_VARIABLES = ("HIA_", "TRITON_INTERPRET", "PYTEST_ADDOPTS")  # of the caller's shell: tests set their own
-
-_children: set[subprocess.Popen[str]] = set()
-_lock = threading.Lock()
 
 
 class TreeError(RuntimeError):
@@ -85,34 +82,49 @@ def is_assertion(message: str) -> bool:
     return message.startswith("assert ") or kind.rpartition(".")[2] in ASSERTIONS
 
 
-def kill_children() -> None:
-    """End every process of a build or of pytest that still runs, and what they started."""
-    with _lock:
-        running = list(_children)
-    for child in running:
+class Processes:
+    """Those that work in the copies: all of them, and what they have started, can be ended at once."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock, self._ended = threading.Lock(), False
+
+    def run(self, command: Sequence[str], cwd: Path, environment: dict[str, str]) -> tuple[int | None, str]:
+        """Exit code, None if it took too long, and output.
+
+        Raises:
+            TreeError: all were ended.
+        """
+        with self._lock:  # none may begin behind the last one's end
+            if self._ended:
+                raise TreeError("mutants: interrupted")
+            child = subprocess.Popen(
+                command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            self._running.add(child)
         try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            child.kill()
+            output, _ = child.communicate(timeout=SLOWEST_S)
+            return child.returncode, output
+        except subprocess.TimeoutExpired:
+            _kill(child)
+            return None, child.communicate()[0] or ""
+        finally:
+            with self._lock:
+                self._running.discard(child)
+
+    def end(self) -> None:
+        """End every process, and let none begin."""
+        with self._lock:
+            self._ended, running = True, list(self._running)
+        for child in running:
+            _kill(child)
+            child.wait()
 
 
-def _run(command: Sequence[str], cwd: Path, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit code, None if it took too long, and output."""
-    child = subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    with _lock:
-        _children.add(child)
-    try:
-        output, _ = child.communicate(timeout=SLOWEST_S)
-        return child.returncode, output
-    except subprocess.TimeoutExpired:
+def _kill(child: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-        return None, child.communicate()[0] or ""
-    finally:
-        with _lock:
-            _children.discard(child)
 
 
 def project_files(root: Path) -> list[Path]:
@@ -135,10 +147,11 @@ class Tree:
     Args:
         folder: where it goes; must not exist.
         root: of the working tree.
+        processes: that will work in it.
     """
 
-    def __init__(self, folder: Path, root: Path) -> None:
-        self.folder, self.root = folder, root
+    def __init__(self, folder: Path, root: Path, processes: Processes) -> None:
+        self.folder, self.processes = folder, processes
         self._touched = 0
         for path in project_files(root):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +168,7 @@ class Tree:
         """Raises TreeError unless Python imports the copy's packages: an installed one would hide every fault."""
         names = [name for name in PACKAGES if (self.folder / name).is_dir() or (self.folder / "python" / name).is_dir()]
         code = f"import importlib\nfor name in {names!r}: print(importlib.import_module(name).__path__[0])"
-        status, output = _run([sys.executable, "-c", code], self.folder, self.environment())
+        status, output = self.processes.run([sys.executable, "-c", code], self.folder, self.environment())
         found = [Path(line).resolve() for line in output.splitlines()] if status == 0 else []
         elsewhere = [str(path) for path in found if not path.is_relative_to(self.folder.resolve())]
         if elsewhere or len(found) != len(names):
@@ -169,7 +182,7 @@ class Tree:
         Raises:
             TreeError: it does not build; carries the end of the compiler's output.
         """
-        status, output = _run([sys.executable, *BUILD], self.folder, self.environment())
+        status, output = self.processes.run([sys.executable, *BUILD], self.folder, self.environment())
         if status != 0:
             raise TreeError(f"mutants: {' '.join(BUILD)} must succeed, got: {output.strip()[-600:]}")
 
@@ -212,7 +225,7 @@ class Tree:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={results}"]
         command += ["--hypothesis-seed=0"]  # the same examples every time
         command += (["-x"] if first_failure else []) + (["-m", "interpreter"] if interpreter else [])
-        code, output = _run([*command, *tests], self.folder, self.environment(interpreter=interpreter))
+        code, output = self.processes.run([*command, *tests], self.folder, self.environment(interpreter=interpreter))
         if not results.is_file():
             return Report(code, output=output)
         passed, failed, broken = self._read(results)

@@ -36,8 +36,7 @@ ATTENTION = (
         old="acc = dot(p.to(v.dtype), v, acc * decay[:, None])",
         new="acc = dot(p.to(v.dtype), v, acc)",
         tests=(
-            f"{TESTS}/test_cross_attention_triton.py::test_matches_reference"
-            "[several-blocks-of-queries-and-keys-fp16]",
+            f"{TESTS}/test_cross_attention_triton.py::test_matches_reference[several-blocks-of-queries-and-keys-fp16]",
         ),
         why="what was summed before a larger score came is not rescaled",
     ),
@@ -136,8 +135,7 @@ LINEAR_ALGEBRA = (
         old="(offs_b == first_b + b)",
         new="(offs_b == b)",
         tests=(
-            f"{TESTS}/test_condition_queries_triton.py::test_matches_reference"
-            "[torch.float32-more-samples-than-a-tile]",
+            f"{TESTS}/test_condition_queries_triton.py::test_matches_reference[torch.float32-more-samples-than-a-tile]",
         ),
         why="samples beyond the first tile lose their instruction",
     ),
@@ -147,9 +145,7 @@ LINEAR_ALGEBRA = (
         file=f"{OPS}/condition_queries/triton_bwd.py",
         old="acc += tl.where((offs_t == row)[:, None], drow[None, :], 0.0)",
         new="acc = tl.where((offs_t == row)[:, None], drow[None, :], acc)",
-        tests=(
-            f"{TESTS}/test_condition_queries_triton.py::test_matches_reference[torch.float32-rows-twice-no-bias]",
-        ),
+        tests=(f"{TESTS}/test_condition_queries_triton.py::test_matches_reference[torch.float32-rows-twice-no-bias]",),
         why="a token that several samples are conditioned on gets the gradient of one",
     ),
     Kernel(
@@ -215,8 +211,17 @@ IMAGES = (
         file=f"{OPS}/stem/triton_fwd.py",
         old="p = p.to(tl.int32) & 0xFFFF",
         new="p = p.to(tl.int32)",
-        tests=(f"{TESTS}/test_stem_triton.py::test_matches_reference",),
+        tests=(f"{TESTS}/test_stem_triton.py::test_the_upper_half_of_16_bits",),
         why="bright pixels of a 16-bit radiograph turn black",
+    ),
+    Kernel(
+        name="stem-backward-takes-16-bits-for-signed",
+        kind="wrong dtype",
+        file=f"{OPS}/stem/triton_bwd.py",
+        old="p = p.to(tl.int32) & 0xFFFF",
+        new="p = p.to(tl.int32)",
+        tests=(f"{TESTS}/test_stem_triton.py::test_the_upper_half_of_16_bits",),
+        why="the stem learns from bright pixels as if they were black",
     ),
     Kernel(
         name="stem-backward-gives-ties-to-the-last",
