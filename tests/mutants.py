@@ -26,7 +26,7 @@ from tests.faults.trees import TreeError  # noqa: E402
 
 
 def parse(arguments: Sequence[str] | None, mutants: Sequence[Mutant]) -> tuple[argparse.Namespace, list[Mutant]]:
-    """Flags, and the faults they choose.
+    """Read the flags, and choose the faults.
 
     Raises:
         SystemExit: a value that isn't allowed.
@@ -62,7 +62,7 @@ def say(line: str) -> None:
 
 
 def summary(verdicts: Sequence[Verdict], seconds: float) -> list[str]:
-    """The last lines: how many, how long, and what was not caught."""
+    """Say how many were caught, in what time, and which were not."""
     missed = [verdict for verdict in verdicts if not verdict.caught_by]
     lines = [f"{len(verdicts) - len(missed)} of {len(verdicts)} faults caught in {seconds:.0f} s"]
     lines += [f"NOT CAUGHT  {one.mutant.name} ({one.mutant.file}): {one.problem}" for one in missed]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 # The first eleven are named by the rule that this list exists for: each has at least one fault.
 REQUIRED_KINDS = (
@@ -67,7 +66,7 @@ class Mutant:
     native: bool = False
 
     def applied(self, text: str) -> str:
-        """``text`` with the fault in it.
+        """Put the fault into the file's ``text``.
 
         Raises:
             StaleFault: ``old``, or ``after`` where there is one, does not occur exactly once.
@@ -87,7 +86,3 @@ class Mutant:
                 "move the fault with the code"
             )
         return text[:place] + self.new + text[place + len(self.old) :]
-
-    def test_files(self) -> list[Path]:
-        """Of its tests, relative to the root."""
-        return [Path(test.partition("::")[0]) for test in self.tests]

@@ -15,7 +15,7 @@ AREAS = {"csrc": "Native kernels", "python": "Adapter and runtime", "bench": "Be
 
 
 def page(verdicts: Sequence[Verdict], facts: str) -> str:
-    """The page's text.
+    """Write the page's text.
 
     Args:
         verdicts: of every fault, all caught.
@@ -57,7 +57,7 @@ def _row(verdict: Verdict) -> str:
 
 
 def facts_of(root: Path, count: int, seconds: float) -> str:
-    """Command, commit, machine, time."""
+    """Say what was run, on which commit and machine, and how long it took."""
     from bench.environment import describe
 
     found = describe("cpu")

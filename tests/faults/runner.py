@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one fault.
+    """What became of one fault.
 
     Attributes:
         mutant: the fault.
@@ -35,7 +35,7 @@ class Verdict:
 
 
 def examine(root: Path, mutants: Sequence[Mutant], jobs: int, say: Say, *, keep: bool = False) -> list[Verdict]:
-    """Every fault's verdict, in the order of ``mutants``.
+    """Find every fault's verdict, in the order of ``mutants``.
 
     Args:
         root: of the working tree, which is read and never written.
@@ -67,7 +67,7 @@ def examine(root: Path, mutants: Sequence[Mutant], jobs: int, say: Say, *, keep:
 
 
 def _compile(trees: Sequence[Tree]) -> None:
-    """In the first copy, where all faults in csrc/ are built; the others get its extension."""
+    """Compile csrc/ in the first copy, where its faults will be built; the others get that extension."""
     first = trees[0]
     first.build()
     for tree in trees[1:]:

@@ -49,17 +49,17 @@ class Report:
     output: str = ""
 
     def passed_of(self, test: str) -> list[str]:
-        """Node ids that passed and belong to ``test``: itself, its parameters, or what is in its file or class."""
+        """List what passed of ``test``: itself, its parameters, or the tests of a file or class."""
         return [node for node in self.passed if node == test or node.startswith((f"{test}[", f"{test}::"))]
 
     def caught_by(self) -> list[str]:
-        """Node ids that failed by an assertion, if nothing but tests failed."""
+        """List the tests that failed by an assertion; none if anything but a test failed."""
         if self.code != 1 or self.broken:
             return []
         return [node for node, message in self.failed.items() if is_assertion(message)]
 
     def problem(self) -> str:
-        """Why nothing was caught, in words."""
+        """Say why nothing was caught."""
         if self.code is None:
             return f"its tests were ended after {SLOWEST_S:.0f} s"
         if self.code == 0:
@@ -77,23 +77,23 @@ def _first(problems: dict[str, str]) -> str:
 
 
 def is_assertion(message: str) -> bool:
-    """Whether a failure's message, as pytest's XML has it, is an assertion's."""
+    """Tell whether a failure's message, as pytest's XML has it, is an assertion's."""
     kind = message.partition("\n")[0].partition(":")[0].strip()
     return message.startswith("assert ") or kind.rpartition(".")[2] in ASSERTIONS
 
 
 class Processes:
-    """Those that work in the copies: all of them, and what they have started, can be ended at once."""
+    """The processes that work in the copies. All of them, and what they have started, can be ended at once."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
         self._lock, self._ended = threading.Lock(), False
 
     def run(self, command: Sequence[str], cwd: Path, environment: dict[str, str]) -> tuple[int | None, str]:
-        """Exit code, None if it took too long, and output.
+        """Run a command to its end: its exit code, None if it took too long, and what it printed.
 
         Raises:
-            TreeError: all were ended.
+            TreeError: :meth:`end` was called before.
         """
         with self._lock:  # none may begin behind the last one's end
             if self._ended:
@@ -128,7 +128,7 @@ def _kill(child: subprocess.Popen[str]) -> None:
 
 
 def project_files(root: Path) -> list[Path]:
-    """What git tracks or would, as it is now, relative to the root; and the built extension.
+    """List what git tracks or would, as it is now, relative to the root; and the built extension.
 
     Raises:
         TreeError: no repository.
@@ -142,7 +142,7 @@ def project_files(root: Path) -> list[Path]:
 
 
 class Tree:
-    """One copy.
+    """One copy of the working tree.
 
     Args:
         folder: where it goes; must not exist.
@@ -158,15 +158,16 @@ class Tree:
             shutil.copy2(root / path, folder / path)
 
     def environment(self, *, interpreter: bool = False) -> dict[str, str]:
-        """Of its processes: its own sources first."""
+        """Make the environment of its processes: its own sources come first."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES)}
         paths = [str(self.folder), str(self.folder / "python"), kept.get("PYTHONPATH", "")]
         kept["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         return kept | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if interpreter else {})
 
     def check_sources(self) -> None:
-        """Raises TreeError unless Python imports the copy's packages: an installed one would hide every fault."""
-        names = [name for name in PACKAGES if (self.folder / name).is_dir() or (self.folder / "python" / name).is_dir()]
+        """Raise TreeError unless Python imports the copy's packages: an installed one would hide every fault."""
+        folders = (self.folder, self.folder / "python")
+        names = [name for name in PACKAGES if any((one / name / "__init__.py").is_file() for one in folders)]
         code = f"import importlib\nfor name in {names!r}: print(importlib.import_module(name).__path__[0])"
         status, output = self.processes.run([sys.executable, "-c", code], self.folder, self.environment())
         found = [Path(line).resolve() for line in output.splitlines()] if status == 0 else []
@@ -187,12 +188,12 @@ class Tree:
             raise TreeError(f"mutants: {' '.join(BUILD)} must succeed, got: {output.strip()[-600:]}")
 
     def extension(self) -> dict[Path, bytes]:
-        """The built extension's files."""
+        """Read the built extension's files."""
         return {path: path.read_bytes() for path in self.folder.glob(EXTENSION)}
 
     @contextmanager
     def changed(self, mutant: Mutant, *, keep: bool = False) -> Iterator[None]:
-        """The fault is in the copy inside the block, and with ``keep`` stays there."""
+        """Put the fault into the copy for the time of the block; with ``keep`` it stays."""
         path, built = self.folder / mutant.file, self.extension() if mutant.native else {}
         text = path.read_text(encoding="utf-8")
         self._write(path, mutant.applied(text))
@@ -207,13 +208,13 @@ class Tree:
                     file.write_bytes(content)
 
     def _write(self, path: Path, text: str) -> None:
-        """With a time of its own: Python and ninja tell versions apart by whole seconds."""
+        """Write a file with a time of its own: Python and ninja tell versions apart by whole seconds."""
         path.write_text(text, encoding="utf-8")
         self._touched = max(self._touched + 1, int(time.time()))
         os.utime(path, (self._touched, self._touched))
 
     def pytest(self, tests: Sequence[str], *, interpreter: bool, first_failure: bool) -> Report:
-        """Run tests.
+        """Run tests in the copy.
 
         Args:
             tests: node ids.
@@ -245,7 +246,7 @@ class Tree:
         return tuple(passed), failed, broken
 
     def _node_id(self, dotted: str, name: str) -> str:
-        """``tests.ops.test_core.TestChecks`` and a name as pytest takes them; what cannot be collected has no first."""
+        """Join ``tests.ops.test_core.TestChecks`` and a name, as pytest takes them; a file not collected has a name alone."""
         parts = (dotted or name).split(".")
         for count in range(1, len(parts) + 1):
             path = Path(*parts[:count]).with_suffix(".py")
