@@ -81,9 +81,13 @@ def _require_green(trees: Sequence[Tree], mutants: Sequence[Mutant], say: Say) -
     """Raise unless every listed test passes without a fault: what fails anyway catches nothing."""
     say("the listed tests without a fault")
     reports: dict[bool, Report] = {}
+    raised: list[Exception] = []
 
     def run(tree: Tree, interpreter: bool, tests: list[str]) -> None:
-        reports[interpreter] = tree.pytest(tests, interpreter=interpreter, first_failure=False)
+        try:
+            reports[interpreter] = tree.pytest(tests, interpreter=interpreter, first_failure=False)
+        except Exception as error:
+            raised.append(error)
 
     sets = {
         kind: list(dict.fromkeys(test for m in mutants if m.interpreter is kind for test in m.tests))
@@ -96,6 +100,8 @@ def _require_green(trees: Sequence[Tree], mutants: Sequence[Mutant], say: Say) -
         if len(trees) == 1:
             _join([thread])
     _join(threads)
+    if raised:
+        raise raised[0]
     for report in reports.values():
         if report.code != 0:
             problem = report.problem()

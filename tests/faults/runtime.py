@@ -119,7 +119,7 @@ INPUTS = (
         file=f"{HIA}/processor.py",
         old='start = longest - used if side == "left" else 0',
         new='start = longest - used if side == "right" else 0',
-        tests=(f"{TESTS}/test_processor.py::test_maps_follow_the_padding",),
+        tests=(f"{TESTS}/test_processor.py::test_padding_lies_on_the_side_asked_for",),
         why="generation would go on behind padding",
     ),
     Mutant(

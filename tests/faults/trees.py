@@ -246,7 +246,7 @@ class Tree:
         return tuple(passed), failed, broken
 
     def _node_id(self, dotted: str, name: str) -> str:
-        """Join ``tests.ops.test_core.TestChecks`` and a name, as pytest takes them; a file not collected has a name alone."""
+        """Join ``tests.ops.test_core.TestChecks`` and a name. What can't be collected has a name alone."""
         parts = (dotted or name).split(".")
         for count in range(1, len(parts) + 1):
             path = Path(*parts[:count]).with_suffix(".py")
