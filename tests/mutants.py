@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # in place of tests/, whose compare.py and inputs.py are no top-level modules
 
 from tests.faults import MUTANTS, Mutant, StaleFault  # noqa: E402
-from tests.faults.page import PAGE, facts_of, page  # noqa: E402
+from tests.faults.page import PAGE, page, source_of  # noqa: E402
 from tests.faults.runner import Verdict, examine  # noqa: E402
 from tests.faults.trees import TreeError  # noqa: E402
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT, mutants: Seq
             say(f"{mutant.name}\n  {mutant.kind}: {mutant.why}\n  {mutant.file}")
             say("\n".join(f"  {test}" for test in mutant.tests))
         return 0
-    began = time.perf_counter()
+    source, began = source_of(root) if options.write else "", time.perf_counter()
     try:
         verdicts = examine(root, chosen, options.jobs, say, keep=options.keep)
     except (StaleFault, TreeError, OSError) as error:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT, mutants: Seq
     if not all(verdict.caught_by for verdict in verdicts):
         return 1
     if options.write:
-        (root / PAGE).write_text(page(verdicts, facts_of(root, len(verdicts), seconds)), encoding="utf-8")
+        (root / PAGE).write_text(page(verdicts, source, seconds), encoding="utf-8")
         say(f"written: {PAGE}")
     return 0
 

@@ -250,6 +250,7 @@ def test_flags(capsys):
 
 def test_a_page_is_by_area():
     verdicts = [runner.Verdict(one, (ADD,), "", 1.0) for one in (MUTANTS[0], CAUGHT)]
-    text = page.page(verdicts, "a command, a commit, a machine")
+    text = page.page(verdicts, "a command, a commit, a machine", 90.0)
+    assert "a command, a commit, a machine: 2 of 2 caught in 1.5 minutes." in text
     assert "## Triton kernels" in text and "## References, CPU paths and what the ops share" in text
     assert f"| `{CAUGHT.name}` | sign | `sums.py` | as it says | `{ADD}` |" in text

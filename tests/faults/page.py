@@ -14,12 +14,13 @@ COMMAND = 'make mutants ARGS="--write"'
 AREAS = {"csrc": "Native kernels", "python": "Adapter and runtime", "bench": "Benchmarks"}
 
 
-def page(verdicts: Sequence[Verdict], facts: str) -> str:
+def page(verdicts: Sequence[Verdict], source: str, seconds: float) -> str:
     """Write the page's text.
 
     Args:
         verdicts: of every fault, all caught.
-        facts: what was run, where, and on which commit.
+        source: of :func:`source_of`.
+        seconds: that the run took.
     """
     lines = [
         "# Seeded faults",
@@ -29,7 +30,7 @@ def page(verdicts: Sequence[Verdict], facts: str) -> str:
         "[CONTRIBUTING.md](../CONTRIBUTING.md#seeded-faults) says how to add one. The command writes this page: don't "
         "edit it.",
         "",
-        facts,
+        f"{source}: {len(verdicts)} of {len(verdicts)} caught in {seconds / 60:.1f} minutes.",
     ]
     for area, members in groupby(verdicts, key=_area):
         lines += [
@@ -56,8 +57,8 @@ def _row(verdict: Verdict) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def facts_of(root: Path, count: int, seconds: float) -> str:
-    """Say what was run, on which commit and machine, and how long it took."""
+def source_of(root: Path) -> str:
+    """Say what is run, on which commit and machine; to be asked before the run, while the tree is what is copied."""
     from bench.environment import describe
 
     found = describe("cpu")
@@ -65,6 +66,5 @@ def facts_of(root: Path, count: int, seconds: float) -> str:
     changes = " with uncommitted changes" if found["dirty"] else ""
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "triton", "transformers"))
     return (
-        f"`{COMMAND}` at commit {commit.stdout.strip()}{changes}, {found['device']}, {found['cores']} cores, "
-        f"{versions}: {count} of {count} caught in {seconds / 60:.1f} minutes."
+        f"`{COMMAND}` at commit {commit.stdout.strip()}{changes}, {found['device']}, {found['cores']} cores, {versions}"
     )
