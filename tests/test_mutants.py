@@ -172,7 +172,7 @@ def test_what_is_not_caught_and_why(project, capsys):
         (fault("twice", "def ", "def _", ADD), "twice: sums.py must hold 'def ' exactly once, got 2 times"),
         (fault("behind", "import", "from", ADD, after="def add"), "must hold 'import' behind 'def add', got none"),
         (SKIPPED, "seen-by-nobody's test tests/test_sums.py::test_elsewhere must run and pass without the fault"),
-        (RED, "the listed tests must pass without a fault, got: "),
+        (RED, "must pass without a fault, got tests/test_sums.py::test_that_fails_anyway: assert 2 == 3"),
     ],
     ids=["stale", "twice", "behind", "skipped", "red"],
 )

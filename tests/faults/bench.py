@@ -75,7 +75,7 @@ COUNTS = (
         tests=(f"{TESTS}/test_kernels.py::test_costs_of_attention_are_those_of_its_page",),
         why="a backward seems to run at more than the device can do",
     ),
-    # Its line may move to the ops' own inputs.py; the fault and its test go with it.
+    # To be ported: the line moves from costs.py to the ops' own inputs.py.
     Mutant(
         name="gathered-rows-cost-the-whole-tensor",
         kind="wrong measure",
@@ -161,7 +161,7 @@ VERDICTS = (
         tests=(f"{TESTS}/test_kernels.py::test_a_peer_that_fails_is_a_red_row_and_absence_a_reason",),
         why="a provider that computes something else wins the comparison",
     ),
-    # These two are about to move to hia_kernels/testing.py and to the gate that reads it; the faults go with them.
+    # To be ported, both: the policy moves to hia_kernels/testing.py, and the gate asks it there.
     Mutant(
         name="tolerance-ten-times-as-wide",
         kind="loosened tolerance",

@@ -104,8 +104,7 @@ def _require_green(trees: Sequence[Tree], mutants: Sequence[Mutant], say: Say) -
         raise raised[0]
     for report in reports.values():
         if report.code != 0:
-            problem = report.problem()
-            raise TreeError(f"mutants: the listed tests must pass without a fault, got: {problem}")
+            raise TreeError(f"mutants: the listed tests must pass without a fault, got {report.failure()}")
     for mutant in mutants:
         for test in mutant.tests:
             if not reports[mutant.interpreter].passed_of(test):

@@ -58,6 +58,11 @@ class Report:
             return []
         return [node for node, message in self.failed.items() if is_assertion(message)]
 
+    def failure(self) -> str:
+        """Name the first test that failed, or what else ended the run."""
+        problems = {**self.broken, **self.failed}
+        return _first(problems) if problems else self.problem()
+
     def problem(self) -> str:
         """Say why nothing was caught."""
         if self.code is None:
