@@ -24,7 +24,7 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native table3 bench bench-compare report gpu test test-transformers lint format clean check-python
+.PHONY: help venv native table3 bench bench-compare report gpu test mutants test-transformers lint format clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
@@ -56,6 +56,9 @@ test: $(READY) ## every test this machine can run; ARGS go to pytest
 	$(RUN) -m pytest $(ARGS)
 	@echo "== Triton kernels in the interpreter"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m interpreter $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none
+
+mutants: $(READY) ## seed faults into a copy, one at a time: each must fail a test; ARGS="--help" shows its options
+	$(RUN) tests/mutants.py $(ARGS)
 
 test-transformers: $(READY) ## tests/hia against each of VERSIONS="4.57.6 5.0.0 ..."
 	@failed=; for version in $(VERSIONS); do \

@@ -345,7 +345,7 @@ def test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone():
     assert check("dencoder", 1.004) is None
     assert check("dencoder", 1.01).startswith("dencoder: rel-RMS")
     assert check("dencoder", float("nan")).startswith("dencoder: NaN")
-    assert check("dinjection", 1.0001).startswith("dinjection: rel-RMS")
+    assert (check("dinjection", 1.0001) or "let through").startswith("dinjection: rel-RMS")
 
 
 def test_a_limit_is_no_rival(tmp_path):

@@ -421,3 +421,17 @@ def test_compiled_providers_pass_the_gate(tmp_path):
     arguments = ["--device", "cpu", "--op", "condition_queries", "--case", "tiny", "--provider", "compile"]
     assert kernels.main([*arguments, "--mode", "forward,backward", "--json", str(path)]) == 0
     assert {record.mode for record in read_records(path)} == {"forward", "backward"}
+
+
+@pytest.mark.parametrize(
+    ("op", "role", "gathered"), [("condition_queries", "", "hidden"), ("norm_linear", "visual", "x")]
+)
+def test_gathering_reads_the_rows_that_are_named(op, role, gathered):
+    found = workload(op, "tiny", role)
+    given = inputs.make_inputs(found, torch.float32, "cpu")
+    source, rows = given[gathered], given["row_idx"]
+    assert rows.shape[0] < source.shape[0], "a case that reads every row proves nothing"
+    others = sum(value.nbytes for name, value in given.items() if name != gathered and isinstance(value, torch.Tensor))
+    out = torch.empty(3, 5)
+    expected = rows.shape[0] * source.shape[1] * source.element_size() + others + out.nbytes
+    assert costs.moved_bytes(found, given, None, (out,), "forward") == expected

@@ -178,3 +178,36 @@ def test_driver_and_power_limit_are_read_separately(answer, driver, power, tmp_p
 def test_no_nvidia_smi_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment._gpu_facts(SimpleNamespace()) == {"driver": None, "power_limit_w": None}
+
+
+def test_a_repetition_on_cuda_is_cold_and_waited_for(monkeypatch):
+    """In this order on the stream: the write that empties L2, the calls between two events, a wait before the read."""
+    order, names = [], iter(("start", "end"))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.name = next(names)
+
+        def record(self):
+            order.append(self.name)
+
+        def elapsed_time(self, end):
+            order.append(f"{self.name} to {end.name}")
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    clock = object.__new__(timing.CudaClock)  # there may be no device to hold its cache
+    clock._cache = SimpleNamespace(zero_=lambda: order.append("flush"))
+    assert clock(lambda: order.append("call"), 3) == 2.0
+    assert order == ["flush", "start", "call", "call", "call", "end", "wait", "start to end"]
+
+
+def test_dispatch_waits_before_and_after(monkeypatch):
+    """The device is idle when the first call is queued, and what was queued is no part of the next measurement."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(timing, "cpu_clock", lambda call, times: order.append(times) or 1.0)
+    assert timing.DispatchClock("cuda")(lambda: None, 1000) == 1.0
+    assert order == ["wait", 100, "wait"]

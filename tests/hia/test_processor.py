@@ -187,3 +187,13 @@ def test_real_tokenizers(data_dir):
         )
         assert [int((batch.image_map == i).sum()) for i in range(3)] == [TOKENS_PER_IMAGE] * 3
         assert (batch.labels >= 0).sum(1).min() > 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_lies_on_the_side_asked_for(processor, side):
+    batch, alone = processor([TWO, NONE], [[A, B], []], padding_side=side), processor(NONE).input_ids[0]
+    padding = batch.input_ids.shape[1] - alone.shape[0]
+    assert padding > 0
+    real = slice(padding, None) if side == "left" else slice(0, alone.shape[0])
+    assert torch.equal(batch.input_ids[1, real], alone)
+    assert batch.attention_mask[1, real].all() and batch.attention_mask[1].sum() == alone.shape[0]

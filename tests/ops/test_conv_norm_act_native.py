@@ -266,3 +266,11 @@ def test_avx2_where_there_is_more(monkeypatch):
     code = PROBE.replace("__FILE__", repr(__file__))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (1, 2)])
+def test_borders_and_residual_are_the_references(kernel, stride):
+    """At one odd size: the tests above compare native forms with each other, or draw their sizes."""
+    inputs = make_inputs((9, 13), F32, kernel=kernel, stride=stride, residual=True, **WIDE)
+    assert_forward_matches(lambda given: conv_norm_act(**given), inputs)
+    assert_forward_matches(packed_call, inputs)

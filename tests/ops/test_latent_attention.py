@@ -26,6 +26,7 @@ from tests.ops.harness import (
     flops,
     forward_backward,
     opcheck,
+    upcast,
 )
 
 OP = "latent_attention"
@@ -210,3 +211,13 @@ def test_no_second_derivatives():
     (grad,) = torch.autograd.grad(latent_attention(**{**inputs, "q": q}).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="gradients of gradients"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(("rows", "lengths"), [(24, [5, 0, 40]), (300, [900])], ids=["ragged", "several-blocks"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp_is_the_references(rows, lengths, dtype, device):
+    """The public function returns none, and no backward but the reference's reads it: nothing else would show it."""
+    inputs = make_inputs(rows, 32, lengths, dtype, device)
+    lse, plain = torch.ops.hia.latent_attention(**inputs)[1], reference_module.latent_attention_ref(**inputs)[1]
+    exact = reference_module.latent_attention_ref(**upcast(inputs, torch.float64))[1]
+    assert_close("lse", lse, exact, plain, dtype=torch.float32)

@@ -233,3 +233,13 @@ def test_a_prepared_encoder_packs_its_stem_once(triton_device, monkeypatch):
     encoder.unprepare()
     encoder.stem(pixels, window, encoder._steps())
     assert len(made) == 4 and not encoder._steps().prepared
+
+
+@pytest.mark.parametrize("pool", [1, 3])
+def test_the_upper_half_of_16_bits(pool, triton_device):
+    """uint16 comes to Triton as int16; pixels of 12 bits, which the cases above have, would not show it."""
+    inputs = make_inputs((13, 15), F32, triton_device, pixel_dtype=U16, kernel=3, pool=pool)
+    inputs["pixels"] = (65_000 + inputs["pixels"].int() % 101).to(U16)
+    inputs["window"] = torch.tensor([[65_000.0, 65_100.0], [65_100.0, 65_000.0]], device=triton_device)
+    assert_matches(OP, stem, stem_ref, inputs, F32)
+    assert last_backend(OP) == "triton"
