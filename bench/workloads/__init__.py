@@ -18,6 +18,7 @@ from .registry import (
     OpEntry,
     ShapeCase,
     Workload,
+    composite_entry,
     composites,
     entry,
     gpu_workloads,
@@ -33,8 +34,8 @@ from .registry import (
 
 __all__ = [
     "CASES", "FIRST", "RESOLUTIONS", "CompositeEntry", "ImageCase", "Inputs", "LayerCase", "OpEntry", "ShapeCase",
-    "Size", "Workload", "composites", "entry", "gpu_workloads", "halved", "in_set", "make_inputs", "op_entry", "ops",
-    "references", "register", "unregister", "workloads",
+    "Size", "Workload", "composite_entry", "composites", "entry", "gpu_workloads", "halved", "in_set",
+    "make_inputs", "op_entry", "ops", "references", "register", "unregister", "workloads",
 ]  # fmt: skip
 
 for _module in pkgutil.iter_modules(__path__):

@@ -164,6 +164,18 @@ def op_entry(name: str) -> OpEntry:
     return found
 
 
+def composite_entry(name: str) -> CompositeEntry:
+    """Return the entry of a composite.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    found = entry(name)
+    if not isinstance(found, CompositeEntry):
+        raise ValueError(f"bench.workloads: composite must be among {', '.join(composites())}, got the op {name!r}")
+    return found
+
+
 def ops() -> tuple[str, ...]:
     """List the ops."""
     return tuple(name for name, found in _entries.items() if isinstance(found, OpEntry))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import cases, kernels, kernels_args, kernels_output, providers
+from bench import kernels, kernels_args, kernels_output, providers, workloads
 from bench.measurement import Measurement, read_records, write_records
 
 RECORD = Measurement(
@@ -17,7 +17,7 @@ RECORD = Measurement(
 
 
 def workload(op, case, role=""):
-    return cases.Workload(op, cases.CASES[case], role)
+    return workloads.Workload(op, workloads.CASES[case], role)
 
 
 def fake_run(chosen, *, saves_time=False, **more):

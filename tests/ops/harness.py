@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hia_kernels import last_backend
 from tests.compare import assert_close
-from tests.inputs import DIFFERENTIABLE, Inputs
+from tests.inputs import Inputs, differentiable
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
@@ -29,7 +29,7 @@ def _named(outs: Tensor | tuple[Tensor, ...]) -> Results:
 
 def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
     """The tensors to differentiate in, detached, with their strides."""
-    found = {name: inputs[name] for name in DIFFERENTIABLE[op] if inputs[name] is not None}
+    found = {name: inputs[name] for name in differentiable(op) if inputs[name] is not None}
     return {name: x.detach().requires_grad_() for name, x in found.items() if x.is_floating_point()}
 
 

@@ -40,7 +40,8 @@ class Shape:
 def make_inputs(
     shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0, *, strided: bool = False
 ) -> dict[str, Any]:
-    """Draw x [T, C], norm_weight and norm_bias [C], weight [D, C] and bias [D] of ``dtype``, row_idx [R] int64, by name.
+    """Draw x [T, C], norm_weight and norm_bias [C], weight [D, C] and bias [D] of ``dtype`` and row_idx [R] int64, by
+    name.
 
     Args:
         shape: sizes and options.
