@@ -14,6 +14,20 @@ import torch
 
 Inputs = dict[str, Any]
 
+# sizes that a small shape of every op begins with
+SMALL: dict[str, tuple[Any, ...]] = {
+    "condition_queries": (9, 3),
+    "conv_norm_act": ((5, 4),),
+    "cross_attention": ([3, 4], [5, 4]),
+    "head_linear": (2, 9),
+    "inject_rows": (9, 5),
+    "latent_attention": (6, 16, [5, 4]),
+    "linear": (9,),
+    "norm_linear": (9, 5),
+    "row_softmax": (5, 9),
+    "stem": ((16, 17),),
+}
+
 
 def module_of(op: str) -> Any:
     """The op's ``inputs.py``."""

@@ -53,20 +53,20 @@ class Draw:
             self._on_device = torch.Generator(self.device).manual_seed(self._seed)
         return self._on_device
 
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """Draw normal numbers of deviation ``scale``: contiguous, of the drawing's dtype unless one is given."""
         dtype = dtype or self.dtype
         if math.prod(shape) > SMALL:
-            return torch.randn(shape, generator=self._large(), device=self.device, dtype=dtype).mul_(scale)
-        values = torch.randn(shape, generator=self._on_cpu, dtype=torch.float64) * scale
+            return torch.randn(shape, generator=self._large(), device=self.device, dtype=dtype).mul_(scale).add_(mean)
+        values = torch.randn(shape, generator=self._on_cpu, dtype=torch.float64) * scale + mean
         return values.to(self.device, dtype)
 
-    def data(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    def data(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """Draw what flows through an op, as :meth:`normal`; where strided tensors are asked for, its rows are longer
         than its last dim and begin behind a storage offset, as a slice of a fused projection does."""
         if not self.strided:
-            return self.normal(*shape, scale=scale, dtype=dtype)
-        wide = self.normal(*shape[:-1], shape[-1] + 2 * MARGIN, scale=scale, dtype=dtype)
+            return self.normal(*shape, scale=scale, mean=mean, dtype=dtype)
+        wide = self.normal(*shape[:-1], shape[-1] + 2 * MARGIN, scale=scale, mean=mean, dtype=dtype)
         return wide[..., MARGIN : MARGIN + shape[-1]]
 
     def uniform(self, *shape: int, top: float, dtype: torch.dtype) -> Tensor:
@@ -79,7 +79,7 @@ class Draw:
 
     def near_one(self, *shape: int) -> Tensor:
         """Draw a norm's scales: around 1, in fp32 (fp64 with fp64)."""
-        return 1 + self.normal(*shape, scale=0.25, dtype=self.statistics)
+        return self.normal(*shape, scale=0.25, mean=1.0, dtype=self.statistics)
 
     def row_idx(self, rows: Rows, total: int, *, unique: bool) -> Tensor:
         """Draw or list row indices of a tensor of ``total`` rows.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -19,23 +18,11 @@ from hia.features import ImageFeatures
 from tests.hia.conftest import ONE, TWO, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llava
 from tests.hia.test_plan import FORMS, adapter_of, available, question
-from tests.inputs import differentiable, inputs_of
+from tests.inputs import SMALL, differentiable, inputs_of
 
 SIDES = (7, 9, 12, 20, 33)
 DEVICE = torch.device("cuda")
 TRAINED = [forms for forms in FORMS if not forms[0].startswith(("deep", "cached"))]
-SIZES: dict[str, tuple[Any, ...]] = {  # what a shape of each op begins with
-    "stem": ((23, 30),),
-    "conv_norm_act": ((9, 7),),
-    "condition_queries": (40, 3),
-    "cross_attention": ([6, 6], [40, 9]),
-    "norm_linear": (40, 17),
-    "inject_rows": (40, 17),
-    "linear": (40,),
-    "head_linear": (2, 17),
-    "row_softmax": (9, 33),
-    "latent_attention": (24, 32, [17, 5]),
-}
 
 
 @pytest.mark.compile
@@ -229,10 +216,10 @@ def test_a_layout_goes_up_without_waiting():
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", SIZES)
+@pytest.mark.parametrize("op", SMALL)
 def test_every_op_is_captured_in_a_cuda_graph(op, dtype, training):
     options = {"residual": True} if op == "conv_norm_act" else {}
-    given = inputs_of(op)(*SIZES[op], dtype, "cuda", **options)
+    given = inputs_of(op)(*SMALL[op], dtype, "cuda", **options)
     wrt = [given[name] for name in differentiable(op) if given[name] is not None]
     wrt = [x.requires_grad_(training) for x in (x.detach() for x in wrt) if x.is_floating_point()]
     leaves = iter(wrt)
@@ -252,6 +239,6 @@ def test_every_op_is_captured_in_a_cuda_graph(op, dtype, training):
 
 
 def test_every_op_has_a_capture_test():
-    assert set(SIZES) == set(workloads.ops())
+    assert set(SMALL) == set(workloads.ops())
     assert {extract for extract, _ in FORMS} == set(plan.EXTRACT_FORMS)
     assert {inject for _, inject in FORMS} == set(plan.INJECT_FORMS)

@@ -11,27 +11,15 @@ from hia_kernels import last_backend, norm_linear, use_backend
 from hia_kernels.core import backend, checks, cudnn, registration, tuning, varlen
 from hia_kernels.core.backend import Backend, BackendTable
 from tests.compare import assert_close, rel_rms, worst_index
-from tests.inputs import differentiable, inputs_of
+from tests.inputs import SMALL, differentiable, inputs_of
 from tests.ops.harness import forward_backward
 
 F32 = torch.float32
-SIZES = {
-    "condition_queries": (9, 3),
-    "conv_norm_act": ((5, 4),),
-    "cross_attention": ([3, 4], [5, 4]),
-    "head_linear": (2, 9),
-    "inject_rows": (9, 5),
-    "latent_attention": (6, 16, [5, 4]),
-    "linear": (9,),
-    "norm_linear": (9, 5),
-    "row_softmax": (5, 9),
-    "stem": ((16, 17),),
-}
 
 
 def call_of(op, dtype):
     """Small inputs."""
-    return inputs_of(op)(*SIZES[op], dtype)
+    return inputs_of(op)(*SMALL[op], dtype)
 
 
 @pytest.fixture
@@ -120,7 +108,7 @@ class TestBackendChoice:
             raise KeyError
         assert backend.requested_backend() == "auto"
 
-    @pytest.mark.parametrize("op", SIZES)
+    @pytest.mark.parametrize("op", SMALL)
     def test_every_op_obeys(self, op, monkeypatch):
         function, inputs = getattr(hia_kernels, op), call_of(op, F32)
         monkeypatch.setattr(backend, "_last", {})
@@ -284,7 +272,7 @@ class TestMeasuredBackend:
             tuning.measured_backend("stem", "k7", self.DEVICE)
 
 
-@pytest.mark.parametrize("op", [op for op in SIZES if op != "row_softmax"])  # it returns two: its own file has these
+@pytest.mark.parametrize("op", [op for op in SMALL if op != "row_softmax"])  # it returns two: its own file has these
 class TestEveryOp:
     def test_fake_tensors_have_the_real_metadata(self, op):
         inputs = call_of(op, F32)

@@ -53,7 +53,7 @@ def make_inputs(
     draw = Draw(dtype, device, seed, strided=strided)
     channels, dim, norm_dtype = shape.channels, shape.dim, shape.norm_dtype or dtype
     return {
-        "x": draw.data(shape.tokens, channels).add_(shape.offset),
+        "x": draw.data(shape.tokens, channels, mean=shape.offset),
         "norm_weight": draw.near_one(channels).to(norm_dtype),
         "norm_bias": draw.normal(channels, scale=0.25, dtype=norm_dtype),
         "weight": draw.normal(dim, channels, scale=channels**-0.5),
