@@ -7,26 +7,17 @@ are in ``bench/workloads/``. Both are drawn by ``hia_kernels/ops/<op>/inputs.py`
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from hia_kernels import ops
+
 Inputs = dict[str, Any]
 
-# sizes that a small shape of every op begins with
-SMALL: dict[str, tuple[Any, ...]] = {
-    "condition_queries": (9, 3),
-    "conv_norm_act": ((5, 4),),
-    "cross_attention": ([3, 4], [5, 4]),
-    "head_linear": (2, 9),
-    "inject_rows": (9, 5),
-    "latent_attention": (6, 16, [5, 4]),
-    "linear": (9,),
-    "norm_linear": (9, 5),
-    "row_softmax": (5, 9),
-    "stem": ((16, 17),),
-}
+OPS = tuple(module.name for module in pkgutil.iter_modules(ops.__path__))
 
 
 def module_of(op: str) -> Any:
@@ -49,3 +40,9 @@ def inputs_of(op: str) -> Callable[..., Inputs]:
         return module.make_inputs(module.Shape(*sizes, **options), *arguments[at:], strided=True)
 
     return make
+
+
+def small_inputs(op: str, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """Strided inputs at the shape that a quick check runs."""
+    module = module_of(op)
+    return module.make_inputs(module.SMALL, dtype, device, strided=True)

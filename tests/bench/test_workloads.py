@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 import hia_kernels
 from bench import workloads
 from bench.workloads.adapter import layout_of
-from tests.inputs import SMALL
+from tests.inputs import OPS
 
 
 def test_every_op_has_an_entry_and_no_other_has():
-    assert set(workloads.ops()) == set(SMALL)
+    assert set(workloads.ops()) == set(OPS)
     for op in workloads.ops():
         found = workloads.op_entry(op)
         assert found.public is getattr(hia_kernels, op)
@@ -39,7 +39,7 @@ def test_unknown_and_taken_names():
         workloads.register(workloads.op_entry("linear"))
 
 
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", OPS)
 def test_what_a_gpu_runs_is_drawn_of_fake_tensors(op):
     """The compile tier records the launches of shapes that this machine has no memory for."""
     found = [workload for workload in workloads.gpu_workloads() if workload.op == op]

@@ -11,15 +11,10 @@ from hia_kernels import last_backend, norm_linear, use_backend
 from hia_kernels.core import backend, checks, cudnn, registration, tuning, varlen
 from hia_kernels.core.backend import Backend, BackendTable
 from tests.compare import assert_close, rel_rms, worst_index
-from tests.inputs import SMALL, differentiable, inputs_of
+from tests.inputs import OPS, differentiable, inputs_of, small_inputs
 from tests.ops.harness import forward_backward
 
 F32 = torch.float32
-
-
-def call_of(op, dtype):
-    """Small inputs."""
-    return inputs_of(op)(*SMALL[op], dtype)
 
 
 @pytest.fixture
@@ -108,9 +103,9 @@ class TestBackendChoice:
             raise KeyError
         assert backend.requested_backend() == "auto"
 
-    @pytest.mark.parametrize("op", SMALL)
+    @pytest.mark.parametrize("op", OPS)
     def test_every_op_obeys(self, op, monkeypatch):
-        function, inputs = getattr(hia_kernels, op), call_of(op, F32)
+        function, inputs = getattr(hia_kernels, op), small_inputs(op, F32)
         monkeypatch.setattr(backend, "_last", {})
         forward_backward(op, function, inputs)
         assert set(backend._last) == {op}
@@ -272,10 +267,10 @@ class TestMeasuredBackend:
             tuning.measured_backend("stem", "k7", self.DEVICE)
 
 
-@pytest.mark.parametrize("op", [op for op in SMALL if op != "row_softmax"])  # it returns two: its own file has these
+@pytest.mark.parametrize("op", [op for op in OPS if op != "row_softmax"])  # it returns two: its own file has these
 class TestEveryOp:
     def test_fake_tensors_have_the_real_metadata(self, op):
-        inputs = call_of(op, F32)
+        inputs = small_inputs(op, F32)
         real = getattr(hia_kernels, op)(**inputs)
         with FakeTensorMode() as mode:
             fakes = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
@@ -283,17 +278,17 @@ class TestEveryOp:
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
     def test_meta_tensors(self, op):
-        inputs = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in call_of(op, F32).items()}
+        inputs = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in small_inputs(op, F32).items()}
         assert getattr(hia_kernels, op)(**inputs).device.type == "meta"
 
     def test_float64_is_left_alone_by_autocast(self, op):
-        inputs = call_of(op, torch.float64)
+        inputs = small_inputs(op, torch.float64)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = getattr(hia_kernels, op)(**inputs)
         assert torch.equal(out, getattr(hia_kernels, op)(**inputs))
 
     def test_without_gradients_the_result_is_detached(self, op):
-        inputs = call_of(op, F32)
+        inputs = small_inputs(op, F32)
         inputs |= {name: inputs[name].detach().requires_grad_() for name in differentiable(op)[1:2]}
         with torch.no_grad():
             assert not getattr(hia_kernels, op)(**inputs).requires_grad

@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hia_kernels
 from hia_kernels.core import costs, draw
-from tests.inputs import SMALL, inputs_of, module_of
+from tests.inputs import OPS, module_of, small_inputs
 from tests.ops.harness import leaves
 
 F32 = torch.float32
 # what changes the costs: options of a shape, by op
 OPTIONS = [
-    *((op, {}) for op in SMALL),
+    *((op, {}) for op in OPS),
     *((op, {"bias": False}) for op in ("condition_queries", "inject_rows", "linear", "norm_linear")),
-    ("conv_norm_act", {"stride": 2, "residual": True, "activation": "gelu", "kernel": 1}),
+    ("conv_norm_act", {"stride": 2, "residual": False, "activation": "gelu", "kernel": 1}),
     ("head_linear", {"merge_heads": True}),
     ("norm_linear", {"rows": None, "norm_dtype": torch.float32}),
     ("row_softmax", {"wide_scores": True}),
@@ -30,9 +30,7 @@ OPTIONS = [
 
 def shape_of(op, **options):
     """Small, with options."""
-    module = module_of(op)
-    sizes = (tuple(size) if isinstance(size, list) else size for size in SMALL[op])
-    return dataclasses.replace(module.Shape(*sizes), **options)
+    return dataclasses.replace(module_of(op).SMALL, **options)
 
 
 def counted(op, given, *, gradients):
@@ -83,7 +81,7 @@ def test_forward_bytes_are_those_of_arguments_and_results(op, options, dtype):
     assert module_of(op).moved_bytes(shape, dtype.itemsize, "forward") == expected
 
 
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", OPS)
 def test_costs_add_up_and_modes_are_checked(op):
     module, shape = module_of(op), shape_of(op)
     for cost in (module.flops, lambda *arguments: module.moved_bytes(arguments[0], 4, arguments[1])):
@@ -93,7 +91,7 @@ def test_costs_add_up_and_modes_are_checked(op):
     assert module.moved_bytes(shape, 4, "backward") >= nbytes(leaves(op, module.make_inputs(shape, F32)).values())
 
 
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", OPS)
 def test_names_are_the_functions_own(op):
     module, shape = module_of(op), shape_of(op)
     names = list(inspect.signature(getattr(hia_kernels, op)).parameters)
@@ -103,7 +101,7 @@ def test_names_are_the_functions_own(op):
     assert hash(shape) == hash(shape_of(op))
 
 
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", OPS)
 def test_every_dtype_and_layout_is_one_draw(op):
     module, shape = module_of(op), shape_of(op)
     wide, half = (module.make_inputs(shape, dtype) for dtype in (F32, torch.bfloat16))
@@ -112,7 +110,7 @@ def test_every_dtype_and_layout_is_one_draw(op):
             assert torch.equal(x.to(half[name].dtype), half[name]), name
     again = module.make_inputs(shape, F32, seed=1)
     assert any(not torch.equal(x, again[name]) for name, x in wide.items() if isinstance(x, torch.Tensor))
-    strided = inputs_of(op)(*SMALL[op], F32)
+    strided = small_inputs(op, F32)
     tensors = [name for name, x in strided.items() if isinstance(x, torch.Tensor)]
     assert all(strided[name].shape == wide[name].shape for name in tensors)
     never_strided = op in ("stem", "conv_norm_act")  # but for the latter's residual

@@ -33,6 +33,9 @@ class Shape:
     head_dim: int = 32
 
 
+SMALL = Shape((3, 4), (5, 4))  # what a quick check runs
+
+
 def packing(lengths_q: Sequence[int], lengths_k: Sequence[int], device: str = "cpu") -> dict[str, Any]:
     """Make the four arguments that say how sequences are packed: cu_seqlens_q and _k [B + 1] int32, max_seqlen_q and
     _k in tokens."""

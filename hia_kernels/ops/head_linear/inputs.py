@@ -35,6 +35,9 @@ class Shape:
     merge_heads: bool = False
 
 
+SMALL = Shape(2, 9)  # what a quick check runs
+
+
 def make_inputs(
     shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0, *, strided: bool = False
 ) -> dict[str, Any]:

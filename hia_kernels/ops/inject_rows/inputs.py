@@ -33,6 +33,9 @@ class Shape:
     bias: bool = True
 
 
+SMALL = Shape(9, 5)  # what a quick check runs
+
+
 def make_inputs(
     shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0, *, strided: bool = False
 ) -> dict[str, Any]:

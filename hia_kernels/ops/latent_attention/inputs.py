@@ -29,6 +29,9 @@ class Shape:
     lengths: tuple[int, ...]
 
 
+SMALL = Shape(6, 16, (5, 4))  # what a quick check runs
+
+
 def make_inputs(
     shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0, *, strided: bool = False
 ) -> dict[str, Any]:

@@ -31,6 +31,9 @@ class Shape:
     bias: bool = True
 
 
+SMALL = Shape(9)  # what a quick check runs
+
+
 def make_inputs(
     shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0, *, strided: bool = False
 ) -> dict[str, Any]:
