@@ -150,7 +150,7 @@ def bind_function(function: Callable[..., Any], arguments: Inputs, wrt: tuple[st
     """An op's arguments by name, floating tensors of ``wrt`` made leaves."""
     leaves: dict[str, Tensor] = {}
     if gradients:
-        named = {name: arguments.get(name) for name in wrt}
+        named = {name: arguments.get(name) for name in wrt}  # a peer may take another form of one
         floating = {name: x for name, x in named.items() if x is not None and x.is_floating_point()}
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in floating.items()}
     ready = {**arguments, **leaves}

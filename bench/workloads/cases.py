@@ -27,7 +27,6 @@ RESOLUTIONS = (448, 896, 1792, 4096)
 VISUAL_TOKENS = 576  # an image's tokens in the host: CLIP ViT-L/14 at 336 pixels
 TEXT_TOKENS = 60
 NUM_QUERIES = 256
-STRIDE = 32
 
 # chest, pelvis, knee, hand and foot radiographs as published; two are DICOM, of 15 and 10 bits
 CHEST, PELVIS, KNEE, HAND = (2000, 2000), (2084, 2675), (1913, 1067), (2082, 1466)

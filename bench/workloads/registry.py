@@ -82,7 +82,7 @@ class OpEntry:
 
     @property
     def public(self) -> Callable[..., Any]:
-        """The function as users call it, looked up at every call: providers may replace it."""
+        """The function as users call it, looked up anew each time: a provider may have replaced it."""
         return self.function or getattr(hia_kernels, self.name)
 
     @property

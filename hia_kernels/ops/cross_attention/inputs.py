@@ -82,6 +82,6 @@ def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
     backward reads out beside dout."""
     width = itemsize * shape.heads * shape.head_dim
     q, kv = sum(shape.lengths_q) * width, 2 * sum(shape.lengths_k) * width
-    cu_seqlens = 2 * 4 * (len(shape.lengths_q) + 1)
+    cu_seqlens = 2 * 4 * (len(shape.lengths_q) + 1)  # int32
     read = q + kv + cu_seqlens
     return in_mode(mode, read + q, read + 2 * q + (q + kv))
