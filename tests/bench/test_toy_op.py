@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from bench import kernels, kernels_args, regression, regression_worker, tune, workloads
 from bench.measurement import read_records
-from hia_kernels.core import backend
+from hia_kernels import use_backend
+from hia_kernels.core import backend, triton_support
+from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 OP = "row_dot"
 
@@ -59,6 +61,16 @@ def test_wrong_results_are_not_timed(toy, tmp_path):
     code, found = measured(tmp_path / "records.json")
     assert code == 1 and found["eager", "forward"].status == "ok"
     assert found["hia", "forward"].reason.startswith("beyond the tolerance: out0")
+
+
+@pytest.mark.interpreter
+def test_its_kernel_is_dispatched_to(toy):
+    pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
+    device = "cpu" if triton_support.interpreted() else "cuda"
+    given = toy.inputs.make_inputs(toy.inputs.Shape(5, 1100), torch.float32, device, strided=True)
+    with use_backend("triton"):
+        got = toy.public(**given)
+    torch.testing.assert_close(got, toy.reference(**given))
 
 
 def test_it_gets_a_regression_case(toy, tmp_path):
