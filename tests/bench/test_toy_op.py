@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
-import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bench import kernels, kernels_args, regression, regression_worker, tune, workloads
 from bench.measurement import read_records
-from hia_kernels import use_backend
-from hia_kernels.core import backend, triton_support
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
+from hia_kernels.core import backend
 
 OP = "row_dot"
-
-
-@pytest.fixture
-def toy():
-    """The op known as ours are, during a test: its table to dispatch, its entry to what is measured."""
-    library = importlib.import_module("tests.bench.toy_op.library")
-    entry = importlib.import_module("tests.bench.toy_op.workload").ENTRY
-    backend.TABLES[OP] = library.BACKENDS
-    workloads.register(entry)
-    yield entry
-    workloads.unregister(OP)
-    del backend.TABLES[OP]
 
 
 def test_it_is_unknown_elsewhere():
@@ -61,16 +45,6 @@ def test_wrong_results_are_not_timed(toy, tmp_path):
     code, found = measured(tmp_path / "records.json")
     assert code == 1 and found["eager", "forward"].status == "ok"
     assert found["hia", "forward"].reason.startswith("beyond the tolerance: out0")
-
-
-@pytest.mark.interpreter
-def test_its_kernel_is_dispatched_to(toy):
-    pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
-    device = "cpu" if triton_support.interpreted() else "cuda"
-    given = toy.inputs.make_inputs(toy.inputs.Shape(5, 1100), torch.float32, device, strided=True)
-    with use_backend("triton"):
-        got = toy.public(**given)
-    torch.testing.assert_close(got, toy.reference(**given))
 
 
 def test_it_gets_a_regression_case(toy, tmp_path):
