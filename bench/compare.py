@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .environment import REPOSITORY
-from .regression import CASES
+from .regression import cases, write_inputs
 
+WORKER = REPOSITORY / "bench" / "regression_worker.py"
 THRESHOLD = 0.10
 ROUNDS = 15
 PAIRS = 3  # of processes that time a case which seems to have moved
@@ -87,7 +88,8 @@ class Worker:
     """A process that times one revision's cases.
 
     Args:
-        script: a copy of ``bench/regression.py``.
+        script: a copy of ``bench/regression_worker.py``.
+        inputs: the file of its inputs.
         tree: the revision's checkout.
         name: of the revision, for messages.
 
@@ -95,12 +97,12 @@ class Worker:
         RuntimeError: it doesn't start, or imports another checkout.
     """
 
-    def __init__(self, script: Path, tree: Path, name: str) -> None:
+    def __init__(self, script: Path, inputs: Path, tree: Path, name: str) -> None:
         self.name = name
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "python")])}
         self.process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tree,
-            env=environment,
+            [sys.executable, str(script), str(inputs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=tree, env=environment,
         )  # fmt: skip
         first = self._read()
         wanted = str(tree / "hia_kernels")
@@ -209,14 +211,15 @@ class Pair:
 
     Args:
         script: what they run.
+        inputs: the file of their inputs.
         base: BASE's checkout.
         now: the working tree.
     """
 
-    def __init__(self, script: Path, base: Path, now: Path) -> None:
-        self.base = Worker(script, base, "BASE")
+    def __init__(self, script: Path, inputs: Path, base: Path, now: Path) -> None:
+        self.base = Worker(script, inputs, base, "BASE")
         try:
-            self.now = Worker(script, now, "the working tree")
+            self.now = Worker(script, inputs, now, "the working tree")
         except RuntimeError:
             self.base.close()
             raise
@@ -271,16 +274,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__, epilog=RULE)
     parser.add_argument("base", metavar="BASE", help="revision to compare the working tree with")
-    parser.add_argument("--case", nargs="+", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
+    known = cases()
+    parser.add_argument("--case", nargs="+", default=list(known), metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"pairs a case (default: {ROUNDS})")
     parser.add_argument("--threshold", type=float, default=100 * THRESHOLD, metavar="PERCENT",
                         help="a median that is slower by more fails, by the rule below (default: 10)")  # fmt: skip
     options = parser.parse_args(arguments)
     for case in options.case:
-        if case not in CASES:
-            near = difflib.get_close_matches(case, CASES, n=2, cutoff=0.5)
+        if case not in known:
+            near = difflib.get_close_matches(case, known, n=2, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            parser.error(f"--case: must be among {', '.join(CASES)}, got {case!r}{hint}")
+            parser.error(f"--case: must be among {', '.join(known)}, got {case!r}{hint}")
     if options.rounds < 2 or options.threshold <= 0:
         parser.error(f"--rounds and --threshold: must be at least 2 and above 0, got {options.rounds} and "
                      f"{options.threshold:g}")  # fmt: skip
@@ -297,11 +301,13 @@ def main(arguments: list[str] | None = None, root: Path = REPOSITORY) -> int:
     threshold = options.threshold / 100
     try:
         with worktree(options.base, root) as tree, tempfile.TemporaryDirectory() as folder:
-            script = Path(shutil.copy2(REPOSITORY / "bench" / "regression.py", Path(folder) / "regression.py"))
+            script = Path(shutil.copy2(WORKER, Path(folder) / WORKER.name))
+            inputs = Path(folder) / "inputs.pt"
+            write_inputs(inputs, options.case)
             note = bring_extension(tree, root)
             print(f"base: {git('log', '-1', '--format=%h %s', root=tree)}\nnow: the working tree of {root}")
             print(*([note] if note else []), header(), sep="\n", flush=True)
-            rows = compare(options.case, lambda: Pair(script, tree, root.resolve()), options.rounds, threshold)
+            rows = compare(options.case, lambda: Pair(script, inputs, tree, root.resolve()), options.rounds, threshold)
     except (ValueError, RuntimeError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

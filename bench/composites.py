@@ -1,6 +1,6 @@
 """One layer of the adapter, step by step: ours, and the port of the released code with the same weights.
 
-Both classes have a method per composite, which takes the inputs of :func:`bench.inputs.make_inputs` by name:
+Both classes have a method per composite, which takes the inputs of :func:`bench.workloads.make_inputs` by name:
 
 - ``encode(images, windows)``: pixels to features.
 - ``extract(maps, hidden, layout)``: features and the instruction's token to what it asks for.
@@ -28,19 +28,10 @@ from hia.layout import CallLayout
 from hia.plan import AUTO, Form, choose, extract_forms, inject_forms
 
 from .baselines.released import MEAN, STD, ReleasedHiA, ReleasedInjection
-from .cases import ImageCase, LayerCase
-from .inputs import Inputs
+from .workloads import ImageCase, Inputs, LayerCase, composite_entry
 
 Outputs = tuple[Tensor, ...]
 TEXTBOOK = "textbook/textbook"
-# which of a layer's parts a composite has
-PARTS: dict[str, tuple[str, ...]] = {
-    "extract": ("extract",),
-    "inject": ("inject",),
-    "adapter_layer": ("extract", "inject"),
-    "second_question": ("extract", "inject"),
-    "adapter_train_step": ("extract", "inject"),
-}
 
 
 def layer_case(case: ImageCase | LayerCase) -> LayerCase:
@@ -88,7 +79,7 @@ class HiAStep(nn.Module):
             gradients: whether it records them.
         """
         layer, found = self.adapter.layer(self.layer), {}
-        for part in PARTS.get(op, ()):
+        for part in composite_entry(op).parts:
             with torch.set_grad_enabled(gradients):
                 if part == "extract":
                     batch = inputs["layout"].instruction_rows.shape[0]

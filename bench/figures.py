@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .cases import CASES, LayerCase, Workload
 from .measurement import Measurement
+from .workloads import CASES, LayerCase, Workload
 
 OURS = "hia"
 # kind of figure -> what its ratio is, and whether it must be at least or at most its target

@@ -13,7 +13,6 @@ import torch
 from rich.table import Table
 
 from . import environment
-from .cases import Workload
 from .figures import FIGURES, KINDS, OURS, Figure, Verdict, cells, importance, judge
 from .kernels import OVER, Run, measure_workload, start
 from .kernels_args import DEFAULT_DTYPES, DEVICES, Resume, add_resume, names
@@ -21,6 +20,7 @@ from .kernels_output import console_for, earlier_records, merged, print_end
 from .measurement import Measurement, write_records
 from .providers import all_providers
 from .timing import exact_matmuls
+from .workloads import Workload
 
 FILE = "figures.json"
 SECONDS = {"cpu": 6.0, "cuda": 0.5}  # of repetitions, for each provider of a workload in a mode

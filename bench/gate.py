@@ -11,10 +11,9 @@ from torch import Tensor
 
 from hia_kernels.testing import EXACT, GRADIENT_SLACK, OUT_SLACK, UNIT_ROUNDOFF, analysed, mismatch, rel_rms
 
-from .cases import Workload
 from .composites import TEXTBOOK, our_step
-from .inputs import DIFFERENTIABLE, Inputs
-from .plain import REFERENCES, replacing_ops
+from .plain import replacing_ops
+from .workloads import Inputs, Workload, op_entry, references
 
 # Behind ReLUs and max-pools a rounding puts a share u of the activations on the other side of a kink; each then has
 # another gradient altogether, which makes sqrt(u) of the encoder's, or nothing where by chance none was that close.
@@ -149,11 +148,12 @@ def _joined(outs: Outputs, like: dict[str, Tensor] | None) -> Outputs:
 
 
 def bind_function(function: Callable[..., Any], arguments: Inputs, wrt: tuple[str, ...], *, gradients: bool) -> Bound:
-    """An op's arguments by name, tensors of ``wrt`` made leaves."""
+    """An op's arguments by name, floating tensors of ``wrt`` made leaves."""
     leaves: dict[str, Tensor] = {}
     if gradients:
-        named = {name: arguments[name] for name in wrt if arguments[name] is not None}
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
+        named = {name: arguments.get(name) for name in wrt}  # a peer may take another form of one
+        floating = {name: x for name, x in named.items() if x is not None and x.is_floating_point()}
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in floating.items()}
     ready = {**arguments, **leaves}
 
     def forward() -> Outputs:
@@ -205,12 +205,11 @@ def _reference(
     workload: Workload, inputs: Inputs, weights: dict[str, Tensor] | None, gradients: bool
 ) -> dict[str, Tensor]:
     if weights is None:
-        bound = bind_function(
-            REFERENCES[workload.op], inputs, DIFFERENTIABLE[workload.op], gradients=gradients
-        )  # fmt: skip
+        entry = op_entry(workload.op)
+        bound = bind_function(entry.reference, inputs, entry.inputs.DIFFERENTIABLE, gradients=gradients)
         return results_of(bound, None, gradients=gradients)
     step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in weights.items()}, TEXTBOOK)
-    with replacing_ops(REFERENCES):
+    with replacing_ops(references()):
         return results_of(bind_step(step, workload.op, inputs, gradients=gradients), None, gradients=gradients)
 
 

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from . import costs, environment, limits
-from .cases import Workload
 from .composites import make_weights
 from .gate import Bound, Truth, backward_call, both_call, dout_like, results_of, truth_of
-from .inputs import Inputs, make_inputs
 from .kernels_args import Resume, parse, tasks_of, too_slow_to_compile
 from .kernels_output import Steps, Writer, console_for, is_ours, print_end, print_failures, print_list, print_report
 from .limits import DTYPES, Limits
@@ -39,6 +37,7 @@ from .timing import (
     synchronize,
     time_limit,
 )
+from .workloads import Inputs, Workload, make_inputs
 
 SECONDS = {"cpu": 0.25, "cuda": 0.3}  # of repetitions, for each provider of a workload in a mode
 QUICK_BUDGET = Budget(0.02, at_least=2, at_most=4)
@@ -343,8 +342,9 @@ def time_mode(
     ended = [name for name, samples in timed.items() if samples.error is not None]
     culprit = min(ended, key=lambda name: len(timed[name].times_ms), default="timing")  # whose call raised first
     broken = run.check_device(culprit, workload) is not None
-    flops = costs.flops(workload, subject.inputs, subject.weights, mode)
-    moved = costs.moved_bytes(workload, subject.inputs, subject.weights, outs, mode)
+    found = (workload, subject.inputs, subject.weights)
+    flops = costs.flops(*found, mode)
+    moved = costs.moved_bytes(*found, outs, mode, itemsize=DTYPES[dtype].itemsize)
     for name, samples in timed.items():
         if broken and samples.error is not None and name != culprit:
             record(run, workload, name, mode, dtype, status="unavailable", reason=run.stopped())

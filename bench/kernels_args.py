@@ -12,19 +12,16 @@ from typing import Any
 
 import torch
 
-from .cases import CASES, COMPOSITES, FIRST, OPS, ROLES, TRAIN_STEPS, Workload, in_set, workloads
 from .figures import FIGURES
 from .limits import DTYPES
 from .measurement import MODES
 from .providers import Provider, all_providers
+from .workloads import CASES, FIRST, CompositeEntry, Workload, composites, in_set, ops, workloads
 
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_DTYPES = {"cpu": ("fp32",), "cuda": ("bf16",)}
 FILTERS = ("op", "case", "provider", "mode", "dtype", "set")
 SETS = ("cpu", "gpu", "quick", "figures")
-# composites of which a CPU run without names compiles none: the encoder takes minutes, the others are parts of
-# second_question, which it does compile
-NOT_COMPILED = ("encode", "extract", "inject", "adapter_layer", *TRAIN_STEPS)
 
 
 @dataclass(frozen=True)
@@ -98,9 +95,10 @@ def build_parser() -> argparse.ArgumentParser:
         "timed only after its output passed the tests' tolerance. Exit code 1 if one failed, 130 after Ctrl-C.",
     )
     chosen = parser.add_argument_group("what is measured; all can be repeated")
-    chosen.add_argument("--op", action="append", metavar="NAME", help=f"{', '.join(OPS + COMPOSITES)}, ops, composites")
+    known = ", ".join(ops() + composites())
+    chosen.add_argument("--op", action="append", metavar="NAME", help=f"{known}, ops, composites")
     chosen.add_argument("--case", action="append", metavar="NAME",
-                        help="shapes of bench/cases.py, or all (default: the device's set)")  # fmt: skip
+                        help="shapes of bench/workloads, or all (default: the device's set)")  # fmt: skip
     chosen.add_argument(
         "--set",
         metavar="NAME",
@@ -161,16 +159,17 @@ def plan(options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
     Raises:
         ValueError: an unknown op or case, ops that don't occur in the chosen cases, or modes that don't.
     """
-    groups = {"ops": OPS, "composites": COMPOSITES}
+    groups = {"ops": ops(), "composites": composites()}
     given = [name for value in options.op or ["ops", "composites"] for name in groups.get(value, (value,))]
-    ops = names("--op", given, OPS + COMPOSITES)
-    found = [workload for op in ops for workload in workloads(op)]
+    chosen_ops = names("--op", given, ops() + composites())
+    found = [workload for op in chosen_ops for workload in workloads(op)]
     if options.case:
         known = tuple(dict.fromkeys((*CASES, *(workload.name for workload in found))))
         wanted = set(names("--case", ["*" if value == "all" else value for value in options.case], known))
         chosen = [workload for workload in found if wanted & {workload.name, workload.case.name}]
         if not chosen:
-            raise ValueError(f"--case: must name shapes of {', '.join(ops)}, got {', '.join(options.case)}; see --list")
+            wrong = ", ".join(options.case)
+            raise ValueError(f"--case: must name shapes of {', '.join(chosen_ops)}, got {wrong}; see --list")
         planned = [(workload, modes_of(workload, options.mode)) for workload in chosen]
     else:
         planned = _default_plan(found, options)
@@ -191,7 +190,7 @@ def _default_plan(found: list[Workload], options: argparse.Namespace) -> list[tu
     planned = []
     for workload in found:
         modes = modes_of(workload, options.mode) if in_set(workload, device_set) else ()
-        in_dispatch = "dispatch" in workload.case.sets and workload.role == ROLES.get(workload.op, ("",))[0]
+        in_dispatch = "dispatch" in workload.case.sets and workload.role == workload.entry.roles[0]
         if not modes and in_dispatch and "dispatch" in options.mode:
             modes = ("dispatch",)
         planned.append((workload, modes))
@@ -223,13 +222,17 @@ def too_slow_to_compile(device: str, workload: Workload) -> bool:
     """Whether a run without names leaves out who compiles."""
     case = workload.case
     known = case.name in FIRST if device == "cuda" else getattr(case, "is_even", True)
-    return workload.op in NOT_COMPILED or not known
+    entry = workload.entry
+    if isinstance(entry, CompositeEntry):
+        # the encoder takes minutes; of the others, parts of second_question, that one alone is compiled
+        known = known and not entry.encodes and len(entry.parts) > 1
+    return not known
 
 
 def modes_of(workload: Workload, modes: Iterable[str]) -> tuple[str, ...]:
     """Those that a workload is measured in: composites are inference, and the training step both ways; dispatch,
     what the CPU does for a call, needs a case so small that little else is left."""
-    if workload.op in TRAIN_STEPS:
+    if isinstance(workload.entry, CompositeEntry) and workload.entry.trains:
         return tuple(mode for mode in modes if mode == "both")
     allowed = ["forward"] if workload.level == "composite" else ["forward", "backward", "both"]
     if "dispatch" in workload.case.sets:

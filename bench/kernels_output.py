@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import environment
-from .cases import Workload
 from .kernels_args import Resume
 from .limits import Limits
 from .measurement import Measurement, read_records, write_records
 from .providers import Provider
+from .workloads import Workload
 
 FURTHEST = 10
 OUR_PROVIDERS = ("hia", "textbook", "gemms", "reference")  # and hia-<backend>; without the reference none is checked

@@ -30,7 +30,7 @@ class Measurement:
     Attributes:
         level: "op", "composite" or "end_to_end".
         op: the op's or composite's name; for "end_to_end" the quantity, e.g. "time_to_first_token".
-        case: a name of :mod:`bench.cases`, with ":role" where an op has several in a case.
+        case: a name of :mod:`bench.workloads`, with ":role" where an op has several in a case.
         provider: who computed it.
         mode: "forward", "backward", "both" (one after the other), or "dispatch": what the CPU does for one call
             of a tiny shape; on the device "cpu" its arithmetic is part of it.

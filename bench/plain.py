@@ -1,10 +1,9 @@
-"""The ops as plain PyTorch with their public signatures: what ``eager`` runs and ``compile`` may fuse."""
+"""Plain PyTorch in place of the registered ops, and the attention in a form that a compiler takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -12,30 +11,7 @@ import torch
 from torch import Tensor
 
 import hia_kernels
-from hia_kernels.ops.condition_queries.reference import condition_queries_ref
-from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
-from hia_kernels.ops.cross_attention.reference import cross_attention_ref
-from hia_kernels.ops.head_linear.reference import head_linear_ref
-from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
-from hia_kernels.ops.latent_attention.reference import latent_attention_ref
-from hia_kernels.ops.linear.reference import linear_ref
-from hia_kernels.ops.norm_linear.reference import norm_linear_ref
-from hia_kernels.ops.row_softmax.reference import row_softmax_ref
-from hia_kernels.ops.stem.reference import stem_ref
-
-
-def _with_default_scale(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The op's own signature: what it fills in itself, an attention below is given."""
-
-    @wraps(attention)
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-        max_seqlen_k: int, softmax_scale: float | None = None,
-    ) -> Tensor:  # fmt: skip
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
-
-    return attend
+from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref
 
 
 def sequences(q: Tensor, k: Tensor, v: Tensor, packing: tuple[Any, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -75,32 +51,9 @@ def textbook_attention(q: Tensor, k: Tensor, v: Tensor, *packing_and_scale: Any)
     return packed(outs)
 
 
-def _reference_latent(q: Tensor, latent: Tensor, lengths: list[int], softmax_scale: float) -> Tensor:
-    return latent_attention_ref(q, latent, lengths, softmax_scale)[0]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear_ref(x, weight, bias)
-
-
 def _inject_in_place(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
     inject_rows_inplace_ref(hidden, update, weight, bias, row_idx)
     return hidden
-
-
-REFERENCES: dict[str, Callable[..., Any]] = {
-    "stem": stem_ref,
-    "conv_norm_act": conv_norm_act_ref,
-    "condition_queries": condition_queries_ref,
-    "cross_attention": _with_default_scale(cross_attention_ref),
-    "norm_linear": norm_linear_ref,
-    "inject_rows": inject_rows_ref,
-    "linear": _linear,
-    "head_linear": head_linear_ref,
-    "row_softmax": row_softmax_ref,
-    "latent_attention": _reference_latent,
-}
-COMPILABLE: dict[str, Callable[..., Any]] = REFERENCES | {"cross_attention": _with_default_scale(textbook_attention)}
 
 
 @contextmanager

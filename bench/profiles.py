@@ -18,12 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from hia_kernels.core.backend import last_backend
 
 from . import environment
-from .cases import COMPOSITES, OPS, Workload, workloads
 from .composites import make_weights
 from .gate import Bound, both_call, dout_like
-from .inputs import make_inputs
 from .limits import DTYPES
 from .providers import all_providers
+from .workloads import Workload, composites, make_inputs, ops, workloads
 
 WARM = 2  # calls before the profiled one: packing, caches, the C library's thresholds
 
@@ -35,7 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: a value that isn't allowed.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.profiles", description="Where one call's time goes.")
-    parser.add_argument("op", choices=(*OPS, *COMPOSITES), help="an op or a composite")
+    parser.add_argument("op", choices=(*ops(), *composites()), help="an op or a composite")
     parser.add_argument("case", help="one of its cases, as the tables of bench.kernels name them")
     parser.add_argument("--role", default="", help="where the op has several (default: the first)")
     parser.add_argument("--provider", default="hia", metavar="NAME", help="(default: hia)")

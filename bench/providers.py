@@ -18,14 +18,12 @@ from hia_kernels.core import backend
 from hia_kernels.info import op_backends
 
 from .baselines import peers
-from .cases import ABSORBED_OPS, TRAIN_STEPS, LayerCase, Workload
-from .composites import PARTS, TEXTBOOK, HiAStep, arguments_of, our_step, released_step
+from .composites import TEXTBOOK, HiAStep, arguments_of, our_step, released_step
 from .gate import Bound, bind_function, bind_step
-from .inputs import DIFFERENTIABLE, PARAMETERS, Inputs
-from .plain import COMPILABLE, REFERENCES, replacing_ops
+from .plain import replacing_ops
+from .workloads import CompositeEntry, Inputs, LayerCase, Workload, op_entry, references
 
 GRADIENT_MODES = ("backward", "both")
-LAYER_COMPOSITES = tuple(PARTS)
 Weights = dict[str, Tensor] | None
 
 
@@ -76,8 +74,8 @@ class Ours(Provider):
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
         """Notes which backend served the call."""
         if weights is None:
-            function = getattr(hia_kernels, workload.op)
-            bound = bind_function(self._forcing(function), inputs, DIFFERENTIABLE[workload.op], gradients=gradients)
+            function = self._forcing(op_entry(workload.op).public)
+            bound = bind_function(function, inputs, differentiable(workload), gradients=gradients)
             bound.notes = lambda: {"backend": hia_kernels.last_backend(workload.op)}
             return bound
         step = our_step(workload.case, weights)
@@ -105,7 +103,7 @@ class Textbook(Ours):
 
     def serves(self, workload: Workload) -> bool:
         """Composites with a layer."""
-        return workload.op in LAYER_COMPOSITES
+        return isinstance(workload.entry, CompositeEntry) and bool(workload.entry.parts)
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
         """As ours."""
@@ -122,7 +120,8 @@ class Gemms(Provider):
 
     def serves(self, workload: Workload) -> bool:
         """Composites of inference with a layer."""
-        return workload.op in LAYER_COMPOSITES and workload.op not in TRAIN_STEPS
+        entry = workload.entry
+        return isinstance(entry, CompositeEntry) and bool(entry.parts) and not entry.trains
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
         """Operands and results are allocated before; weights lie as linear layers have them."""
@@ -183,8 +182,9 @@ class Eager(Provider):
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
         """Composites are the adapter's modules with the ops replaced."""
         if weights is None:
-            return bind_function(REFERENCES[workload.op], inputs, DIFFERENTIABLE[workload.op], gradients=gradients)
-        return _plain_step(workload, inputs, weights, REFERENCES, gradients=gradients)
+            reference = op_entry(workload.op).reference
+            return bind_function(reference, inputs, differentiable(workload), gradients=gradients)
+        return _plain_step(workload, inputs, weights, references(), gradients=gradients)
 
 
 class Compiled(Provider):
@@ -206,13 +206,15 @@ class Compiled(Provider):
         device = device_of(inputs)
         if weights is not None:
             wrap = compiling(device, gradients=gradients)
-            return _plain_step(workload, inputs, weights, COMPILABLE, gradients=gradients, wrap=wrap)
-        function = COMPILABLE[workload.op]
+            plain = references(compilable=True)
+            return _plain_step(workload, inputs, weights, plain, gradients=gradients, wrap=wrap)
+        entry = op_entry(workload.op)
+        function, parameters = entry.compilable_reference, entry.inputs.PARAMETERS
         if gradients:
             compiled = compiling(device, gradients=True)(function)
-            return bind_function(compiled, inputs, DIFFERENTIABLE[workload.op], gradients=True)
-        module = _Frozen(function, {name: inputs[name] for name in PARAMETERS[workload.op]})
-        arguments = {name: value for name, value in inputs.items() if name not in PARAMETERS[workload.op]}
+            return bind_function(compiled, inputs, differentiable(workload), gradients=True)
+        module = _Frozen(function, {name: inputs[name] for name in parameters})
+        arguments = {name: value for name, value in inputs.items() if name not in parameters}
         return bind_function(compiling(device, gradients=False)(module), arguments, (), gradients=False)
 
 
@@ -225,7 +227,7 @@ class Released(Provider):
 
     def serves(self, workload: Workload) -> bool:
         """What that code has; composites have another mathematics and need the "released" preset."""
-        return workload.op not in ABSORBED_OPS
+        return workload.level == "composite" or workload.op in peers.RELEASED
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
         """The port's maths is another in the other presets."""
@@ -239,7 +241,7 @@ class Released(Provider):
         wrap = compiling(device_of(inputs), gradients=gradients) if self.compiles else _unchanged
         if weights is None:
             function, prepare = peers.released_op(workload, sdpa=self.compiles)
-            return bind_function(wrap(function), prepare(inputs), DIFFERENTIABLE[workload.op], gradients=gradients)
+            return bind_function(wrap(function), prepare(inputs), differentiable(workload), gradients=gradients)
         weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
         step = released_step(workload.case, weights, sdpa=self.compiles)
         arguments = arguments_of(step, workload.op, inputs)
@@ -271,8 +273,13 @@ class Peer(Provider):
             arguments = self._peer.images(inputs, next(iter(weights.values())).dtype)
             return bind_function(run, arguments, (), gradients=False)
         function, arguments = self._peer.prepare(workload.op, inputs)
-        wrt = DIFFERENTIABLE[workload.op] if gradients else ()
+        wrt = differentiable(workload) if gradients else ()
         return bind_function(wrap(function), arguments, wrt, gradients=gradients)
+
+
+def differentiable(workload: Workload) -> tuple[str, ...]:
+    """Arguments of an op that gradients are taken of."""
+    return op_entry(workload.op).inputs.DIFFERENTIABLE
 
 
 class _Frozen(nn.Module):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 
-from bench.regression import CASES, make_call
+from bench.regression import cases, make_call
 
 pytest.importorskip("pytest_benchmark", reason="NO BENCHMARKS: pytest-benchmark is not installed")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_regression(benchmark, case):
     benchmark.group = case.partition(":")[0]
     call = make_call(case)

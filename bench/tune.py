@@ -30,18 +30,19 @@ import hia_kernels
 from hia_kernels import ops as all_ops
 from hia_kernels.core import backend, tuning
 from hia_kernels.ops.conv_norm_act import cudnn
+from hia_kernels.ops.conv_norm_act import inputs as convolution
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.testing import analysed
 
 from . import environment
-from .cases import OPS, RESOLUTIONS, Size, Workload, halved, in_set, workloads
 from .gate import Truth, both_call, dout_like, results_of, truth_of
-from .inputs import Draw, Inputs, make_inputs
 from .kernels_args import names
 from .limits import DTYPES
 from .providers import Ours
 from .report import write_text
 from .timing import Budget, Clock, CudaClock, exact_matmuls, interleaved
+from .workloads import RESOLUTIONS, Workload, gpu_workloads, make_inputs, ops
+from .workloads.conv_norm_act import resnet50_shapes
 
 Config = dict[str, int]
 AT_MOST = 8  # configurations a key
@@ -50,7 +51,6 @@ BUDGET = Budget(1.0, at_least=8, at_most=40)
 WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5)
 OF_KERNELS = ("triton", "cublas")  # backends whose Triton kernels ask for configurations
 RIVALS = {"conv_norm_act": ("triton", "cudnn")}  # the first serves where nothing was measured
-WIDTHS = (64, 128, 256, 512)  # of ResNet-50's four stages
 
 
 @dataclass
@@ -204,60 +204,21 @@ def tune_workload(workload: Workload, dtype: str, tuned: Tuned, clock: Clock, de
     return new
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """One of ResNet-50's shapes; ``size`` is the input's."""
-
-    size: Size
-    kernel: int
-    stride: int
-    channels: int
-    out_channels: int
-    residual: bool = False
-
-    def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
-        """Arguments of the op, for one image."""
-        draw = Draw(dtype, device, seed=0)
-        c, oc, kernel = self.channels, self.out_channels, self.kernel
-        out_size = [(side - 1) // self.stride + 1 for side in self.size]
-        weight = draw.normal(oc, c, kernel, kernel, scale=(c * kernel * kernel) ** -0.5)
-        return {
-            "x": draw.normal(1, *self.size, c),
-            "weight": weight.contiguous(memory_format=torch.channels_last),
-            "scale": draw.near_one(oc, dtype=draw.statistics),
-            "shift": draw.normal(oc, dtype=draw.statistics),
-            "residual": draw.normal(1, *out_size, oc) if self.residual else None,
-            "stride": self.stride,
-            "activation": "relu",
-        }
-
-
-def resnet50_convolutions(side: int) -> list[Convolution]:
-    """All shapes behind the stem, each once, for a square image of ``side`` pixels."""
-    found = []
-    for stage, width in enumerate(WIDTHS):
-        inside = halved((side, side), 2 + stage)
-        before, stride, entering = (halved((side, side), 1 + stage), 2, 2 * width) if stage else (inside, 1, width)
-        found += [
-            Convolution(inside, 1, 1, width, 4 * width, residual=True),
-            Convolution(inside, 1, 1, 4 * width, width),
-            Convolution(inside, 3, 1, width, width),
-            Convolution(before, 1, 1, entering, width),
-            Convolution(before, 3, stride, width, width),
-            Convolution(before, 1, stride, entering, 4 * width),
-        ]
-    return list(dict.fromkeys(found))
-
-
 def race(
-    shape: Convolution, dtype: torch.dtype, tuned: Tuned, clock: Clock, device: str = "cuda", budget: Budget = BUDGET
+    shape: convolution.Shape,
+    dtype: torch.dtype,
+    tuned: Tuned,
+    clock: Clock,
+    device: str = "cuda",
+    budget: Budget = BUDGET,
 ) -> str | None:
     """Time the rival backends of ``conv_norm_act`` at a shape; the first keeps what another does not clearly win.
 
     Returns:
         Its name in the file; None if that was measured before, or if only one of them has right results here.
     """
-    inputs = shape.inputs(dtype, device)
+    inputs = convolution.make_inputs(shape, dtype, device)
+    inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
     name = f"conv_norm_act/{cudnn.backend_key(inputs['x'], inputs['weight'], shape.stride)}"
     if name in tuned.backends:
         return None
@@ -314,13 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 without a CUDA device.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.add_argument("--op", action="append", metavar="NAME", help=f"{', '.join(OPS)} (default: all)")
+    parser.add_argument("--op", action="append", metavar="NAME", help=f"{', '.join(ops())} (default: all)")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES), help="of the inputs (default: bf16)")
     parser.add_argument("--minutes", type=float, metavar="M", help="start no new workload after that long")
     parser.add_argument("--out", type=Path, metavar="FILE", help="instead of hia_kernels/core/tuned/<device>.json")
     options = parser.parse_args(arguments)
     try:
-        ops = names("--op", options.op or ["*"], OPS)
+        chosen = names("--op", options.op or ["*"], ops())
     except ValueError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
@@ -331,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out or tuning.FOLDER / f"{tuning.device_slug(torch.cuda.get_device_name())}.json"
     tuned, clock, started = Tuned(), CudaClock(), time.perf_counter()
     with exact_matmuls():
-        for workload in (one for op in ops for one in workloads(op) if in_set(one, "gpu")):
+        for workload in (one for one in gpu_workloads() if one.op in chosen):
             if options.minutes and time.perf_counter() - started > 60 * options.minutes:
                 print(f"not begun, the time is over: {workload.op} {workload.name}", flush=True)
                 continue
@@ -341,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                       flush=True)  # fmt: skip
             write(path, tuned, facts)
             torch.cuda.empty_cache()
-        for shape in (one for side in RESOLUTIONS for one in resnet50_convolutions(side) if "conv_norm_act" in ops):
+        for shape in (one for side in RESOLUTIONS for one in resnet50_shapes(side) if "conv_norm_act" in chosen):
             if options.minutes and time.perf_counter() - started > 60 * options.minutes:
                 print(f"not begun, the time is over: backends at {shape}", flush=True)
                 continue

@@ -10,7 +10,7 @@ from hia_kernels import row_softmax, use_backend
 from hia_kernels.core import triton_support, tuning
 from hia_kernels.ops.row_softmax.reference import row_softmax_ref
 from tests import conftest
-from tests.inputs import row_softmax_inputs
+from tests.inputs import inputs_of
 from tests.ops import harness
 
 HEURISTIC = {"BLOCK_R": 8, "num_warps": 4}
@@ -74,7 +74,8 @@ def test_the_gpu_tier_runs_what_the_interpreter_runs(monkeypatch):
 
 
 def test_on_a_gpu_the_reference_does_not_pass_for_a_kernel(monkeypatch):
-    arguments = "row_softmax", row_softmax, row_softmax_ref, row_softmax_inputs(3, 5, torch.float32), torch.float32
+    inputs = inputs_of("row_softmax")(3, 5, torch.float32)
+    arguments = "row_softmax", row_softmax, row_softmax_ref, inputs, torch.float32
     with use_backend("reference"):
         harness.assert_matches(*arguments)
         monkeypatch.setattr(harness, "device_type", lambda inputs: "cuda")

@@ -33,7 +33,9 @@ EXPECTED_OPS = {"stem", "conv_norm_act", "condition_queries", "cross_attention",
 OP_PARTS = [
     "hia_kernels/ops/{}/functional.py",
     "hia_kernels/ops/{}/reference.py",
+    "hia_kernels/ops/{}/inputs.py",
     "hia_kernels/ops/{}/library.py",
+    "bench/workloads/{}.py",
     "tests/ops/test_{}.py",
     "docs/{}.md",
 ]
@@ -171,7 +173,8 @@ def test_every_module_imports_and_prints_nothing(package):
 def test_hia_kernels_imports_without_triton_and_without_the_adapter():
     done = run_python(
         "import sys; sys.modules['triton'] = None; import hia_kernels; "
-        "print([name for name in ('transformers', 'hia', 'bench') if name in sys.modules])"
+        "print([name for name in sys.modules if name in ('transformers', 'hia', 'bench') "
+        "or name.startswith('hia_kernels.') and name.endswith('.inputs')])"
     )
     assert done.returncode == 0, f"`import hia_kernels` needs triton:\n{done.stderr[-3000:]}"
     assert done.stdout.strip() == "[]", f"`import hia_kernels` also imported {done.stdout.strip()}"
@@ -232,13 +235,21 @@ def test_reference_imports_only_torch(source):
         )
 
 
+@each([source for source in KERNELS if source.path.name == "inputs.py"])
+def test_inputs_import_only_torch_and_core(source):
+    for found in source.imports:
+        top = found.module.split(".")[0]
+        fine = top == "torch" or top in sys.stdlib_module_names or within(found.module, "hia_kernels.core")
+        assert fine, f"{source.where(found.line)}: imports {found.module}; inputs.py imports torch and core"
+
+
 @each(ADAPTER)
 def test_adapter_holds_no_kernel(source):
     for found in source.imports:
         assert not within(found.module, "triton"), (
             f"{source.where(found.line)}: imports triton; kernels are hia_kernels'"
         )
-        inside = re.match(r"hia_kernels\.ops\.\w+\.(library|reference|triton_\w+)\b", found.module)
+        inside = re.match(r"hia_kernels\.ops\.\w+\.(library|reference|inputs|triton_\w+)\b", found.module)
         assert not inside, f"{source.where(found.line)}: imports {found.module}; call the op through its functional.py"
 
 

@@ -14,9 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hia.adapter import HiAAdapter
 
-from ..cases import LayerCase, Workload
-from ..inputs import Inputs
 from ..plain import packed, sequences
+from ..workloads import Inputs, LayerCase, Workload
 
 HALVES = (torch.float16, torch.bfloat16)
 EPS = 1e-5
@@ -43,7 +42,7 @@ class Attention(ABC):
                 return problem
         if dtype not in self.dtypes:
             return f"takes {' or '.join(str(d).removeprefix('torch.') for d in self.dtypes)} only"
-        head_dim = workload.case.config.head_dim
+        head_dim = workload.shape.head_dim
         return f"head_dim {head_dim} is above its {self.max_head_dim}" if head_dim > self.max_head_dim else None
 
     def prepare(self, op: str, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
@@ -154,10 +153,10 @@ class Ffpa(Attention):
         reason = super().unavailable_reason(device, dtype, workload, mode)
         if reason is not None:
             return reason
-        if workload.case.config.head_dim < 320:
-            return f"hands head_dim {workload.case.config.head_dim}, below 320, to SDPA"
-        lengths_q, lengths_k = workload.case.attention_lengths(workload.role)
-        short = min(lengths_q) < 512 or min(lengths_k) < 512
+        shape = workload.shape
+        if shape.head_dim < 320:
+            return f"hands head_dim {shape.head_dim}, below 320, to SDPA"
+        short = min(shape.lengths_q + shape.lengths_k) < 512
         if short and self._kernel != "cutedsl":
             return "hands fewer than 512 queries or keys to SDPA"
         return "its cutedsl kernel is called forward only here" if mode not in ("forward", "dispatch") else None
@@ -306,20 +305,8 @@ def released_op(workload: Workload, *, sdpa: bool) -> tuple[Callable[..., Any], 
     Convolutions are NCHW with an unfused batch-norm; attention is textbook and also returns its weights, unless
     ``sdpa``; keys and values are normalised once each; rows are written by concatenating the sequence again.
     """
-    op, case = workload.op, workload.case
-    if op == "stem":
-        return _released_stem, _normalised
-    if op == "conv_norm_act":
-        return _released_conv, _channels_first
-    if op == "condition_queries":
-        return _released_condition, dict
-    if op == "cross_attention":
-        return (sdpa_packed if sdpa else _weighted_attention), dict
-    if op == "norm_linear":
-        return (_norm_twice if workload.role in ("features", "extracted") else _norm_once), dict
-    if op == "linear":
-        return _linear, dict
-    return _Concatenation(case), dict
+    choose, prepare = RELEASED[workload.op]
+    return choose(workload, sdpa), prepare
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -422,3 +409,16 @@ class _Concatenation:
                 image += 1
             samples.append(one)
         return torch.cat(samples) if len(samples) > 1 else samples[0]
+
+
+# the ops that the released code has steps for: the function, by workload and whether SDPA is allowed, and what puts the
+# inputs into its form
+RELEASED: dict[str, tuple[Callable[[Workload, bool], Callable[..., Any]], Callable[[Inputs], Inputs]]] = {
+    "stem": (lambda _workload, _sdpa: _released_stem, _normalised),
+    "conv_norm_act": (lambda _workload, _sdpa: _released_conv, _channels_first),
+    "condition_queries": (lambda _workload, _sdpa: _released_condition, dict),
+    "cross_attention": (lambda _workload, sdpa: sdpa_packed if sdpa else _weighted_attention, dict),
+    "norm_linear": (lambda found, _sdpa: _norm_twice if found.role in ("features", "extracted") else _norm_once, dict),
+    "linear": (lambda _workload, _sdpa: _linear, dict),
+    "inject_rows": (lambda workload, _sdpa: _Concatenation(workload.case), dict),
+}

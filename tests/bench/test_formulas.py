@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench import formulas, hosts, images, methods, predict
-from bench.cases import CASES
 from bench.records import FORMULA_TOLERANCE
+from bench.workloads import CASES
 from hia import plan
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import cases, kernels, kernels_args, kernels_output, providers
+from bench import kernels, kernels_args, kernels_output, providers, workloads
 from bench.measurement import Measurement, read_records, write_records
 
 RECORD = Measurement(
@@ -17,7 +17,7 @@ RECORD = Measurement(
 
 
 def workload(op, case, role=""):
-    return cases.Workload(op, cases.CASES[case], role)
+    return workloads.Workload(op, workloads.CASES[case], role)
 
 
 def fake_run(chosen, *, saves_time=False, **more):
@@ -109,18 +109,20 @@ def test_a_failed_device_ends_in_a_clear_message_and_a_fresh_run_goes_on(tmp_pat
 
     before = kernels.synchronize
     monkeypatch.setattr(kernels, "synchronize", synchronize)
-    arguments = ["--quick", "--device", "cpu", "--op", "stem,inject_rows", "--mode", "forward"]
+    arguments = ["--quick", "--device", "cpu", "--op", "inject_rows,stem", "--mode", "forward"]
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "the device failed in hia stem px-tiny (CUDA error: device-side assert triggered): nothing more" in printed
-    rows = [one for one in read_records(tmp_path / "kernels.json") if one.op == "inject_rows"]
-    assert rows and all(one.reason.startswith("not run: the device failed in hia stem px-tiny") for one in rows)
+    assert (
+        "the device failed in hia inject_rows tiny (CUDA error: device-side assert triggered): nothing more" in printed
+    )
+    rows = [one for one in read_records(tmp_path / "kernels.json") if one.op == "stem"]
+    assert rows and all(one.reason.startswith("not run: the device failed in hia inject_rows tiny") for one in rows)
     assert "the same command with --resume 0:hia goes on" in printed
     monkeypatch.setattr(kernels, "synchronize", before)
     assert kernels.main([*arguments, "--out", str(tmp_path), "--resume", "0:hia"]) == 0
     found = {(one.op, one.provider): one for one in read_records(tmp_path / "kernels.json")}
-    assert found["stem", "hia"].status == "failed", "what the first run found stays"
-    assert found["stem", "eager"].status == found["inject_rows", "hia"].status == "ok"
+    assert found["inject_rows", "hia"].status == "failed", "what the first run found stays"
+    assert found["inject_rows", "eager"].status == found["stem", "hia"].status == "ok"
     assert not [one for one in found.values() if "not run" in (one.reason or "")]
 
 

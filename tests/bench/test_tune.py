@@ -11,8 +11,10 @@ import torch
 import hia_kernels
 from bench import tune
 from bench.timing import Budget
+from bench.workloads.conv_norm_act import resnet50_shapes
 from hia_kernels.core import tuning
 from hia_kernels.ops.conv_norm_act import cpu
+from hia_kernels.ops.conv_norm_act.inputs import Shape
 
 DEVICE = torch.device("cuda", 0)
 HEURISTIC = {"BLOCK_R": 8, "num_warps": 4, "num_stages": 2}
@@ -112,7 +114,7 @@ def test_the_file_is_what_launchers_read(tmp_path, monkeypatch):
     tuning.stored.cache_clear()
 
 
-SMALL = tune.Convolution((5, 4), 3, 1, 8, 16, residual=True)
+SMALL = Shape((5, 4), 1, (8, 16), residual=True)
 SMALL_KEY = "conv_norm_act/k3s1-px32-c8-oc16-float32"
 
 
@@ -167,12 +169,12 @@ def test_a_shape_is_measured_once(rivals):
 
 
 def test_the_shapes_of_resnet50():
-    shapes = tune.resnet50_convolutions(224)
+    shapes = resnet50_shapes(224)
     assert len(shapes) == len(set(shapes)) == 24 - 1  # stage 1 enters with its own width
-    assert tune.Convolution((56, 56), 3, 1, 64, 64) in shapes
-    assert tune.Convolution((56, 56), 3, 2, 128, 128) in shapes
-    assert tune.Convolution((14, 14), 1, 2, 1024, 2048) in shapes
-    assert tune.Convolution((7, 7), 1, 1, 512, 2048, residual=True) in shapes
+    assert Shape((56, 56), 1, (64, 64), 3, 1) in shapes
+    assert Shape((56, 56), 1, (128, 128), 3, 2) in shapes
+    assert Shape((14, 14), 1, (1024, 2048), 1, 2) in shapes
+    assert Shape((7, 7), 1, (512, 2048), 1, 1, residual=True) in shapes
 
 
 def test_backends_are_in_the_file_that_the_table_reads(tmp_path, monkeypatch):

@@ -14,26 +14,14 @@ import hia
 import hia_kernels
 from hia import plan
 from hia.features import ImageFeatures
-from tests import inputs as op_inputs
 from tests.hia.conftest import ONE, TWO, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llava
 from tests.hia.test_plan import FORMS, adapter_of, available, question
+from tests.inputs import OPS, differentiable, inputs_of, small_inputs
 
 SIDES = (7, 9, 12, 20, 33)
 DEVICE = torch.device("cuda")
 TRAINED = [forms for forms in FORMS if not forms[0].startswith(("deep", "cached"))]
-OPS: dict[str, Callable[..., op_inputs.Inputs]] = {
-    "stem": lambda dtype: op_inputs.stem_inputs((23, 30), dtype, "cuda"),
-    "conv_norm_act": lambda dtype: op_inputs.conv_norm_act_inputs((9, 7), dtype, "cuda", residual=True),
-    "condition_queries": lambda dtype: op_inputs.condition_queries_inputs(40, 3, dtype, "cuda"),
-    "cross_attention": lambda dtype: op_inputs.cross_attention_inputs([6, 6], [40, 9], dtype, "cuda"),
-    "norm_linear": lambda dtype: op_inputs.norm_linear_inputs(40, 17, dtype, "cuda"),
-    "inject_rows": lambda dtype: op_inputs.inject_rows_inputs(40, 17, dtype, "cuda"),
-    "linear": lambda dtype: op_inputs.linear_inputs(40, dtype, "cuda"),
-    "head_linear": lambda dtype: op_inputs.head_linear_inputs(2, 17, dtype, "cuda"),
-    "row_softmax": lambda dtype: op_inputs.row_softmax_inputs(9, 33, dtype, "cuda"),
-    "latent_attention": lambda dtype: op_inputs.latent_attention_inputs(24, 32, [17, 5], dtype, "cuda"),
-}
 
 
 @pytest.mark.compile
@@ -117,7 +105,7 @@ def test_conditioned_queries_compile_once_for_any_sizes(training):
     torch._dynamo.reset()
     compiled = torch.compile(hia_kernels.condition_queries, backend=counter, fullgraph=True, dynamic=True)
     for tokens, samples in ((40, 2), (57, 3), (300, 8), (1000, 5)):
-        given = op_inputs.condition_queries_inputs(tokens, samples, torch.float32)
+        given = inputs_of("condition_queries")(tokens, samples, torch.float32)
         given["weight"].requires_grad_(training)
         got, expected = compiled(**given), hia_kernels.condition_queries(**given)
         assert torch.equal(got, expected) and got.requires_grad == training
@@ -229,11 +217,11 @@ def test_a_layout_goes_up_without_waiting():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_is_captured_in_a_cuda_graph(op, dtype, training):
-    given = OPS[op](dtype)
-    wrt = [given[name] for name in op_inputs.DIFFERENTIABLE[op] if given[name] is not None]
+    given = small_inputs(op, dtype, "cuda")
+    wrt = [given[name] for name in differentiable(op) if given[name] is not None]
     wrt = [x.requires_grad_(training) for x in (x.detach() for x in wrt) if x.is_floating_point()]
     leaves = iter(wrt)
-    for name in op_inputs.DIFFERENTIABLE[op]:
+    for name in differentiable(op):
         if given[name] is not None and given[name].is_floating_point():
             given[name] = next(leaves)
 
@@ -248,7 +236,6 @@ def test_every_op_is_captured_in_a_cuda_graph(op, dtype, training):
     assert_same(captured(call), expected)
 
 
-def test_every_op_has_a_capture_test():
-    assert set(OPS) == set(op_inputs.DIFFERENTIABLE)
+def test_every_form_has_a_capture_test():
     assert {extract for extract, _ in FORMS} == set(plan.EXTRACT_FORMS)
     assert {inject for _, inject in FORMS} == set(plan.INJECT_FORMS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hia_kernels import last_backend, testing
-from tests.inputs import DIFFERENTIABLE, Inputs
+from tests.inputs import Inputs, differentiable
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
@@ -21,12 +21,12 @@ Results = testing.Results
 
 def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> Results:
     """``out``, and ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient."""
-    return testing.forward_backward(function, inputs, DIFFERENTIABLE[op])
+    return testing.forward_backward(function, inputs, differentiable(op))
 
 
 def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
     """The tensors to differentiate in, detached, with their strides."""
-    found = {name: inputs[name] for name in DIFFERENTIABLE[op] if inputs[name] is not None}
+    found = {name: inputs[name] for name in differentiable(op) if inputs[name] is not None}
     return {name: x.detach().requires_grad_() for name, x in found.items() if x.is_floating_point()}
 
 
@@ -47,7 +47,7 @@ def assert_matches(
     got = forward_backward(op, watched, inputs)
     served.append(last_backend(op))
     assert device_type(inputs) == "cpu" or not {None, "reference"} & set(served), f"{op} was served by {served}"
-    testing.expect(reference, inputs, DIFFERENTIABLE[op], dtype=dtype).check(got)
+    testing.expect(reference, inputs, differentiable(op), dtype=dtype).check(got)
 
 
 def assert_backward_is_autograd_of_reference(

@@ -6,7 +6,7 @@ import torch
 from hia_kernels import condition_queries
 from hia_kernels.ops.condition_queries.reference import condition_queries_bwd_ref, condition_queries_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close
-from tests.inputs import condition_queries_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -25,6 +25,7 @@ from tests.ops.harness import (
 )
 
 OP = "condition_queries"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(40, 3, {}, id="three-samples"),
     pytest.param(4, 9, {"bias": False}, id="rows-twice-no-bias"),

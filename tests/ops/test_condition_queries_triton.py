@@ -5,7 +5,7 @@ import torch
 
 from hia_kernels import condition_queries, last_backend, use_backend
 from hia_kernels.ops.condition_queries.reference import condition_queries_ref
-from tests.inputs import condition_queries_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     assert_autocast,
@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
 
 OP = "condition_queries"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(40, 3, {}, id="three-samples"),
     pytest.param(4, 9, {"bias": False}, id="rows-twice-no-bias"),

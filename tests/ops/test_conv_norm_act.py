@@ -6,7 +6,7 @@ import torch
 from hia_kernels import conv_norm_act
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close
-from tests.inputs import conv_norm_act_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -23,6 +23,7 @@ from tests.ops.harness import (
 )
 
 OP = "conv_norm_act"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param((9, 12), {"kernel": 1, "activation": "none"}, id="1x1-none"),
     pytest.param((9, 12), {"residual": True}, id="3x3-relu-residual"),

@@ -16,10 +16,11 @@ from hia_kernels.ops.conv_norm_act.functional import (
 )
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.testing import analysed, assert_close
-from tests.inputs import conv_norm_act_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, flops_by_op, forward_backward
 
 OP = "conv_norm_act"
+make_inputs = inputs_of(OP)
 F32, BF16 = torch.float32, torch.bfloat16
 HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 NEEDS_BF16 = pytest.mark.skipif(not HAS_BF16, reason="oneDNN has no bfloat16 on this CPU")

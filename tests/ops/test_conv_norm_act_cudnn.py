@@ -11,13 +11,14 @@ from hia_kernels import conv_norm_act, last_backend, use_backend
 from hia_kernels.core import triton_support, tuning
 from hia_kernels.ops.conv_norm_act import cudnn, library
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
-from tests.inputs import conv_norm_act_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, assert_matches, assert_repeatable
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: what follows cuDNN's convolution is not tested")
 
 OP = "conv_norm_act"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param((9, 12), {"kernel": 1, "activation": "none"}, id="1x1-none"),
     pytest.param((9, 13), {"residual": True}, id="3x3-relu-residual"),

@@ -20,10 +20,11 @@ from hia_kernels.ops.conv_norm_act.functional import (
 )
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.testing import analysed, assert_close, upcast
-from tests.inputs import conv_norm_act_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import assert_identical, assert_matches, flops_by_op, forward_backward
 
 OP = "conv_norm_act"
+make_inputs = inputs_of(OP)
 F32 = torch.float32
 WIDE = {"channels": (32, 64)}
 REASONS = native.unavailable_reasons()

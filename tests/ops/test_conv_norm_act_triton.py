@@ -10,8 +10,7 @@ from hia_kernels import conv_norm_act, last_backend, use_backend
 from hia_kernels.core import triton_support, tuning
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 from hia_kernels.testing import analysed, assert_close, bounded
-from tests.inputs import conv_norm_act_inputs as make_inputs
-from tests.inputs import stem_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, assert_matches, assert_repeatable, forward_backward, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
@@ -21,6 +20,7 @@ triton_bwd = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_bwd")
 pytestmark = pytest.mark.interpreter
 
 OP = "conv_norm_act"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param((9, 12), {"kernel": 1, "activation": "none"}, id="1x1-none"),
     pytest.param((9, 13), {"residual": True}, id="3x3-relu-residual"),
@@ -140,7 +140,7 @@ def test_gradients_never_use_tf32(op, triton_device, monkeypatch):
     """PyTorch allows it by default; inside it is off, and afterwards as it was."""
     inputs = make_inputs((9, 7), torch.float32, triton_device)
     if op == "stem":
-        inputs = stem_inputs((16, 17), torch.float32, triton_device)
+        inputs = inputs_of("stem")((16, 17), torch.float32, triton_device)
     original, seen = torch.ops.aten.convolution_backward, []
 
     def watched(*args):

@@ -11,34 +11,10 @@ from hia_kernels import last_backend, norm_linear, use_backend
 from hia_kernels.core import backend, checks, cudnn, native, registration, settings, tuning, varlen
 from hia_kernels.core.backend import Backend, BackendTable
 from hia_kernels.testing import assert_close, rel_rms
-from tests.inputs import (
-    DIFFERENTIABLE,
-    condition_queries_inputs,
-    conv_norm_act_inputs,
-    cross_attention_inputs,
-    head_linear_inputs,
-    inject_rows_inputs,
-    latent_attention_inputs,
-    linear_inputs,
-    norm_linear_inputs,
-    row_softmax_inputs,
-    stem_inputs,
-)
+from tests.inputs import OPS, differentiable, inputs_of, small_inputs
 from tests.ops.harness import forward_backward
 
 F32 = torch.float32
-CALLS = {
-    "condition_queries": lambda dtype: condition_queries_inputs(9, 3, dtype),
-    "conv_norm_act": lambda dtype: conv_norm_act_inputs((5, 4), dtype),
-    "cross_attention": lambda dtype: cross_attention_inputs([3, 4], [5, 4], dtype),
-    "head_linear": lambda dtype: head_linear_inputs(2, 9, dtype),
-    "inject_rows": lambda dtype: inject_rows_inputs(9, 5, dtype),
-    "latent_attention": lambda dtype: latent_attention_inputs(6, 16, [5, 4], dtype),
-    "linear": lambda dtype: linear_inputs(9, dtype),
-    "norm_linear": lambda dtype: norm_linear_inputs(9, 5, dtype),
-    "row_softmax": lambda dtype: row_softmax_inputs(5, 9, dtype),
-    "stem": lambda dtype: stem_inputs((16, 17), dtype),
-}
 
 
 @pytest.fixture
@@ -127,9 +103,9 @@ class TestBackendChoice:
             raise KeyError
         assert backend.requested_backend() == "auto"
 
-    @pytest.mark.parametrize("op", CALLS)
+    @pytest.mark.parametrize("op", OPS)
     def test_every_op_obeys(self, op, monkeypatch):
-        function, inputs = getattr(hia_kernels, op), CALLS[op](F32)
+        function, inputs = getattr(hia_kernels, op), small_inputs(op, F32)
         monkeypatch.setattr(backend, "_last", {})
         forward_backward(op, function, inputs)
         assert set(backend._last) == {op}
@@ -291,10 +267,10 @@ class TestMeasuredBackend:
             tuning.measured_backend("stem", "k7", self.DEVICE)
 
 
-@pytest.mark.parametrize("op", [op for op in CALLS if op != "row_softmax"])  # it returns two: its own file has these
+@pytest.mark.parametrize("op", [op for op in OPS if op != "row_softmax"])  # it returns two: its own file has these
 class TestEveryOp:
     def test_fake_tensors_have_the_real_metadata(self, op):
-        inputs = CALLS[op](F32)
+        inputs = small_inputs(op, F32)
         real = getattr(hia_kernels, op)(**inputs)
         with FakeTensorMode() as mode:
             fakes = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
@@ -302,18 +278,18 @@ class TestEveryOp:
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
     def test_meta_tensors(self, op):
-        inputs = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in CALLS[op](F32).items()}
+        inputs = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in small_inputs(op, F32).items()}
         assert getattr(hia_kernels, op)(**inputs).device.type == "meta"
 
     def test_float64_is_left_alone_by_autocast(self, op):
-        inputs = CALLS[op](torch.float64)
+        inputs = small_inputs(op, torch.float64)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = getattr(hia_kernels, op)(**inputs)
         assert torch.equal(out, getattr(hia_kernels, op)(**inputs))
 
     def test_without_gradients_the_result_is_detached(self, op):
-        inputs = CALLS[op](F32)
-        inputs |= {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE[op][1:2]}
+        inputs = small_inputs(op, F32)
+        inputs |= {name: inputs[name].detach().requires_grad_() for name in differentiable(op)[1:2]}
         with torch.no_grad():
             assert not getattr(hia_kernels, op)(**inputs).requires_grad
         assert getattr(hia_kernels, op)(**inputs).requires_grad
@@ -375,7 +351,7 @@ class TestPacking:
 
     @pytest.mark.gpu
     def test_debug_mode_checks_values_on_the_gpu(self, device, monkeypatch):
-        inputs = norm_linear_inputs(9, 5, F32, device) | {"row_idx": torch.tensor([9], device=device)}
+        inputs = inputs_of("norm_linear")(9, 5, F32, device) | {"row_idx": torch.tensor([9], device=device)}
         monkeypatch.setenv("HIA_DEBUG", "1")
         with pytest.raises(ValueError, match=r"row_idx must be in \[0, 9\), got values from 9 to 9"):
             norm_linear(**inputs)
@@ -437,11 +413,11 @@ class TestSettings:
         monkeypatch.delenv(name)
         assert settings.read(name) == settings.CHOICES[name][0]
 
-    @pytest.mark.parametrize("op", CALLS)
+    @pytest.mark.parametrize("op", OPS)
     def test_every_op_refuses_a_misspelt_cpu_isa(self, op, monkeypatch):
         monkeypatch.setenv("HIA_CPU_ISA", "AVX2")
         with pytest.raises(ValueError, match="HIA_CPU_ISA must be one of avx512, avx2, none, got 'AVX2'"):
-            getattr(hia_kernels, op)(**CALLS[op](F32))
+            getattr(hia_kernels, op)(**small_inputs(op, F32))
 
     def test_none_turns_the_native_kernels_off(self, monkeypatch):
         monkeypatch.setenv("HIA_CPU_ISA", "none")

@@ -6,14 +6,14 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hia_kernels import cross_attention, cross_attention_with_lse
+from hia_kernels.ops.cross_attention.inputs import packing
 from hia_kernels.ops.cross_attention.reference import (
     cross_attention_bwd_ref,
     cross_attention_ref,
     cross_attention_with_lse_ref,
 )
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close
-from tests.inputs import cross_attention_inputs as make_inputs
-from tests.inputs import packing
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     HALVES,
     assert_autocast,
@@ -30,6 +30,7 @@ from tests.ops.harness import (
 )
 
 OP = "cross_attention"
+make_inputs = inputs_of(OP)
 EXTRACT_33 = 33 * 33  # tokens of a 1056 x 1056 image: one more than a multiple of 32
 EXTRACT_31 = 31 * 31  # of 992 x 992: likewise
 CASES = [  # lengths of queries and keys; dtypes rotate where the axis is not about precision

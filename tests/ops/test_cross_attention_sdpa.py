@@ -8,14 +8,15 @@ import torch
 from hia_kernels import cross_attention, cross_attention_with_lse, last_backend, use_backend
 from hia_kernels.core import triton_support
 from hia_kernels.ops.cross_attention import sdpa
+from hia_kernels.ops.cross_attention.inputs import packing
 from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref as backward_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross_attention_with_lse_ref
 from hia_kernels.testing import analysed, assert_close
-from tests.inputs import cross_attention_inputs as make_inputs
-from tests.inputs import packing
+from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward
 
 OP = "cross_attention"
+make_inputs = inputs_of(OP)
 CASES = [  # dtypes rotate where the axis is not about precision
     pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float32, id="ragged-fp32"),
     pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float16, id="ragged-fp16"),

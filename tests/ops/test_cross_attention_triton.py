@@ -7,11 +7,11 @@ import torch
 
 from hia_kernels import cross_attention, cross_attention_with_lse, last_backend, use_backend
 from hia_kernels.core import triton_support
+from hia_kernels.ops.cross_attention.inputs import packing
 from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref as backward_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross_attention_with_lse_ref
 from hia_kernels.testing import analysed, assert_close
-from tests.inputs import cross_attention_inputs as make_inputs
-from tests.inputs import packing
+from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, assert_repeatable, forward_backward, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
 
 OP = "cross_attention"
+make_inputs = inputs_of(OP)
 CASES = [  # up to head_dim 256 fp16 and bf16 stay in registers; wider ones and fp32 pass through memory
     pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float32, id="ragged-fp32"),
     pytest.param([7, 1, 12], [9, 30, 5], {}, torch.float16, id="ragged-fp16"),

@@ -11,7 +11,7 @@ from hia_kernels.core import triton_support
 from hia_kernels.ops.head_linear import batched
 from hia_kernels.ops.head_linear.reference import head_linear_bwd_ref, head_linear_ref
 from hia_kernels.testing import FP64_SLACK, assert_close, bounded, dout_like
-from tests.inputs import head_linear_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -29,6 +29,7 @@ from tests.ops.harness import (
 )
 
 OP = "head_linear"
+make_inputs = inputs_of(OP)
 LARGE = {"channels": 300, "dim": 257, "heads": 2}  # of 300 rows and more: beyond products.LEAST_FLOPS
 CASES = [
     pytest.param(2, 9, {}, id="two-images"),

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from hia_kernels import inject_rows, inject_rows_
 from hia_kernels.ops.inject_rows.reference import inject_rows_bwd_ref, inject_rows_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close
-from tests.inputs import inject_rows_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -26,6 +26,7 @@ from tests.ops.harness import (
 )
 
 OP = "inject_rows"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(40, 17, {}, id="some-rows"),
     pytest.param(33, 33, {"bias": False}, id="every-row-no-bias"),

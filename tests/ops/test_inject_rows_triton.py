@@ -10,7 +10,7 @@ from hia_kernels.core import triton_support
 from hia_kernels.ops.inject_rows import library
 from hia_kernels.ops.inject_rows.reference import inject_rows_ref
 from hia_kernels.testing import analysed, assert_close
-from tests.inputs import inject_rows_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     assert_autocast,
@@ -27,6 +27,7 @@ triton_fwd = pytest.importorskip("hia_kernels.ops.inject_rows.triton_fwd")
 pytestmark = pytest.mark.interpreter
 
 OP = "inject_rows"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(40, 17, {}, id="some-rows"),
     pytest.param(33, 33, {"bias": False}, id="every-row-no-bias"),

@@ -16,8 +16,9 @@ from hia_kernels import (
     use_backend,
 )
 from hia_kernels.core import triton_support
+from hia_kernels.ops.cross_attention.inputs import packing
 from hia_kernels.testing import assert_close
-from tests.inputs import packing, stem_inputs
+from tests.inputs import inputs_of
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -96,7 +97,7 @@ def test_row_softmax(columns):
 def test_stem():
     """Of pixels and of outputs there are too many."""
     needs(16)
-    inputs = stem_inputs((16, 16), BF16, "cuda", images=1, out_channels=16)
+    inputs = inputs_of("stem")((16, 16), BF16, "cuda", images=1, out_channels=16)
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (33, 8192, 8192, 1)
     inputs["pixels"] = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator)

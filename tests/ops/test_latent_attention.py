@@ -11,7 +11,7 @@ from hia_kernels.core import triton_support
 from hia_kernels.ops.latent_attention import blocked
 from hia_kernels.ops.latent_attention import reference as reference_module
 from hia_kernels.testing import FP64_SLACK, assert_close
-from tests.inputs import latent_attention_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -30,6 +30,7 @@ from tests.ops.harness import (
 )
 
 OP = "latent_attention"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(24, 32, [17], id="one-image"),
     pytest.param(24, 32, [5, 1, 40], id="ragged"),

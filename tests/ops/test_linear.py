@@ -10,7 +10,7 @@ from hia_kernels import last_backend, linear, use_backend
 from hia_kernels.core import products, triton_support
 from hia_kernels.ops.linear.reference import linear_bwd_ref, linear_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close, dout_like
-from tests.inputs import linear_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -28,6 +28,7 @@ from tests.ops.harness import (
 )
 
 OP = "linear"
+make_inputs = inputs_of(OP)
 LARGE = {"channels": 300, "dim": 257}  # of 300 rows and more: beyond products.LEAST_FLOPS, like one-column's below
 CASES = [
     pytest.param(33, {}, id="bias"),

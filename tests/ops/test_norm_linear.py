@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from hia_kernels import norm_linear
 from hia_kernels.ops.norm_linear.reference import norm_linear_bwd_ref, norm_linear_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close
-from tests.inputs import norm_linear_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -26,6 +26,7 @@ from tests.ops.harness import (
 )
 
 OP = "norm_linear"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(33, None, {}, id="all-rows"),
     pytest.param(40, 60, {"bias": False}, id="rows-twice-no-bias"),

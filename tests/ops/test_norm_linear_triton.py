@@ -10,7 +10,7 @@ from hia_kernels.core import triton_support
 from hia_kernels.ops.norm_linear import library
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
 from hia_kernels.testing import analysed, assert_close
-from tests.inputs import norm_linear_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     assert_autocast,
@@ -27,6 +27,7 @@ triton_fwd = pytest.importorskip("hia_kernels.ops.norm_linear.triton_fwd")
 pytestmark = pytest.mark.interpreter
 
 OP = "norm_linear"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(33, None, {}, id="all-rows"),
     pytest.param(40, 60, {"bias": False}, id="rows-twice-no-bias"),

@@ -11,11 +11,13 @@ from hia_kernels.ops.condition_queries.reference import condition_queries_ref
 from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
 from hia_kernels.testing import assert_close, bounded
-from tests.inputs import condition_queries_inputs, inject_rows_inputs, norm_linear_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import assert_identical, assert_matches, assert_repeatable, forward_backward
 
 F32 = torch.float32
 WIDE = {"channels": 300, "dim": 257}
+condition_queries_inputs, inject_rows_inputs = inputs_of("condition_queries"), inputs_of("inject_rows")
+norm_linear_inputs = inputs_of("norm_linear")
 # function, reference, inputs large enough for the native kernel, small ones
 ROWS = {
     "norm_linear": (

@@ -23,7 +23,7 @@ from hia_kernels.ops.cross_attention.reference import cross_attention_with_lse_r
 from hia_kernels.ops.row_softmax.reference import row_softmax_ref
 from hia_kernels.ops.stem.functional import stem_reach
 from hia_kernels.ops.stem.reference import stem_ref
-from tests import inputs as make
+from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, assert_matches
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 from tests.ops.test_cross_attention_triton import assert_packed_is_one_at_a_time
@@ -85,7 +85,7 @@ DOUT = st.sampled_from(["as drawn", "transposed"])
 def test_cross_attention(lengths, heads, head_dim, dtype, layouts, dout, triton_device):
     """Over a key or few that are alike a gradient is the rounding of a difference that should be zero: not asked."""
     lengths_q, lengths_k = zip(*((q, k + 7 if k else 0) for q, k in lengths), strict=True)
-    inputs = make.cross_attention_inputs(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
+    inputs = inputs_of("cross_attention")(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
     for name, layout in zip("qkv", layouts, strict=True):
         inputs[name] = laid_out(inputs[name], layout, expanded_dim=1)  # one head's for all
     function, reference = cross_attention_with_lse, cross_attention_with_lse_ref
@@ -105,7 +105,7 @@ def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype
     from hia_kernels.ops.cross_attention import triton_split
 
     lengths_q, lengths_k = zip(*lengths, strict=True)
-    inputs = make.cross_attention_inputs(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
+    inputs = inputs_of("cross_attention")(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_split, "SHARE_BYTES", share_bytes)
         assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
@@ -117,7 +117,7 @@ def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype
     dtype=st.sampled_from(DTYPES), layout=LAYOUTS, dout=DOUT,
 )  # fmt: skip
 def test_row_softmax(rows, columns, spread, scale, dtype, layout, dout, triton_device):
-    inputs = make.row_softmax_inputs(rows, columns, dtype, triton_device, spread=spread, scale=scale)
+    inputs = inputs_of("row_softmax")(rows, columns, dtype, triton_device, spread=spread, scale=scale)
     inputs["scores"] = laid_out(inputs["scores"], layout)
     assert_both_ways("row_softmax", row_softmax, row_softmax_ref, inputs, dtype, dout)
 
@@ -129,7 +129,7 @@ def test_row_softmax(rows, columns, spread, scale, dtype, layout, dout, triton_d
 )  # fmt: skip
 def test_row_softmax_in_place(rows, columns, scale, dtype, layout, triton_device):
     """The bits of the other, in the same memory, and nothing beside it."""
-    scores = laid_out(make.row_softmax_inputs(rows, columns, dtype, triton_device)["scores"], layout)
+    scores = laid_out(inputs_of("row_softmax")(rows, columns, dtype, triton_device)["scores"], layout)
     base = scores if scores._base is None else scores._base
     inside = torch.zeros(base.shape, dtype=torch.bool, device=triton_device)
     inside.as_strided(scores.shape, scores.stride(), scores.storage_offset()).fill_(True)
@@ -146,7 +146,7 @@ def test_row_softmax_in_place(rows, columns, scale, dtype, layout, triton_device
 )  # fmt: skip
 def test_condition_queries(tokens, samples, channels, queries, dim, dtype, layouts, dout, triton_device):
     sizes = {"channels": channels, "queries": queries, "dim": dim}
-    inputs = make.condition_queries_inputs(tokens, samples, dtype, triton_device, **sizes)
+    inputs = inputs_of("condition_queries")(tokens, samples, dtype, triton_device, **sizes)
     for name, layout in zip(("hidden", "weight", "queries"), layouts, strict=True):
         inputs[name] = laid_out(inputs[name], layout)
     assert_both_ways("condition_queries", condition_queries, condition_queries_ref, inputs, dtype, dout)
@@ -163,7 +163,7 @@ def test_condition_queries(tokens, samples, channels, queries, dim, dtype, layou
 def test_stem(extra, kernel, pool, dtype, layout, expanded_dim, dout, triton_device, **options):
     size = tuple(stem_reach(kernel, pool) + more for more in extra)
     images = 2 if (layout, expanded_dim) == ("expanded", 0) else 1
-    inputs = make.stem_inputs(size, dtype, triton_device, kernel=kernel, pool=pool, images=images, **options)
+    inputs = inputs_of("stem")(size, dtype, triton_device, kernel=kernel, pool=pool, images=images, **options)
     inputs["pixels"] = laid_out(inputs["pixels"], layout, expanded_dim)  # one image for all, or grey as three channels
     inputs["weight"] = laid_out(inputs["weight"], "transposed" if layout == "transposed" else "as drawn")
     assert_both_ways("stem", stem, stem_ref, inputs, dtype, dout)

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from hia_kernels import row_softmax, row_softmax_
 from hia_kernels.ops.row_softmax.reference import row_softmax_bwd_ref, row_softmax_inplace_ref, row_softmax_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close, upcast
-from tests.inputs import row_softmax_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     DTYPES,
     HALVES,
@@ -25,6 +25,7 @@ from tests.ops.harness import (
 )
 
 OP = "row_softmax"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(33, 64, {}, id="plain"),
     pytest.param(7, 100, {"scale": -0.3}, id="ragged-negative-scale"),

@@ -8,7 +8,7 @@ from hia_kernels.core import triton_support
 from hia_kernels.ops.row_softmax import library
 from hia_kernels.ops.row_softmax.reference import row_softmax_bwd_ref, row_softmax_ref
 from hia_kernels.testing import assert_close, upcast
-from tests.inputs import row_softmax_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
 
 OP = "row_softmax"
+make_inputs = inputs_of(OP)
 CASES = [
     pytest.param(33, 64, {}, id="several-rows-a-program"),
     pytest.param(5, 300, {"scale": -0.3}, id="ragged-negative-scale"),

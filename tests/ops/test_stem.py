@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hia_kernels import stem, use_backend
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close
-from tests.inputs import stem_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import (
     HALVES,
     assert_autocast,
@@ -24,6 +24,7 @@ from tests.ops.harness import (
 )
 
 OP = "stem"
+make_inputs = inputs_of(OP)
 U16, F16, BF16, F32 = torch.uint16, torch.float16, torch.bfloat16, torch.float32
 CASES = [  # size, options, dtype of the weights; the dtypes rotate over the pixels' axes
     pytest.param((37, 53), {}, F32, id="uint8-grey-odd-fp32"),

@@ -11,10 +11,11 @@ from hia_kernels import stem
 from hia_kernels.ops.stem import cpu
 from hia_kernels.ops.stem.reference import stem_ref
 from hia_kernels.testing import analysed, assert_close
-from tests.inputs import stem_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, assert_matches, assert_repeatable
 
 OP = "stem"
+make_inputs = inputs_of(OP)
 
 
 @pytest.fixture(autouse=True)

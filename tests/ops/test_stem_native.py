@@ -10,9 +10,10 @@ from hia_kernels import stem
 from hia_kernels.ops.stem import native
 from hia_kernels.ops.stem.reference import stem_ref
 from hia_kernels.testing import analysed, assert_close
-from tests.inputs import stem_inputs as make_inputs
+from tests.inputs import inputs_of
 
 OP = "stem"
+make_inputs = inputs_of(OP)
 F32 = torch.float32
 REASONS = native.unavailable_reasons()
 pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))

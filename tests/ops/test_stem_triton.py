@@ -10,7 +10,7 @@ from hia_kernels.ops.stem.functional import pack_stem, stem_packed, stem_packing
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
 from hia_kernels.testing import analysed, assert_close, bounded
 from tests.hia.encoders import encoder_of, pixels_of
-from tests.inputs import stem_inputs as make_inputs
+from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, assert_repeatable, flops, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
 
 OP = "stem"
+make_inputs = inputs_of(OP)
 U16, F16, BF16, F32 = torch.uint16, torch.float16, torch.bfloat16, torch.float32
 CASES = [  # size, options, dtype of the weights; the dtypes rotate over the pixels' axes
     pytest.param((19, 27), {"images": 1}, F32, id="uint8-grey-odd-fp32"),

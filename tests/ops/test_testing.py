@@ -6,25 +6,26 @@ import pytest
 import torch
 
 import hia_kernels
-from bench.plain import REFERENCES
+from bench.workloads import references
 from hia_kernels import testing
 from hia_kernels.core.rounding import UNITS, Bounded
 from hia_kernels.testing import UNIT_ROUNDOFF, assert_close, bounded, mismatch, rel_rms, worst_index
-from tests import inputs as make
+from tests.inputs import differentiable, inputs_of
 
 F32, BF16 = torch.float32, torch.bfloat16
+REFERENCES = references()
 # of each op, inputs whose output has some thousand elements
 INPUTS = {
-    "stem": lambda dtype: make.stem_inputs((61, 75), dtype),
-    "conv_norm_act": lambda dtype: make.conv_norm_act_inputs((13, 17), dtype, residual=True),
-    "condition_queries": lambda dtype: make.condition_queries_inputs(20, 4, dtype, queries=40),
-    "cross_attention": lambda dtype: make.cross_attention_inputs([50, 33], [100, 77], dtype),
-    "norm_linear": lambda dtype: make.norm_linear_inputs(150, 140, dtype),
-    "inject_rows": lambda dtype: make.inject_rows_inputs(150, 100, dtype),
-    "linear": lambda dtype: make.linear_inputs(140, dtype),
-    "head_linear": lambda dtype: make.head_linear_inputs(2, 40, dtype),
-    "row_softmax": lambda dtype: make.row_softmax_inputs(40, 120, dtype),
-    "latent_attention": lambda dtype: make.latent_attention_inputs(40, 64, [30, 51], dtype),
+    "stem": lambda dtype: inputs_of("stem")((61, 75), dtype),
+    "conv_norm_act": lambda dtype: inputs_of("conv_norm_act")((13, 17), dtype, residual=True),
+    "condition_queries": lambda dtype: inputs_of("condition_queries")(20, 4, dtype, queries=40),
+    "cross_attention": lambda dtype: inputs_of("cross_attention")([50, 33], [100, 77], dtype),
+    "norm_linear": lambda dtype: inputs_of("norm_linear")(150, 140, dtype),
+    "inject_rows": lambda dtype: inputs_of("inject_rows")(150, 100, dtype),
+    "linear": lambda dtype: inputs_of("linear")(140, dtype),
+    "head_linear": lambda dtype: inputs_of("head_linear")(2, 40, dtype),
+    "row_softmax": lambda dtype: inputs_of("row_softmax")(40, 120, dtype),
+    "latent_attention": lambda dtype: inputs_of("latent_attention")(40, 64, [30, 51], dtype),
 }
 
 
@@ -148,7 +149,7 @@ def test_one_wrong_element_of_thousands_is_caught_in_bf16(op):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_wrong_gradient_is_caught(op, dtype):
     """One too large, one of other rows. In 16 bits the stem's plain gradient is rough: roundings decide its maxima."""
-    given, wrt = INPUTS[op](dtype), make.DIFFERENTIABLE[op]
+    given, wrt = INPUTS[op](dtype), differentiable(op)
     expected = testing.expect(REFERENCES[op], given, wrt, dtype=dtype)
     results = testing.forward_backward(getattr(hia_kernels, op), given, wrt)
     expected.check(results)

@@ -1,4 +1,4 @@
-"""Named real shapes, shared by the benchmarks and the tests.
+"""Named real cases that ops and composites share: images, and layers of the adapter that meet them.
 
 ``13b-896-2img-b4`` is LLaMA-13B's adapter on four samples of two 896-pixel images; ``released`` in a name means
 the maths of the authors' released code (8 heads of 640 or 512), ``lite`` the narrow adapter on the 13B host,
@@ -8,25 +8,18 @@ whose shapes no host changes. Ragged mixes have the sizes of real radiographs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 from hia.config import HiAConfig
 
 Size = tuple[int, int]  # height, width, pixels
-
-OPS = (
-    "stem", "conv_norm_act", "condition_queries", "cross_attention", "norm_linear", "inject_rows", "row_softmax",
-    "latent_attention", "linear", "head_linear",
-)  # fmt: skip
-COMPOSITES = (
-    "encode", "extract", "inject", "adapter_layer", "second_question", "adapter_train_step", "encode_train_step",
-)  # fmt: skip
-ENCODER_OPS = ("stem", "conv_norm_act", "encode", "encode_train_step")
-TRAIN_STEPS = ("adapter_train_step", "encode_train_step")
-ABSORBED_OPS = ("row_softmax", "latent_attention", "head_linear")  # of the attention with absorbed projections
-WITH_ENCODER = ("adapter_layer", "adapter_train_step")
+InSet = Callable[[Any, str, str], bool]  # case, role, name of the set
 
 # LLaMA-2: hidden size, decoder layers
 HOSTS: dict[str, tuple[int, int]] = {"13b": (5120, 40), "7b": (4096, 32), "small": (768, 6), "tiny": (64, 6)}
@@ -34,38 +27,13 @@ RESOLUTIONS = (448, 896, 1792, 4096)
 VISUAL_TOKENS = 576  # an image's tokens in the host: CLIP ViT-L/14 at 336 pixels
 TEXT_TOKENS = 60
 NUM_QUERIES = 256
-STRIDE = 32
 
 # chest, pelvis, knee, hand and foot radiographs as published; two are DICOM, of 15 and 10 bits
 CHEST, PELVIS, KNEE, HAND = (2000, 2000), (2084, 2675), (1913, 1067), (2082, 1466)
 FOOT, ANKLE, DICOM_RG1, DICOM_RG3 = (1322, 2638), (1087, 1037), (1955, 1841), (1760, 1760)
 
-# the encoder's steps that differ in shape: stage, kernel, stride, channels in and out in widths, residual
-CONVOLUTIONS: dict[str, tuple[int, int, int, int, int, bool]] = {
-    "stage1-3x3": (1, 3, 1, 1, 1, False),
-    "stage1-expand": (1, 1, 1, 1, 4, True),
-    "stage2-down": (1, 3, 2, 2, 2, False),
-    "stage3-reduce": (3, 1, 1, 16, 4, False),
-    "stage3-3x3": (3, 3, 1, 4, 4, False),
-    "stage4-expand": (4, 1, 1, 8, 32, True),
-}
-# where an op occurs in one layer
-ROLES: dict[str, tuple[str, ...]] = {
-    "conv_norm_act": tuple(CONVOLUTIONS),
-    "cross_attention": ("extract", "inject"),
-    "norm_linear": ("queries", "features", "visual", "extracted"),
-    "linear": ("features", "output"),
-    "head_linear": ("queries", "results"),  # through the keys' projection, and through the values'
-    "latent_attention": ("folded", "deep"),  # the latent: projected and normed features, or the features themselves
-}
 # what a GPU run without names measures first, and the only shapes it compiles for
 FIRST = ("13b-896-2img", "13b-released-896-2img", "px896")
-# those that a CPU has time for
-CPU_ROLES: dict[str, tuple[str, ...]] = {
-    "conv_norm_act": ("stage1-3x3", "stage2-down", "stage4-expand"),
-    "norm_linear": ("features", "visual"),
-    "linear": ("features",),
-}
 
 
 def halved(size: Size, times: int) -> Size:
@@ -82,9 +50,8 @@ class ImageCase:
         sizes: (height, width) of each image, pixels.
         width: channels of the encoder's stem; it ends in 32 times that.
         bits: of a pixel, 8 or 16.
-        sets: "cpu", "gpu" (what a run without ``--case`` measures there), "quick", and "dispatch": small enough
-            to show what a call costs before it computes; "batch" is the GPU's for "encode" alone: a training
-            step would keep the activations of all these pixels.
+        sets: those of :func:`bench.workloads.in_set`; "batch" is the GPU's for "encode" alone: a training step would
+            keep the activations of all these pixels.
     """
 
     name: str
@@ -97,6 +64,11 @@ class ImageCase:
     def channels(self) -> int:
         """C of the features."""
         return 32 * self.width
+
+    @property
+    def pixel_dtype(self) -> torch.dtype:
+        """Of the images."""
+        return torch.uint8 if self.bits == 8 else torch.uint16
 
 
 @dataclass(frozen=True)
@@ -113,7 +85,8 @@ class LayerCase:
         text_tokens: rows beside the images'.
         width: channels of the encoder's stem.
         dim: the adapter's width where it isn't the preset's.
-        sets: as in :class:`ImageCase`; "absorbed" is the GPU's for :data:`ABSORBED_OPS`.
+        sets: as in :class:`ImageCase`; "absorbed" is the GPU's for the attention with absorbed projections, "encoded"
+            the CPU's for a layer with its encoder, which takes seconds at 448 pixels and minutes to check and time.
     """
 
     name: str
@@ -154,6 +127,11 @@ class LayerCase:
         return self.config.encoder_channels
 
     @property
+    def pixel_dtype(self) -> torch.dtype:
+        """Of the images: what most of them are saved in."""
+        return torch.uint8
+
+    @property
     def batch(self) -> int:
         """B, samples."""
         return len(self.samples)
@@ -178,39 +156,28 @@ class LayerCase:
         """Whether all images have one size."""
         return len(set(self.sizes)) == 1
 
-    def attention_lengths(self, role: str) -> tuple[list[int], list[int]]:
+    @property
+    def tokens(self) -> int:
+        """Rows of the batch's hidden states, padding included."""
+        return self.batch * self.seq_len
+
+    @property
+    def visual_runs(self) -> tuple[tuple[int, int], ...]:
+        """Where the images' tokens are among those rows: of each sample in one run behind a first text token."""
+        starts = (sample * self.seq_len + 1 for sample in range(self.batch))
+        counts = (len(images) * self.visual_tokens for images in self.samples)
+        return tuple((start, start + count) for start, count in zip(starts, counts, strict=True))
+
+    @property
+    def instruction_runs(self) -> tuple[tuple[int, int], ...]:
+        """Where each sample's last instruction token is among those rows: behind the images and all text."""
+        ends = (start + self.text_tokens - 2 for _, start in self.visual_runs)
+        return tuple((row, row + 1) for row in ends)
+
+    def attention_lengths(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Query and key lengths of each image for ``role`` "extract" or "inject"."""
-        if role == "extract":
-            return [self.num_queries] * self.images, self.feature_lengths
-        return [self.visual_tokens] * self.images, [self.num_queries] * self.images
-
-
-Case = ImageCase | LayerCase
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is measured: an op or composite at a case.
-
-    Attributes:
-        op: of :data:`OPS` or :data:`COMPOSITES`.
-        case: its shapes.
-        role: where in the layer, for an op that occurs in several shapes; else "".
-    """
-
-    op: str
-    case: Case
-    role: str = ""
-
-    @property
-    def level(self) -> str:
-        """ "op" or "composite"."""
-        return "op" if self.op in OPS else "composite"
-
-    @property
-    def name(self) -> str:
-        """Of the case, and the role behind a colon."""
-        return f"{self.case.name}:{self.role}" if self.role else self.case.name
+        queries, visual = (self.num_queries,) * self.images, (self.visual_tokens,) * self.images
+        return (queries, tuple(self.feature_lengths)) if role == "extract" else (visual, queries)
 
 
 def _image_cases() -> list[ImageCase]:
@@ -264,8 +231,8 @@ def _small_cases() -> list[LayerCase]:
     tiny = {"host": "tiny", "num_queries": 8, "visual_tokens": 4, "text_tokens": 6, "width": 4}
     pair = (((448, 448), (448, 448)),)
     return [
-        LayerCase("small-224", "small", "paper", (((224, 224),),), sets=("cpu",)),
-        LayerCase("small-released-224", "small", "released", (((224, 224),),), sets=("cpu",)),
+        LayerCase("small-224", "small", "paper", (((224, 224),),), sets=("encoded",)),
+        LayerCase("small-released-224", "small", "released", (((224, 224),),), sets=("encoded",)),
         LayerCase("small-448-2img", "small", "paper", pair, sets=("cpu",)),
         LayerCase("small-released-448-2img", "small", "released", pair, sets=("cpu",)),
         LayerCase("small-896-2img", "small", "paper", (((896, 896), (896, 896)),)),
@@ -276,42 +243,25 @@ def _small_cases() -> list[LayerCase]:
     ]
 
 
-CASES: dict[str, Case] = {case.name: case for case in (*_image_cases(), *_layer_cases())}
+IMAGES: tuple[ImageCase, ...] = tuple(_image_cases())
+SINGLE_IMAGES = tuple(case for case in IMAGES if len(case.sizes) == 1)  # the encoder runs one image at a time
+LAYERS: tuple[LayerCase, ...] = tuple(_layer_cases())
+# with the many narrow heads of the paper's preset absorbing a projection costs more than it saves
+ABSORBING = tuple(case for case in LAYERS if case.preset != "paper" or case.host == "tiny")
+CASES: dict[str, ImageCase | LayerCase] = {case.name: case for case in (*IMAGES, *LAYERS)}
 
 
-def workloads(op: str) -> list[Workload]:
-    """Every case of an op or composite, each role a workload of its own.
-
-    Raises:
-        ValueError: no such op or composite.
-    """
-    if op not in OPS + COMPOSITES:
-        raise ValueError(f"workloads: op must be among {', '.join(OPS + COMPOSITES)}, got {op!r}")
-    kind = ImageCase if op in ENCODER_OPS else LayerCase
-    found = [case for case in CASES.values() if isinstance(case, kind)]
-    if op in ("stem", "conv_norm_act"):  # the encoder runs one image at a time
-        found = [case for case in found if len(case.sizes) == 1]
-    if op in ABSORBED_OPS:  # with the many narrow heads of the paper's preset absorbing costs more than it saves
-        found = [case for case in found if case.preset != "paper" or case.host == "tiny"]
-    return [Workload(op, case, role) for case in found for role in ROLES.get(op, ("",))]
+def in_plain_set(case: LayerCase, _role: str, name: str) -> bool:
+    """Tell whether an op's run without ``--case`` has it: to most ops, ragged cases and the released preset are other
+    numbers of rows, nothing more."""
+    return name in case.sets and case.is_even and case.preset != "released"
 
 
-def in_set(workload: Workload, name: str) -> bool:
-    """Whether a run without ``--case`` has it. To the other ops, ragged cases and the released preset are other
-    numbers of rows, nothing more: those stay with the attention and the composites."""
-    case = workload.case
-    if workload.op in ABSORBED_OPS and name == "gpu":
-        return "absorbed" in case.sets
-    if workload.op == "encode" and name == "gpu" and "batch" in case.sets:
-        return True
-    if name not in case.sets:
-        return False
-    if name == "cpu":
-        if workload.role not in CPU_ROLES.get(workload.op, (workload.role,)):
-            return False
-        if isinstance(case, LayerCase) and (workload.op in WITH_ENCODER) != ("224" in case.name):
-            return False  # the encoder takes seconds at 448 pixels, and minutes to check and time
-        if workload.op == "adapter_train_step" and case.preset != "released":
-            return False
-    main = isinstance(case, ImageCase) or (case.is_even and case.preset != "released")
-    return main or workload.op in ("cross_attention", *ABSORBED_OPS, *COMPOSITES)
+def in_absorbing_set(case: LayerCase, _role: str, name: str) -> bool:
+    """Tell the same of an op of the attention with absorbed projections, whose "gpu" set is "absorbed"."""
+    return ("absorbed" if name == "gpu" else name) in case.sets
+
+
+def limited_on_cpu(in_set: InSet, *roles: str) -> InSet:
+    """Return ``in_set`` with those roles alone on the CPU, which has no time for all."""
+    return lambda case, role, name: in_set(case, role, name) and (name != "cpu" or role in roles)

@@ -1,0 +1,40 @@
+"""``cross_attention``: the queries ask the features, and the visual tokens what was extracted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+from torch import Tensor
+
+from hia_kernels.ops.cross_attention import inputs
+from hia_kernels.ops.cross_attention.reference import cross_attention_ref
+
+from ..plain import textbook_attention
+from .cases import LAYERS, LayerCase
+from .registry import OpEntry
+
+
+def _with_default_scale(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op's own signature: what it fills in itself, an attention below is given."""
+
+    @wraps(attention)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+
+    return attend
+
+
+def _shape(case: LayerCase, role: str) -> inputs.Shape:
+    return inputs.Shape(*case.attention_lengths(role), case.config.num_heads, case.config.head_dim)
+
+
+ENTRY = OpEntry(
+    name="cross_attention", inputs=inputs, reference=_with_default_scale(cross_attention_ref),
+    compilable=_with_default_scale(textbook_attention), cases=LAYERS, roles=("extract", "inject"), shape=_shape,
+    regression=inputs.Shape((256, 256), (196, 196), 6, 128), trained=("q", "k", "v"),
+)  # fmt: skip

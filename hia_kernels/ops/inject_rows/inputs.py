@@ -1,0 +1,76 @@
+"""Arguments of :func:`hia_kernels.inject_rows` at a shape, and what a call costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...core.costs import INDEX_BYTES, in_mode
+from ...core.draw import Draw, Rows, row_count
+
+DIFFERENTIABLE = ("hidden", "update", "weight", "bias")
+PARAMETERS = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a call.
+
+    Attributes:
+        tokens: T.
+        rows: R, how many rows are drawn, none twice; or the runs that are selected.
+        channels: C of the hidden states.
+        dim: D of the update.
+        bias: whether there is one.
+    """
+
+    tokens: int
+    rows: Rows
+    channels: int = 48
+    dim: int = 32
+    bias: bool = True
+
+
+SMALL = Shape(9, 5)  # what a quick check runs
+
+
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0, *, strided: bool = False
+) -> dict[str, Any]:
+    """Draw hidden [T, C], update [R, D], weight [C, D] and bias [C] of ``dtype`` and row_idx [R] int64, by name.
+
+    Args:
+        shape: sizes.
+        dtype: of all tensors but the index.
+        device: of all tensors.
+        seed: another one gives other numbers.
+        strided: hidden and update are views of something wider.
+    """
+    draw = Draw(dtype, device, seed, strided=strided)
+    channels, dim = shape.channels, shape.dim
+    return {
+        "hidden": draw.data(shape.tokens, channels),
+        "update": draw.data(row_count(shape.rows), dim),
+        "weight": draw.normal(channels, dim, scale=dim**-0.5),
+        "bias": draw.normal(channels) if shape.bias else None,
+        "row_idx": draw.row_idx(shape.rows, shape.tokens, unique=True),
+    }
+
+
+def flops(shape: Shape, mode: str) -> int:
+    """Count 2 for a multiply-add of a matrix product; ``mode`` "forward", "backward" or "both"."""
+    product = 2 * row_count(shape.rows) * shape.channels * shape.dim
+    return in_mode(mode, product, 2 * product)
+
+
+def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
+    """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written;
+    backward does not read the hidden states, whose gradient is dout."""
+    rows, hidden = row_count(shape.rows), shape.tokens * shape.channels
+    others = rows * shape.dim + shape.channels * (shape.dim + shape.bias)
+    index = INDEX_BYTES * rows
+    forward = itemsize * (hidden + others + hidden) + index
+    backward = itemsize * (others + hidden + hidden + others) + index
+    return in_mode(mode, forward, backward)
