@@ -24,7 +24,8 @@ class Launch:
         kernel: its name there.
         signature: (argument, type) in order, types in Triton's words: "*bf16", "i32", "fp32", "constexpr".
         constexprs: (argument, value), of those declared constexpr and of what a launch makes one: None, and 1.
-        attributes: (argument, what is known of it): "D" a multiple of 16, "S" a pointer into less than 2 GiB.
+        attributes: (argument, what is known of it), in Triton's words: ("tt.divisibility", 16) of a multiple of 16,
+            ("tt.pointer_range", 32) of a pointer into less than 2 GiB. Empty entries are part of Triton's own key.
         options: (name, value): "num_warps", "num_stages", and what else the launcher gave.
     """
 
@@ -32,7 +33,7 @@ class Launch:
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constexprs: tuple[tuple[str, Any], ...]
-    attributes: tuple[tuple[str, str], ...]
+    attributes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, Any], ...]
 
     @property
@@ -128,15 +129,14 @@ def launch_of(kernel: Any, target: Target, args: tuple[Any, ...], kwargs: dict[s
     args = tuple(_Pointer(value) if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: _Pointer(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     bound, specialization, given = binder(*args, **kwargs)
-    options, signature, constexprs, _ = kernel._pack_args(backend, kwargs, bound, specialization, given)
+    options, signature, constexprs, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
     names = list(signature)
     return Launch(
         kernel.__module__,
         kernel.__name__,
         tuple(signature.items()),
         tuple((names[path[0]], value) for path, value in constexprs.items()),
-        tuple((name, known) for name, (_, known) in zip(names, specialization, strict=True)
-              if isinstance(known, str) and known),
+        tuple((names[path[0]], tuple(map(tuple, known))) for path, known in attributes.items()),
         tuple(sorted({"num_warps": options.num_warps, "num_stages": options.num_stages, **given}.items())),
     )  # fmt: skip
 

@@ -1,0 +1,136 @@
+"""Shapes that the kernels are made for and no workload has: each is there for the launches that it alone causes.
+
+Values don't matter on the fake device, so nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .workloads import Call
+
+Inputs = Callable[[torch.dtype], dict[str, Any]]
+FP32, INT64 = torch.float32, torch.int64
+QKV = ("q", "k", "v")
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def _stem(channels: int, pixels: torch.dtype, kernel: int = 7, pool: int = 3, side: int = 1001) -> Inputs:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "pixels": _empty(1, side, side, channels, dtype=pixels), "window": _empty(1, 2, dtype=FP32),
+            "mean": _empty(3, dtype=FP32), "std": _empty(3, dtype=FP32),
+            "weight": _empty(64, 3, kernel, kernel, dtype=dtype), "scale": _empty(64, dtype=FP32),
+            "shift": _empty(64, dtype=FP32), "pool": pool,
+        }  # fmt: skip
+
+    return inputs
+
+
+def _convolution(side: int, c: int, oc: int, kernel: int, activation: str = "relu") -> Inputs:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "x": _empty(1, side, side, c, dtype=dtype), "weight": _empty(oc, c, kernel, kernel, dtype=dtype),
+            "scale": _empty(oc, dtype=FP32), "shift": _empty(oc, dtype=FP32),
+            "residual": _empty(1, side, side, oc, dtype=dtype), "activation": activation,
+        }  # fmt: skip
+
+    return inputs
+
+
+def _attention(heads: int, head_dim: int, queries: int = 256, keys: int = 784) -> Inputs:
+    """Two images; keys and values as halves of one projection."""
+
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        k, v = _empty(2 * keys, 2, heads, head_dim, dtype=dtype).unbind(1)
+        cu_seqlens_q, cu_seqlens_k = (_empty(3, dtype=torch.int32) for _ in range(2))
+        return {
+            "q": _empty(2 * queries, heads, head_dim, dtype=dtype), "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": queries, "max_seqlen_k": keys,
+        }  # fmt: skip
+
+    return inputs
+
+
+def _condition(dim: int) -> Inputs:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "hidden": _empty(4 * 700, 8192, dtype=dtype), "row_idx": _empty(4, dtype=INT64),
+            "weight": _empty(dim, 8192, dtype=dtype), "bias": _empty(dim, dtype=dtype),
+            "queries": _empty(256, dim, dtype=dtype),
+        }  # fmt: skip
+
+    return inputs
+
+
+def _norm_linear(channels: int, dim: int = 1024) -> Inputs:
+    """Of selected rows."""
+
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "x": _empty(1300, channels, dtype=dtype), "norm_weight": _empty(channels, dtype=dtype),
+            "norm_bias": _empty(channels, dtype=dtype), "weight": _empty(dim, channels, dtype=dtype),
+            "bias": _empty(dim, dtype=dtype), "row_idx": _empty(1152, dtype=INT64), "eps": 1e-5,
+        }  # fmt: skip
+
+    return inputs
+
+
+def _inject(dtype: torch.dtype) -> dict[str, Any]:
+    """As under autocast: the residual stream stays in fp32."""
+    return {
+        "hidden": _empty(1300, 5120, dtype=FP32), "update": _empty(1152, 1280, dtype=dtype),
+        "weight": _empty(5120, 1280, dtype=dtype), "bias": _empty(5120, dtype=dtype),
+        "row_idx": _empty(1152, dtype=INT64),
+    }  # fmt: skip
+
+
+def _softmax(tokens: int) -> Inputs:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {"scores": _empty(2048, tokens, dtype=FP32), "scale": 0.04, "out_dtype": dtype}
+
+    return inputs
+
+
+def edge_calls() -> Iterable[Call]:
+    """Every edge in the dtypes that make a difference to it."""
+    parameters = ("weight", "scale", "shift")
+    yield Call("stem", "grey 16 bit", "bf16", _stem(1, torch.uint16), parameters)
+    yield Call("stem", "grey fp32", "bf16", _stem(1, FP32), ("pixels", *parameters))
+    yield Call("stem", "rgb fp32", "bf16", _stem(3, FP32), ("pixels", *parameters))
+    yield Call("stem", "rgb 8 bit", "bf16", _stem(3, torch.uint8), parameters)
+    yield Call("stem", "grey 16 bit", "fp32", _stem(1, torch.uint16), parameters)
+    yield Call("stem", "3x3 without pool, grey 16 bit", "fp16", _stem(1, torch.uint16, 3, 1), parameters)
+
+    of_all = ("x", *parameters, "residual")
+    yield Call("conv_norm_act", "3x3 gelu", "bf16", _convolution(56, 64, 64, 3, "gelu"), of_all)
+    yield Call("conv_norm_act", "3x3, frozen weight", "bf16", _convolution(56, 256, 256, 3),
+               ("x", "scale", "shift", "residual"))  # fmt: skip
+    yield Call("conv_norm_act", "1x1 beyond 2^31 elements", "bf16", _convolution(6000, 64, 256, 1), of_all)
+    yield Call("conv_norm_act", "3x3 beyond 2^31 elements", "bf16", _convolution(6000, 64, 64, 3), of_all)
+
+    for head_dim in (16, 64, 80, 96, 192, 256):  # 80, 96, 192: columns that are masked
+        yield Call("cross_attention", f"head_dim {head_dim}", "bf16", _attention(8, head_dim), QKV)
+    yield Call("cross_attention", "head_dim 272", "fp16", _attention(8, 272), QKV)
+    yield Call("cross_attention", "head_dim 80", "fp32", _attention(8, 80), QKV)
+    for head_dim, dtype in ((128, "bf16"), (640, "bf16"), (128, "fp32")):  # few heads, many keys: they are split
+        yield Call("cross_attention", f"4 heads of {head_dim}, 16384 keys", dtype,
+                   _attention(4, head_dim, 256, 16384), QKV)  # fmt: skip
+
+    of_queries = ("hidden", "weight", "bias", "queries")
+    yield Call("condition_queries", "dim 16384", "bf16", _condition(16384), of_queries)
+    of_norm = ("x", "norm_weight", "norm_bias", "weight", "bias")
+    for channels, dtype in ((8192, "bf16"), (16384, "bf16"), (16384, "fp32")):
+        yield Call("norm_linear", f"{channels} channels", dtype, _norm_linear(channels), of_norm)
+    yield Call("inject_rows", "into fp32", "bf16", _inject, ("hidden", "update", "weight", "bias"),
+               torch.ops.hia.inject_rows)  # the function takes such a mix under autocast alone
+    for tokens in (3136, 16384, 32768):
+        yield Call("row_softmax", f"{tokens} tokens", "bf16", _softmax(tokens), ("scores",))
+    yield Call("row_softmax", "16384 tokens", "fp32", _softmax(16384), ("scores",))
