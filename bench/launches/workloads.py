@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hia_kernels
-from bench.cases import FIRST, OPS, in_set, workloads
+from bench.cases import OPS, in_set, workloads
 from bench.inputs import DIFFERENTIABLE, make_inputs
 from hia_kernels.core import backend
 
@@ -22,6 +22,11 @@ from .record import Recording
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # rows of the tables that launch Triton kernels on a GPU, or may: the others are plain PyTorch
 ROWS = ("triton", "cuda", "cudnn", "cublas")
+# bf16 is recorded everywhere, these where they say: another dtype changes a kernel's code, another size seldom does.
+# fp16 differs from bf16 by the names of its instructions.
+FP16 = ("13b-896-2img:extract", "px896:stage3-3x3")
+FP32 = (*FP16, "px896", "px896:stage1-expand", "13b-896-2img", "13b-896-2img:inject", "13b-released-896-2img:extract",
+        "13b-896-2img:queries", "13b-896-2img:visual", "13b-released-896-2img")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,13 @@ class Call:
 
 
 def _workload_calls() -> Iterable[Call]:
-    """bf16 everywhere, the others where a GPU run without names begins."""
+    """Every op at its GPU set."""
     for op in OPS:
         for workload in workloads(op):
             if not in_set(workload, "gpu"):
                 continue
-            for dtype in DTYPES if workload.case.name in FIRST else ("bf16",):
+            chosen = {"bf16": True, "fp16": workload.name in FP16, "fp32": workload.name in FP32}
+            for dtype in (dtype for dtype in DTYPES if chosen[dtype]):
 
                 def inputs(dtype: torch.dtype, workload: Any = workload) -> dict[str, Any]:
                     return make_inputs(workload, dtype, "cuda")

@@ -212,6 +212,12 @@ def family_of(device):
     return "hopper" if device.type != "cuda" else _properties(_index(device))[0]
 
 
+def is_carried(device):
+    """Whether a loop over shared keys may carry their pointers: on AMD Triton 3.6 stops at buffer loads of such ones
+    (triton-lang/triton#10701); elsewhere a row counted anew costs registers that the kernels don't have."""
+    return family_of(device) != "amd"
+
+
 def _multiprocessors(device):
     return 132 if device.type != "cuda" else _properties(_index(device))[1]
 
