@@ -24,8 +24,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "build" / "launches"
 REVISION = 1  # of what is read out of a compiled kernel; raised with every change of Resources or of how they are read
 MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma", "mfma")
 REDUCED = {"cuda": "tf32", "hip": "xf32"}  # products of fp32 operands that are cut to 10 bits first
-# registers of a thread and of a block, CUDA C++ programming guide; CDNA 3: of a lane, which the waves of a SIMD share
-REGISTERS, REGISTERS_OF_A_BLOCK, REGISTERS_OF_A_LANE = 255, 64 * 1024, 512
 _DOT = re.compile(r"tt\.dot .*: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)>")
 _BUFFERS = re.compile(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x")
 
@@ -120,13 +118,6 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 def _amd(text: str) -> tuple[int, int]:
     found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", text))
     return int(found["vgpr_count"]), 4 * int(found["vgpr_spill_count"])
-
-
-def register_limit(target: Target, num_warps: int) -> int:
-    """What a thread may have so that one block of the launch fits a multiprocessor."""
-    if target.kind == "hip":
-        return REGISTERS_OF_A_LANE // -(-num_warps // 4)
-    return min(REGISTERS, REGISTERS_OF_A_BLOCK // (num_warps * target.warp))
 
 
 def stored(key: str, folder: Path) -> Resources | None:

@@ -131,6 +131,8 @@ def launch_of(kernel: Any, target: Target, args: tuple[Any, ...], kwargs: dict[s
     bound, specialization, given = binder(*args, **kwargs)
     options, signature, constexprs, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
     names = list(signature)
+    default = backend.parse_options({})
+    given = {name: value for name, value in given.items() if (value or None) != (getattr(default, name) or None)}
     return Launch(
         kernel.__module__,
         kernel.__name__,

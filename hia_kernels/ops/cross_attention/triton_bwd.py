@@ -39,7 +39,7 @@ DKV_BLOCKS = {
 }
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["H", "tokens"])
 def _cross_attention_delta_kernel(
     dout_ptr,  # [T, H, D]
     out_ptr,  # [T, H, D]
@@ -84,7 +84,7 @@ def _dq_block(
     return dot(ds.to(k.dtype), k, acc)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "splits", "once", "most"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -157,7 +157,7 @@ def _cross_attention_bwd_dq_kernel(
         tl.store(dq_ptr + offs_dq, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_n"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_n"])
 def _cross_attention_bwd_dkv_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]

@@ -57,7 +57,7 @@ def _attend(
     return acc, new_top, total * decay + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "splits", "once", "most"])
 def _cross_attention_fwd_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]

@@ -57,7 +57,7 @@ def finite_or_zero(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_t", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_t", "once", "most"])
 def _cross_attention_combine_kernel(
     partial_ptr,  # [splits, T, H, D] fp32
     top_ptr,  # [splits, H, T] fp32, only with HAS_STATS; IS_NATURAL or in powers of 2
