@@ -104,7 +104,7 @@ def edge_calls() -> Iterable[Call]:
     parameters = ("weight", "scale", "shift")
     yield Call("stem", "grey 16 bit", "bf16", _stem(1, torch.uint16), ())
     yield Call("stem", "grey 16 bit", "fp32", _stem(1, torch.uint16), ())
-    yield Call("stem", "grey fp32", "bf16", _stem(1, FP32), ("pixels", *parameters))
+    yield Call("stem", "grey fp32", "fp32", _stem(1, FP32), ("pixels", *parameters))
     yield Call("stem", "rgb fp32", "bf16", _stem(3, FP32), ("pixels", *parameters))
     yield Call("stem", "rgb 8 bit", "bf16", _stem(3, torch.uint8), ())
     yield Call("stem", "3x3 without pool, grey 16 bit", "fp16", _stem(1, torch.uint16, 3, 1), parameters)
@@ -131,4 +131,5 @@ def edge_calls() -> Iterable[Call]:
                torch.ops.hia.inject_rows)  # the function takes such a mix under autocast alone
     for tokens in (3136, 32768):
         yield Call("row_softmax", f"{tokens} tokens", "bf16", _softmax(tokens), ("scores",))
-    yield Call("row_softmax", "16384 tokens", "fp32", _softmax(16384), ("scores",))
+    for tokens in (16384, 32768):
+        yield Call("row_softmax", f"{tokens} tokens", "fp32", _softmax(tokens), ("scores",))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .compile import REDUCED, Resources
+from .compile import REDUCED, Item, Resources
 from .device import Target
-from .record import Launch
+from .record import Launch, Recording
 
 # registers of a thread and of a block, CUDA C++ programming guide; CDNA 3: of a lane, which the waves of a SIMD share
 REGISTERS, REGISTERS_OF_A_BLOCK, REGISTERS_OF_A_LANE = 255, 64 * 1024, 512
@@ -83,3 +83,29 @@ def problems(launch: Launch, target: Target, found: Resources) -> list[str]:
     if found.dots[0] and not any(name.startswith(expected) for name in found.matrix):
         wrong.append(f"no {expected}, which a product of 16-bit operands should be")
     return wrong
+
+
+def broken(recording: Recording, results: Mapping[Item, Resources], op: str = "") -> list[str]:
+    """List what breaks a limit without a waiver, and waivers that nothing needs: kernel, target, problem, launch and
+    workloads of each, on one line.
+
+    Args:
+        recording: of one target.
+        results: of its launches.
+        op: whose launches alone; empty means all.
+    """
+    lines = []
+    for launch, uses in recording.launches.items():
+        workloads = [workload for workload in uses.workloads if not op or workload.startswith(f"{op} ")]
+        if not workloads:
+            continue
+        wrong = problems(launch, recording.target, results[launch, recording.target.name])
+        waiver = waiver_of(launch, recording.target)
+        if bool(wrong) == (waiver is not None):
+            continue
+        what = ", ".join(wrong) if waiver is None else f"needs no waiver any more ({waiver.reason})"
+        lines.append(
+            f"{launch.kernel} on {recording.target.name}: {what}; {launch.configuration}, {launch.num_warps} warps, "
+            f"{launch.num_stages} stages; launched by {', '.join(workloads)}"
+        )
+    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .device import Target, fake_device
 
+INDICES = ("*i32", "*i64")  # pointers that say nothing of a launch's precision
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # blocks along x, y and z; CUDA C++ programming guide
 
 
@@ -35,6 +37,18 @@ class Launch:
     constexprs: tuple[tuple[str, Any], ...]
     attributes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
     options: tuple[tuple[str, Any], ...]
+
+    @property
+    def configuration(self) -> str:
+        """Dtypes, whether strides need 64 bits, and the constexprs that the kernel declares."""
+        types = dict.fromkeys(kind[1:] for _, kind in self.signature if kind[0] == "*" and kind not in INDICES)
+        wide = ["64-bit strides"] if any(kind == "i64" for _, kind in self.signature) else []
+        values = [
+            f"{name}={int(value) if isinstance(value, bool) else value}"
+            for name, value in self.constexprs
+            if name.isupper()
+        ]
+        return " ".join([*types, *wide, *values])
 
     @property
     def num_warps(self) -> int:
@@ -108,6 +122,16 @@ class _Pointer:
         return self._range
 
 
+@cache
+def _binder(kernel: Any, target: Target) -> tuple[Any, Any, Any]:
+    """Triton's backend for the target, its options where a launch gives none, and how it binds the kernel."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target.gpu_target())
+    return backend, backend.parse_options({}), create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
 def launch_of(kernel: Any, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """What ``kernel[grid](*args, **kwargs)`` compiles on the target.
 
@@ -118,20 +142,16 @@ def launch_of(kernel: Any, target: Target, args: tuple[Any, ...], kwargs: dict[s
         kwargs: likewise, constexprs and options among them.
     """
     from triton import knobs
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
 
     # as JITFunction.run does it
     kwargs = {**kwargs, "debug": kwargs.get("debug", kernel.debug) or knobs.runtime.debug}
     kwargs["instrumentation_mode"] = knobs.compilation.instrumentation_mode
-    backend = make_backend(target.gpu_target())
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    backend, default, binder = _binder(kernel, target)
     args = tuple(_Pointer(value) if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: _Pointer(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     bound, specialization, given = binder(*args, **kwargs)
     options, signature, constexprs, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
     names = list(signature)
-    default = backend.parse_options({})
     given = {name: value for name, value in given.items() if (value or None) != (getattr(default, name) or None)}
     return Launch(
         kernel.__module__,

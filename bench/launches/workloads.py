@@ -5,6 +5,7 @@ The only module here that knows where workloads and their inputs come from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from bench.cases import OPS, in_set, workloads
 from bench.inputs import DIFFERENTIABLE, make_inputs
 from hia_kernels.core import backend
 
-from .record import Recording
+from .device import Target
+from .record import Recording, recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # rows of the tables that launch Triton kernels on a GPU, or may: the others are plain PyTorch
@@ -103,6 +105,31 @@ def run(call: Call, recording: Recording) -> None:
                 _forward_backward(function, call)
         except NotImplementedError as error:
             recording.refused.append((recording.workload, str(error)))
+
+
+def record(target: Target, ops: Iterable[str] = (), *, tuned: bool = False) -> Recording:
+    """Record every call of :func:`calls` on a target.
+
+    Args:
+        target: of :data:`bench.launches.device.TARGETS`.
+        ops: names of tables; empty means every op.
+        tuned: with the configurations that were measured on such a device, where there are any; else the launchers' own.
+
+    Raises:
+        ValueError: no such op, or a grid beyond the device's limits. RuntimeError: ``TRITON_INTERPRET`` is set.
+    """
+    before = os.environ.get("HIA_TUNED")
+    os.environ["HIA_TUNED"] = "1" if tuned else "0"
+    try:
+        with recorded(target) as recording:
+            for call in calls(ops):
+                run(call, recording)
+    finally:
+        if before is None:
+            del os.environ["HIA_TUNED"]
+        else:
+            os.environ["HIA_TUNED"] = before
+    return recording
 
 
 def _forward_backward(function: Callable[..., Any], call: Call) -> None:
