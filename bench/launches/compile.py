@@ -124,11 +124,12 @@ def stored(key: str, folder: Path) -> Resources | None:
     """What was found before; None where nothing was, or where the entry is damaged."""
     try:
         content = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-        if set(content) != {field.name for field in fields(Resources)}:
-            return None
-        return Resources(**{**content, "matrix": tuple(content["matrix"]), "dots": tuple(content["dots"])})
+        found = Resources(**{**content, "matrix": tuple(content["matrix"]), "dots": tuple(content["dots"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    # every field as it was written, none left to its default
+    whole = len(content) == len(fields(Resources))
+    return found if whole and all(type(getattr(found, f.name)) is type(f.default) for f in fields(found)) else None
 
 
 def store(key: str, found: Resources, folder: Path) -> None:

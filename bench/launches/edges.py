@@ -70,26 +70,30 @@ def _condition(dim: int) -> Inputs:
     return inputs
 
 
-def _norm_linear(channels: int, dim: int = 1024) -> Inputs:
-    """Of selected rows."""
+def _norm_linear(channels: int, rows: int = 1152, norms: torch.dtype | None = None) -> Inputs:
+    """Of selected rows; ``norms``: dtype of the norm's weight and bias, where it isn't that of the others."""
 
     def inputs(dtype: torch.dtype) -> dict[str, Any]:
         return {
-            "x": _empty(1300, channels, dtype=dtype), "norm_weight": _empty(channels, dtype=dtype),
-            "norm_bias": _empty(channels, dtype=dtype), "weight": _empty(dim, channels, dtype=dtype),
-            "bias": _empty(dim, dtype=dtype), "row_idx": _empty(1152, dtype=INT64), "eps": 1e-5,
+            "x": _empty(1300, channels, dtype=dtype), "norm_weight": _empty(channels, dtype=norms or dtype),
+            "norm_bias": _empty(channels, dtype=norms or dtype), "weight": _empty(1024, channels, dtype=dtype),
+            "bias": _empty(1024, dtype=dtype), "row_idx": _empty(rows, dtype=INT64), "eps": 1e-5,
         }  # fmt: skip
 
     return inputs
 
 
-def _inject(dtype: torch.dtype) -> dict[str, Any]:
-    """As under autocast: the residual stream stays in fp32."""
-    return {
-        "hidden": _empty(1300, 5120, dtype=FP32), "update": _empty(1152, 1280, dtype=dtype),
-        "weight": _empty(5120, 1280, dtype=dtype), "bias": _empty(5120, dtype=dtype),
-        "row_idx": _empty(1152, dtype=INT64),
-    }  # fmt: skip
+def _inject(rows: int, hidden: torch.dtype | None = None) -> Inputs:
+    """``hidden``: dtype of the residual stream, where it isn't that of the others."""
+
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "hidden": _empty(1300, 5120, dtype=hidden or dtype), "update": _empty(rows, 1280, dtype=dtype),
+            "weight": _empty(5120, 1280, dtype=dtype), "bias": _empty(5120, dtype=dtype),
+            "row_idx": _empty(rows, dtype=INT64),
+        }  # fmt: skip
+
+    return inputs
 
 
 def _softmax(tokens: int) -> Inputs:
@@ -102,12 +106,12 @@ def _softmax(tokens: int) -> Inputs:
 def edge_calls() -> Iterable[Call]:
     """Every edge in the dtypes that make a difference to it."""
     parameters = ("weight", "scale", "shift")
-    yield Call("stem", "grey 16 bit", "bf16", _stem(1, torch.uint16), ())
-    yield Call("stem", "grey 16 bit", "fp32", _stem(1, torch.uint16), ())
-    yield Call("stem", "grey fp32", "fp32", _stem(1, FP32), ("pixels", *parameters))
-    yield Call("stem", "rgb fp32", "bf16", _stem(3, FP32), ("pixels", *parameters))
-    yield Call("stem", "rgb 8 bit", "bf16", _stem(3, torch.uint8), ())
-    yield Call("stem", "3x3 without pool, grey 16 bit", "fp16", _stem(1, torch.uint16, 3, 1), parameters)
+    yield Call("stem", "grey, 16 bit", "bf16", _stem(1, torch.uint16), ())
+    yield Call("stem", "grey, 16 bit", "fp32", _stem(1, torch.uint16), ())
+    yield Call("stem", "grey, float pixels", "fp32", _stem(1, FP32), ("pixels", *parameters))
+    yield Call("stem", "rgb, float pixels", "bf16", _stem(3, FP32), ("pixels", *parameters))
+    yield Call("stem", "rgb, 8 bit", "bf16", _stem(3, torch.uint8), ())
+    yield Call("stem", "3x3 without pool", "fp16", _stem(1, torch.uint16, 3, 1), parameters)
 
     of_all = ("x", *parameters, "residual")
     yield Call("conv_norm_act", "3x3 gelu", "bf16", _convolution(56, 64, 64, 3, "gelu"), of_all)
@@ -127,8 +131,13 @@ def edge_calls() -> Iterable[Call]:
     yield Call("condition_queries", "dim 16384", "bf16", _condition(16384), of_queries)
     of_norm = ("x", "norm_weight", "norm_bias", "weight", "bias")
     yield Call("norm_linear", "16384 channels", "fp32", _norm_linear(16384), of_norm)
-    yield Call("inject_rows", "into fp32", "bf16", _inject, ("hidden", "update", "weight", "bias"),
-               torch.ops.hia.inject_rows)  # the function takes such a mix under autocast alone
+    yield Call("norm_linear", "64 rows", "bf16", _norm_linear(1024, 64), ())
+    yield Call("inject_rows", "64 rows", "bf16", _inject(64), ())
+    # autocast leaves the norm's parameters and the residual stream in fp32; only inside it do the functions take that
+    yield Call("norm_linear", "autocast", "bf16", _norm_linear(5120, norms=FP32), of_norm,
+               torch.ops.hia.norm_linear)  # fmt: skip
+    yield Call("inject_rows", "autocast", "bf16", _inject(1152, FP32), ("hidden", "update", "weight", "bias"),
+               torch.ops.hia.inject_rows)  # fmt: skip
     for tokens in (3136, 32768):
         yield Call("row_softmax", f"{tokens} tokens", "bf16", _softmax(tokens), ("scores",))
     for tokens in (16384, 32768):

@@ -45,6 +45,14 @@ WAIVERS = (
         "_norm_linear_bwd_dx_kernel", "sm_80", {"BLOCK_C": 16384, "HAS_IDX": True}, "fp32",
         "8 bytes spilled: x, dy and norm_weight are 32 values each a thread of 128 registers",
     ),
+    Waiver(
+        "_cross_attention_scores_kernel", "sm_80", {"D": 272}, "fp16",
+        "16 bytes spilled: 272 is no multiple of BLOCK_C, and the mask of channels is what 512 and 640 do without",
+    ),
+    Waiver(
+        "_cross_attention_values_kernel", "sm_100", {"D": 128, "IS_SPLIT": True, "HAS_LSE": False}, "fp32",
+        "8 bytes spilled: 64 x 64 sums in fp32 beside a product without matrix instructions",
+    ),
 )  # fmt: skip
 # another instruction than the target's own: {kernel: {target: instruction}}
 OTHER_MATRIX: dict[str, dict[str, str]] = {

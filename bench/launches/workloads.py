@@ -27,8 +27,10 @@ ROWS = ("triton", "cuda", "cudnn", "cublas")
 # bf16 is recorded everywhere, these where they say: another dtype changes a kernel's code, another size seldom does.
 # fp16 differs from bf16 by the names of its instructions.
 FP16 = ("13b-896-2img:extract", "px896:stage3-3x3")
-FP32 = (*FP16, "px896", "px896:stage1-expand", "13b-896-2img", "13b-896-2img:inject", "13b-released-896-2img:extract",
-        "13b-896-2img:queries", "13b-896-2img:visual", "13b-released-896-2img")  # fmt: skip
+FP32 = (
+    "px896", "px448:stage3-3x3", "px896:stage1-expand", "13b-896-2img", "13b-896-2img:extract", "13b-896-2img:inject",
+    "13b-896-2img:queries", "13b-896-2img:visual", "13b-released-896-2img", "13b-released-896-2img:extract",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,6 @@ def test_a_product_in_tf32_is_noticed(target):
     launches = {name: product(target, torch.float32, name) for name in ("ieee", "tf32")}
     found = {name: compile_launch(launch, TARGETS[target]) for name, launch in launches.items()}
     assert not found["ieee"].reduced and found["tf32"].reduced
-    assert limits.problems(launches["ieee"], TARGETS[target], found["ieee"]) == []
     assert limits.problems(launches["tf32"], TARGETS[target], found["tf32"]) == ["multiplies in tf32"]
 
 
