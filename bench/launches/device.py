@@ -145,9 +145,7 @@ class _Ops(TorchDispatchMode):
         if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        table = next(
-            table for table in backend.TABLES.values() if any(name in row.functions for row in table.backends)
-        )
+        table = next(table for table in backend.TABLES.values() if any(name in row.functions for row in table.backends))
         with self, self.devices:  # an op may call another one
             return table.select(name, *args)(*args, **kwargs)
 

@@ -28,16 +28,28 @@ class Row:
     launches: dict[str, list[Launch]] = field(default_factory=dict)
 
 
-def rows(recordings: Iterable[Recording]) -> dict[tuple[str, str, int, int], Row]:
-    """Group launches of all targets by kernel, configuration, warps and stages."""
-    found: dict[tuple[str, str, int, int], Row] = {}
+def rows(recordings: Iterable[Recording]) -> dict[tuple[str, str, int], Row]:
+    """Group launches of all targets by kernel, configuration and warps; stages that the launcher leaves out differ."""
+    found: dict[tuple[str, str, int], Row] = {}
     for recording in recordings:
         for launch, uses in recording.launches.items():
-            key = (launch.kernel, launch.configuration, launch.num_warps, launch.num_stages)
+            key = (launch.kernel, launch.configuration, launch.num_warps)
             row = found.setdefault(key, Row())
             row.workloads |= dict.fromkeys(workload.split(" ", 1)[1].rsplit(" ", 2)[0] for workload in uses.workloads)
             row.launches.setdefault(recording.target.name, []).append(launch)
     return dict(sorted(found.items(), key=lambda entry: entry[0]))
+
+
+def stages(row: Row) -> str:
+    """Name the stages of a row's launches, and those of targets that differ from most."""
+    by_target = {
+        target: "/".join(sorted({str(launch.num_stages) for launch in launches}))
+        for target, launches in row.launches.items()
+    }
+    if len(set(by_target.values())) == 1:
+        return next(iter(by_target.values()))
+    most = max(by_target.values(), key=list(by_target.values()).count)
+    return ", ".join([most, *(f"{target} {count}" for target, count in by_target.items() if count != most)])
 
 
 def _cell(results: list[Resources]) -> str:
@@ -78,13 +90,13 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
         "shows the most that one of them takes.",
     ]  # fmt: skip
     kernel = ""
-    for (name, described, warps, stages), row in rows(recordings).items():
+    for (name, described, warps), row in rows(recordings).items():
         if name != kernel:
             kernel = name
             header = ["configuration", "warps", "stages", *TARGETS, "workloads"]
             lines += ["", f"## `{name}`", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         cells = [_cell([results[launch, target] for launch in row.launches.get(target, [])]) for target in TARGETS]
-        lines.append("| " + " | ".join([described, str(warps), str(stages), *cells, _workloads(row.workloads)]) + " |")
+        lines.append("| " + " | ".join([described, str(warps), stages(row), *cells, _workloads(row.workloads)]) + " |")
     lines += ["", "## Not asserted", ""]
     lines += [f"- `{waiver.kernel}`, {waiver.target}, {waiver.dtype}: {waiver.reason}" for waiver in WAIVERS]
     lines += [
@@ -102,7 +114,7 @@ def listed(page: str) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
         if line.startswith("## `"):
             kernel = line.strip("# `")
         elif line.startswith("| ") and not line.startswith("| configuration"):
-            described, warps, stages, *cells, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            described, warps, of_targets, *cells, _ = (cell.strip() for cell in line.strip("|").split("|"))
             targets = tuple(target for target, cell in zip(TARGETS, cells, strict=True) if cell)
-            found.append((kernel, described, warps, stages, targets))
+            found.append((kernel, described, warps, of_targets, targets))
     return found

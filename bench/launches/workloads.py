@@ -115,7 +115,7 @@ def record(target: Target, ops: Iterable[str] = (), *, tuned: bool = False) -> R
     Args:
         target: of :data:`bench.launches.device.TARGETS`.
         ops: names of tables; empty means every op.
-        tuned: with the configurations that were measured on such a device, where there are any; else the launchers' own.
+        tuned: with the configurations measured on such a device, where there are any; else the launchers' own.
 
     Raises:
         ValueError: no such op, or a grid beyond the device's limits. RuntimeError: ``TRITON_INTERPRET`` is set.

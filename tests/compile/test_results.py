@@ -114,8 +114,8 @@ def test_the_page_lists_these_launches(recording):
     """Its numbers are of whoever ran the generator last; its rows, launches and targets are these."""
     recordings = [recording(target) for target in TARGETS]
     expected = [
-        (kernel, described, str(warps), str(stages), tuple(target for target in TARGETS if target in row.launches))
-        for (kernel, described, warps, stages), row in document.rows(recordings).items()
+        (kernel, described, str(warps), document.stages(row), tuple(t for t in TARGETS if t in row.launches))
+        for (kernel, described, warps), row in document.rows(recordings).items()
     ]
     found = document.listed(document.PATH.read_text(encoding="utf-8"))
     assert found == expected, f"{document.PATH.name} is out of date: python -m bench.launches --write"

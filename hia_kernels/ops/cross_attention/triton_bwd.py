@@ -259,7 +259,7 @@ def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, sof
     _cross_attention_bwd_dq_kernel[(tiles_m * splits * pairs,)](
         *inputs, dq, partial, tiles_m=tiles_m, IS_CARRIED=is_carried(q.device), **rule.arguments(splits), **sizes,
         **config,
-    )
+    )  # fmt: skip
     if splits > 1:
         combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=False)
 

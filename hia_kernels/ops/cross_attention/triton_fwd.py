@@ -167,7 +167,8 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     _cross_attention_fwd_kernel[(tiles_m * splits * heads * (cu_seqlens_q.numel() - 1),)](
         q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, partial, *stats, tokens=tokens, tiles_m=tiles_m, H=heads,
         scale_log2e=softmax_scale * LOG2E, **strides_of(q=q, k=k, v=v), **rule.arguments(splits),
-        D=head_dim, HAS_LSE=lse is not None, IS_CARRIED=is_carried(q.device), BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
+        D=head_dim, HAS_LSE=lse is not None, IS_CARRIED=is_carried(q.device),
+        BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
     )  # fmt: skip
     if splits > 1:
         combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), rule, natural=False)
