@@ -82,6 +82,7 @@ class Recording:
         target: whose.
         launches: each distinct launch and its uses.
         refused: (workload, reasons) of backends that can't serve it there.
+        workload: to which launches are counted now.
     """
 
     target: Target

@@ -173,8 +173,8 @@ def _conv_norm_act_reduce_kernel(
 def block_sizes(pixels, c, oc, kernel, itemsize, device):
     """Tile and launch of a convolution, from one image's sizes: how many images share a call must change no bit.
 
-    Before Hopper a product's operands are in registers too: there a tile of 128 x 64 gets the warps of a larger one
-    where the residual's addresses, which 1 x 1 convolutions alone have, would not fit beside them.
+    Before Hopper a product's operands are in registers too: from four warps a 1 x 1 convolution's tile of 128 x 64
+    with a residual would spill, so it gets eight.
     """
     block_m, block_oc = 128, min(128, max(16, tuning.bucket(oc)))
     if itemsize == 4:  # no matrix instructions: a smaller tile of sums in registers
