@@ -14,6 +14,7 @@ from . import adapter as _adapter
 from .cases import CASES, FIRST, RESOLUTIONS, ImageCase, LayerCase, Size, halved
 from .registry import (
     CompositeEntry,
+    Edge,
     Inputs,
     OpEntry,
     ShapeCase,
@@ -33,8 +34,8 @@ from .registry import (
 )
 
 __all__ = [
-    "CASES", "FIRST", "RESOLUTIONS", "CompositeEntry", "ImageCase", "Inputs", "LayerCase", "OpEntry", "ShapeCase",
-    "Size", "Workload", "composite_entry", "composites", "entry", "gpu_workloads", "halved", "in_set",
+    "CASES", "FIRST", "RESOLUTIONS", "CompositeEntry", "Edge", "ImageCase", "Inputs", "LayerCase", "OpEntry",
+    "ShapeCase", "Size", "Workload", "composite_entry", "composites", "entry", "gpu_workloads", "halved", "in_set",
     "make_inputs", "op_entry", "ops", "references", "register", "unregister", "workloads",
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ from hia_kernels.ops.conv_norm_act import inputs
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 
 from .cases import SINGLE_IMAGES, ImageCase, halved, limited_on_cpu
-from .registry import OpEntry, in_named_set
+from .registry import Edge, OpEntry, in_named_set
 
 # a role's stage, kernel, stride, channels in and out in widths, residual
 CONVOLUTIONS: dict[str, tuple[int, int, int, int, int, bool]] = {
@@ -44,8 +44,16 @@ def resnet50_shapes(side: int) -> list[inputs.Shape]:
     return list(dict.fromkeys(found))
 
 
+EDGES = (
+    Edge("3x3 gelu", inputs.Shape((56, 56), 1, (64, 64), activation="gelu", residual=True)),
+    Edge("3x3, frozen weight", inputs.Shape((56, 56), 1, (256, 256), residual=True),
+         differentiable=("x", "scale", "shift", "residual")),
+    # every stride and count is typed by its value: beyond 2^31 elements they are int64
+    Edge("1x1 beyond 2^31 elements", inputs.Shape((6000, 6000), 1, (64, 256), 1, residual=True), differentiable=()),
+    Edge("3x3 beyond 2^31 elements", inputs.Shape((6000, 6000), 1, (64, 64), residual=True)),
+)  # fmt: skip
 ENTRY = OpEntry(
     name="conv_norm_act", inputs=inputs, reference=conv_norm_act_ref, cases=SINGLE_IMAGES, roles=tuple(CONVOLUTIONS),
-    shape=_shape, in_set=limited_on_cpu(in_named_set, "stage1-3x3", "stage2-down", "stage4-expand"),
+    shape=_shape, edges=EDGES, in_set=limited_on_cpu(in_named_set, "stage1-3x3", "stage2-down", "stage4-expand"),
     regression=inputs.Shape((28, 28), 2, (256, 256)),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from hia_kernels.ops.cross_attention.reference import cross_attention_ref
 
 from ..plain import textbook_attention
 from .cases import LAYERS, LayerCase
-from .registry import OpEntry
+from .registry import Edge, OpEntry
 
 
 def _with_default_scale(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -33,8 +33,18 @@ def _shape(case: LayerCase, role: str) -> inputs.Shape:
     return inputs.Shape(*case.attention_lengths(role), case.config.num_heads, case.config.head_dim)
 
 
+def _two_images(heads: int, head_dim: int, keys: int = 784) -> inputs.Shape:
+    return inputs.Shape((256, 256), (keys, keys), heads, head_dim)
+
+
+EDGES = (
+    *(Edge(f"head_dim {head_dim}", _two_images(8, head_dim)) for head_dim in (64, 96, 256)),  # 96: masked columns
+    Edge("head_dim 272", _two_images(8, 272), "fp16"),
+    # few heads and many keys: they are split
+    *(Edge("4 heads of 128, 16384 keys", _two_images(4, 128, 16384), dtype) for dtype in ("bf16", "fp32")),
+)
 ENTRY = OpEntry(
     name="cross_attention", inputs=inputs, reference=_with_default_scale(cross_attention_ref),
     compilable=_with_default_scale(textbook_attention), cases=LAYERS, roles=("extract", "inject"), shape=_shape,
-    regression=inputs.Shape((256, 256), (196, 196), 6, 128), trained=("q", "k", "v"),
+    edges=EDGES, regression=inputs.Shape((256, 256), (196, 196), 6, 128), trained=("q", "k", "v"),
 )  # fmt: skip

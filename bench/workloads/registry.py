@@ -41,6 +41,26 @@ class ShapeCase:
     sets: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Edge:
+    """A shape that the kernels are made for and no workload has: the compile tier records the launches it causes.
+
+    Attributes:
+        name: of the edge.
+        shape: the op's ``Shape``.
+        dtype: "bf16", "fp16" or "fp32".
+        differentiable: arguments whose gradients are recorded too; None takes all that the op has.
+        function: what is called; None takes the op's public function. An op itself takes the mixed dtypes that the
+            public function allows only inside autocast.
+    """
+
+    name: str
+    shape: Any
+    dtype: str = "bf16"
+    differentiable: tuple[str, ...] | None = None
+    function: Callable[..., Any] | None = None
+
+
 def _own_shape(case: Any, _role: str) -> Any:
     return case.shape
 
@@ -63,6 +83,7 @@ class OpEntry:
         roles: where in a case, for an op that occurs in several shapes.
         shape: the ``Shape`` in a case and role.
         in_set: whether a case and role belong to a set.
+        edges: what the compile tier records beside the "gpu" set.
         trained: arguments whose gradients the small CPU set times too; none leaves the backward out.
         function: the public function; None takes ``hia_kernels.<name>``.
         compilable: the reference in a form that ``torch.compile`` takes; None takes the reference.
@@ -76,6 +97,7 @@ class OpEntry:
     roles: tuple[str, ...] = ("",)
     shape: Callable[[Any, str], Any] = _own_shape
     in_set: Callable[[Any, str, str], bool] = in_named_set
+    edges: tuple[Edge, ...] = ()
     trained: tuple[str, ...] = ()
     function: Callable[..., Any] | None = None
     compilable: Callable[..., Any] | None = None

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bench import kernels, kernels_args, regression, regression_worker, tune, workloads
+from bench.launches import limits
+from bench.launches import workloads as launches
+from bench.launches.compile import compile_all
+from bench.launches.device import TARGETS
 from bench.measurement import read_records
-from hia_kernels.core import backend
+from hia_kernels.core import backend, triton_support
 
 OP = "row_dot"
+NO_COMPILER = "NO TRITON: its launches are not compiled" if not triton_support._has_triton() else (
+    "the interpreter tier runs in this process" if triton_support.interpreted() else "")  # fmt: skip
 
 
 def test_it_is_unknown_elsewhere():
@@ -58,6 +65,16 @@ def test_it_gets_a_regression_case(toy, tmp_path):
     regression.write_inputs(tmp_path / "inputs.pt", [OP, "encode"])
     handed = torch.load(tmp_path / "inputs.pt", weights_only=True)
     assert list(handed) == [OP] and torch.equal(handed[OP]["inputs"]["x"], x)
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(bool(NO_COMPILER), reason=str(NO_COMPILER))
+def test_its_launches_are_recorded_and_compiled(toy, tmp_path):
+    recording = launches.record(TARGETS["sm_90"], [OP])
+    ((launch, uses),) = recording.launches.items()
+    assert launch.kernel == "_row_dot_fwd_kernel" and list(uses.workloads) == [f"{OP} large bf16 triton"]
+    results = compile_all([(launch, "sm_90")], jobs=1, folder=tmp_path)
+    assert results[launch, "sm_90"].registers > 0 and limits.broken(recording, results, OP) == []
 
 
 def test_it_gets_a_compile_case_and_is_tuned(toy, monkeypatch):

@@ -134,6 +134,15 @@ def test_number_of_splits_grows_with_the_keys(modules):
         assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == rule[1]
 
 
+@pytest.mark.parametrize("shares", [1, 3])
+def test_rows_counted_in_place_of_pointers_carried(shares, split, modules, monkeypatch, triton_device):
+    """As AMD's compiler wants it: whole blocks of keys, a rest, and shares that begin in the middle."""
+    split(shares)
+    for module in modules[:2]:
+        monkeypatch.setattr(module, "is_carried", lambda device: False)
+    assert_both_match(make_inputs([7, 3], [300, 17], torch.float16, triton_device, head_dim=16), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_workspace_for_a_few_heads_at_a_time(dtype, modules, monkeypatch, triton_device):
     staged = modules[2]

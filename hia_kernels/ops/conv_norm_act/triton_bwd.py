@@ -93,7 +93,7 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
     heuristic = {"BLOCK_M": 32, "BLOCK_OC": min(128, max(16, tuning.bucket(oc))), "BLOCK_C": 16, "num_warps": 4}
     mode = "bwd"
     if output_mask[2] or activation == "gelu":
-        heuristic = block_sizes(pixels, c, oc, kernel, x.element_size())
+        heuristic = block_sizes(pixels, c, oc, kernel, x.element_size(), x.device)
         block_oc = min(64, heuristic["BLOCK_OC"])  # dout, out and y at once: half the forward's registers for each
         heuristic |= {"BLOCK_OC": block_oc, "num_warps": 8 if heuristic["BLOCK_M"] * block_oc > 4096 else 4}
         mode = "bwd-y"

@@ -170,8 +170,12 @@ def _conv_norm_act_reduce_kernel(
     tl.store(out_ptr + offsets, _activated(z, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def block_sizes(pixels, c, oc, kernel, itemsize):
-    """Tile and launch of a convolution, from one image's sizes: how many images share a call must change no bit."""
+def block_sizes(pixels, c, oc, kernel, itemsize, device):
+    """Tile and launch of a convolution, from one image's sizes: how many images share a call must change no bit.
+
+    Before Hopper a product's operands are in registers too: from four warps a 1 x 1 convolution's tile of 128 x 64
+    with a residual would spill, so it gets eight.
+    """
     block_m, block_oc = 128, min(128, max(16, tuning.bucket(oc)))
     if itemsize == 4:  # no matrix instructions: a smaller tile of sums in registers
         return {"BLOCK_M": 64, "BLOCK_OC": min(64, block_oc), "BLOCK_C": 16, "num_warps": 4, "num_stages": 3}
@@ -181,9 +185,11 @@ def block_sizes(pixels, c, oc, kernel, itemsize):
         block_oc = min(64, block_oc)
     if _tiles(pixels, oc, block_m, block_oc) < MULTIPROCESSORS:
         block_m = 64
+    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+    most = 4096 if kernel == 1 and before_hopper else 8192  # elements of a tile that four warps hold
     return {
         "BLOCK_M": block_m, "BLOCK_OC": block_oc, "BLOCK_C": block_c,
-        "num_warps": 8 if block_m * block_oc > 8192 else 4,
+        "num_warps": 8 if block_m * block_oc > most else 4,
         "num_stages": 2 if torch.version.hip else max(2, min(4, steps)),
     }  # fmt: skip
 
@@ -254,7 +260,7 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
     if out.numel() == 0:
         return out
 
-    blocks = block_sizes(pixels, c, oc, kernel, x.element_size())
+    blocks = block_sizes(pixels, c, oc, kernel, x.element_size(), x.device)
     blocks["SPLITS"] = _splits(pixels, c, oc, kernel, blocks)
     key = tuning_key("fwd", pixels, c, oc, kernel, stride, x.dtype)
     config = tuning.pick("conv_norm_act", key, x.device, blocks)

@@ -11,6 +11,7 @@ from ...core.triton_math import dot
 from .triton_fwd import LOG2E, blocks_of, is_fused
 from .triton_split import (
     combine,
+    is_carried,
     load_rows,
     partial_results,
     readable,
@@ -38,7 +39,7 @@ DKV_BLOCKS = {
 }
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["H", "tokens"])
 def _cross_attention_delta_kernel(
     dout_ptr,  # [T, H, D]
     out_ptr,  # [T, H, D]
@@ -83,7 +84,7 @@ def _dq_block(
     return dot(ds.to(k.dtype), k, acc)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "splits", "once", "most"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -96,7 +97,7 @@ def _cross_attention_bwd_dq_kernel(
     partial_ptr,  # [splits, Tq, H, D] fp32, only with IS_SPLIT
     tokens, tiles_m, splits, once, most, H, scale, scale_log2e,  # tokens = Tq; splits of the longest sequence
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
-    D: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr, IS_CARRIED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
@@ -131,16 +132,20 @@ def _cross_attention_bwd_dq_kernel(
     offs_v = offs_n[:, None] * stride_v_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
+        passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
         acc = _dq_block(
-            q, dout, k_ptr + offs_k, v_ptr + offs_v, acc, lse, delta, offs_n < last - start_n, offs_d, scale_log2e,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False,
+            q, dout, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, lse, delta,
+            offs_n < last - start_n, offs_d, scale_log2e, D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False,
         )  # fmt: skip
-        k_ptr += BLOCK_N * stride_k_t
-        v_ptr += BLOCK_N * stride_v_t
+        if IS_CARRIED:
+            k_ptr += BLOCK_N * stride_k_t
+            v_ptr += BLOCK_N * stride_v_t
     rest = tl.maximum(last - first, 0) % BLOCK_N
     if rest > 0:
+        passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
         acc = _dq_block(
-            q, dout, k_ptr + offs_k, v_ptr + offs_v, acc, lse, delta, offs_n < rest, offs_d, scale_log2e,
+            q, dout, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, lse, delta,
+            offs_n < rest, offs_d, scale_log2e,
             D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True,
         )  # fmt: skip
 
@@ -152,7 +157,7 @@ def _cross_attention_bwd_dq_kernel(
         tl.store(dq_ptr + offs_dq, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_n"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_n"])
 def _cross_attention_bwd_dkv_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -252,8 +257,9 @@ def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, sof
     splits = rule.of(max_seqlens[1])
     partial = partial_results(splits, dq)[0]
     _cross_attention_bwd_dq_kernel[(tiles_m * splits * pairs,)](
-        *inputs, dq, partial, tiles_m=tiles_m, **rule.arguments(splits), **sizes, **config
-    )
+        *inputs, dq, partial, tiles_m=tiles_m, IS_CARRIED=is_carried(q.device), **rule.arguments(splits), **sizes,
+        **config,
+    )  # fmt: skip
     if splits > 1:
         combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=False)
 

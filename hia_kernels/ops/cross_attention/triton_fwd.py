@@ -12,6 +12,7 @@ from .triton_split import (
     combine,
     family_of,
     finite_or_zero,
+    is_carried,
     load_rows,
     partial_results,
     readable,
@@ -56,7 +57,7 @@ def _attend(
     return acc, new_top, total * decay + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "splits", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "splits", "once", "most"])
 def _cross_attention_fwd_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -70,7 +71,7 @@ def _cross_attention_fwd_kernel(
     total_ptr,  # [splits, H, Tq] fp32
     tokens, tiles_m, splits, once, most, H, scale_log2e,  # tokens = Tq; splits of the longest sequence
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr, IS_CARRIED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
@@ -103,16 +104,20 @@ def _cross_attention_fwd_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
+        passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
         acc, top, total = _attend(
-            q, k_ptr + offs_k, v_ptr + offs_v, acc, top, total, offs_n < last - start_n, offs_d, scale_log2e,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False,
+            q, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, top, total,
+            offs_n < last - start_n, offs_d, scale_log2e, D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False,
         )  # fmt: skip
-        k_ptr += BLOCK_N * stride_k_t
-        v_ptr += BLOCK_N * stride_v_t
+        if IS_CARRIED:
+            k_ptr += BLOCK_N * stride_k_t
+            v_ptr += BLOCK_N * stride_v_t
     rest = tl.maximum(last - first, 0) % BLOCK_N
     if rest > 0:
+        passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
         acc, top, total = _attend(
-            q, k_ptr + offs_k, v_ptr + offs_v, acc, top, total, offs_n < rest, offs_d, scale_log2e,
+            q, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, top, total,
+            offs_n < rest, offs_d, scale_log2e,
             D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True,
         )  # fmt: skip
 
@@ -162,7 +167,8 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     _cross_attention_fwd_kernel[(tiles_m * splits * heads * (cu_seqlens_q.numel() - 1),)](
         q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, partial, *stats, tokens=tokens, tiles_m=tiles_m, H=heads,
         scale_log2e=softmax_scale * LOG2E, **strides_of(q=q, k=k, v=v), **rule.arguments(splits),
-        D=head_dim, HAS_LSE=lse is not None, BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
+        D=head_dim, HAS_LSE=lse is not None, IS_CARRIED=is_carried(q.device),
+        BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
     )  # fmt: skip
     if splits > 1:
         combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), rule, natural=False)

@@ -57,7 +57,7 @@ def finite_or_zero(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_t", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_t", "once", "most"])
 def _cross_attention_combine_kernel(
     partial_ptr,  # [splits, T, H, D] fp32
     top_ptr,  # [splits, H, T] fp32, only with HAS_STATS; IS_NATURAL or in powers of 2
@@ -210,6 +210,12 @@ def family_of(device):
     """Whose block sizes fit: "amd", "ampere" (little shared memory, so consumer Ada and Blackwell too), "hopper",
     "blackwell". The interpreter plays a Hopper."""
     return "hopper" if device.type != "cuda" else _properties(_index(device))[0]
+
+
+def is_carried(device):
+    """Whether a loop over shared keys may carry their pointers: on AMD Triton 3.6 stops at buffer loads of such ones
+    (triton-lang/triton#10701); elsewhere a row counted anew costs registers that the kernels don't have."""
+    return family_of(device) != "amd"
 
 
 def _multiprocessors(device):

@@ -24,6 +24,7 @@ class Shape:
         channels: C of the hidden states.
         dim: D of the update.
         bias: whether there is one.
+        hidden_dtype: of the hidden states; None takes the others'. Autocast leaves them in fp32.
     """
 
     tokens: int
@@ -31,6 +32,7 @@ class Shape:
     channels: int = 48
     dim: int = 32
     bias: bool = True
+    hidden_dtype: torch.dtype | None = None
 
 
 SMALL = Shape(9, 5)  # what a quick check runs
@@ -43,7 +45,7 @@ def make_inputs(
 
     Args:
         shape: sizes.
-        dtype: of all tensors but the index.
+        dtype: of all tensors but the index and, with ``hidden_dtype``, the hidden states.
         device: of all tensors.
         seed: another one gives other numbers.
         strided: hidden and update are views of something wider.
@@ -51,7 +53,7 @@ def make_inputs(
     draw = Draw(dtype, device, seed, strided=strided)
     channels, dim = shape.channels, shape.dim
     return {
-        "hidden": draw.data(shape.tokens, channels),
+        "hidden": draw.data(shape.tokens, channels, dtype=shape.hidden_dtype),
         "update": draw.data(row_count(shape.rows), dim),
         "weight": draw.normal(channels, dim, scale=dim**-0.5),
         "bias": draw.normal(channels) if shape.bias else None,
@@ -68,9 +70,10 @@ def flops(shape: Shape, mode: str) -> int:
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
     """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written;
     backward does not read the hidden states, whose gradient is dout."""
-    rows, hidden = row_count(shape.rows), shape.tokens * shape.channels
-    others = rows * shape.dim + shape.channels * (shape.dim + shape.bias)
+    rows = row_count(shape.rows)
+    hidden = shape.tokens * shape.channels * (shape.hidden_dtype.itemsize if shape.hidden_dtype else itemsize)
+    others = itemsize * (rows * shape.dim + shape.channels * (shape.dim + shape.bias))
     index = INDEX_BYTES * rows
-    forward = itemsize * (hidden + others + hidden) + index
-    backward = itemsize * (others + hidden + hidden + others) + index
+    forward = hidden + others + hidden + index
+    backward = others + hidden + hidden + others + index
     return in_mode(mode, forward, backward)

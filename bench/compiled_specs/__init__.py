@@ -1,1 +1,0 @@
-"""Per op: its Triton kernels and the configurations to compile."""

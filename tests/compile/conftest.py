@@ -1,0 +1,42 @@
+"""What the tests of the compile tier share: launches recorded once a session, compiled up front and in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bench.launches.compile import Item, Resources, compile_all
+from bench.launches.device import TARGETS
+from bench.launches.record import Recording
+from bench.launches.workloads import record
+
+Recorder = Callable[[str], Recording]
+
+
+@pytest.fixture(scope="session")
+def recording() -> Recorder:
+    """Every op's launches on a target, by its name."""
+    kept: dict[str, Recording] = {}
+
+    def of(target: str) -> Recording:
+        if target not in kept:
+            kept[target] = record(TARGETS[target])
+        return kept[target]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest, recording: Recorder) -> dict[Item, Resources]:
+    """Of the launches that the chosen tests look at: those of their ops, on their targets."""
+    params = [item.callspec.params for item in request.session.items if "results" in getattr(item, "fixturenames", ())]
+    chosen = {(each["op"], each["target"]) for each in params}
+    items = [
+        (launch, target)
+        for target in TARGETS
+        if any(name == target for _, name in chosen)
+        for launch, uses in recording(target).launches.items()
+        if any((workload.split(" ", 1)[0], target) in chosen for workload in uses.workloads)
+    ]
+    return compile_all(items)
