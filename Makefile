@@ -1,6 +1,7 @@
 # One command each, the same for people and for CI. `make help` lists them.
 #
-#   make test ARGS="-k stem -x"            pass options on
+#   make test ARGS="-k stem -x"            pass options on to pytest
+#   make test ISA=avx2 TIERS=cpu           only the CPU tier, as on a processor without AVX-512
 #   make test PYTHON=/path/to/python       use an interpreter that already has torch; install nothing
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch, and only torch, from this index
 
@@ -52,10 +53,8 @@ gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes; 
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
 	  "$(or $(strip $(PYTHON)),python3)" -m bench.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-test: $(READY) ## every test this machine can run; ARGS go to pytest
-	$(RUN) -m pytest $(ARGS)
-	@echo "== Triton kernels in the interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m interpreter $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS chose none
+test: $(READY) ## every test this machine can run; ARGS go to pytest; ISA=avx512|avx2|plain WORKERS=n TIERS="cpu ..."
+	$(RUN) tests/tiers.py $(if $(TIERS),--tiers $(TIERS)) $(if $(ISA),--isa $(ISA)) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)
 
 mutants: $(READY) ## seed faults into a copy, one at a time: each must fail a test; ARGS="--help" shows its options
 	$(RUN) tests/mutants.py $(ARGS)

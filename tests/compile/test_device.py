@@ -8,7 +8,7 @@ import torch
 import hia_kernels
 from bench.launches.device import TARGETS, fake_device
 from hia_kernels.core import tuning
-from tests.inputs import packing
+from hia_kernels.ops.cross_attention.inputs import packing
 
 CUDA = torch.device("cuda", 0)
 

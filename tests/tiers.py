@@ -1,0 +1,172 @@
+"""Run the tiers of the tests one after the other, and say how long each took: ``make test``.
+
+Each tier is a pytest of its own, because what it needs is decided when the process starts: Triton's interpreter, the
+instructions that the libraries may use, how many processes share the machine. Everything behind ``--`` goes to pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_TESTS = 5  # pytest's exit code where the arguments choose none
+COMPILE = "tests/compile"
+OUTCOMES = ("passed", "failed", "errors", "skipped")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One pytest.
+
+    Attributes:
+        name: of the tier.
+        title: for people.
+        arguments: of pytest, beside the folder.
+        folder: where its tests are; "" means everywhere else.
+        environment: that it runs with.
+        spread: whether pytest-xdist may spread it over processes; the compile tier has a pool of its own.
+    """
+
+    name: str
+    title: str
+    arguments: tuple[str, ...] = ()
+    folder: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    spread: bool = True
+
+
+TIERS = (
+    Tier("cpu", "CPU: references, native and vendor kernels, adapter, benchmarks", (f"--ignore={COMPILE}",)),
+    Tier("compile", "Triton kernels compiled for GPUs that aren't there", folder=COMPILE, spread=False),
+    Tier(
+        "interpreter", "Triton kernels in the interpreter", ("-m", "interpreter", f"--ignore={COMPILE}"),
+        environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    ),
+)  # fmt: skip
+# what PyTorch, oneDNN, MKL and our kernels may use; "best" is whatever the processor has
+ISAS: dict[str, dict[str, str]] = {
+    "best": {},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "HIA_CPU_ISA": "avx512",
+               "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "HIA_CPU_ISA": "avx2",
+             "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "plain": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "HIA_CPU_ISA": "none",
+              "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a tier.
+
+    Attributes:
+        tier: that ran.
+        code: pytest's exit code.
+        seconds: it took.
+        summary: pytest's last line, without its frame.
+    """
+
+    tier: Tier
+    code: int
+    seconds: float
+    summary: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Outcomes that the summary names."""
+        found = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", self.summary)}
+        return {name: found.get(name, found.get(name.removesuffix("s"), 0)) for name in OUTCOMES}
+
+
+def command(tier: Tier, workers: str, extra: Sequence[str]) -> list[str] | None:
+    """The pytest of a tier; None where the paths among the arguments lead elsewhere.
+
+    Args:
+        tier: to run.
+        workers: processes, a number or "auto": one a core. Without pytest-xdist there is one.
+        extra: arguments of pytest; paths among them choose tests.
+    """
+    paths = [argument for argument in extra if re.match(r"(\./)?tests(/|$)", argument)]
+    others = [argument for argument in extra if argument not in paths]
+    if tier.folder:
+        inside = [path for path in paths if path.removeprefix("./").startswith(tier.folder)]
+        if paths and not inside and not any(path.strip("./") == "tests" for path in paths):
+            return None
+        paths = inside or [tier.folder]
+    spread = tier.spread and workers != "1" and importlib.util.find_spec("xdist") is not None
+    workers_of = ["-n", workers] if spread else []
+    return [sys.executable, "-m", "pytest", *workers_of, *tier.arguments, *paths, *others]
+
+
+def run(tier: Tier, isa: str, workers: str, extra: Sequence[str]) -> Ran:
+    """Run a tier and pass on what it prints."""
+    line = command(tier, workers, extra)
+    if line is None:
+        return Ran(tier, NO_TESTS, 0.0, "")
+    environment = {**os.environ, **ISAS[isa], **tier.environment}
+    print(f"== {tier.title}", flush=True)
+    started, summary = time.monotonic(), ""
+    with subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    ) as process:
+        assert process.stdout is not None
+        for printed in process.stdout:
+            print(printed, end="", flush=True)
+            summary = printed.strip(" =\n") if re.search(r"\bin [\d.]+s\b", printed) else summary
+    return Ran(tier, process.returncode, time.monotonic() - started, summary)
+
+
+def report(found: Sequence[Ran], isa: str) -> str:
+    """A table of the tiers, their minutes, and what came of them."""
+    lines = [f"{'tier':<12} {'minutes':>7}  result ({isa} instructions)"]
+    for one in found:
+        verdict = "no test chosen" if one.code == NO_TESTS else one.summary or f"stopped with exit code {one.code}"
+        lines.append(f"{one.tier.name:<12} {one.seconds / 60:>7.1f}  {verdict}")
+    total = {name: sum(one.counts[name] for one in found) for name in OUTCOMES}
+    minutes = sum(one.seconds for one in found) / 60
+    lines.append(f"{'all':<12} {minutes:>7.1f}  {', '.join(f'{total[name]} {name}' for name in OUTCOMES)}")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
+        prog="python tests/tiers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 all passed, 1 something failed, 5 no tier had a test to run",
+    )  # fmt: skip
+    names = [tier.name for tier in TIERS]
+    found.add_argument("--tiers", nargs="+", choices=names, default=names, metavar="TIER",
+                       help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    found.add_argument(
+        "--isa",
+        choices=list(ISAS),
+        default="best",
+        help="instructions that PyTorch, oneDNN, MKL and our kernels may use (default: all there are)",
+    )
+    found.add_argument("--workers", default="auto", metavar="N", help="processes of a tier (default: one a core)")
+    found.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="of pytest, behind --")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for; nothing is left out because something before it failed."""
+    options = parser().parse_args(arguments)
+    chosen = [tier for tier in TIERS if tier.name in options.tiers]
+    found = [run(tier, options.isa, options.workers, options.arguments) for tier in chosen]
+    print(f"\n{report(found, options.isa)}", flush=True)
+    if any(one.code not in (0, NO_TESTS) for one in found):
+        return 1
+    return NO_TESTS if all(one.code == NO_TESTS for one in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
