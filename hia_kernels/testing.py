@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core import rounding_layers as _layers  # noqa: F401  # with these two imported, every rule is known
+from .core import rounding_rules as _rules  # noqa: F401
 from .core.rounding import UNIT_ROUNDOFF, UNITS, Bounded
 
 __all__ = [

@@ -181,7 +181,7 @@ VERDICTS = (
     Mutant(
         name="roundings-of-the-first-product-are-forgotten",
         kind="lost part of a sum",
-        file="hia_kernels/core/rounding.py",
+        file="hia_kernels/core/rounding_rules.py",
         old="terms = terms + func(x_terms, magnitude(y))",
         new="terms = terms + 0 * func(x_terms, magnitude(y))",
         tests=(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import hia_kernels
 from bench.workloads import references
@@ -231,6 +232,34 @@ class TestRoundingAnalysis:
     def test_an_operator_without_a_rule_is_named(self):
         with pytest.raises(NotImplementedError, match=r"no rule says what roundings do in \w+\.erf_?inv"):
             torch.erfinv(bounded(self.a, F32))
+
+    @pytest.mark.parametrize(
+        ("reference", "shapes"),
+        [
+            pytest.param(lambda x: F.softmax(x, -1), [(5, 9)], id="softmax"),
+            pytest.param(lambda x, w: F.gelu(x @ w, approximate="tanh"), [(5, 9), (9, 4)], id="gelu-tanh"),
+            pytest.param(lambda x, w: F.rms_norm(x, (9,), w), [(5, 9), (9,)], id="rms-norm"),
+            pytest.param(lambda x, w: F.layer_norm(x + 100, (9,), w), [(5, 9), (9,)], id="layer-norm"),
+            pytest.param(lambda x, w: F.group_norm(x, 2, w), [(2, 4, 5, 5), (4,)], id="group-norm"),
+            pytest.param(lambda x, w: F.batch_norm(x, None, None, w, training=True), [(2, 4, 5, 5), (4,)], id="batch"),
+            pytest.param(lambda x, w: torch.einsum("bhd,hde->bhe", x, w), [(5, 2, 9), (2, 9, 4)], id="einsum"),
+            pytest.param(lambda x, y: x.clone().mul_(2).add_(y).relu_(), [(5, 9), (5, 9)], id="in-place"),
+            pytest.param(lambda x: x.masked_fill(x < 0, float("-inf")).softmax(-1), [(5, 9)], id="masked-softmax"),
+            pytest.param(lambda x: (x - x.mean(0)) / x.std(0), [(5, 9)], id="standardised"),
+            pytest.param(lambda x, w: F.silu(x) * torch.maximum(x, w), [(5, 9), (5, 9)], id="gated"),
+            pytest.param(lambda x, w: F.conv_transpose2d(x, w), [(2, 4, 6, 6), (4, 3, 3, 3)], id="transposed"),
+            pytest.param(lambda x: F.avg_pool2d(x, 2).cumsum(-1), [(2, 4, 6, 6)], id="pooled-running-sum"),
+        ],
+    )
+    def test_references_of_others_are_analysed(self, reference, shapes):
+        """What people write references with, gradients included: right results pass, wrong ones don't."""
+        inputs = {name: torch.randn(shape) for name, shape in zip("xw", shapes, strict=False)}
+        named = lambda **given: reference(*given.values())  # noqa: E731
+        expected = testing.expect(named, inputs, tuple(inputs), dtype=F32)
+        results = testing.forward_backward(named, inputs, tuple(inputs))
+        expected.check(results)
+        for name, result in results.items():
+            assert expected.problem(name, result + 1e-3 * result.abs().max()) is not None, name
 
     @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=str)
     def test_the_bound_of_a_stored_value_is_in_roundings(self, dtype):
