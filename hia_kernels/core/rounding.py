@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-UNITS = 6  # roundings that a result may be off by; 3,610 random cases of the ops in fp32 stayed within
+UNITS = 6  # roundings that a result may be off by
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,

@@ -113,6 +113,15 @@ def test_costs_of_attention_are_those_of_its_page(role):
     assert costs.moved_bytes(found, given, None, (), "forward", itemsize=4) == tensors + packing
 
 
+def test_a_composites_passes_add_up():
+    """A backward of products alone is two products for each of the forward's; attention's is five for two."""
+    found = workload("inject", "tiny")
+    given = workloads.make_inputs(found, torch.float32, "cpu")
+    weights = composites.make_weights(found.case, torch.float32, "cpu")
+    forward, backward, both = (costs.flops(found, given, weights, mode) for mode in ("forward", "backward", "both"))
+    assert forward + backward == both and 2 * forward <= backward <= 2.5 * forward
+
+
 def test_ragged_attention_is_counted_by_its_lengths():
     found = workload("cross_attention", "tiny-ragged", "extract")
     lengths_q, lengths_k = found.case.attention_lengths("extract")
