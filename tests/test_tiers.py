@@ -62,6 +62,7 @@ def test_one_failed_tier_fails_all_and_nothing_run_is_no_success(codes, expected
 def test_a_tier_runs_in_its_environment_and_its_last_line_is_kept(monkeypatch, tmp_path, capfd):
     (tmp_path / "test_it.py").write_text(
         "import os\ndef test_it():\n assert os.environ['HIA_CPU_ISA'] == 'avx2' and os.environ['TOY'] == '1'\n"
+        " assert os.environ['TORCHINDUCTOR_CACHE_DIR'].endswith('inductor-avx2')\n"
     )
     monkeypatch.setattr(tiers, "ROOT", tmp_path)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
