@@ -74,8 +74,9 @@ class Bounded(Tensor):
         """
         stored = torch.maximum(self.spread, magnitude(self.value))
         unit = UNIT_ROUNDOFF[self.dtype_tested]
-        # Below the normal range a result may be flushed to zero, as on GPUs; fp16, whose range is short, keeps it.
-        least = torch.finfo(self.dtype_tested).smallest_normal * (unit if self.dtype_tested == torch.float16 else 1)
+        # Below the normal range a value may be flushed to zero, as on GPUs, and be multiplied by what comes behind it;
+        # fp16, whose range is short, keeps it.
+        least = torch.finfo(self.dtype_tested).smallest_normal * (unit if self.dtype_tested == torch.float16 else 256)
         return accumulation_roundoff(self.dtype_tested) * self.terms + unit * stored + least
 
     def bound(self) -> Tensor:
