@@ -120,6 +120,8 @@ def collect() -> dict[str, Any]:
 
 
 def _in_force() -> str:
+    for name in settings.CHOICES:
+        settings.read(name)
     isa = settings.read("HIA_CPU_ISA") or "the best there is"
     return f"backend {backend.requested_backend()}, debug {'on' if backend.debug_enabled() else 'off'}, CPU ISA {isa}"
 

@@ -7,8 +7,9 @@ A result is compared with the reference run in higher precision (``exact``), and
    worst element of the reference at the same dtype (``plain``) is off by: where terms are all alike, the roundings of
    a long sum don't average out. This holds where terms cancel, and sees a single wrong element among millions.
 2. **As a whole**, its root-mean-square error is at most twice plain's, and ``slack`` roundings more. This is much
-   tighter where errors average out, and sees a sum in the wrong precision. Its roundings are relative to the result,
-   or to what that would be if its terms had random signs: a handful of outputs may all nearly cancel.
+   tighter where errors average out, and sees a sum in the wrong precision. Its roundings are relative to the result;
+   a handful of outputs may all nearly cancel, so theirs are relative to what they would be with random signs. In fp32 a
+   ReLU or a pool whose branch a rounding decides leaves gradients behind it to the first test.
 
 Test a function against a reference with its gradients::
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from .core import rounding_layers as _layers  # noqa: F401  # with these two imported, every rule is known
 from .core import rounding_rules as _rules  # noqa: F401
-from .core.rounding import UNIT_ROUNDOFF, UNITS, Bounded
+from .core.rounding import UNIT_ROUNDOFF, UNITS, Analysis, Bounded
 
 __all__ = [
     "EXACT", "FP64_SLACK", "GRADIENT_SLACK", "OUT_SLACK", "UNITS", "UNIT_ROUNDOFF", "Expected", "analysed",
@@ -45,6 +46,7 @@ EXACT = {
 OUT_SLACK, GRADIENT_SLACK = 2.0, 4.0  # roundings that an output's, or a gradient's, RMS error may have beyond plain's
 # Nothing is more exact than fp64: there plain has no error of its own, and these are sums of up to 1000 terms.
 FP64_SLACK = 64.0
+HANDFUL, CANCELLED = 64, 64  # elements that are few; how much smaller than its terms a result is that cancels
 
 Results = dict[str, Tensor]
 
@@ -114,9 +116,12 @@ def mismatch(
         wrong = _element_mismatch(out, exact, plain, bounds.bound())
     if wrong is not None:
         return f"{name}: {wrong}"
-    spread = 0.0 if bounds is None else _size(bounds.spread)
-    scale = max(_size(exact), spread) or 1.0
+    if not plain.is_floating_point():
+        return None
+    scale = _scale(exact, bounds)
     limit = 2 * _rms(plain, exact) / scale + slack * UNIT_ROUNDOFF[dtype]
+    if bounds is not None and bounds.undecided and dtype in (torch.float32, torch.float64):
+        limit = max(limit, _size(bounds.bound()) / scale)  # a branch may be ours alone; in 16 bits plain takes as many
     if not math.isfinite(limit):
         return f"{name}: the plain reference is not finite where the truth is; it bounds nothing"
     error = _rms(out, exact) / scale
@@ -125,11 +130,21 @@ def mismatch(
     return None
 
 
+def _scale(exact: Tensor, bounds: Bounded | None) -> float:
+    """What an RMS error is relative to: the result's own size, or, where nearly all of it cancels, what would be there
+    if its terms had random signs. A handful of elements may cancel by chance, many of them only by design."""
+    if bounds is None:
+        return _size(exact) or 1.0
+    return max(_size(exact), _size(bounds.spread) / (1 if exact.numel() < HANDFUL else CANCELLED)) or 1.0
+
+
 def _pattern_mismatch(out: Tensor, exact: Tensor, plain: Tensor) -> str | None:
     if out.shape != exact.shape:
         return f"shape {tuple(out.shape)} != {tuple(exact.shape)}"
     if out.dtype != plain.dtype:
         return f"{out.dtype} != {plain.dtype}"
+    if not plain.is_floating_point():  # an index, a count: right or wrong
+        return None if torch.equal(out, exact) else f"integers differ; {worst_index(out, exact)}"
     if not torch.equal(out.isnan(), exact.isnan()):
         return "NaN pattern differs"
     infinite = exact.isinf()
@@ -141,7 +156,11 @@ def _pattern_mismatch(out: Tensor, exact: Tensor, plain: Tensor) -> str | None:
 
 
 def _element_mismatch(out: Tensor, exact: Tensor, plain: Tensor, bound: Tensor) -> str | None:
-    """An element farther away than its terms' roundings, or than plain's worst one; nan bounds bind nothing."""
+    """An element farther away than its terms' roundings, or than plain's worst one; a bound that overflowed binds
+    nothing."""
+    unknown = int((bound.isnan() & exact.isfinite()).sum())
+    if unknown:
+        return f"the analysis bounds {unknown} of {out.numel()} elements by nan: nothing can be said of them"
     excess = _shares(out, exact, bound)
     allowed = max(1.0, 2 * _largest(_shares(plain, exact, bound)))
     beyond = excess > allowed
@@ -224,6 +243,10 @@ def forward_backward(
 
 
 def _leaves(inputs: Mapping[str, Any], differentiable: Iterable[str]) -> dict[str, Tensor]:
+    differentiable = tuple(differentiable)
+    unknown = [name for name in differentiable if name not in inputs]
+    if unknown:
+        raise ValueError(f"hia_kernels.testing: differentiable must name arguments among {list(inputs)}, got {unknown}")
     found = {name: inputs[name] for name in differentiable if isinstance(inputs[name], Tensor)}
     return {name: x.detach().requires_grad_() for name, x in found.items() if x.is_floating_point()}
 
@@ -232,7 +255,11 @@ def _results(
     function: Callable[..., Any], arguments: Mapping[str, Any], leaves: dict[str, Tensor], names: tuple[str, ...]
 ) -> Results:
     outs = function(**arguments)
-    named = dict(zip(names, outs if isinstance(outs, tuple) else (outs,), strict=False))
+    outs = tuple(outs) if isinstance(outs, (tuple, list)) else (outs,)
+    if len(outs) > len(names) or not all(isinstance(out, Tensor) for out in outs):
+        kinds = ", ".join(type(out).__name__ for out in outs)
+        raise ValueError(f"hia_kernels.testing: names must name every output, tensors all, got {names} for {kinds}")
+    named = dict(zip(names, outs, strict=False))
     results = {name: out.detach() for name, out in named.items()}
     reached = [out for out in named.values() if out.requires_grad]
     if reached and leaves:
@@ -251,7 +278,7 @@ def _plain(x: Tensor) -> Tensor:
 def _dout(out: Tensor, seed: int) -> Tensor:
     if not isinstance(out, Bounded):
         return dout_like(out, seed)
-    return Bounded.of_input(dout_like(out.value, seed), out.dtype_tested)
+    return Bounded.of_input(dout_like(out.value, seed), out.analysis)
 
 
 @dataclass(frozen=True)
@@ -327,9 +354,21 @@ def analysed(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     Returns:
         The arguments; run a reference on them for the ``exact`` of :func:`assert_close`.
     """
-    return {name: bounded(x, dtype) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    analysis = Analysis(_tested(dtype))
+    return {name: _wrapped(x, analysis) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
 def bounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert one floating tensor as :func:`analysed` does; others come back as they are."""
-    return Bounded.of_input(x.detach().to(EXACT[dtype]), dtype) if x.is_floating_point() else x
+    return _wrapped(x, Analysis(_tested(dtype)))
+
+
+def _wrapped(x: Tensor, analysis: Analysis) -> Tensor:
+    return Bounded.of_input(x.detach().to(EXACT[analysis.dtype]), analysis) if x.is_floating_point() else x
+
+
+def _tested(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in EXACT:
+        expected = ", ".join(str(one).removeprefix("torch.") for one in EXACT)
+        raise ValueError(f"hia_kernels.testing: dtype must be among {expected}, got {dtype}")
+    return dtype

@@ -19,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_TESTS = 5  # pytest's exit code where the arguments choose none
+INTERRUPTED = 130  # as shells have it
 COMPILE = "tests/compile"
+SHORT_WITH_VALUE = ("-k", "-m", "-p", "-n", "-c", "-o", "-W", "-r")
 OUTCOMES = ("passed", "failed", "errors", "skipped")
 
 
@@ -95,16 +97,27 @@ def command(tier: Tier, workers: str, extra: Sequence[str]) -> list[str] | None:
         workers: processes, a number or "auto": one a core. Without pytest-xdist there is one.
         extra: arguments of pytest; paths among them choose tests.
     """
-    paths = [argument for argument in extra if re.match(r"(\./)?tests(/|$)", argument)]
-    others = [argument for argument in extra if argument not in paths]
+    chosen = list(extra)
     if tier.folder:
-        inside = [path for path in paths if path.removeprefix("./").startswith(tier.folder)]
-        if paths and not inside and not any(path.strip("./") == "tests" for path in paths):
+        folder = (ROOT / tier.folder).resolve()
+        paths = {position: path for position in range(len(extra)) if (path := _path_at(extra, position)) is not None}
+        inside = [position for position, path in paths.items() if path == folder or folder in path.parents]
+        if paths and not inside and not any(path in folder.parents for path in paths.values()):
             return None
-        paths = inside or [tier.folder]
+        chosen = [argument for position, argument in enumerate(extra) if position not in paths or position in inside]
+        chosen += [] if inside else [tier.folder]
     spread = tier.spread and workers != "1" and importlib.util.find_spec("xdist") is not None
     workers_of = ["-n", workers] if spread else []
-    return [sys.executable, "-m", "pytest", *workers_of, *tier.arguments, *paths, *others]
+    return [sys.executable, "-m", "pytest", *workers_of, *tier.arguments, *chosen]
+
+
+def _path_at(arguments: Sequence[str], position: int) -> Path | None:
+    """A path that pytest is to collect; None for an option, and for what follows one that takes a value."""
+    argument, before = arguments[position], arguments[position - 1] if position else ""
+    if argument.startswith("-") or before in SHORT_WITH_VALUE or (before.startswith("--") and "=" not in before):
+        return None
+    path = (ROOT / argument.partition("::")[0]).resolve()
+    return path if path.exists() else None
 
 
 def run(tier: Tier, isa: str, workers: str, extra: Sequence[str]) -> Ran:
@@ -121,9 +134,14 @@ def run(tier: Tier, isa: str, workers: str, extra: Sequence[str]) -> Ran:
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     ) as process:
         assert process.stdout is not None
-        for printed in process.stdout:
-            print(printed, end="", flush=True)
-            summary = printed.strip(" =\n") if re.search(r"\bin [\d.]+s\b", printed) else summary
+        try:
+            for printed in process.stdout:
+                print(printed, end="", flush=True)
+                summary = printed.strip(" =\n") if re.search(r"\bin [\d.]+s\b", printed) else summary
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            return Ran(tier, INTERRUPTED, time.monotonic() - started, "interrupted")
     return Ran(tier, process.returncode, time.monotonic() - started, summary)
 
 
@@ -143,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(
         prog="python tests/tiers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 all passed, 1 something failed, 5 no tier had a test to run",
+        epilog="exit codes: 0 all passed, 1 something failed, 5 no tier had a test to run, 130 interrupted",
     )  # fmt: skip
     names = [tier.name for tier in TIERS]
     found.add_argument("--tiers", nargs="+", choices=names, default=names, metavar="TIER",
@@ -163,8 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; nothing is left out because something before it failed."""
     options = parser().parse_args(arguments)
     chosen = [tier for tier in TIERS if tier.name in options.tiers]
-    found = [run(tier, options.isa, options.workers, options.arguments) for tier in chosen]
+    found: list[Ran] = []
+    for tier in chosen:
+        found.append(run(tier, options.isa, options.workers, options.arguments))
+        if found[-1].code == INTERRUPTED:
+            break
     print(f"\n{report(found, options.isa)}", flush=True)
+    if found[-1].code == INTERRUPTED:
+        return INTERRUPTED
     if any(one.code not in (0, NO_TESTS) for one in found):
         return 1
     return NO_TESTS if all(one.code == NO_TESTS for one in found) else 0

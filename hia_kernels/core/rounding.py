@@ -18,7 +18,9 @@ maxima in one pooling window), the terms hold the whole of what either branch wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,46 +45,62 @@ def accumulation_roundoff(dtype: torch.dtype) -> float:
     return UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
 
 
+@dataclass(eq=False)
+class Analysis:
+    """What the tensors of one run of a reference share.
+
+    Attributes:
+        dtype: of the results that are tested.
+        undecided: whether a branch was met that a rounding decides.
+    """
+
+    dtype: torch.dtype
+    undecided: bool = False
+
+
 class Bounded(Tensor):
     """A tensor with its ``terms`` and its ``spread``; see the module."""
 
     value: Tensor
     terms: Tensor
     spread: Tensor
-    dtype_tested: torch.dtype
+    analysis: Analysis
+    undecided: bool  # whether a rounding may have taken another branch somewhere before
 
     @staticmethod
-    def __new__(cls, value: Tensor, terms: Tensor, spread: Tensor, dtype_tested: torch.dtype) -> Bounded:
+    def __new__(cls, value: Tensor, terms: Tensor, spread: Tensor, analysis: Analysis) -> Bounded:
         made = Tensor._make_wrapper_subclass(
             cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
             device=value.device,
         )  # fmt: skip
-        made.value, made.terms, made.spread, made.dtype_tested = value, terms, spread, dtype_tested
+        made.value, made.terms, made.spread = value, terms, spread
+        made.analysis, made.undecided = analysis, analysis.undecided
         return made
 
     @classmethod
-    def of_input(cls, value: Tensor, dtype_tested: torch.dtype) -> Bounded:
+    def of_input(cls, value: Tensor, analysis: Analysis) -> Bounded:
         """Wrap an argument: exact, its size its own."""
-        return cls(value, torch.zeros_like(value, dtype=torch.float32), magnitude(value), dtype_tested)
+        return cls(value, torch.zeros_like(value, dtype=torch.float32), magnitude(value), analysis)
 
     def unit(self) -> Tensor:
-        """One rounding of a result of ``dtype_tested``, element by element: of its terms, as they are added up
-        (halves in fp32), and of what is stored.
+        """One rounding of a result, element by element: of its terms, as they are added up (halves in fp32), and of
+        what is stored.
 
         Returns:
             Shape of the value, fp32, not negative.
         """
         stored = torch.maximum(self.spread, magnitude(self.value))
-        unit = UNIT_ROUNDOFF[self.dtype_tested]
-        # Below the normal range a value may be flushed to zero, as on GPUs, and be multiplied by what comes behind it;
-        # fp16, whose range is short, keeps it.
-        least = torch.finfo(self.dtype_tested).smallest_normal * (unit if self.dtype_tested == torch.float16 else 256)
-        return accumulation_roundoff(self.dtype_tested) * self.terms + unit * stored + least
+        unit = UNIT_ROUNDOFF[self.analysis.dtype]
+        # Below fp32's normal range a value may be flushed to zero, as on GPUs, and be multiplied by what comes behind
+        # it; sizes are in fp32, so fp64 has no other end. fp16, whose range is short, keeps its last steps.
+        is_short = self.analysis.dtype == torch.float16
+        least = torch.finfo(torch.float16 if is_short else torch.float32).smallest_normal * (unit if is_short else 256)
+        return accumulation_roundoff(self.analysis.dtype) * self.terms + unit * stored + least
 
     def bound(self) -> Tensor:
         """How far from the value :data:`UNITS` roundings can lead; twice that where the value is of the same dtype,
         for it has roundings of its own."""
-        return (UNITS if self.value.dtype != self.dtype_tested else 2 * UNITS) * self.unit()
+        return (UNITS if self.value.dtype != self.analysis.dtype else 2 * UNITS) * self.unit()
 
     def __repr__(self, **_options: Any) -> str:
         return f"Bounded({self.value!r})"
@@ -116,8 +134,12 @@ def value_of(x: Any) -> Any:
 
 
 def magnitude(x: Any) -> Any:
-    """Of a tensor in fp32, or of a number."""
-    return x.abs().float() if isinstance(x, Tensor) else abs(x)
+    """Of a tensor in fp32, or of a number; 0 where it is infinite: a mask of -inf is exact, and 0 times it is 0."""
+    if not isinstance(x, Tensor):
+        return abs(x) if math.isfinite(x) else 0.0
+    if not x.is_floating_point():
+        return x.float().abs()
+    return torch.where(x.isinf(), 0.0, x.abs()).float()
 
 
 def sizes_of(x: Any) -> tuple[Any, Any, Any]:
@@ -126,16 +148,16 @@ def sizes_of(x: Any) -> tuple[Any, Any, Any]:
         return x.value, x.terms, torch.maximum(x.spread, magnitude(x.value))
     if isinstance(x, Tensor):
         return x, torch.zeros_like(x, dtype=torch.float32), magnitude(x)
-    return x, 0.0, abs(x)
+    return x, 0.0, magnitude(x)
 
 
-def of_parts(parts: Sequence[Tensor], dtype: torch.dtype) -> Bounded:
+def of_parts(parts: Sequence[Tensor], analysis: Analysis) -> Bounded:
     value, terms, spread = parts
-    return Bounded(value, terms, spread, dtype)
+    return Bounded(value, terms, spread, analysis)
 
 
-def dtype_of(*operands: Any) -> torch.dtype:
-    return next(x.dtype_tested for x in operands if isinstance(x, Bounded))
+def analysis_of(*operands: Any) -> Analysis:
+    return next(x.analysis for x in operands if isinstance(x, Bounded))
 
 
 RULES: dict[Any, Callable[..., Any]] = {}
@@ -168,7 +190,7 @@ def _written(func: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     aten.squeeze, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.cat, aten.stack,
     aten.clone, aten.detach, aten.alias, aten.index, aten.index_select, aten.gather, aten.slice_backward,
     aten.select_backward, aten.constant_pad_nd, aten.index_copy, aten.where, aten.flip, aten.diagonal,
-    aten.as_strided, aten.clamp, aten.lift_fresh, aten.repeat, aten.avg_pool2d_backward, prims.broadcast_in_dim,
+    aten.as_strided, aten.lift_fresh, aten.repeat, aten.avg_pool2d_backward, prims.broadcast_in_dim,
     prims.where, aten.roll, aten.fill,
 )  # fmt: skip
 def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,12 +198,9 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     parts = []
     for part in range(3):
         chosen = [sizes_of(leaf)[part] if _is_float(leaf) else leaf for leaf in leaves]
-        if part and func.overloadpacket is aten.clamp:  # its slope is at most 1
-            parts.append(chosen[0])
-            continue
         inner_args, inner_kwargs = tree_unflatten(chosen, structure)
         parts.append(func(*inner_args, **inner_kwargs))
-    dtype = dtype_of(*leaves)
+    dtype = analysis_of(*leaves)
     if isinstance(parts[0], Tensor):
         return of_parts(parts, dtype)
     return type(parts[0])(of_parts(each, dtype) for each in zip(*parts))
@@ -194,14 +213,18 @@ def _is_float(x: Any) -> bool:
 
 @rule(aten._to_copy, prims.convert_element_type)
 def _converted(func: Any, x: Bounded, *args: Any, **options: Any) -> Any:
-    """The analysis is in exact arithmetic: a conversion rounds nothing here, but is a stored value."""
+    """The analysis is in exact arithmetic: what a reference converts to fewer digits keeps those it has."""
     value = func(x.value, *args, **options)
-    return Bounded(value, x.terms, x.spread, x.dtype_tested) if value.is_floating_point() else value
+    if not value.is_floating_point():
+        return value
+    if torch.finfo(value.dtype).bits < torch.finfo(x.value.dtype).bits:
+        value = x.value.clone()
+    return Bounded(value, x.terms, x.spread, x.analysis)
 
 
 @rule(aten.neg, prims.neg)
 def _negated(func: Any, x: Bounded) -> Bounded:
-    return Bounded(-x.value, x.terms, x.spread, x.dtype_tested)
+    return Bounded(-x.value, x.terms, x.spread, x.analysis)
 
 
 @rule(aten.index_put, aten.index_add)
@@ -215,27 +238,35 @@ def _put(func: Any, target: Any, *args: Any, **options: Any) -> Bounded:
     def call(into: Tensor, what: Tensor) -> Tensor:
         return func(into, *args[:place], what, *args[place + 1 :], **options)
 
-    out, terms = call(base, x), call(base_terms, x_terms)
+    out = call(base, x)
+    alpha = abs(options.pop("alpha", 1))
+    x_terms, x_size, x = alpha * x_terms, alpha * x_size, alpha * x
+    terms = call(base_terms, x_terms)
     if added:
         spread = call(base_size.square(), x_size.square()).sqrt()
-        return Bounded(out, terms + call(magnitude(base), magnitude(x)), spread, dtype_of(target, *args))
-    return Bounded(out, terms, call(base_size, x_size), dtype_of(target, *args))
+        return Bounded(out, terms + call(magnitude(base), magnitude(x)), spread, analysis_of(target, *args))
+    return Bounded(out, terms, call(base_size, x_size), analysis_of(target, *args))
 
 
 @rule(aten.masked_fill, aten.index_fill)
 def _filled(func: Any, x: Bounded, *args: Any) -> Bounded:
     where, zero = args[:-1], torch.zeros_like(args[-1]) if isinstance(args[-1], Tensor) else 0.0
-    return Bounded(func(x.value, *args), func(x.terms, *where, zero), func(x.spread, *where, zero), x.dtype_tested)
+    return Bounded(func(x.value, *args), func(x.terms, *where, zero), func(x.spread, *where, zero), x.analysis)
 
 
 @rule(aten.new_empty, aten.new_zeros, aten.empty_like, aten.zeros_like, aten.full_like, aten.new_full, aten.ones_like)
 def _made(func: Any, x: Bounded, *args: Any, **options: Any) -> Tensor:
     made = func(x.value, *args, **options)
-    return Bounded.of_input(made, x.dtype_tested) if made.is_floating_point() else made
+    return Bounded.of_input(made, x.analysis) if made.is_floating_point() else made
 
 
 @rule(aten.copy_)
 def _copied(func: Any, target: Bounded, source: Any, *args: Any) -> Bounded:
+    if not isinstance(target, Bounded):
+        raise NotImplementedError(
+            "hia_kernels.testing: a reference writes into a tensor that was made without its inputs; make it of one of "
+            "them, x.new_zeros(...), or join results with torch.cat or torch.stack"
+        )
     value, terms, size = sizes_of(source)
     for into, part in ((target.value, value), (target.terms, terms), (target.spread, size)):
         into.copy_(part)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rounding import Bounded, aten, dtype_of, magnitude, rule, sizes_of, value_of
+from .rounding import Bounded, analysis_of, aten, magnitude, rule, sizes_of, value_of
 from .rounding_rules import as_terms, product_of
 
 
@@ -30,8 +30,8 @@ def _near_by(terms: Tensor) -> Tensor:
 def _convolution(func: Any, x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
     value, terms, spread = product_of(lambda a, b: func(a, b, None, *rest), x, weight)
     terms = _near_by(terms) if _is_winograds(weight, rest[0]) else terms
-    out = Bounded(value, terms, spread, dtype_of(x, weight))
-    return out if bias is None else out + bias.reshape(-1, 1, 1)
+    out = Bounded(value, terms, spread, analysis_of(x, weight))
+    return out if bias is None else out + bias.reshape(-1, *[1] * (value.dim() - 2))
 
 
 @rule(aten.convolution_backward)
@@ -49,7 +49,7 @@ def _convolution_backward(func: Any, grad: Any, x: Any, weight: Any, sizes: Any,
 
         return call
 
-    dtype, winograds = dtype_of(grad, x, weight), _is_winograds(weight, geometry[0])
+    dtype, winograds = analysis_of(grad, x, weight), _is_winograds(weight, geometry[0])
     dx = dweight = None
     if mask[0]:
         value, terms, spread = product_of(gradient(0), grad, weight)
@@ -58,7 +58,7 @@ def _convolution_backward(func: Any, grad: Any, x: Any, weight: Any, sizes: Any,
         value, terms, spread = product_of(gradient(1), grad, x)
         largest = terms.amax((2, 3), keepdim=True).expand_as(terms) if winograds and terms.numel() else terms
         dweight = Bounded(value, largest, spread, dtype)
-    return dx, dweight, aten.sum(grad, [0, 2, 3]) if mask[2] else None
+    return dx, dweight, aten.sum(grad, [0, *range(2, grad.dim())]) if mask[2] else None
 
 
 @rule(aten.native_layer_norm)
@@ -90,14 +90,14 @@ def _layer_norm_backward(
 @rule(aten.avg_pool2d)
 def _averaged(func: Any, x: Bounded, *window: Any) -> Bounded:
     value, terms, size = sizes_of(x)
-    return Bounded(func(value, *window), func(terms + magnitude(value), *window), func(size, *window), x.dtype_tested)
+    return Bounded(func(value, *window), func(terms + magnitude(value), *window), func(size, *window), x.analysis)
 
 
 @rule(aten.max_pool2d_with_indices)
 def _pooled(func: Any, x: Bounded, *window: Any) -> tuple[Bounded, Tensor]:
     out, index = func(x.value, *window)
     terms, spread = (func(part, *window)[0] for part in (x.terms, x.spread))
-    return Bounded(out, terms, spread, x.dtype_tested), index
+    return Bounded(out, terms, spread, x.analysis), index
 
 
 @rule(aten.max_pool2d_with_indices_backward)
@@ -107,6 +107,7 @@ def _pooled_backward(
 ) -> Bounded:  # fmt: skip
     """Every pixel that roundings could make its window's maximum may get the window's gradient, or lose it."""
     g, terms, size = sizes_of(grad)
+    stride = list(stride) or list(kernel)  # none given means the kernel's
     window = (kernel, stride, padding, dilation, ceil_mode)
 
     def scattered(part: Tensor) -> Tensor:
@@ -123,8 +124,9 @@ def _pooled_backward(
     low, high = windows(x.value - x.bound(), -1e30), windows(x.value + x.bound(), -1e30)
     candidates = high >= low.amax(2, keepdim=True)
     rivals = candidates & (candidates.sum(2, keepdim=True) > 1)
-    shares = rivals * as_terms(g, x.dtype_tested).flatten(2)[:, :, None]
+    shares = rivals * as_terms(g, x.analysis).flatten(2)[:, :, None]
     padded = [side + 2 * pad for side, pad in zip(x.value.shape[2:], padding)]
     back = F.fold(shares.flatten(1, 2), padded, **shape)
+    x.analysis.undecided |= bool(shares.any())
     rows, columns = (slice(pad, pad + side) for side, pad in zip(x.value.shape[2:], padding))
-    return Bounded(out, out_terms + back[:, :, rows, columns], squares.sqrt(), x.dtype_tested)
+    return Bounded(out, out_terms + back[:, :, rows, columns], squares.sqrt(), x.analysis)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .rounding import (
     UNITS,
+    Analysis,
     Bounded,
     Sizes,
     accumulation_roundoff,
+    analysis_of,
     aten,
-    dtype_of,
     magnitude,
     of_parts,
     prims,
@@ -30,7 +31,7 @@ def _added(func: Any, a: Any, b: Any, alpha: float = 1) -> Bounded:
     out = func(x, y, alpha=alpha) if alpha != 1 else func(x, y)
     terms = x_terms + abs(alpha) * y_terms + magnitude(out)
     spread = (x_size * x_size + (alpha * alpha) * (y_size * y_size)).sqrt()
-    return Bounded(out, terms, spread, dtype_of(a, b))
+    return Bounded(out, terms, spread, analysis_of(a, b))
 
 
 @rule(aten.mul, prims.mul)
@@ -39,23 +40,25 @@ def _multiplied(func: Any, a: Any, b: Any) -> Bounded:
     out = func(x, y)
     x, y = magnitude(x), magnitude(y)
     terms = x_terms * y + x * y_terms + magnitude(out)
-    return Bounded(out, terms, torch.maximum(x_size * y, x * y_size), dtype_of(a, b))
+    return Bounded(out, terms, torch.maximum(x_size * y, x * y_size), analysis_of(a, b))
 
 
 @rule(aten.div, prims.div)
-def _divided(func: Any, a: Any, b: Any) -> Bounded:
+def _divided(func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> Bounded:
+    if rounding_mode is not None:
+        raise NotImplementedError("hia_kernels.testing: no rule says what roundings do in a division to whole numbers")
     (x, x_terms, x_size), (y, y_terms, y_size) = sizes_of(a), sizes_of(b)
     out, divisor = func(x, y), magnitude(y)
     size = magnitude(out)
     terms = x_terms / divisor + size * (y_terms / divisor) + size
     spread = torch.maximum(x_size / divisor, size * (y_size / divisor))
-    return Bounded(out, terms, spread, dtype_of(a, b))
+    return Bounded(out, terms, spread, analysis_of(a, b))
 
 
 def _elementwise(out: Tensor, slope: Tensor, x: Bounded) -> Bounded:
     """A smooth function of one tensor, with its derivative there."""
     slope, (_, terms, size) = magnitude(slope), sizes_of(x)
-    return Bounded(out, slope * terms + magnitude(out), torch.maximum(magnitude(out), slope * size), x.dtype_tested)
+    return Bounded(out, slope * terms + magnitude(out), torch.maximum(magnitude(out), slope * size), x.analysis)
 
 
 # derivatives, of the argument and of the result
@@ -107,7 +110,7 @@ def _gelu(func: Any, x: Bounded, **options: Any) -> Bounded:
     """x (1 + erf(x / sqrt 2)) / 2 cancels where x is negative: its terms are of the size of x."""
     slope = aten.gelu_backward(torch.ones_like(x.value), x.value, **options)
     found = _elementwise(func(x.value, **options), slope, x)
-    return Bounded(found.value, found.terms + magnitude(x.value), found.spread, x.dtype_tested)
+    return Bounded(found.value, found.terms + magnitude(x.value), found.spread, x.analysis)
 
 
 @rule(aten.gelu_backward)
@@ -119,13 +122,13 @@ def _gelu_backward(func: Any, grad: Any, x: Bounded, **options: Any) -> Bounded:
     bend = magnitude((2 - value * value) * density)
     out_terms = g_terms * slope + magnitude(g) * (bend * terms + 2)
     spread = torch.maximum(g_size * slope, magnitude(g) * torch.maximum(bend * size, slope))
-    return Bounded(func(g, value, **options), out_terms, spread, dtype_of(grad, x))
+    return Bounded(func(g, value, **options), out_terms, spread, analysis_of(grad, x))
 
 
 @rule(aten.relu)
 def _relu(func: Any, x: Bounded) -> Bounded:
     alive = x.value > -x.bound()  # below, every rounding of it is 0
-    return Bounded(func(x.value), x.terms * alive, x.spread * alive, x.dtype_tested)
+    return Bounded(func(x.value), x.terms * alive, x.spread * alive, x.analysis)
 
 
 @rule(aten.threshold_backward)
@@ -134,13 +137,22 @@ def _relu_backward(func: Any, grad: Any, x: Bounded, threshold: float) -> Bounde
     out = func(g, x.value, threshold)
     undecided = (x.value - threshold).abs() <= x.bound()
     alive = (x.value > threshold) | undecided & (x.spread > 0)
-    flipped = torch.where(undecided & (x.spread > 0), as_terms(g, x.dtype_tested), 0.0)
-    return Bounded(out, terms * alive + flipped, size * alive, x.dtype_tested)
+    flipped = torch.where(undecided & (x.spread > 0), as_terms(g, x.analysis), 0.0)
+    x.analysis.undecided |= bool(flipped.any())
+    return Bounded(out, terms * alive + flipped, size * alive, x.analysis)
 
 
-def as_terms(size: Tensor, dtype: torch.dtype) -> Tensor:
+def as_terms(size: Tensor, analysis: Analysis) -> Tensor:
     """Terms whose bound is all of ``size``: what a branch taken the other way would change."""
-    return magnitude(size) / (UNITS * accumulation_roundoff(dtype))
+    return magnitude(size) / (UNITS * accumulation_roundoff(analysis.dtype))
+
+
+@rule(aten.clamp)
+def _clamped(func: Any, x: Bounded, *limits: Any, **options: Any) -> Bounded:
+    """What is beyond the limits by more than its roundings is a limit, and exact."""
+    out = func(x.value, *limits, **options)
+    inside = (out - x.value).abs() <= x.bound()
+    return Bounded(out, x.terms * inside, torch.where(inside, x.spread, magnitude(out)), x.analysis)
 
 
 @rule(aten.sum, aten.mean, prims.sum)
@@ -150,7 +162,7 @@ def _summed(func: Any, x: Bounded, *args: Any, **options: Any) -> Bounded:
     count = max(value.numel() // max(out.numel(), 1), 1) if func.overloadpacket is aten.mean else 1
     total = func(terms, *args, **_in_fp32(options)) + func(magnitude(value), *args, **_in_fp32(options))
     squares = func(size * size, *args, **_in_fp32(options))  # over the count once for a mean; its square root twice
-    return Bounded(out, total, (squares / count).sqrt(), x.dtype_tested)
+    return Bounded(out, total, (squares / count).sqrt(), x.analysis)
 
 
 def _in_fp32(options: dict[str, Any]) -> dict[str, Any]:
@@ -171,12 +183,12 @@ def _variance(
 def _running_sum(func: Any, x: Bounded, dim: int, **options: Any) -> Bounded:
     value, terms, size = sizes_of(x)
     total = (terms + magnitude(value)).cumsum(dim)
-    return Bounded(func(value, dim, **options), total, size.square().cumsum(dim).sqrt(), x.dtype_tested)
+    return Bounded(func(value, dim, **options), total, size.square().cumsum(dim).sqrt(), x.analysis)
 
 
 @rule(aten.amax, prims.amax)
 def _largest(func: Any, x: Bounded, *args: Any, **options: Any) -> Bounded:
-    return of_parts([func(part, *args, **options) for part in (x.value, x.terms, x.spread)], x.dtype_tested)
+    return of_parts([func(part, *args, **options) for part in (x.value, x.terms, x.spread)], x.analysis)
 
 
 @rule(aten.logsumexp)
@@ -186,7 +198,7 @@ def _log_sum_exp(func: Any, x: Bounded, dims: list[int], keepdim: bool = False) 
     p = magnitude(torch.exp(value - kept))
     out = func(value, dims, keepdim)
     total = (p * terms).sum(dims, keepdim) + 1 + magnitude(out)
-    return Bounded(out, total, (p * size).square().sum(dims, keepdim).sqrt(), x.dtype_tested)
+    return Bounded(out, total, (p * size).square().sum(dims, keepdim).sqrt(), x.analysis)
 
 
 def product_of(func: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Sizes:
@@ -200,9 +212,10 @@ def product_of(func: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Size
 
 @rule(aten.mm, aten.bmm)
 def _matrix_product(func: Any, a: Any, b: Any) -> Bounded:
-    return of_parts(product_of(func, a, b), dtype_of(a, b))
+    return of_parts(product_of(func, a, b), analysis_of(a, b))
 
 
 @rule(aten.addmm)
-def _matrix_product_added(func: Any, bias: Any, a: Any, b: Any) -> Any:
-    return aten.mm(a, b) + bias
+def _matrix_product_added(func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = aten.mm(a, b)
+    return (product if alpha == 1 else product * alpha) + (bias if beta == 1 else bias * beta)

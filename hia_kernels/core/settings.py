@@ -1,4 +1,5 @@
-"""The environment variables of the package: what each may be. A value that none of them is raises, whoever reads it."""
+"""The environment variables of the package: what each may be. Any other value is an error where it is read, and in the
+report of ``python -m hia_kernels.info``."""
 
 from __future__ import annotations
 

@@ -136,10 +136,11 @@ def test_packed_over_its_residual(dtype, activation):
     inputs = make_inputs((9, 12), dtype, residual=True, stride=2, activation=activation)
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], 2)
     residual = inputs["residual"].contiguous()
-    expected = conv_norm_act_packed(inputs["x"], packed, residual.clone(), activation)
+    beside = conv_norm_act_packed(inputs["x"], packed, residual.clone(), activation)
     out = conv_norm_act_packed_(residual, inputs["x"], packed, activation)
-    assert out is residual and torch.equal(out, expected)
-    assert_forward_matches(lambda _: out, inputs, dtype)
+    assert out is residual  # oneDNN without AVX2 adds in another order when it writes over the residual
+    for result in (out, beside):
+        assert_forward_matches(lambda _, result=result: result, inputs, dtype)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2)])

@@ -229,6 +229,35 @@ class TestRoundingAnalysis:
         assert gradient.value.tolist() == [0, 1]
         assert gradient.bound()[0] >= 1 and gradient.bound()[1] < 1e-5
 
+    def test_what_a_clamp_stops_is_exact(self):
+        x = bounded(torch.full((2, 300), -10.0, dtype=BF16), BF16).sum(1).clamp(-1, 1)
+        assert x.value.tolist() == [-1, -1] and x.terms.tolist() == [0, 0] and (x.bound() < 0.1).all()
+
+    def test_a_mask_of_infinity_leaves_the_rest_bounded(self):
+        scores = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        scores[:, :3] = -math.inf
+        p = torch.softmax(bounded(scores, F32), 1)
+        assert p.bound().isfinite().all() and (p.bound()[:, :3] < 1e-30).all()
+        wrong = p.value.float()
+        wrong[0, 0] = 1e-7
+        assert "1 of 32 elements" in mismatch("p", wrong, p, torch.softmax(scores, 1), dtype=F32)
+        lse = torch.logsumexp(bounded(scores, F32), 1)
+        assert lse.bound().isfinite().all()
+
+    def test_fewer_digits_inside_a_reference_are_its_own(self):
+        """A conversion in the middle must not make the truth as wrong as what is tested."""
+        found = bounded(self.a, F32).half().float() @ bounded(self.b, F32)
+        assert torch.equal(found.value, self.a.double() @ self.b.double())
+
+    def test_a_result_written_into_a_stranger_is_a_sentence(self):
+        def reference(x):
+            out = torch.zeros(4, 9)
+            out[1] = x[1]
+            return out
+
+        with pytest.raises(NotImplementedError, match=r"writes into a tensor that was made without its inputs"):
+            testing.expect(reference, {"x": self.a}, dtype=F32)
+
     def test_an_operator_without_a_rule_is_named(self):
         with pytest.raises(NotImplementedError, match=r"no rule says what roundings do in \w+\.erf_?inv"):
             torch.erfinv(bounded(self.a, F32))
@@ -266,6 +295,51 @@ class TestRoundingAnalysis:
         found = bounded(torch.ones(1, dtype=dtype), dtype)
         units = 2 * UNITS if dtype == torch.float64 else UNITS  # its truth is no more exact than it is
         assert found.bound().item() == pytest.approx(units * UNIT_ROUNDOFF[dtype], rel=1e-4)
+
+
+def test_a_kink_that_only_one_side_takes_is_no_failure_in_fp32():
+    """A pre-activation nearer to 0 than its roundings: the gradients behind it are one branch's or the other's."""
+    x, weight = torch.ones(100, 2), torch.tensor([[1.0, -1.0]])
+    x[:, 1] = torch.linspace(0.5, 1.5, 100)
+    x[50] = torch.tensor([1.0, 1.0 - 2**-24])  # 6e-8 above the kink, of terms of size 1
+    reference = lambda x, weight: torch.relu(x @ weight.mT)  # noqa: E731
+    expected = testing.expect(reference, {"x": x, "weight": weight}, ("x", "weight"), dtype=F32)
+    results = testing.forward_backward(reference, {"x": x, "weight": weight}, ("x", "weight"))
+    results["dx"][50] = 0
+    expected.check(results)
+    results["dx"][10] = 0  # far from the kink
+    assert expected.problem("dx", results["dx"]) is not None
+
+
+def test_sums_in_half_precision_are_seen_in_an_attention():
+    """Errors that each element may have alone, and not all of them: 2048 keys added up in bf16."""
+    q, k, v = (torch.randn(size, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n, size in
+               enumerate((40, 2048, 2048)))  # fmt: skip
+
+    def reference(q, k, v):
+        return (torch.softmax(q.float() @ k.float().mT / 8, 1) @ v.float()).to(q.dtype)
+
+    def rounded(q, k, v):
+        p, out = torch.softmax(q.float() @ k.float().mT / 8, 1), torch.zeros(40, 64)
+        for first in range(0, 2048, 32):
+            out = (out + p[:, first : first + 32] @ v[first : first + 32].float()).bfloat16().float()
+        return out.bfloat16()
+
+    given = {"q": q, "k": k, "v": v}
+    expected = testing.expect(reference, given, dtype=BF16)
+    assert expected.problem("out", reference(**given)) is None
+    assert "rel-RMS" in expected.problem("out", rounded(**given))
+
+
+def test_every_output_has_a_name():
+    with pytest.raises(
+        ValueError, match=r"names must name every output, tensors all, got \('out', 'lse'\) for Tensor, "
+    ):
+        testing.expect(lambda x: (x, x, x), {"x": torch.ones(2)}, dtype=F32)
+    with pytest.raises(ValueError, match=r"differentiable must name arguments among \['x'\], got \['y'\]"):
+        testing.expect(lambda x: x, {"x": torch.ones(2)}, ("y",), dtype=F32)
+    with pytest.raises(ValueError, match=r"dtype must be among float64, float32, float16, bfloat16, got torch.int32"):
+        testing.expect(lambda x: x, {"x": torch.ones(2)}, dtype=torch.int32)
 
 
 def test_expected_names_what_is_missing():
@@ -310,6 +384,18 @@ class TestTolerance:
             assert_close("x", plain + step, truth, plain, dtype=dtype, slack=4)
             with pytest.raises(AssertionError):
                 assert_close("x", plain + step, truth, plain, dtype=dtype, slack=3.9)
+
+    def test_twice_as_wrong_as_plain_is_the_limit(self):
+        plain = self.exact.float() + 1e-5
+        assert_close("x", self.exact.float() + 1.9e-5, self.exact, plain, dtype=F32)
+        with pytest.raises(AssertionError, match="rel-RMS"):
+            assert_close("x", self.exact.float() + 2.2e-5, self.exact, plain, dtype=F32)
+
+    def test_integers_are_right_or_wrong(self):
+        exact = torch.tensor([3001, 7])
+        assert_close("index", exact.clone(), exact, exact, dtype=BF16)
+        with pytest.raises(AssertionError, match=r"integers differ; \[0\]: 3006 instead of 3001"):
+            assert_close("index", torch.tensor([3006, 7]), exact, exact, dtype=BF16)
 
     def test_nan_is_never_close_to_a_number(self):
         for value in (math.nan, math.inf):
