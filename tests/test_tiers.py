@@ -22,7 +22,7 @@ def test_every_test_belongs_to_a_tier():
 
 
 def test_options_go_to_every_tier_and_paths_where_they_lead():
-    assert arguments_of(COMPILE, "-k", "stem") == ["tests/compile", "-k", "stem"]
+    assert arguments_of(COMPILE, "-k", "stem") == ["-k", "stem", "tests/compile"]
     assert arguments_of(COMPILE, "tests/ops/test_stem.py", "-x") is None
     assert arguments_of(COMPILE, "tests/compile/test_limits.py::test_x") == ["tests/compile/test_limits.py::test_x"]
     assert arguments_of(COMPILE, str(tiers.ROOT / "tests" / "ops")) is None

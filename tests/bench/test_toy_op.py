@@ -71,10 +71,12 @@ def test_it_gets_a_regression_case(toy, tmp_path):
 @pytest.mark.skipif(bool(NO_COMPILER), reason=str(NO_COMPILER))
 def test_its_launches_are_recorded_and_compiled(toy, tmp_path):
     recording = launches.record(TARGETS["sm_90"], [OP])
-    ((launch, uses),) = recording.launches.items()
-    assert launch.kernel == "_row_dot_fwd_kernel" and list(uses.workloads) == [f"{OP} large bf16 triton"]
-    results = compile_all([(launch, "sm_90")], jobs=1, folder=tmp_path)
-    assert results[launch, "sm_90"].registers > 0 and limits.broken(recording, results, OP) == []
+    assert {launch.kernel for launch in recording.launches} == {"_row_dot_fwd_kernel"}
+    assert [list(uses.workloads) for uses in recording.launches.values()] == [
+        [f"{OP} large {dtype} triton"] for dtype in ("bf16", "fp16", "fp32")
+    ]
+    results = compile_all([(launch, "sm_90") for launch in recording.launches], jobs=1, folder=tmp_path)
+    assert all(result.registers > 0 for result in results.values()) and limits.broken(recording, results, OP) == []
 
 
 def test_it_gets_a_compile_case_and_is_tuned(toy, monkeypatch):

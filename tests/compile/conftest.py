@@ -16,7 +16,7 @@ Recorder = Callable[[str], Recording]
 
 @pytest.fixture(scope="session")
 def recording() -> Recorder:
-    """Every op's launches on a target, by its name."""
+    """Launches of every op and composite on a target, by its name."""
     kept: dict[str, Recording] = {}
 
     def of(target: str) -> Recording:

@@ -1,6 +1,8 @@
-"""Compile tier: every launch that the ops make, for every target, compiled without a GPU and within its limits."""
+"""Compile tier: every launch of ops and composites, for every target, compiled without a GPU and within its limits."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from bench.launches import limits
 from bench.launches.compile import Resources, compile_launch
 from bench.launches.device import TARGETS
 from bench.launches.record import launch_of
-from bench.workloads import ops
+from bench.launches.workloads import record
+from bench.workloads import composites, ops
 from hia_kernels.core import triton_support
 
 triton = pytest.importorskip("triton", reason="NO TRITON: the compile tier is not tested")
@@ -35,7 +38,7 @@ def product(target, dtype, precision, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in ops() if op not in WITHOUT_KERNELS])
+@pytest.mark.parametrize("op", [op for op in (*ops(), *composites()) if op not in WITHOUT_KERNELS])
 @pytest.mark.parametrize("target", TARGETS)
 def test_launches_compile_within_limits(op, target, recording, results):
     found = recording(target)
@@ -88,3 +91,37 @@ def test_a_waiver_covers_its_launches_alone(recording):
         assert covered, f"the waiver of {waiver.kernel} on {waiver.target} covers nothing"
         assert len(covered) < sum(launch.kernel == waiver.kernel for launch in kept.launches)
         assert not any(waiver.covers(launch, TARGETS["gfx942"]) for launch in covered)
+
+
+def waived():
+    """(a waiver, function from what a launch of its takes to what is broken)."""
+    waiver, target = limits.WAIVERS[0], TARGETS[limits.WAIVERS[0].target]
+    kept = record(target, ["norm_linear"])
+    launch = next(launch for launch in kept.launches if waiver.covers(launch, target))
+    kept.launches = {launch: kept.launches[launch]}
+    return waiver, lambda found: limits.broken(kept, {(launch, target.name): found})
+
+
+def test_a_waiver_excuses_its_spill_alone():
+    waiver, broken = waived()
+    enough = Resources(registers=32, spilled=waiver.spilled)
+    assert broken(enough) == []
+    for change, problem in (
+        ({"spilled": waiver.spilled + 1}, f"spills {waiver.spilled + 1} bytes"),
+        ({"error": "boom"}, "does not compile: boom"),
+        ({"shared": 10**7}, "needs 10000000 bytes of shared memory"),
+        ({"registers": 300}, "takes 300 registers a thread"),
+        ({"reduced": True}, "multiplies in tf32"),
+        ({"dots": (1, 0)}, "no mma.sync"),
+    ):
+        (line,) = broken(replace(enough, **change))
+        assert problem in line and "waiver" not in line, line
+        assert line.startswith(f"{waiver.kernel} on {waiver.target}: ") and "launched by norm_linear " in line
+
+
+def test_a_waiver_that_nothing_needs_is_a_problem():
+    waiver, broken = waived()
+    (line,) = broken(Resources(registers=32))
+    assert f"needs no waiver any more ({waiver.reason})" in line
+    (line,) = broken(Resources(error="boom"))
+    assert "boom" in line and "waiver" not in line
