@@ -158,6 +158,16 @@ LINEAR_ALGEBRA = (
         why="probabilities of a row whose length is no power of two add up to less than one",
     ),
     Kernel(
+        name="row-softmax-adds-a-long-row-up-in-half",
+        kind="wrong dtype of a sum",
+        file=f"{OPS}/row_softmax/triton_fwd.py",
+        old="total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), axis=0)",
+        new="total = (total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), axis=0))"
+        ".to(p_ptr.dtype.element_ty).to(tl.float32)",
+        tests=(f"{TESTS}/test_row_softmax_triton.py::test_matches_reference[torch.bfloat16-longest-promised]",),
+        why="probabilities of a long row add up to more or less than one",
+    ),
+    Kernel(
         name="row-softmax-backward-sign-of-dlse",
         kind="sign",
         file=f"{OPS}/row_softmax/triton_bwd.py",
