@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.workloads import ops
+from bench.workloads import composites, ops
 from hia_kernels.core import triton_support
 
 from . import document, limits
@@ -26,14 +26,15 @@ from .workloads import record
 
 def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
+    names = (*ops(), *composites())
     found = argparse.ArgumentParser(
         prog="python -m bench.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 nothing breaks a limit, 1 something does, 2 wrong arguments or no Triton",
     )  # fmt: skip
     found.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), metavar="TARGET",
                        help=f"GPUs to record for, of {', '.join(TARGETS)} (default: all)")  # fmt: skip
-    found.add_argument("--op", nargs="+", choices=ops(), default=[], metavar="OP",
-                       help=f"ops to record, of {', '.join(ops())} (default: all)")  # fmt: skip
+    found.add_argument("--op", nargs="+", choices=names, default=[], metavar="OP",
+                       help=f"ops and composites to record, of {', '.join(names)} (default: all)")  # fmt: skip
     found.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                        help="processes that compile (default: one a core)")  # fmt: skip
     found.add_argument("--cache", type=Path, default=FOLDER, metavar="DIR",

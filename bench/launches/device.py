@@ -169,6 +169,7 @@ def _stand_ins(target: Target) -> dict[tuple[Any, str], Any]:
         "is_bf16_supported": lambda *args, **options: True,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: False,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
     }

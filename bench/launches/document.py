@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.workloads import composites
+
 from .compile import Item, Resources
 from .device import TARGETS
 from .limits import OTHER_MATRIX, WAIVERS
@@ -28,6 +30,13 @@ class Row:
     launches: dict[str, list[Launch]] = field(default_factory=dict)
 
 
+def _named(workload: str) -> str:
+    """Without its dtype and row; an op's without the op too, which the kernel says."""
+    name = workload.rsplit(" ", 2)[0]
+    op, own = name.split(" ", 1)
+    return name if op in composites() else own
+
+
 def rows(recordings: Iterable[Recording]) -> dict[tuple[str, str, int], Row]:
     """Group launches of all targets by kernel, configuration and warps; stages that the launcher leaves out differ."""
     found: dict[tuple[str, str, int], Row] = {}
@@ -35,7 +44,7 @@ def rows(recordings: Iterable[Recording]) -> dict[tuple[str, str, int], Row]:
         for launch, uses in recording.launches.items():
             key = (launch.kernel, launch.configuration, launch.num_warps)
             row = found.setdefault(key, Row())
-            row.workloads |= dict.fromkeys(workload.split(" ", 1)[1].rsplit(" ", 2)[0] for workload in uses.workloads)
+            row.workloads |= dict.fromkeys(map(_named, uses.workloads))
             row.launches.setdefault(recording.target.name, []).append(launch)
     return dict(sorted(found.items(), key=lambda entry: entry[0]))
 
@@ -82,9 +91,9 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
     lines = [
         "# What the Triton kernels take of a GPU", "",
         f"Recorded and compiled without one by `python -m bench.launches --write`, Triton {triton_version}: every op, "
-        "forward and backward, at the GPU's workloads and at shapes beyond them, as each target would launch it. "
-        "`tests/compile` asserts that nothing spills, shared memory and registers suffice, and products of 16-bit "
-        "operands are matrix instructions.", "",
+        "forward and backward, at the GPU's workloads and at shapes beyond them, and every composite of "
+        "`bench.composites`, as each target would launch it. `tests/compile` asserts that nothing "
+        "spills, shared memory and registers suffice, and products of 16-bit operands are matrix instructions.", "",
         "Registers a thread / bytes spilled a thread / KiB of shared memory a block / matrix instruction / buffers of "
         "the deepest pipelined load. Launches that differ only in the alignment of their arguments share a row: it "
         "shows the most that one of them takes.",
@@ -98,7 +107,10 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
         cells = [_cell([results[launch, target] for launch in row.launches.get(target, [])]) for target in TARGETS]
         lines.append("| " + " | ".join([described, str(warps), stages(row), *cells, _workloads(row.workloads)]) + " |")
     lines += ["", "## Not asserted", ""]
-    lines += [f"- `{waiver.kernel}`, {waiver.target}, {waiver.dtype}: {waiver.reason}" for waiver in WAIVERS]
+    lines += [
+        f"- `{waiver.kernel}`, {waiver.target}, {waiver.dtype}: {waiver.spilled} bytes spilled: {waiver.reason}"
+        for waiver in WAIVERS
+    ]
     lines += [
         f"- `{name}`, {target}: {instruction} in place of {TARGETS[target].matrix}"
         for name, others in OTHER_MATRIX.items()

@@ -1,4 +1,4 @@
-"""What is recorded: every op at the GPU's workloads, and at the edges that its entry of :mod:`bench.workloads` names.
+"""What is recorded: every op and composite at the GPU's workloads, and ops at the edges that their entries name.
 
 The only module here that knows where workloads and their inputs come from.
 """
@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 import hia_kernels
-from bench.workloads import gpu_workloads, make_inputs, op_entry, ops
+from bench.composites import make_weights, our_step
+from bench.workloads import (
+    Workload,
+    composite_entry,
+    composites,
+    gpu_workloads,
+    in_set,
+    make_inputs,
+    op_entry,
+    ops,
+    workloads,
+)
 from hia_kernels.core import backend
 
 from .device import Target
@@ -23,13 +34,7 @@ from .record import Recording, recorded
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # rows of the tables that launch Triton kernels on a GPU, or may: the others are plain PyTorch
 ROWS = ("triton", "cuda", "cudnn", "cublas")
-# bf16 is recorded everywhere, these where they say: another dtype changes a kernel's code, another size seldom does.
-# fp16 differs from bf16 by the names of its instructions.
-FP16 = ("13b-896-2img:extract", "px896:stage3-3x3")
-FP32 = (
-    "px896", "px448:stage3-3x3", "px896:stage1-expand", "13b-896-2img", "13b-896-2img:extract", "13b-896-2img:inject",
-    "13b-896-2img:queries", "13b-896-2img:visual", "13b-released-896-2img", "13b-released-896-2img:extract",
-)  # fmt: skip
+CHOSEN = "chosen"  # in place of a row: a composite's ops run what their tables choose
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,45 @@ class Call:
         return f"{self.op} {self.name} {self.dtype}"
 
 
+@dataclass(frozen=True)
+class CompositeCall:
+    """One composite at one case, in bf16: prepared, or differentiated where it is a training step.
+
+    Attributes:
+        workload: the composite and its case.
+    """
+
+    workload: Workload
+    dtype = "bf16"
+
+    @property
+    def op(self) -> str:
+        """Name of the composite."""
+        return self.workload.op
+
+    @property
+    def label(self) -> str:
+        """Of composite, workload and dtype."""
+        return f"{self.op} {self.workload.name} {self.dtype}"
+
+
 def _workload_calls() -> Iterable[Call]:
-    """Every op at its GPU set."""
+    """Every op at its GPU set.
+
+    In bf16 all of it, in the other dtypes the first workload of each role: another dtype changes a kernel's code,
+    another size seldom does. Where it does, the op's entry has an edge.
+    """
+    seen = set()
     for workload in gpu_workloads():
         found = op_entry(workload.op)
-        chosen = {"bf16": True, "fp16": workload.name in FP16, "fp32": workload.name in FP32}
-        for dtype in (dtype for dtype in DTYPES if chosen[dtype]):
+        role = (workload.op, workload.role)
+        for dtype in ("bf16",) if role in seen else DTYPES:
 
-            def inputs(dtype: torch.dtype, workload: Any = workload) -> dict[str, Any]:
+            def inputs(dtype: torch.dtype, workload: Workload = workload) -> dict[str, Any]:
                 return make_inputs(workload, dtype, "cuda")
 
             yield Call(workload.op, workload.name, dtype, inputs, found.inputs.DIFFERENTIABLE, found.public)
+        seen.add(role)
 
 
 def _edge_calls() -> Iterable[Call]:
@@ -84,27 +117,40 @@ def _edge_calls() -> Iterable[Call]:
             yield Call(op, edge.name, edge.dtype, inputs, differentiable, edge.function or found.public)
 
 
-def calls(chosen: Iterable[str] = ()) -> list[Call]:
+def _composite_calls() -> Iterable[CompositeCall]:
+    """Every composite at its GPU set."""
+    for composite in composites():
+        yield from (CompositeCall(workload) for workload in workloads(composite) if in_set(workload, "gpu"))
+
+
+def calls(chosen: Iterable[str] = ()) -> list[Call | CompositeCall]:
     """What is recorded.
 
     Args:
-        chosen: names of ops; empty means every op.
+        chosen: names of ops and composites; empty means all.
 
     Raises:
-        ValueError: no such op.
+        ValueError: no such op or composite.
     """
-    wanted = list(chosen) or list(ops())
-    unknown = [op for op in wanted if op not in ops()]
+    known = (*ops(), *composites())
+    wanted = list(chosen) or list(known)
+    unknown = [op for op in wanted if op not in known]
     if unknown:
-        raise ValueError(f"calls: ops must be among {', '.join(ops())}, got {', '.join(unknown)}")
-    return [call for call in (*_workload_calls(), *_edge_calls()) if call.op in wanted]
+        raise ValueError(f"calls: ops must be among {', '.join(known)}, got {', '.join(unknown)}")
+    found: list[Call | CompositeCall] = [*_workload_calls(), *_edge_calls(), *_composite_calls()]
+    return [call for call in found if call.op in wanted]
 
 
-def run(call: Call, recording: Recording) -> None:
-    """Run forward, and forward and backward, by every row of the table that may launch a Triton kernel.
+def run(call: Call | CompositeCall, recording: Recording) -> None:
+    """Run an op forward, and forward and backward, by every row of the table that may launch a Triton kernel; a
+    composite as it is measured, by the rows that the tables choose.
 
     Call it inside :func:`bench.launches.record.recorded`. A row that can't serve the call is noted as refused.
     """
+    if isinstance(call, CompositeCall):
+        recording.workload = f"{call.label} {CHOSEN}"
+        _step(call)
+        return
     for row in backend.TABLES[call.op].backends:
         if row.name not in ROWS:
             continue
@@ -121,11 +167,12 @@ def record(target: Target, ops: Iterable[str] = (), *, tuned: bool = False) -> R
 
     Args:
         target: of :data:`bench.launches.device.TARGETS`.
-        ops: names of tables; empty means every op.
+        ops: names of ops and composites; empty means all.
         tuned: with the configurations measured on such a device, where there are any; else the launchers' own.
 
     Raises:
-        ValueError: no such op, or a grid beyond the device's limits. RuntimeError: ``TRITON_INTERPRET`` is set.
+        ValueError: no such op or composite, or a grid beyond the device's limits.
+        RuntimeError: ``TRITON_INTERPRET`` is set.
     """
     before = os.environ.get("HIA_TUNED")
     os.environ["HIA_TUNED"] = "1" if tuned else "0"
@@ -139,6 +186,23 @@ def record(target: Target, ops: Iterable[str] = (), *, tuned: bool = False) -> R
         else:
             os.environ["HIA_TUNED"] = before
     return recording
+
+
+def _step(call: CompositeCall) -> None:
+    workload, dtype = call.workload, DTYPES[call.dtype]
+    step = our_step(workload.case, make_weights(workload.case, dtype, "cuda"))
+    inputs = make_inputs(workload, dtype, "cuda")
+    if not composite_entry(call.op).trains:
+        step.prepare(call.op, inputs)
+        with torch.no_grad():
+            getattr(step, call.op)(**inputs)
+        return
+    leaves = [parameter for parameter in step.parameters() if parameter.requires_grad]
+    if "hidden" in inputs:
+        inputs["hidden"] = inputs["hidden"].detach().requires_grad_()
+        leaves.append(inputs["hidden"])
+    outputs = getattr(step, call.op)(**inputs)
+    torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)
 
 
 def _forward_backward(call: Call) -> None:

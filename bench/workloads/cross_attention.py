@@ -40,6 +40,8 @@ def _two_images(heads: int, head_dim: int, keys: int = 784) -> inputs.Shape:
 EDGES = (
     *(Edge(f"head_dim {head_dim}", _two_images(8, head_dim)) for head_dim in (64, 96, 256)),  # 96: masked columns
     Edge("head_dim 272", _two_images(8, 272), "fp16"),
+    # the released preset's, which pass through memory
+    *(Edge(f"head_dim {head_dim}", _two_images(8, head_dim), "fp32") for head_dim in (512, 640)),
     # few heads and many keys: they are split
     *(Edge("4 heads of 128, 16384 keys", _two_images(4, 128, 16384), dtype) for dtype in ("bf16", "fp32")),
 )
