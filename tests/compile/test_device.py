@@ -22,7 +22,8 @@ def device():
 def state():
     """What a fake device replaces."""
     names = ("is_available", "device_count", "current_device", "get_device_name", "get_device_properties",
-             "get_device_capability", "synchronize", "empty_cache", "is_bf16_supported")  # fmt: skip
+             "get_device_capability", "synchronize", "empty_cache", "is_bf16_supported",
+             "is_current_stream_capturing")  # fmt: skip
     return [
         *(getattr(torch.cuda, name) for name in names), torch.version.hip, torch.version.cuda, torch.Generator,
         torch.backends.cudnn.is_available, torch.empty(0, device="meta").device,

@@ -12,7 +12,8 @@ import hia_kernels.ops
 from bench.launches.compile import _source
 from bench.launches.device import TARGETS
 from bench.launches.record import launch_of, recorded
-from bench.launches.workloads import Call, calls, run
+from bench.launches.workloads import Call, CompositeCall, calls, run
+from bench.workloads import in_set, op_entry, ops, workloads
 from hia_kernels.core import triton_support
 
 triton = pytest.importorskip("triton", reason="NO TRITON: the compile tier is not tested")
@@ -166,6 +167,33 @@ def test_both_passes_are_recorded_by_every_row_of_the_table():
     }
 
 
+def test_a_composite_is_recorded_as_it_is_measured():
+    """What no op's workload has: the shortcut's convolution and split sums, prepared; the backward for the parameters
+    that a training step differentiates."""
+    for op, kernel, expected in (
+        ("encode", "_conv_norm_act_fwd_kernel", {"KERNEL": 1, "STRIDE": 2, "ACTIVATION": "none", "SPLITS": 2}),
+        ("encode_train_step", "_conv_norm_act_bwd_kernel", {"KERNEL": 1, "STRIDE": 2, "ACTIVATION": "none"}),
+    ):
+        call = next(call for call in calls([op]) if "px448 " in call.label)
+        with recorded(TARGETS["sm_90"]) as found:
+            run(call, found)
+        assert {workload for uses in found.launches.values() for workload in uses.workloads} == {f"{call.label} chosen"}
+        values = [dict(kept.constexprs) for kept in found.launches if kept.kernel == kernel]
+        assert any(expected.items() <= each.items() for each in values), f"{op}: {values}"
+
+
+def test_dtypes_follow_a_rule():
+    """bf16 everywhere; the others at an op's first workload of each role, and at its edges."""
+    for op in ops():
+        edges = {(edge.name, edge.dtype) for edge in op_entry(op).edges}
+        gpu = [workload for workload in workloads(op) if in_set(workload, "gpu")]
+        first = {workload.role: workload.name for workload in reversed(gpu)}
+        found = {dtype: {call.name for call in calls([op]) if call.dtype == dtype and (call.name, dtype) not in edges}
+                 for dtype in ("bf16", "fp16", "fp32")}  # fmt: skip
+        assert found["bf16"] == {workload.name for workload in gpu}
+        assert found["fp16"] == found["fp32"] == set(first.values())
+
+
 def test_before_hopper_a_1x1_convolution_has_more_warps(recording):
     """Four would spill: the product's operands are in registers there, beside the residual's addresses."""
     warps = {}
@@ -186,7 +214,7 @@ def test_unknown_op():
 
 def test_labels_are_unique():
     labels = [call.label for call in calls()]
-    assert len(labels) == len(set(labels)) and all(isinstance(call, Call) for call in calls())
+    assert len(labels) == len(set(labels)) and all(isinstance(call, Call | CompositeCall) for call in calls())
 
 
 def test_tensors_of_the_host_have_their_own_address():
