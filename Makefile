@@ -53,7 +53,7 @@ gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes; 
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
 	  "$(or $(strip $(PYTHON)),python3)" -m bench.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-test: $(READY) ## every test this machine can run; ARGS go to pytest; ISA=avx512|avx2|plain WORKERS=n TIERS="cpu ..."
+test: $(READY) ## every test this machine can run; ARGS go to pytest; ISA=avx2|plain TIERS=cpu WORKERS=n
 	$(RUN) tests/tiers.py $(if $(TIERS),--tiers $(TIERS)) $(if $(ISA),--isa $(ISA)) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)
 
 mutants: $(READY) ## seed faults into a copy, one at a time: each must fail a test; ARGS="--help" shows its options

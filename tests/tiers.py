@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_TESTS = 5  # pytest's exit code where the arguments choose none
 INTERRUPTED = 130  # as shells have it
 COMPILE = "tests/compile"
+TARGETS_VARIABLE = "HIA_COMPILE_TARGETS"  # the other two take as long again; CI names all four
 SHORT_WITH_VALUE = ("-k", "-m", "-p", "-n", "-c", "-o", "-W", "-r")
 OUTCOMES = ("passed", "failed", "errors", "skipped")
 
@@ -48,7 +49,10 @@ class Tier:
 
 TIERS = (
     Tier("cpu", "CPU: references, native and vendor kernels, adapter, benchmarks", (f"--ignore={COMPILE}",)),
-    Tier("compile", "Triton kernels compiled for GPUs that aren't there", folder=COMPILE, spread=False),
+    Tier(
+        "compile", "Triton kernels compiled for GPUs that aren't there", folder=COMPILE, spread=False,
+        environment={TARGETS_VARIABLE: os.environ.get(TARGETS_VARIABLE, "sm_80 sm_90")},
+    ),
     Tier(
         "interpreter", "Triton kernels in the interpreter", ("-m", "interpreter", f"--ignore={COMPILE}"),
         environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

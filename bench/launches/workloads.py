@@ -6,8 +6,11 @@ The only module here that knows where workloads and their inputs come from.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from bench.workloads import (
 )
 from hia_kernels.core import backend
 
-from .device import Target
+from .device import TARGETS, Target
 from .record import Recording, recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -188,9 +191,27 @@ def record(target: Target, ops: Iterable[str] = (), *, tuned: bool = False) -> R
     return recording
 
 
+def record_all(names: Sequence[str], jobs: int | None = None) -> dict[str, Recording]:
+    """Record every call on several targets, each in a process of its own.
+
+    Args:
+        names: keys of :data:`bench.launches.device.TARGETS`.
+        jobs: processes at once; None means one a core.
+    """
+    jobs = jobs or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(min(jobs, len(names)), mp_context=get_context("spawn")) as pool:
+        return dict(zip(names, pool.map(record, [TARGETS[name] for name in names])))
+
+
+@lru_cache(maxsize=64)
+def _weights(case: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A case's weights, which have no values: seven composites share them."""
+    return make_weights(case, dtype, "cuda")
+
+
 def _step(call: CompositeCall) -> None:
     workload, dtype = call.workload, DTYPES[call.dtype]
-    step = our_step(workload.case, make_weights(workload.case, dtype, "cuda"))
+    step = our_step(workload.case, dict(_weights(workload.case, dtype)))
     inputs = make_inputs(workload, dtype, "cuda")
     if not composite_entry(call.op).trains:
         step.prepare(call.op, inputs)

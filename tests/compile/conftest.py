@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,13 @@ import pytest
 from bench.launches.compile import Item, Resources, compile_all
 from bench.launches.device import TARGETS
 from bench.launches.record import Recording
-from bench.launches.workloads import record
+from bench.launches.workloads import record_all
 
+CHOSEN_VARIABLE = "HIA_COMPILE_TARGETS"
+# targets whose launches are compiled; they are recorded for all
+CHOSEN = tuple(os.environ.get(CHOSEN_VARIABLE, " ".join(TARGETS)).split())
+if not set(CHOSEN) <= set(TARGETS):
+    raise ValueError(f"{CHOSEN_VARIABLE} must be of {', '.join(TARGETS)}, got {' '.join(CHOSEN)!r}")
 Recorder = Callable[[str], Recording]
 
 
@@ -21,7 +27,7 @@ def recording() -> Recorder:
 
     def of(target: str) -> Recording:
         if target not in kept:
-            kept[target] = record(TARGETS[target])
+            kept.update(record_all(list(TARGETS)))
         return kept[target]
 
     return of
@@ -34,7 +40,7 @@ def results(request: pytest.FixtureRequest, recording: Recorder) -> dict[Item, R
     chosen = {(each["op"], each["target"]) for each in params}
     items = [
         (launch, target)
-        for target in TARGETS
+        for target in CHOSEN
         if any(name == target for _, name in chosen)
         for launch, uses in recording(target).launches.items()
         if any((workload.split(" ", 1)[0], target) in chosen for workload in uses.workloads)
