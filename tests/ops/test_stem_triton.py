@@ -8,7 +8,7 @@ from hia_kernels.core import tuning
 from hia_kernels.ops.stem import library
 from hia_kernels.ops.stem.functional import pack_stem, stem_packed, stem_packing_reasons
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
-from hia_kernels.testing import analysed, assert_close, bounded
+from hia_kernels.testing import analysed, assert_close, bounded, upcast
 from tests.hia.encoders import encoder_of, pixels_of
 from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, assert_repeatable, flops, opcheck
@@ -96,7 +96,8 @@ def test_a_tie_goes_to_the_first(triton_device):
     dout = torch.randn(stem_ref(**inputs).shape, device=triton_device)
     got = torch.ops.hia.stem_bwd(dout, *inputs.values(), [True] * 4)
     plain = stem_bwd_ref(dout, *inputs.values(), [True] * 4)
-    exact = stem_bwd_ref(bounded(dout, F32), *analysed(inputs, torch.float32).values(), [True] * 4)
+    # not analysed: a maximum that a rounding decides is excused by the analysis, and these are none
+    exact = stem_bwd_ref(dout.double(), *upcast(inputs, torch.float64).values(), [True] * 4)
     for name, *grads in zip(("dpixels", "dweight", "dscale", "dshift"), got, exact, plain):
         assert_close(name, *grads, dtype=F32, slack=4)
 
