@@ -96,7 +96,7 @@ def composite_call(name: str) -> Call:
 
 
 def make_call(case: str, given: dict[str, dict[str, Any]]) -> Call:
-    """What is timed, of this revision.
+    """Make the call that is timed, of this revision.
 
     Args:
         case: a composite or one of ``given``; the op's name, behind which ":both" asks for the backward.

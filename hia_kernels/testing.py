@@ -131,8 +131,8 @@ def mismatch(
 
 
 def _scale(exact: Tensor, bounds: Bounded | None) -> float:
-    """What an RMS error is relative to: the result's own size, or, where nearly all of it cancels, what would be there
-    if its terms had random signs. A handful of elements may cancel by chance, many of them only by design."""
+    """Choose what an RMS error is relative to: the result's own size, or, where nearly all of it cancels, what would be
+    there if its terms had random signs. A handful of elements may cancel by chance, many of them only by design."""
     if bounds is None:
         return _size(exact) or 1.0
     return max(_size(exact), _size(bounds.spread) / (1 if exact.numel() < HANDFUL else CANCELLED)) or 1.0
@@ -283,7 +283,7 @@ def _dout(out: Tensor, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reference says of one call, and how far from it a result may be.
+    """Results of a reference for one call, and how far from it a result may be.
 
     Attributes:
         exact: the reference's results in higher precision, by name: outputs, and "d" and the argument's name; each

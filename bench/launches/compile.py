@@ -30,7 +30,7 @@ _BUFFERS = re.compile(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes of a GPU.
+    """Resources that a compiled kernel takes of a GPU.
 
     Attributes:
         registers: of a thread.
@@ -67,8 +67,8 @@ def _source(launch: Launch) -> Any:
 
 
 def key_of(launch: Launch, target: Target) -> str:
-    """Of everything that a compiled kernel follows from: Triton's own key, of its version, the kernel's source and all
-    that it calls, signature, specialisation, constexprs, options, target and the compiler's environment variables."""
+    """Hash everything that a compiled kernel follows from: Triton's own key, of its version, the kernel's source and
+    all that it calls, signature, specialisation, constexprs, options, target and the compiler's environment variables."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import make_backend
     from triton.runtime.cache import get_cache_key
@@ -121,7 +121,7 @@ def _amd(text: str) -> tuple[int, int]:
 
 
 def stored(key: str, folder: Path) -> Resources | None:
-    """What was found before; None where nothing was, or where the entry is damaged."""
+    """Read what was found before; None where nothing was, or where the entry is damaged."""
     try:
         content = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         found = Resources(**{**content, "matrix": tuple(content["matrix"]), "dots": tuple(content["dots"])})

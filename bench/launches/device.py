@@ -58,13 +58,13 @@ class Target:
     matrix: str
 
     def gpu_target(self) -> Any:
-        """As ``triton.compile`` takes it."""
+        """Return the target as ``triton.compile`` takes it."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget(self.kind, self.arch, self.warp)
 
     def properties(self) -> SimpleNamespace:
-        """What ``torch.cuda.get_device_properties`` returns: of its attributes, those that code here may ask for."""
+        """Return what ``torch.cuda.get_device_properties`` does, as far as code here asks for it."""
         return SimpleNamespace(
             name=self.device_name, major=self.capability[0], minor=self.capability[1], total_memory=self.memory,
             multi_processor_count=self.multiprocessors, warp_size=self.warp, shared_memory_per_block_optin=self.shared,
@@ -151,14 +151,14 @@ class _Ops(TorchDispatchMode):
 
 
 class _Generator(torch.Generator):
-    """Of the host, whatever the device: nothing is drawn with it on the fake one."""
+    """Make a generator of the host, whatever the device: nothing is drawn with it on the fake one."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         return super().__new__(cls, "cpu" if _is_cuda(device) else device)
 
 
 def _stand_ins(target: Target) -> dict[tuple[Any, str], Any]:
-    """What is replaced, by owner and attribute."""
+    """List what is replaced, by owner and attribute."""
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -182,7 +182,7 @@ def _stand_ins(target: Target) -> dict[tuple[Any, str], Any]:
 
 
 def _forget() -> None:
-    """What is remembered of the device under index 0, in the modules that remember it."""
+    """Forget what modules remember of the device under index 0."""
     tuning._device_name.cache_clear()
     name = "hia_kernels.ops.cross_attention.triton_split"
     if importlib.util.find_spec("triton") is not None:

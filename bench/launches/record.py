@@ -76,7 +76,7 @@ class Uses:
 
 @dataclass
 class Recording:
-    """What was launched on one target.
+    """Launches recorded on one target.
 
     Attributes:
         target: whose.
@@ -134,7 +134,7 @@ def _binder(kernel: Any, target: Target) -> tuple[Any, Any, Any]:
 
 
 def launch_of(kernel: Any, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """What ``kernel[grid](*args, **kwargs)`` compiles on the target.
+    """Describe what ``kernel[grid](*args, **kwargs)`` compiles on the target.
 
     Args:
         kernel: a ``triton.jit`` function.

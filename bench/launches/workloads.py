@@ -62,7 +62,7 @@ class Call:
 
     @property
     def label(self) -> str:
-        """Of op, workload and dtype."""
+        """Name op, workload and dtype."""
         return f"{self.op} {self.name} {self.dtype}"
 
 
@@ -84,7 +84,7 @@ class CompositeCall:
 
     @property
     def label(self) -> str:
-        """Of composite, workload and dtype."""
+        """Name composite, workload and dtype."""
         return f"{self.op} {self.workload.name} {self.dtype}"
 
 
@@ -127,7 +127,7 @@ def _composite_calls() -> Iterable[CompositeCall]:
 
 
 def calls(chosen: Iterable[str] = ()) -> list[Call | CompositeCall]:
-    """What is recorded.
+    """List the calls that are recorded.
 
     Args:
         chosen: names of ops and composites; empty means all.

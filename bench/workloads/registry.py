@@ -19,7 +19,7 @@ class Case(Protocol):
 
     @property
     def name(self) -> str:
-        """What ``--case`` takes."""
+        """Name the case, as ``--case`` takes it."""
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ class OpEntry:
 
     @property
     def compilable_reference(self) -> Callable[..., Any]:
-        """What ``torch.compile`` takes."""
+        """Return the reference in the form that ``torch.compile`` takes."""
         return self.compilable or self.reference
 
 
@@ -221,7 +221,7 @@ def references(*, compilable: bool = False) -> dict[str, Callable[..., Any]]:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: an op or composite at a case.
+    """An op or composite at a case: one thing to measure.
 
     Attributes:
         op: of :func:`ops` or :func:`composites`.
@@ -235,7 +235,7 @@ class Workload:
 
     @property
     def entry(self) -> Entry:
-        """Of the op or composite."""
+        """Return the entry of the op or composite."""
         return entry(self.op)
 
     @property
@@ -245,7 +245,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """Of the case, and the role behind a colon."""
+        """Name the case, and the role behind a colon."""
         return f"{self.case.name}:{self.role}" if self.role else self.case.name
 
     @property

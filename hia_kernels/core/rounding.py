@@ -47,7 +47,7 @@ def accumulation_roundoff(dtype: torch.dtype) -> float:
 
 @dataclass(eq=False)
 class Analysis:
-    """What the tensors of one run of a reference share.
+    """State that the tensors of one run of a reference share.
 
     Attributes:
         dtype: of the results that are tested.
@@ -98,8 +98,8 @@ class Bounded(Tensor):
         return accumulation_roundoff(self.analysis.dtype) * self.terms + unit * stored + least
 
     def bound(self) -> Tensor:
-        """How far from the value :data:`UNITS` roundings can lead; twice that where the value is of the same dtype,
-        for it has roundings of its own."""
+        """Compute how far from the value :data:`UNITS` roundings can lead; twice that where the value is of the same
+        dtype, for it has roundings of its own."""
         return (UNITS if self.value.dtype != self.analysis.dtype else 2 * UNITS) * self.unit()
 
     def __repr__(self, **_options: Any) -> str:
@@ -134,7 +134,8 @@ def value_of(x: Any) -> Any:
 
 
 def magnitude(x: Any) -> Any:
-    """Of a tensor in fp32, or of a number; 0 where it is infinite: a mask of -inf is exact, and 0 times it is 0."""
+    """Take the magnitude of a tensor in fp32, or of a number; 0 where it is infinite: a mask of -inf is exact, and 0
+    times it is 0."""
     if not isinstance(x, Tensor):
         return abs(x) if math.isfinite(x) else 0.0
     if not x.is_floating_point():
@@ -207,7 +208,7 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_float(x: Any) -> bool:
-    """Whether it is moved along: a floating tensor, or a constant to fill with."""
+    """Tell whether it is moved along: a floating tensor, or a constant to fill with."""
     return isinstance(x, float) or (isinstance(x, Tensor) and x.is_floating_point())
 
 

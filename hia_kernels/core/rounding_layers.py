@@ -13,7 +13,7 @@ from .rounding_rules import as_terms, product_of
 
 
 def _is_winograds(weight: Any, stride: list[int]) -> bool:
-    """Whether a convolution may be computed by Winograd's algorithm (Lavin and Gray, CVPR 2016).
+    """Tell whether a convolution may be computed by Winograd's algorithm (Lavin and Gray, CVPR 2016).
 
     It adds and subtracts a tile's pixels, and a kernel's taps, before it multiplies: its roundings are relative to the
     largest terms near by, not to an element's own.

@@ -149,7 +149,7 @@ def as_terms(size: Tensor, analysis: Analysis) -> Tensor:
 
 @rule(aten.clamp)
 def _clamped(func: Any, x: Bounded, *limits: Any, **options: Any) -> Bounded:
-    """What is beyond the limits by more than its roundings is a limit, and exact."""
+    """Clamp: beyond the limits by more than its roundings, a value is a limit, and exact."""
     out = func(x.value, *limits, **options)
     inside = (out - x.value).abs() <= x.bound()
     return Bounded(out, x.terms * inside, torch.where(inside, x.spread, magnitude(out)), x.analysis)
@@ -202,7 +202,7 @@ def _log_sum_exp(func: Any, x: Bounded, dims: list[int], keepdim: bool = False) 
 
 
 def product_of(func: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Sizes:
-    """Of a product that sums: matrices, convolutions."""
+    """Analyse a product that sums: of matrices, a convolution."""
     (x, x_terms, x_size), (y, y_terms, y_size) = sizes_of(a), sizes_of(b)
     out, terms = func(x, y), func(magnitude(x), magnitude(y) + y_terms)
     if bool(x_terms.any()):
