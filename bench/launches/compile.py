@@ -68,7 +68,7 @@ def _source(launch: Launch) -> Any:
 
 def key_of(launch: Launch, target: Target) -> str:
     """Hash everything that a compiled kernel follows from: Triton's own key, of its version, the kernel's source and
-    all that it calls, signature, specialisation, constexprs, options, target and the compiler's environment variables."""
+    all that it calls, signature, specialisation, constexprs, options, target and the compiler's variables."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import make_backend
     from triton.runtime.cache import get_cache_key
