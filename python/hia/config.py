@@ -14,6 +14,10 @@ ENCODERS = ("resnet50", "strided")
 NORMS = ("pre", "pre_post")
 GATES = ("zero_init", "tanh", "none")
 BATCH_NORMS = ("running", "batch")
+POSITIONS = ("sincos", "none")
+INITS = ("lecun_normal", "pytorch")
+# What configs written before these fields existed stand for: the values of that time, not today's defaults.
+BEFORE_FIELD_EXISTED = {"position": "none", "init": "pytorch", "query_std": 0.02}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -50,6 +54,10 @@ class HiAConfig:
         norms: "pre" (queries, features, visual tokens, extracted tokens) or "pre_post" (and LN after the sum).
         gate: "zero_init" (the injection's output projection starts at zero), "tanh" (a learnt scalar that
             starts at 0), or "none" (attaching disturbs the host, as the released code does).
+        position: "sincos" adds two-dimensional sines and cosines to the features, so that *where* can be learnt;
+            "none" leaves them a bag of tokens, as the paper and the released code do (:mod:`hia.position`).
+        init: how the projections of both cross-attentions start: "lecun_normal" (unit variance out of unit variance,
+            biases zero, the condition's weight a tenth of that), or "pytorch" (``nn.Linear``'s own start).
         query_std: standard deviation the queries start with.
         instruction_aware: condition the queries on the instruction (paper, Table 2).
         high_resolution: False makes :class:`hia.HiAProcessor` shrink the adapter's images to the host's
@@ -75,7 +83,9 @@ class HiAConfig:
     shared_projection: bool = False
     norms: str = "pre"
     gate: str = "zero_init"
-    query_std: float = 0.02
+    position: str = "sincos"
+    init: str = "lecun_normal"
+    query_std: float = 1.0
     instruction_aware: bool = True
     high_resolution: bool = True
     plan: str = "auto"
@@ -90,6 +100,8 @@ class HiAConfig:
         _choice("norms", self.norms, NORMS)
         _choice("gate", self.gate, GATES)
         _choice("batch_norm", self.batch_norm, BATCH_NORMS)
+        _choice("position", self.position, POSITIONS)
+        _choice("init", self.init, INITS)
         split_plan(self.plan)
         for name in ("image_mean", "image_std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -159,7 +171,7 @@ class HiAConfig:
         facts = host_facts(host)
         preset = {
             "dim": facts["hidden_size"], "num_heads": 8, "norms": "pre_post", "gate": "none",
-            "shared_projection": True, "encoder_bias": True, "query_std": 1.0,
+            "shared_projection": True, "encoder_bias": True, "position": "none", "init": "pytorch", "query_std": 1.0,
         }  # fmt: skip
         return cls(**{**facts, **preset, **changes})
 
@@ -179,7 +191,7 @@ class HiAConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HiAConfig:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`; a field that older files lack takes the value it had then.
 
         Raises:
             ValueError: unknown or missing fields.
@@ -194,7 +206,7 @@ class HiAConfig:
         lists: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
-        return cls(**lists)
+        return cls(**{**BEFORE_FIELD_EXISTED, **lists})
 
 
 def _heads_of(width: int, head_dim: int) -> int:

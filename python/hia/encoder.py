@@ -17,6 +17,7 @@ from hia_kernels.ops.stem.functional import stem_packed, stem_packing_reasons, s
 from . import tiling
 from .config import HiAConfig
 from .folding import FoldedConv, PreparedEncoder, Steps, prepare_step
+from .position import add_position
 from .prepared import Stamp, stamp_of
 from .pretrained import load_resnet50
 
@@ -82,6 +83,7 @@ class Encoder(nn.Module):
         self.channels = config.encoder_channels
         self.stride = config.encoder_stride
         self.live_statistics = config.batch_norm == "batch"
+        self.position = config.position
         self.image_mean, self.image_std = config.image_mean, config.image_std
         self._prepared: PreparedEncoder | None = None
         self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -130,7 +132,8 @@ class Encoder(nn.Module):
                 needs more goes through in strips, for inference with running statistics. None: no limit.
 
         Returns:
-            [H', W', C] features, H' = ceil(H / stride), in the parameters' dtype.
+            [H', W', C] features, H' = ceil(H / stride), in the parameters' dtype; with ``position="sincos"`` where each
+            stands is in them.
 
         Raises:
             ValueError: the budget can't hold a strip, or gradients or live statistics want the whole image.
@@ -258,7 +261,11 @@ class Encoder(nn.Module):
         return Steps(prepared.steps, not packing_reasons(self.conv1.weight), graphs, prepared.arena)
 
     def _encode(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
-        """[N, H, W, CP], [N, 2] -> [N, H', W', C]."""
+        """[N, H, W, CP], [N, 2] -> [N, H', W', C], the whole image's, whatever came in strips: positions go on last."""
+        features = self._without_position(pixels, window, step, budget)
+        return features if self.position == "none" else add_position(features)
+
+    def _without_position(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
         if budget is not None:
             step.arena = None  # it may be larger than this image's budget
             images, height, width, _ = pixels.shape

@@ -18,6 +18,9 @@ from .prepared import PreparedExtractor, Stamp, prepare_extractor, stamp_of
 
 KEY_VALUE_FORMS = ("textbook", "folded", "deep_kv")
 SHARED_FORMS = ("textbook", "absorbed")  # these read the released maths' shared projection as it is
+# h_N is not normed, and its entries are of size 1 and more in trained hosts: at full gain the one vector that all
+# queries get would outweigh what tells them apart.
+CONDITION_GAIN = 0.1
 LARGEST_SIDE = 2**30  # bytes a layer keeps of one set of images without being told to
 
 
@@ -98,7 +101,7 @@ class Extractor(nn.Module):
         dim = config.dim
         channels = config.hidden_size if config.shared_projection else config.encoder_channels
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.query_std = config.query_std
+        self.query_std, self.init = config.query_std, config.init
         self.layer_index, self.form = layer, plan.split_plan(config.plan)[0]
         self.sharing = len(config.layer_indices) if config.shared_projection else 0
         self.hidden_size, self.channels = config.hidden_size, config.encoder_channels
@@ -115,8 +118,12 @@ class Extractor(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise what ``to_empty`` left undefined (children reset themselves)."""
+        """Initialise queries and, as ``HiAConfig.init`` says, the projections (norms have reset themselves)."""
         nn.init.normal_(self.queries, std=self.query_std)
+        if self.init == "lecun_normal":
+            unit_variance_(self.feature_projection, self.q_proj, self.kv_proj, self.out_proj)
+            if self.condition is not None:
+                unit_variance_(self.condition, gain=CONDITION_GAIN)
 
     def stamp(self) -> Stamp:
         """Versions of all parameters that keys and values depend on."""
@@ -295,6 +302,17 @@ class Extractor(nn.Module):
         out = out.view(images, heads, -1, out.shape[-1])
         out = hia_kernels.head_linear(out, value_weight.to(out.dtype), merge_heads=True)  # [n, M, D]
         return out.flatten(0, 1) + bias[dim:]
+
+
+def unit_variance_(*linears: nn.Linear, gain: float = 1.0) -> None:
+    """Start linears so that inputs of variance 1 give outputs of variance ``gain**2``, with zero biases.
+
+    LeCun's normal start (Efficient BackProp, 1998). ``nn.Linear``'s own is a third of that variance with biases as
+    large as what follows from the input, which makes all queries, keys and visual tokens alike.
+    """
+    for linear in linears:
+        nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
+        nn.init.zeros_(linear.bias)
 
 
 def norm_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, row_idx: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import hia_kernels
 
 from . import plan
 from .config import HiAConfig
-from .extractor import even_cu_seqlens, norm_project
+from .extractor import even_cu_seqlens, norm_project, unit_variance_
 from .layout import CallLayout
 
 
@@ -64,7 +64,7 @@ class Injection(nn.Module):
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.num_queries = config.num_queries
         self.hidden_size, self.form = config.hidden_size, plan.split_plan(config.plan)[1]
-        self.zero_init = config.gate == "zero_init"
+        self.zero_init, self.init = config.gate == "zero_init", config.init
         self.visual_norm = nn.LayerNorm(config.hidden_size)
         self.extracted_norm = nn.LayerNorm(dim)
         self.q_proj = nn.Linear(config.hidden_size, dim)
@@ -76,6 +76,8 @@ class Injection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start so that attaching changes no output bit, unless the config's gate is "none"."""
+        if self.init == "lecun_normal":
+            unit_variance_(self.q_proj, self.kv_proj, self.out_proj)
         if self.zero_init:
             nn.init.zeros_(self.out_proj.weight)
             nn.init.zeros_(self.out_proj.bias)

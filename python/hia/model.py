@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, plan
 from .adapter import HiAAdapter
+from .calibration import calibrate, check_images
 from .config import HiAConfig, host_facts
 from .extractor import PackedFeatures
 from .features import ImageFeatures
@@ -21,6 +22,7 @@ from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_
 from .hosts import LlamaHost, find_host
 from .images import check_pixels, default_window
 from .layout import VisualLayout, build_layout, left_padded
+from .training import ENCODER_LR_SCALE, parameter_groups, set_host_mode, warn_if_pristine
 
 KEEPS = ("auto", "features", "folded", "kv")
 
@@ -71,7 +73,7 @@ class HiAModel(nn.Module):
             parameter.requires_grad_(False)
         self._hooks: InjectionHooks | None = InjectionHooks(host, self.adapter)
         self._enabled = True
-        self.train(base.training)
+        self._set_mode(base.training)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -306,6 +308,65 @@ class HiAModel(nn.Module):
         self.base_model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         )
+        self._set_mode(self.training)  # the host's layers need their flag again
+
+    def train(self, mode: bool = True) -> HiAModel:
+        """Set the adapter to training or evaluation. A frozen host stays in evaluation, without dropout.
+
+        What is trained in the host follows: PEFT's layers, and modules all of whose parameters require gradients.
+        Warns where training would use batch-norm statistics that no data has touched.
+
+        Returns:
+            The model itself.
+        """
+        if mode:
+            warn_if_pristine(self.adapter)
+        self._set_mode(mode)
+        return self
+
+    def _set_mode(self, mode: bool) -> None:
+        self.training = mode
+        self.adapter.train(mode)
+        set_host_mode(self.base_model, mode)
+
+    def calibrate_encoder(self, images: Sequence[Tensor], windows: Tensor | None = None) -> HiAModel:
+        """Measure the encoder's batch-norm statistics over images, once before training a new encoder.
+
+        Images go through in the groups of :meth:`encode_images`; statistics are the moments of all their pixels. A few
+        dozen images of the data serve. Weights that came with statistics of their own don't need it.
+
+        Args:
+            images: one [H, W, 1 or 3] tensor each, as ``high_res_pixels``.
+            windows: [n, 2] fp32, or None.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError, TypeError: no images, pixels or windows that don't fit, activations that overflow.
+        """
+        check_images(images)
+        calibrate(self.adapter.encoder, lambda: self._encoded(images, windows))
+        return self
+
+    def parameter_groups(
+        self, lr: float, *, encoder_lr_scale: float = ENCODER_LR_SCALE, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Group the trained parameters for an optimizer, e.g. ``torch.optim.AdamW(model.parameter_groups(1e-4))``.
+
+        Args:
+            lr: of the adapter's layers, and of what is trained in the host (LoRA).
+            encoder_lr_scale: the encoder's rate is this times ``lr``.
+            weight_decay: of matrices and convolutions; norms, biases, gates and the learnable queries have none.
+
+        Returns:
+            Dicts with ``name`` ("encoder", "adapter", "host", each also "..._no_decay"), ``params``, ``lr`` and
+            ``weight_decay``; every trained parameter once, empty groups left out.
+
+        Raises:
+            ValueError: a rate that is negative or not finite.
+        """
+        return parameter_groups(self.adapter, self.base_model, lr, encoder_lr_scale, weight_decay)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all), the host's included."""

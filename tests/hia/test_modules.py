@@ -135,7 +135,7 @@ def normalised(encoder, pixels, low, high):
     "changes", [{}, {"encoder_bias": True}, {"batch_norm": "batch"}], ids=["plain", "bias", "live"]
 )
 def test_resnet50_is_the_usual_one(changes):
-    encoder = randomised(build_encoder(config_of(**changes)))
+    encoder = randomised(build_encoder(config_of(position="none", **changes)))
     encoder.train("batch_norm" in changes)
     pixels = torch.randint(0, 1024, (75, 101, 1)).to(torch.uint16)
     features = encoder(pixels, torch.tensor([100.0, 900.0]))
@@ -159,7 +159,7 @@ def test_released_biases_are_on_every_convolution_but_the_stem():
 
 @pytest.mark.parametrize(("stride", "grid"), [(32, (3, 4)), (16, (5, 7))])
 def test_strided_encoder(stride, grid):
-    encoder = randomised(build_encoder(config_of(encoder="strided", encoder_stride=stride))).eval()
+    encoder = randomised(build_encoder(config_of(position="none", encoder="strided", encoder_stride=stride))).eval()
     pixels = torch.randint(0, 256, (75, 101, 3), dtype=torch.uint8)
     features = encoder(pixels, torch.tensor([0.0, 255.0]))
     x = F.relu(encoder.bn1(nn.Conv2d.forward(encoder.conv1, normalised(encoder, pixels, 0, 255))))

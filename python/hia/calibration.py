@@ -1,0 +1,112 @@
+"""Batch-norm statistics from data, for an encoder that was never trained.
+
+Norms that use running statistics in training never move them: an encoder with a new one's mean 0 and variance 1 would
+keep a scale that its activations don't have. Measured once over real images, they are what training starts from
+("precise" statistics, Wu and Johnson, 2021: the moments of all images, not a moving average of batches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoder import Encoder
+
+
+def norms_of(encoder: Encoder) -> list[nn.BatchNorm2d]:
+    """Find the encoder's norms, in the order of its modules (SyncBatchNorm included)."""
+    return [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def is_pristine(encoder: Encoder) -> bool:
+    """Tell whether any norm's statistics are a new one's, mean 0 and variance 1, which no data gives exactly."""
+    for norm in norms_of(encoder):
+        mean, variance = norm.running_mean, norm.running_var
+        if mean is None or variance is None or mean.is_meta:
+            continue
+        if not bool(mean.any()) and bool((variance == 1).all()):
+            return True
+    return False
+
+
+class _Moments:
+    """Of what a norm is given, over all pixels of all images: [C] in fp64."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in [N, C, H, W]; a forward pre-hook."""
+        x = args[0].detach()
+        count = x.numel() // x.shape[1]
+        mean = x.mean((0, 2, 3), dtype=torch.float32).double()
+        spread = (x.float() - mean.float()[:, None, None]).square().mean((0, 2, 3)).double()
+        self.count += count
+        self.total = self.total.to(mean) + count * mean
+        self.squares = self.squares.to(mean) + count * (spread + mean.square())
+
+    def write(self, norm: nn.BatchNorm2d) -> None:
+        """Set the norm's running statistics: the mean, and the variance with Bessel's correction as PyTorch has it."""
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean.square()).clamp_min(0)
+        bessel = self.count / max(1, self.count - 1)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance * bessel)
+        norm.num_batches_tracked.fill_(1)
+
+
+@contextmanager
+def _measuring(norms: Sequence[nn.BatchNorm2d], moments: Sequence[_Moments]) -> Iterator[None]:
+    """Let the norms normalise by what they are given and hand it to ``moments``; as before afterwards."""
+    modes = [norm.training for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    handles = [norm.register_forward_pre_hook(own.add) for norm, own in zip(norms, moments, strict=True)]
+    try:
+        for norm in norms:
+            norm.train()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, training, buffers in zip(norms, modes, before, strict=True):
+            norm.train(training)
+            for name, buffer in buffers.items():
+                norm.get_buffer(name).copy_(buffer)
+
+
+@torch.no_grad()
+def calibrate(encoder: Encoder, run: Callable[[], object]) -> None:
+    """Measure every norm's statistics and set them, all or none.
+
+    Args:
+        encoder: whose norms are measured.
+        run: runs the encoder on the images. Images of one size are one batch and normed by their own moments; the
+            statistics are those of all batches' pixels together.
+
+    Raises:
+        ValueError: a statistic that is not finite, from activations that overflow; nothing is set then.
+    """
+    norms = norms_of(encoder)
+    moments = [_Moments() for _ in norms]
+    with _measuring(norms, moments):
+        run()
+    names = {id(module): name for name, module in encoder.named_modules()}
+    for norm, own in zip(norms, moments, strict=True):
+        if own.count and not bool(torch.isfinite(own.squares).all()):
+            raise ValueError(
+                f"hia: images must give finite activations to calibrate, got NaN or infinite ones before encoder."
+                f"{names[id(norm)]}; use fp32 or bf16"
+            )
+    for norm, own in zip(norms, moments, strict=True):
+        if own.count:
+            own.write(norm)
+
+
+def check_images(images: Sequence[Tensor]) -> None:
+    """Raise ValueError unless there is at least one image."""
+    if len(images) == 0:
+        raise ValueError("hia.calibrate_encoder: images must hold at least one image, got none")
