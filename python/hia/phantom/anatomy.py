@@ -15,8 +15,10 @@ import numpy as np
 REFERENCE_SIDE = 192
 BONES = ("femur", "forearm", "knee", "spine")
 
-_AIR, _SOFT, _BONE = 0.03, 0.24, 0.80
-_CORE_EDGE, _RIM_START = 0.6, 0.6  # in radii: where the lucent core ends, where the rim begins; the rim ends at 1
+# grey values: steps between tissues stay below a lesion's contrast, so that a small one is the sharpest thing there is
+_AIR, _SOFT, _BONE = 0.05, 0.24, 0.56
+# in radii: up to where the lucent core is flat, where it ends, where the sclerotic rim begins; the rim ends at 1
+_CORE_FLAT, _CORE_EDGE, _RIM_START = 0.3, 0.75, 0.65
 
 
 class Form(NamedTuple):
@@ -118,7 +120,7 @@ def _tissue_half_width(form: Form, y: np.ndarray) -> np.ndarray:
 def tissue_thickness(form: Form, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Measure how much soft tissue a ray meets at (y, x), arrays that broadcast: 0 outside, 1 at the thickest."""
     d = (x - 3 * form.tissue_offset) / _tissue_half_width(form, y)
-    return np.sqrt(np.maximum(1 - d * d, 0))
+    return np.maximum(1 - d * d, 0) ** 0.75
 
 
 class Texture(NamedTuple):
@@ -129,8 +131,8 @@ class Texture(NamedTuple):
 
     def at(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Interpolate: y [H], x [W] -> [H, W] fp32."""
-        rows, columns = self.values.shape
-        return _spline_weights(y / self.pitch[0], rows) @ self.values @ _spline_weights(x / self.pitch[1], columns).T
+        down = _interpolated(self.values, y / self.pitch[0])  # [H, columns]
+        return _interpolated(down.T, x / self.pitch[1]).T
 
 
 def draw_texture(rng: np.random.Generator, pitch: tuple[float, float], extent: tuple[float, float]) -> Texture:
@@ -140,11 +142,20 @@ def draw_texture(rng: np.random.Generator, pitch: tuple[float, float], extent: t
     return Texture(pitch, rng.standard_normal((rows, columns), dtype=np.float32) * (315 / 151))
 
 
-def _spline_weights(position: np.ndarray, knots: int) -> np.ndarray:
-    """[n, knots] fp32: cubic B-splines around the positions, which are in knots from the lattice's middle."""
-    distance = np.abs(position[:, None].astype(np.float32) + np.float32((knots - 1) / 2) - np.arange(knots, dtype="f4"))
-    near, far = np.maximum(1 - distance, 0), np.maximum(2 - distance, 0)
-    return (far * far * far - 4 * (near * near * near)) / 6
+def _interpolated(values: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """[knots, m] -> [n, m] fp32 by cubic B-splines; positions are in knots from the lattice's middle.
+
+    Four taps in a fixed order, no matrix product: the bits don't depend on a BLAS, and its threads don't get in the way.
+    """
+    at = position.astype(np.float32) + np.float32((len(values) - 1) / 2)
+    first = np.floor(at).astype(np.int64) - 1
+    total = np.zeros((len(at), values.shape[1]), dtype=np.float32)
+    for tap in range(4):
+        distance = np.abs(at - (first + tap).astype(np.float32))
+        near, far = np.maximum(1 - distance, 0), np.maximum(2 - distance, 0)
+        weight = (far * far * far - 4 * (near * near * near)) / 6
+        total += weight[:, None] * values[np.clip(first + tap, 0, len(values) - 1)]
+    return total
 
 
 def draw_background(form: Form, textures: Sequence[Texture], y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -187,8 +198,7 @@ def add_lesion(image: np.ndarray, row: float, column: float, radius: float, cont
     y = (np.arange(top, bottom, dtype=np.float32)[:, None] + at).reshape(-1, 1) - row
     x = (np.arange(left, right, dtype=np.float32)[:, None] + at).reshape(1, -1) - column
     distance = np.hypot(y, x) / radius
-    core = np.where(distance < _CORE_EDGE, np.cos(distance * (math.pi / 2 / _CORE_EDGE)) ** 2, 0)
-    beyond = (distance - _RIM_START) / (1 - _RIM_START)
-    rim = np.where((beyond > 0) & (beyond < 1), np.sin(beyond * math.pi) ** 2, 0)
+    core = _smoothstep((_CORE_EDGE - distance) / (_CORE_EDGE - _CORE_FLAT))
+    rim = np.sin(np.clip((distance - _RIM_START) / (1 - _RIM_START), 0, 1) * math.pi) ** 2
     core, rim = (part.reshape(bottom - top, fine, right - left, fine).mean((1, 3)) for part in (core, rim))
     image[top:bottom, left:right] += contrast * (rim * (core.sum() / rim.sum()) - core)

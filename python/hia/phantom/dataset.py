@@ -35,9 +35,8 @@ class PhantomDataset:
 
     Args:
         count: the number of items.
-        seed: an integer or a tuple of them. Item i is ``draw_study((*seed, i), ...)``, and seeds are hashed to
-            128 bits: two data sets with different seeds of the same length share no study. Longer or shorter tuples
-            are apart too, except those that extend each other: (3,) at index (5) is no (3, 5) at any index.
+        seed: an integer or a tuple of them. Item i is ``draw_study((*seed, i), ...)``, whose streams are seeded with a
+            128-bit hash of that tuple: two data sets whose seeds differ share no study. 3 and (3,) are one seed.
         config: what the studies look like; None means ``PhantomConfig()``.
         tasks: some of ``TASKS`` and ``EXTRA_TASKS``, in turn.
         language: "en" or "zh".

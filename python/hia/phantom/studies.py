@@ -37,7 +37,7 @@ class PhantomConfig:
         radius: (least, most) radius of a lesion at a shorter side of 192 pixels; it scales with the image. A lesion
             that grows or shrinks does so within them where they differ by a factor of 1.6 or more; where they don't,
             the larger radius is 1.6 times the smaller one.
-        contrast: how far a lesion's core lies below its surroundings, as a fraction of full scale; at most 0.5.
+        contrast: how far a lesion's core lies below its surroundings, as a fraction of full scale; at most 0.6.
         noise: standard deviation of the noise of each pixel, as a fraction of full scale.
 
     Raises:
@@ -47,7 +47,7 @@ class PhantomConfig:
     size: int | tuple[int, int] = (REFERENCE_SIDE, REFERENCE_SIDE)
     bits: int = 12
     radius: tuple[float, float] = (1.5, 3.25)
-    contrast: float = 0.35
+    contrast: float = 0.45
     noise: float = 0.02
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class PhantomConfig:
             raise ValueError(
                 f"hia.phantom: radius must be (least, most) within 0.5 and {_LARGEST_RADIUS:g}, got {self.radius}"
             )
-        for name, most in (("contrast", 0.5), ("noise", 0.25)):
+        for name, most in (("contrast", 0.6), ("noise", 0.25)):
             value = getattr(self, name)
             if not _is_number(value):
                 raise TypeError(f"hia.phantom: {name} must be a number, got {value!r}")
