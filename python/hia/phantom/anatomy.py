@@ -145,7 +145,7 @@ def draw_texture(rng: np.random.Generator, pitch: tuple[float, float], extent: t
 def _interpolated(values: np.ndarray, position: np.ndarray) -> np.ndarray:
     """[knots, m] -> [n, m] fp32 by cubic B-splines; positions are in knots from the lattice's middle.
 
-    Four taps in a fixed order, no matrix product: the bits don't depend on a BLAS, and its threads don't get in the way.
+    Four taps in a fixed order, no matrix product: no BLAS decides the bits, and none of its threads gets in the way.
     """
     at = position.astype(np.float32) + np.float32((len(values) - 1) / 2)
     first = np.floor(at).astype(np.int64) - 1
@@ -167,7 +167,7 @@ def draw_background(form: Form, textures: Sequence[Texture], y: np.ndarray, x: n
         y, x: [H] and [W] fp32, units from the centre.
 
     Returns:
-        [H, W] fp32: grey values, bone bright, mostly within 0.03 and 0.85.
+        [H, W] fp32: grey values, bone bright, mostly within 0.05 and 0.7.
     """
     trabeculae, uneven, muscle = textures
     down, across = y[:, None], x[None, :]
