@@ -120,7 +120,8 @@ def _tissue_half_width(form: Form, y: np.ndarray) -> np.ndarray:
 def tissue_thickness(form: Form, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Measure how much soft tissue a ray meets at (y, x), arrays that broadcast: 0 outside, 1 at the thickest."""
     d = (x - 3 * form.tissue_offset) / _tissue_half_width(form, y)
-    return np.maximum(1 - d * d, 0) ** 0.75
+    root = np.sqrt(np.maximum(1 - d * d, 0))
+    return root * np.sqrt(root)
 
 
 class Texture(NamedTuple):
