@@ -120,7 +120,8 @@ def _tissue_half_width(form: Form, y: np.ndarray) -> np.ndarray:
 def tissue_thickness(form: Form, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Measure how much soft tissue a ray meets at (y, x), arrays that broadcast: 0 outside, 1 at the thickest."""
     d = (x - 3 * form.tissue_offset) / _tissue_half_width(form, y)
-    return np.maximum(1 - d * d, 0) ** 0.75
+    root = np.sqrt(np.maximum(1 - d * d, 0))
+    return root * np.sqrt(root)
 
 
 class Texture(NamedTuple):
@@ -145,7 +146,7 @@ def draw_texture(rng: np.random.Generator, pitch: tuple[float, float], extent: t
 def _interpolated(values: np.ndarray, position: np.ndarray) -> np.ndarray:
     """[knots, m] -> [n, m] fp32 by cubic B-splines; positions are in knots from the lattice's middle.
 
-    Four taps in a fixed order, no matrix product: the bits don't depend on a BLAS, and its threads don't get in the way.
+    Four taps in a fixed order, no matrix product: no BLAS decides the bits, and none of its threads gets in the way.
     """
     at = position.astype(np.float32) + np.float32((len(values) - 1) / 2)
     first = np.floor(at).astype(np.int64) - 1
@@ -167,7 +168,7 @@ def draw_background(form: Form, textures: Sequence[Texture], y: np.ndarray, x: n
         y, x: [H] and [W] fp32, units from the centre.
 
     Returns:
-        [H, W] fp32: grey values, bone bright, mostly within 0.03 and 0.85.
+        [H, W] fp32: grey values, bone bright, mostly within 0.05 and 0.7.
     """
     trabeculae, uneven, muscle = textures
     down, across = y[:, None], x[None, :]

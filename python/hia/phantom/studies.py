@@ -270,8 +270,10 @@ def _draw_textures(rng: np.random.Generator, config: PhantomConfig) -> tuple[Tex
 
 def _draw_site(rng: np.random.Generator, config: PhantomConfig, form: Form, quadrant: str, change: str | None) -> _Site:
     radii = _draw_radii(rng, config, change)
-    # a shift must not carry the centre into the margin
-    near, far = max(MARGIN, *radii) + _DRIFT, [side / config.scale / 2 - max(MARGIN, *radii) for side in config.shape]
+    near = (
+        max(MARGIN, *radii) + _DRIFT
+    )  # a shift must carry the centre neither into the margin nor the rim out of the image
+    far = [side / config.scale / 2 - near for side in config.shape]
     share = rng.random((2, _CANDIDATES))
     half_y, half_x = far[0], max(near, min(far[1], 66.0))  # within the soft tissue, were there no bone
     y = (near + share[0] * (half_y - near)) * (1 if "lower" in quadrant else -1)
@@ -303,13 +305,13 @@ def _draw_visit(
     site: _Site | None,
 ) -> Visit:
     height, width = config.shape
-    gain, offset, gamma, angle, distance = rng.uniform(-1, 1, 5).tolist()
+    gain, offset, curve, angle, distance = rng.uniform(-1, 1, 5).tolist()
     length = (1.5 + 0.5 * distance) * (index > 0)  # of the shift
     down, across = length * math.sin(math.pi * angle), length * math.cos(math.pi * angle)
     y = ((np.arange(height) + 0.5 - height / 2) / config.scale - down).astype(np.float32)
     x = ((np.arange(width) + 0.5 - width / 2) / config.scale - across).astype(np.float32)
     grey = draw_background(form, textures, y, x)
-    grey = (1 + 0.05 * gain) * np.maximum(grey, 0) ** (1 + 0.05 * gamma) + 0.01 * offset
+    grey = (1 + 0.05 * gain) * (grey + 0.1 * curve * grey * (1 - grey)) + 0.01 * offset  # exposure and the film's curve
     lesions: tuple[Lesion, ...] = ()
     if site is not None and site.radii[index] > 0:
         row = (site.y + down) * config.scale + (height - 1) / 2
