@@ -2,6 +2,7 @@
 
 from .config import HiAConfig
 from .features import ImageFeatures
+from .health import AdapterHealth, Gradient, LayerHealth
 from .images import Radiograph, load_image
 from .model import HiAModel, get_hia_model
 from .processor import HiABatch, HiAProcessor
@@ -10,11 +11,14 @@ from .released import convert_released
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterHealth",
+    "Gradient",
     "HiABatch",
     "HiAConfig",
     "HiAModel",
     "HiAProcessor",
     "ImageFeatures",
+    "LayerHealth",
     "Radiograph",
     "__version__",
     "convert_released",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, plan
+from . import checkpoint, health, plan
 from .adapter import HiAAdapter
 from .config import HiAConfig, host_facts
 from .extractor import PackedFeatures
@@ -230,6 +230,23 @@ class HiAModel(nn.Module):
         prepared = not training and layer.extractor.current() is not None
         asked = dataclasses.replace(asked, training=training, prepared=prepared)
         sys.stdout.write(plan.table(asked, weight.device.type, self.hia_config.plan))
+
+    def adapter_health(self, batch: Mapping[str, Any]) -> health.AdapterHealth:
+        """Measure on one batch whether the adapter can learn, and what it does.
+
+        One forward; with labels one backward too. Parameters, their ``.grad``, statistics, mode and random states
+        stay as they are. Numbers are made in plain fp32 (fp64 for fp64 hosts), whatever form of the maths ran.
+
+        Args:
+            batch: :meth:`forward`'s arguments with images, e.g. of :class:`hia.HiAProcessor`.
+
+        Returns:
+            The numbers; ``str()`` is a table, ``.problems()`` what they say, ``.to_dict()`` for a log.
+
+        Raises:
+            ValueError: no images, or the adapter is disabled or unloaded; and what :meth:`forward` raises.
+        """
+        return health.adapter_health(self, batch)
 
     def _during(self, visit: Visit | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._hooks is None:
