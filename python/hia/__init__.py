@@ -5,6 +5,7 @@ from .features import ImageFeatures
 from .health import AdapterHealth, Gradient, LayerHealth
 from .images import Radiograph, load_image
 from .model import HiAModel, get_hia_model
+from .probe import LayerProbe, LayerReading, probe_layers
 from .processor import HiABatch, HiAProcessor
 from .released import convert_released
 
@@ -19,9 +20,12 @@ __all__ = [
     "HiAProcessor",
     "ImageFeatures",
     "LayerHealth",
+    "LayerProbe",
+    "LayerReading",
     "Radiograph",
     "__version__",
     "convert_released",
     "get_hia_model",
     "load_image",
+    "probe_layers",
 ]
