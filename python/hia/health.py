@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import textbook
 from .adapter import HiAAdapter, HiALayer
 from .extractor import Extractor, PackedFeatures
-from .injection import Injection
 from .layout import CallLayout
 
 if TYPE_CHECKING:
@@ -268,7 +267,10 @@ def adapter_health(model: HiAModel, batch: Mapping[str, Any]) -> AdapterHealth:
             layers = {index: _layer_health(model.adapter.layer(index), seen[index]) for index in sorted(seen)}
             first = next(iter(seen.values()))
             features = _mean(
-                [mean_cosine(_exact(tokens)) for tokens in first.features.tokens.split(first.features.lengths)]
+                [
+                    textbook.mean_cosine(textbook.exact(tokens))
+                    for tokens in first.features.tokens.split(first.features.lengths)
+                ]
             )
     rounding = torch.finfo(first.visual.dtype).eps / 2
     return AdapterHealth(layers, gradients, None if loss is None else float(loss.detach()), features, rounding)
@@ -357,38 +359,27 @@ def _group(name: str) -> str:
 
 
 def _layer_health(layer: HiALayer, seen: _Seen) -> LayerHealth:
-    extracted = _exact(seen.extracted).unflatten(0, (len(seen.rows), -1))  # [n, M, D]
-    visual = _exact(seen.visual).split(seen.rows)
+    extracted = textbook.exact(seen.extracted).unflatten(0, (len(seen.rows), -1))  # [n, M, D]
+    visual = textbook.exact(seen.visual).split(seen.rows)
     with torch.autocast(seen.visual.device.type, enabled=False):
-        queries, added = _conditioned(layer.extractor, _exact(seen.instruction))
-        drowning = None if added is None else _ratio(added, _as(layer.extractor.queries, added))
+        queries, added = textbook.conditioned_queries(layer.extractor, textbook.exact(seen.instruction))
+        drowning = None if added is None else textbook.ratio(added, textbook.as_like(layer.extractor.queries, added))
         reads, entropies = [], []
         for tokens, rows in zip(extracted, visual, strict=True):
-            read, entropy = _read(layer.injection, rows, tokens)
+            read, entropy = textbook.read(layer.injection, rows, tokens)
             reads.append(read)
             entropies.append(entropy)
-        updates = [_update(layer.injection, read) for read in reads]
+        updates = [textbook.update(layer.injection, read) for read in reads]
         return LayerHealth(
             extraction_entropy=_extraction_entropy(layer.extractor, queries, seen),
             injection_entropy=_mean(entropies),
-            query_cosine=_mean([mean_cosine(tokens) for tokens in extracted]),
-            effective_rank=_mean([effective_rank(tokens) for tokens in extracted]),
+            query_cosine=_mean([textbook.mean_cosine(tokens) for tokens in extracted]),
+            effective_rank=_mean([textbook.effective_rank(tokens) for tokens in extracted]),
             instruction_ratio=drowning,
-            update_ratio=_ratio(torch.cat(updates), torch.cat(visual)),
-            read_cosine=_mean([mean_cosine(read) for read in reads]),
-            update_cosine=_mean([mean_cosine(update) for update in updates]),
+            update_ratio=textbook.ratio(torch.cat(updates), torch.cat(visual)),
+            read_cosine=_mean([textbook.mean_cosine(read) for read in reads]),
+            update_cosine=_mean([textbook.mean_cosine(update) for update in updates]),
         )
-
-
-def _conditioned(extractor: Extractor, instruction: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[A, D1] -> [A, M, H, d] queries as the attention sees them, and [A, D], what the instruction added to them."""
-    queries = _as(extractor.queries, instruction).expand(instruction.shape[0], -1, -1)
-    added = None
-    if extractor.condition is not None:
-        added = _linear(extractor.condition, instruction)
-        queries = queries + added[:, None]
-    q = _linear(extractor.q_proj, _norm(extractor.query_norm, queries))
-    return q.unflatten(-1, (extractor.num_heads, extractor.head_dim)), added
 
 
 def _extraction_entropy(extractor: Extractor, queries: Tensor, seen: _Seen) -> float | None:
@@ -396,100 +387,11 @@ def _extraction_entropy(extractor: Extractor, queries: Tensor, seen: _Seen) -> f
     found = []
     owners = seen.image_to_sample.tolist()
     for owner, tokens in zip(owners, seen.features.tokens.split(seen.features.lengths), strict=True):
-        k = image_keys(extractor, _exact(tokens))
-        found.append(attend(queries[owner], k)[1])
+        k = textbook.image_keys(extractor, textbook.exact(tokens))
+        found.append(textbook.attend(queries[owner], k)[1])
     return _mean(found)
-
-
-def image_keys(extractor: Extractor, tokens: Tensor) -> Tensor:
-    """Make keys of one image's features [N, C] -> [N, H, d], as written in the paper."""
-    (shared,) = extractor._shared
-    if shared is not None:
-        tokens = _linear(shared, tokens)
-    latent = _norm(extractor.feature_norm, _linear(extractor.feature_projection, tokens))
-    keys = _linear(extractor.kv_proj, latent).chunk(2, dim=-1)[0]
-    return keys.unflatten(-1, (extractor.num_heads, extractor.head_dim))
-
-
-def _read(injection: Injection, visual: Tensor, extracted: Tensor) -> tuple[Tensor, float | None]:
-    """[K, D1], [M, D] -> [K, D], what one image's visual tokens read; and the entropy of how."""
-    heads = (injection.num_heads, injection.head_dim)
-    q = _linear(injection.q_proj, _norm(injection.visual_norm, visual)).unflatten(-1, heads)
-    kv = _linear(injection.kv_proj, _norm(injection.extracted_norm, extracted))
-    k, v = kv.unflatten(-1, (2, *heads)).unbind(1)
-    return attend(q, k, v)
-
-
-def _update(injection: Injection, read: Tensor) -> Tensor:
-    update = _linear(injection.out_proj, read)
-    return update if injection.gate is None else update * torch.tanh(_as(injection.gate, update))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor | None = None) -> tuple[Tensor, float | None]:
-    """Attend in plain PyTorch, head by head: the weights of all heads of a large image would be gigabytes.
-
-    Args:
-        q: [Q, H, d]. k: [N, H, d]. v: [N, H, d], or None for the entropy alone.
-
-    Returns:
-        [Q, H * d], empty without v; and the weights' mean entropy over log N, None for one key.
-    """
-    outs, entropy = [], 0.0
-    for head in range(q.shape[1]):
-        logs = torch.log_softmax(q[:, head] @ k[:, head].mT * q.shape[-1] ** -0.5, dim=-1)  # [Q, N]
-        weights = logs.exp()
-        entropy -= float(torch.special.xlogy(weights, weights).sum(-1).mean()) / q.shape[1]
-        if v is not None:
-            outs.append(weights @ v[:, head])
-    out = torch.cat(outs, dim=-1) if outs else q.new_empty(0)
-    return out, entropy / math.log(k.shape[0]) if k.shape[0] > 1 else None
-
-
-def mean_cosine(rows: Tensor) -> float | None:
-    """Average the cosine over all pairs of rows [R, D]; rows of zeros have no direction. None without a pair."""
-    lengths = torch.linalg.vector_norm(rows, dim=1)
-    kept = lengths != 0  # NaN stays, to be seen
-    count = int(kept.sum())
-    if count < 2:
-        return None
-    total = (rows[kept] / lengths[kept, None]).sum(0, dtype=torch.float64)
-    return float(((total @ total) - count) / (count * (count - 1)))
-
-
-def effective_rank(rows: Tensor) -> float | None:
-    """Compute exp of the entropy of squared singular values over their sum, of rows [R, D]. None for zeros."""
-    gram = rows.double() @ rows.double().mT
-    if not bool(torch.isfinite(gram).all()):
-        return math.nan
-    energies = torch.linalg.eigvalsh(gram).clamp_min(0)
-    if float(energies.sum()) == 0:
-        return None
-    shares = energies / energies.sum()
-    return math.exp(-float(torch.special.xlogy(shares, shares).sum()))
 
 
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.detach() if x.dtype == torch.float64 else x.detach().float()
-
-
-def _ratio(x: Tensor, y: Tensor) -> float:
-    """Of their root mean squares; infinite for a y of zeros."""
-    above, below = (float(z.double().square().mean().sqrt()) for z in (x, y))
-    return above / below if below != 0 else math.inf
-
-
-def _as(parameter: Tensor, like: Tensor) -> Tensor:
-    return parameter.to(like.device, like.dtype)
-
-
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, _as(linear.weight, x), _as(linear.bias, x))
-
-
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, _as(norm.weight, x), _as(norm.bias, x), norm.eps)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hia
-from hia import health
+from hia import health, textbook
 from tests.hia.conftest import ONE, TWO, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava, tiny_processor
 
@@ -485,9 +485,9 @@ def test_table_dictionary_and_errors(model, processor):
 
 def test_cosine_and_rank_of_known_vectors():
     rows = torch.eye(4, dtype=torch.float64)
-    assert health.mean_cosine(rows) == pytest.approx(0) and health.effective_rank(rows) == pytest.approx(4)
-    assert health.mean_cosine(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])) == pytest.approx(-1)
-    assert health.mean_cosine(torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])) == pytest.approx(1)
-    assert health.mean_cosine(torch.zeros(3, 2)) is None and health.effective_rank(torch.zeros(3, 2)) is None
-    assert math.isnan(health.effective_rank(torch.tensor([[math.nan, 1.0]])))
-    assert health.effective_rank(torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]])) == pytest.approx(2)
+    assert textbook.mean_cosine(rows) == pytest.approx(0) and textbook.effective_rank(rows) == pytest.approx(4)
+    assert textbook.mean_cosine(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])) == pytest.approx(-1)
+    assert textbook.mean_cosine(torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])) == pytest.approx(1)
+    assert textbook.mean_cosine(torch.zeros(3, 2)) is None and textbook.effective_rank(torch.zeros(3, 2)) is None
+    assert math.isnan(textbook.effective_rank(torch.tensor([[math.nan, 1.0]])))
+    assert textbook.effective_rank(torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]])) == pytest.approx(2)
