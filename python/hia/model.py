@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, plan
+from . import checkpoint, health, plan, resolution
 from .adapter import HiAAdapter
 from .calibration import calibrate, check_images
 from .config import HiAConfig, host_facts
@@ -179,14 +179,15 @@ class HiAModel(nn.Module):
     ) -> ImageFeatures:
         encoder = self.adapter.encoder
         device = encoder.conv1.weight.device
-        for number, pixels in enumerate(high_res_pixels):
+        seen = resolution.limited(self.hia_config, self._host[0], high_res_pixels)
+        for number, pixels in enumerate(seen):
             check_pixels(f"high_res_pixels[{number}]", pixels, encoder.smallest_side)
         if windows is None:
             windows = torch.tensor([default_window(pixels) for pixels in high_res_pixels])
         if tuple(windows.shape) != (len(high_res_pixels), 2):
             raise ValueError(f"hia: windows must have shape [{len(high_res_pixels)}, 2], got {list(windows.shape)}")
         windows = windows.to(device, torch.float32)
-        images = [pixels.to(device, non_blocking=True) for pixels in high_res_pixels]
+        images = [pixels.to(device, non_blocking=True) for pixels in seen]
         return ImageFeatures(tuple(encoder.forward_many(images, windows, max_activation_bytes)))
 
     def prepare(self) -> HiAModel:
@@ -228,10 +229,28 @@ class HiAModel(nn.Module):
             raise ValueError(f"hia: sizes must hold (height, width) of each image, at least one, got {list(sizes)}")
         layer = self.adapter.layer(self.hia_config.layer_indices[0])
         weight = layer.extractor.kv_proj.weight
+        sizes = resolution.limited_sizes(self.hia_config, self._host[0], sizes)
         asked = plan.sizes_of(self.hia_config, sizes, visual_tokens, samples, weight.element_size())
         prepared = not training and layer.extractor.current() is not None
         asked = dataclasses.replace(asked, training=training, prepared=prepared)
         sys.stdout.write(plan.table(asked, weight.device.type, self.hia_config.plan))
+
+    def adapter_health(self, batch: Mapping[str, Any]) -> health.AdapterHealth:
+        """Measure on one batch whether the adapter can learn, and what it does.
+
+        One forward; with labels one backward too. Parameters, their ``.grad``, statistics, mode and random states
+        stay as they are. Numbers are made in plain fp32 (fp64 for fp64 hosts), whatever form of the maths ran.
+
+        Args:
+            batch: :meth:`forward`'s arguments with images, e.g. of :class:`hia.HiAProcessor`.
+
+        Returns:
+            The numbers; ``str()`` is a table, ``.problems()`` what they say, ``.to_dict()`` for a log.
+
+        Raises:
+            ValueError: no images, or the adapter is disabled or unloaded; and what :meth:`forward` raises.
+        """
+        return health.adapter_health(self, batch)
 
     def _during(self, visit: Visit | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._hooks is None:
@@ -258,6 +277,8 @@ class HiAModel(nn.Module):
         layout = self._layout(images, image_map, instruction_index, args, kwargs)
         if features is None:
             features = self._encoded(pixels, windows)
+        else:
+            resolution.check_features(self.hia_config, self._host[0], self.adapter.encoder, features)
         packed = self._packed(features)
         shared = self.adapter.feature_projection
         if shared is not None and torch.is_grad_enabled():

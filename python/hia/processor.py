@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import HiAConfig
 from .images import Radiograph, load_image
+from .resolution import for_encoder
 
 IGNORED = -100  # transformers' label of a token without loss
 
@@ -126,7 +127,8 @@ class HiAProcessor:
         self._pad(batch, rows, padding_side or self.tokenizer.padding_side, replies is not None)
         if radiographs:
             batch["image_map"] = self._image_map(batch["input_ids"], tokens_per_image)
-            high = [self._for_encoder(radiograph, batch["pixel_values"]) for radiograph in radiographs]
+            height, width = batch["pixel_values"].shape[-2:]
+            high = [for_encoder(self.config, radiograph, (height, width)) for radiograph in radiographs]
             batch["high_res_pixels"] = [radiograph.pixels for radiograph in high]
             batch["windows"] = torch.tensor([radiograph.window for radiograph in high], dtype=torch.float32)
         return batch
@@ -173,11 +175,6 @@ class HiAProcessor:
             raise ValueError(f"HiAProcessor: windows must be one per image ({len(images)}), got {len(windows)}")
         chosen = windows if windows is not None else [None] * len(images)
         return [load_image(image, f"images[{i}]", window) for i, (image, window) in enumerate(zip(images, chosen))]
-
-    def _for_encoder(self, radiograph: Radiograph, pixel_values: Tensor) -> Radiograph:
-        if self.config.high_resolution:
-            return radiograph
-        return radiograph.resized(*pixel_values.shape[-2:])
 
     def _tokens_per_image(self, pixel_values: Tensor) -> int:
         processor = self.base_processor

@@ -30,6 +30,11 @@ class LlamaHost:
         """The decoder layers."""
         return self.text_model.layers
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that the host sees, pixels; None where only the caller can know it."""
+        return None
+
     def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
         """The map read off the prompt, or None where only the caller can know it."""
         return None

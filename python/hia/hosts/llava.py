@@ -28,6 +28,14 @@ class LlavaHost(LlamaHost):
         token = getattr(config, "image_token_id", None)
         return config.image_token_index if token is None else token
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) that the vision tower takes, pixels."""
+        size = getattr(self.model.config.vision_config, "image_size", None)
+        if size is None or isinstance(size, int):
+            return None if size is None else (size, size)
+        return int(size[0]), int(size[1])
+
     def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
         """[B, S]: image tokens in order, split evenly.
 
