@@ -26,6 +26,7 @@ __all__ = ["Bottleneck", "Encoder", "ResNet50Encoder", "StridedEncoder", "build_
 BLOCKS = (3, 4, 6, 3)  # ResNet-50's bottlenecks a stage
 EXPANSION = 4
 GROUP_PIXELS = 2**22  # images of one size are stacked up to this many pixels; a larger one fills a GPU by itself
+CPU_GROUP_PIXELS = 2**20  # the same on the CPU, in training; beyond, a stack only takes more memory for its temporaries
 
 
 class Bottleneck(nn.Module):
@@ -144,10 +145,10 @@ class Encoder(nn.Module):
     def forward_many(
         self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: int | None = None
     ) -> list[Tensor]:
-        """Encode images of any sizes: on a GPU those of one size together, on the CPU one after the other.
+        """Encode images of any sizes: those of one size together, on the CPU only where gradients are recorded.
 
-        With live statistics, images of one size (and kind of pixel) are one batch everywhere: each such group has
-        statistics of its own.
+        Without gradients the CPU takes one after the other: each has the bits that it has alone. With live statistics,
+        images of one size (and kind of pixel) are one batch everywhere: each such group has statistics of its own.
 
         Args:
             images: [H, W, 1 or 3] each.
@@ -286,8 +287,8 @@ class Encoder(nn.Module):
 
     def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
         """Indices of images to encode at once: of one size, and no more than the budget holds."""
-        live = self._is_live()
-        if self.conv1.weight.device.type == "cpu" and not live:
+        live, on_cpu = self._is_live(), self.conv1.weight.device.type == "cpu"
+        if on_cpu and not live and not torch.is_grad_enabled():
             return [[index] for index in range(len(images))]
         alike: dict[Any, list[int]] = {}
         for index, image in enumerate(images):
@@ -297,7 +298,7 @@ class Encoder(nn.Module):
             return list(alike.values())
         groups = []
         for (shape, _), members in alike.items():
-            count = max(1, GROUP_PIXELS // max(1, shape[0] * shape[1]))
+            count = max(1, (CPU_GROUP_PIXELS if on_cpu else GROUP_PIXELS) // max(1, shape[0] * shape[1]))
             if budget is not None:
                 count = max(1, min(count, budget // tiling.activation_bytes(self, *shape[:2])))
             groups += [members[start : start + count] for start in range(0, len(members), count)]

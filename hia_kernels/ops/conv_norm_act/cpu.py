@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,11 @@ from ...core import products
 
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
 LONGEST_SUM = 2**11  # outputs that one call adds up for a weight's gradient; with AVX2 alone 2**13 lost too many digits
+NARROW = 32  # channels: below, MKL's product over all pixels is slow, and loses digits
+SHORT_SUM = 2**9  # pixels that one of a batch of narrow products adds up
+FEW_CHANNELS = 10  # up to here PyTorch keeps strips of LONGEST_SUM from oneDNN: it wants more than 20,480 elements
+WINDOWS = 2**14  # outputs whose 3 x 3 windows are written side by side at once, 5 MB of them at most
+FEWEST_FOR_TAPS = 128  # channels: from here on a tap's product is faster than oneDNN with stride 2
 
 
 def unavailable_reasons() -> list[str]:
@@ -79,8 +84,9 @@ def _geometry(weight: Tensor, stride: int, pad_rows: bool) -> tuple[list[int], l
 
 
 def conv_norm_act_packed(
-    x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor | None, stride: int, activation: str, pad_rows: bool
-) -> Tensor:
+    x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None, stride: int, activation: str,
+    pad_rows: bool,
+) -> Tensor:  # fmt: skip
     """[N, IH, IW, C] -> [N, OH, OW, OC], the scale folded into ``weight``, which may be packed."""
     geometry = _geometry(weight, stride, pad_rows)
     x_nchw = x.contiguous().permute(0, 3, 1, 2)
@@ -91,8 +97,9 @@ def conv_norm_act_packed(
     # oneDNN fuses a sum with relu and with nothing else, and wants the bias in the image's dtype then
     relu = "relu" if activation == "relu" else None
     residual_nchw = residual.contiguous().permute(0, 3, 1, 2)
+    bias = None if shift is None else shift.to(x.dtype)
     y = torch.ops.mkldnn._convolution_pointwise.binary(
-        x_nchw, residual_nchw, weight, shift.to(x.dtype), *geometry, "add", 1.0, relu, [], None
+        x_nchw, residual_nchw, weight, bias, *geometry, "add", 1.0, relu, [], None
     )
     y = y.permute(0, 2, 3, 1).contiguous()
     return F.gelu(y) if activation == "gelu" else y
@@ -141,19 +148,48 @@ def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride
     """dz [N, OH, OW, OC] -> [N, IH, IW, C]."""
     weight = _scaled(weight, scale)
     pad = weight.shape[-1] // 2
-    if pad == 0 and stride == 1:  # a plain product is faster than oneDNN's backward
-        return products.product(dz.flatten(0, 2), weight.flatten(1)).view(x.shape)
+    if pad == 0 and stride == 1:  # a convolution with the weight transposed
+        if min(weight.shape[:2]) < NARROW:
+            return conv_norm_act_packed(dz, weight.transpose(0, 1).contiguous(), None, None, 1, "none", True)
+        return products.product(dz.flatten(0, 2), weight.flatten(1)).view(x.shape)  # faster than oneDNN's backward
     return _backward(dz, x, weight, stride, [pad, pad], [True, False])[0].permute(0, 2, 3, 1).contiguous()
 
 
-def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """[OC, C, K, K]: products of MKL's where the kernel or the stride makes oneDNN slow."""
-    if weight.shape[-1] == 1:
+def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: bool) -> Tensor:
+    """[OC, C, K, K], by what is fastest at this shape (docs/conv_norm_act.md).
+
+    Args:
+        dz: [N, OH, OW, OC].
+        x: [N, IH, IW, C].
+        weight: [OC, C, K, K].
+        stride: of the convolution.
+        exact: whether the scale's gradient comes out of it: oneDNN's sum over a large image is too inexact for that.
+    """
+    channels, kernel = weight.shape[1:3]
+    if kernel == 1:  # oneDNN writes past its buffers with stride 2 and few channels (uxlfoundation/oneDNN#6035)
         seen = x[:, ::stride, ::stride].flatten(0, 2)
-        return (dz.flatten(0, 2).mT @ seen).view(weight.shape)
-    if stride == 2:
+        return _summed_products(dz.flatten(0, 2), seen).view(weight.shape)
+    if not exact:
+        return _backward(dz, x, weight, stride, [1, 1], [False, True])[1].contiguous()
+    if channels <= FEW_CHANNELS:
+        return _weight_gradient_by_windows(dz, x, stride)
+    if stride == 2 and channels >= FEWEST_FOR_TAPS:
         return _weight_gradient_by_taps(dz, x, stride)
-    return _weight_gradient_by_strips(dz, x, weight)
+    return _weight_gradient_by_strips(dz, x, weight, stride)
+
+
+def _summed_products(left: Tensor, right: Tensor) -> Tensor:
+    """[R, A], [R, B] -> left^T right, [A, B]; narrow ones as a batch of short sums, which are added in fp64."""
+    rows, short = left.shape[0], left.shape[0] // SHORT_SUM * SHORT_SUM
+    if min(left.shape[1], right.shape[1]) >= NARROW or rows < 2 * SHORT_SUM:
+        return left.mT @ right
+    if left.shape[1] > right.shape[1]:  # MKL is faster with the narrower of the two in front
+        return _summed_products(right, left).mT.contiguous()
+    parts = [x[:short].view(-1, SHORT_SUM, x.shape[1]) for x in (left, right)]
+    total = torch.bmm(parts[0].mT, parts[1]).sum(0, dtype=torch.float64)
+    if short < rows:
+        total += left[short:].mT @ right[short:]
+    return total.to(left.dtype)
 
 
 def _weight_gradient_by_taps(dz: Tensor, x: Tensor, stride: int) -> Tensor:
@@ -168,27 +204,58 @@ def _weight_gradient_by_taps(dz: Tensor, x: Tensor, stride: int) -> Tensor:
     return taps.permute(2, 3, 0, 1).contiguous()
 
 
-def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """3 x 3 with stride 1, as the sum of strips': oneDNN's own sum over a large image loses digits."""
+def _strips(dz: Tensor, x: Tensor, stride: int, most: int) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """Cut a 3 x 3 convolution into strips of about equal size, of several small images or of a large one's rows.
+
+    Args:
+        dz: [N, OH, OW, OC].
+        x: [N, IH, IW, C].
+        stride: of the convolution.
+        most: outputs of a strip; at least a row.
+
+    Yields:
+        Some of dz, what of x they saw, and the rows of zeros above and below it.
+    """
     images, height, width, _ = dz.shape
-    rows = max(1, LONGEST_SUM // width)
-    if images * height <= rows:
-        return _backward(dz, x, weight, 1, [1, 1], [False, True])[1].contiguous()
-    total = torch.zeros(weight.shape, dtype=torch.float64)
-    for image in range(images):
+    together = -(-images // -(-images // max(1, most // (height * width))))
+    rows = -(-height // -(-height // max(1, most // width)))
+    for image in range(0, images, together):
         for first in range(0, height, rows):
-            last = min(first + rows, height)
-            above, below = int(first == 0), int(last == height)
-            strip = x[image : image + 1, first - 1 + above : last + 1 - below]
-            if above or below:
-                strip = F.pad(strip, (0, 0, 0, 0, above, below))
-            total += _backward(dz[image : image + 1, first:last], strip, weight, 1, [0, 1], [False, True])[1]
+            last, start = min(first + rows, height), stride * first - 1
+            stop = stride * (last - 1) + 2
+            above, below = max(0, -start), max(0, stop - x.shape[1])
+            seen = x[image : image + together, start + above : stop - below]
+            yield dz[image : image + together, first:last], seen, above, below
+
+
+def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """3 x 3, as the sum of strips': oneDNN's own sum over a large image loses digits."""
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for gradient, seen, above, below in _strips(dz, x, stride, LONGEST_SUM):
+        if above != below:
+            seen = F.pad(seen, (0, 0, 0, 0, above, below))
+        padding = [above if above == below else 0, 1]
+        total += _backward(gradient, seen, weight, stride, padding, [False, True])[1]
     return total.to(weight.dtype)
+
+
+def _weight_gradient_by_windows(dz: Tensor, x: Tensor, stride: int) -> Tensor:
+    """3 x 3 of few channels: the product of the gradient with the windows, written side by side."""
+    channels, total = x.shape[-1], torch.zeros(dz.shape[-1], 9 * x.shape[-1], dtype=torch.float64)
+    for gradient, seen, above, below in _strips(dz, x, stride, WINDOWS):
+        padded = F.pad(seen, (0, 0, 1, 1, above, below))
+        by_image, by_row, by_column, _ = padded.stride()
+        windows = padded.as_strided(  # [N, OH, OW, 3, 3 * C]: three neighbouring pixels lie side by side
+            (*gradient.shape[:3], 3, 3 * channels), (by_image, stride * by_row, stride * by_column, by_row, 1)
+        )
+        total += _summed_products(gradient.flatten(0, 2), windows.reshape(-1, 9 * channels))
+    return total.view(-1, 3, 3, channels).permute(0, 3, 1, 2).to(x.dtype, memory_format=torch.contiguous_format)
 
 
 class Parts(NamedTuple):
     """What a backward is made of: (x, weight, scale, shift, residual, stride, activation) -> out,
-    (dz, x, weight, scale, stride) -> dx, and (dz, x, weight, stride) -> the gradient of the weight before its scale.
+    (dz, x, weight, scale, stride) -> dx, and (dz, x, weight, stride, exact) -> the gradient of the weight before its
+    scale.
     """
 
     forward: Callable[..., Tensor]
@@ -233,7 +300,7 @@ def backward(
     if output_mask[0]:
         dx = parts.image_gradient(dz, x, weight, scale, stride)
     if output_mask[1] or output_mask[2]:
-        plain = parts.weight_gradient(dz, x, weight, stride)  # of the weight before its scale
+        plain = parts.weight_gradient(dz, x, weight, stride, output_mask[2])  # of the weight before its scale
         if output_mask[2]:
             dscale = (plain * weight).sum((1, 2, 3), dtype=scale.dtype)
         if output_mask[1]:

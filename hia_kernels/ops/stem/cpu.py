@@ -1,4 +1,5 @@
-"""``stem`` on the CPU: strip by strip of rows, so that nothing of full resolution exists but the pixels.
+"""``stem`` on the CPU: strip by strip of rows, or by a few small images at once, so that nothing of full resolution
+exists but the pixels.
 
 Normalised pixels are ``x_c = (p - mean_c) / std_c``. With one centre m for all channels that is
 ``((p - m) + (m - mean_c)) / std_c``: a convolution of ``p - m``, of one channel where the image is grey, and one of
@@ -63,41 +64,42 @@ def fold(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, std: Tensor
 
 
 class _Strips:
-    """One image's windowed pixels, as many rows at a time as the convolution wants, in one buffer.
+    """Some images' windowed pixels, as many rows at a time as the convolution wants, in one buffer.
 
     Args:
-        pixels: [IH, IW, CP].
-        window: (low, high).
+        pixels: [G, IH, IW, CP].
+        window: [G, 2].
         centre: what is taken off the windowed pixel.
         kernel: K.
         mark: add a channel that is one inside the image and zero in the padding.
     """
 
-    def __init__(self, pixels: Tensor, window: tuple[float, float], centre: float, kernel: int, mark: bool = False):
-        self.pixels, self.window, self.centre = pixels, window, centre
+    def __init__(self, pixels: Tensor, window: Tensor, centre: float, kernel: int, mark: bool = False):
+        self.pixels, self.centre = pixels, centre
+        low, high = window.double()[:, :, None, None, None].unbind(1)
+        self.low, self.span = low.float(), (high - low).float()  # [G, 1, 1, 1]
         self.kernel, self.pad, self.mark = kernel, kernel // 2, mark
         self._buffer: Tensor | None = None
 
     def rows(self, first: int, last: int) -> Tensor:
-        """[1, CP, R, IW + 2 * pad] channels last: what the convolution's rows ``first:last`` read."""
-        height, width, channels = self.pixels.shape
+        """[G, CP, R, IW + 2 * pad] channels last: what the convolution's rows ``first:last`` read."""
+        images, height, width, channels = self.pixels.shape
         start, stop = 2 * first - self.pad, 2 * (last - 1) - self.pad + self.kernel
-        shape = (stop - start, width + 2 * self.pad, channels + self.mark)
-        if self._buffer is None or self._buffer.shape[0] < shape[0]:
-            self._buffer = torch.zeros(shape)
-        buffer = self._buffer[: shape[0]]
+        rows = stop - start
+        if self._buffer is None or self._buffer.shape[1] < rows:
+            self._buffer = torch.zeros(images, rows, width + 2 * self.pad, channels + self.mark)
+        buffer = self._buffer[:, :rows]
         above, inside = max(0, -start), slice(max(0, start), min(height, stop))
         below = above + inside.stop - inside.start
-        buffer[:above] = 0
-        buffer[below:] = 0
-        buffer[above:below, :, channels:] = 0
-        body = buffer[above:below, self.pad : self.pad + width]
+        buffer[:, :above] = 0
+        buffer[:, below:] = 0
+        buffer[:, above:below, :, channels:] = 0
+        body = buffer[:, above:below, self.pad : self.pad + width]
         body[..., channels:] = 1
-        low, high = self.window
         values = body[..., :channels]
-        values.copy_(self.pixels[inside])
-        values.sub_(low).div_(high - low).clamp_(0, 1).sub_(self.centre)
-        return buffer.permute(2, 0, 1)[None]
+        values.copy_(self.pixels[:, inside])
+        values.sub_(self.low).div_(self.span).clamp_(0, 1).sub_(self.centre)
+        return buffer.permute(0, 3, 1, 2)
 
 
 def half(size: int) -> int:
@@ -107,6 +109,12 @@ def half(size: int) -> int:
 def _strip_rows(width: int, channels: int) -> int:
     """Rows of the pooled result to make at a time."""
     return max(1, STRIP_BYTES // (2 * width * channels * 4))
+
+
+def _groups(images: int, rows: int, step: int) -> list[slice]:
+    """Images that go through at once: several where all their rows fit into a strip."""
+    together = max(1, step // rows)
+    return [slice(first, min(first + together, images)) for first in range(0, images, together)]
 
 
 class _Border:
@@ -128,16 +136,16 @@ class _Border:
         self.difference = image - ones.sum((1, 2, 3))  # [OH', OW', OC]
 
     def add_to(self, y: Tensor, first: int) -> None:
-        """y [R, OW, OC]: the convolution's rows from ``first`` on, changed in place."""
-        edge, small = self.edge, self.difference.shape[0]
-        top = min(max(edge - first, 0), y.shape[0])
-        bottom = max(min(self.height - edge - first, y.shape[0]), top)
-        self._add_columns(y[top:bottom], self.difference[small // 2])
-        for row in (*range(top), *range(bottom, y.shape[0])):
+        """y [G, R, OW, OC]: the convolution's rows from ``first`` on, changed in place."""
+        edge, small, rows = self.edge, self.difference.shape[0], y.shape[1]
+        top = min(max(edge - first, 0), rows)
+        bottom = max(min(self.height - edge - first, rows), top)
+        self._add_columns(y[:, top:bottom], self.difference[small // 2])
+        for row in (*range(top), *range(bottom, rows)):
             output = first + row
             source = self.difference[output if output < edge else small - (self.height - output)]
-            self._add_columns(y[row], source)
-            y[row, edge:-edge] += source[source.shape[0] // 2]
+            self._add_columns(y[:, row], source)
+            y[:, row, edge:-edge] += source[source.shape[0] // 2]
 
     def _add_columns(self, y: Tensor, source: Tensor) -> None:
         """y [..., OW, OC], source [OW', OC]."""
@@ -174,8 +182,8 @@ def stem_fwd(
     folded = fold(weight, scale, shift, mean, std, channels)
     border = _Border(folded.ones, (height, width))
     step = _strip_rows(convolved[1], weight.shape[0])
-    for image, limits in enumerate(window.tolist()):
-        strips = _Strips(pixels[image], limits, folded.centre, weight.shape[-1])
+    for group in _groups(images, pooled[0], step):
+        strips = _Strips(pixels[group], window[group], folded.centre, weight.shape[-1])
         for start in range(0, pooled[0], step):
             stop = min(start + step, pooled[0])
             first, last = (max(0, 2 * start - 1), min(convolved[0], 2 * stop)) if pool == 3 else (start, stop)
@@ -183,12 +191,12 @@ def stem_fwd(
             y = torch.ops.mkldnn._convolution_pointwise(
                 x, folded.weight, folded.bias, [0, 0], [2, 2], ONE, 1, "none", [], None
             )
-            y = y.permute(0, 2, 3, 1).contiguous()[0]  # [R, OW, OC]
+            y = y.permute(0, 2, 3, 1).contiguous()  # [G, R, OW, OC]
             border.add_to(y, first)
             if pool == 3:  # before the ReLU, which commutes with it
-                y = _largest_of_three(y, 2 * start - first)
-                y = _largest_of_three(y.transpose(0, 1), 0).transpose(0, 1)
-            out[image, start:stop].copy_(y.relu_())
+                y = _largest_of_three(y.transpose(0, 1), 2 * start - first)
+                y = _largest_of_three(y.transpose(0, 2), 0).permute(1, 2, 0, 3)
+            out[group, start:stop].copy_(y.relu_())
     return out
 
 
@@ -214,8 +222,8 @@ def stem_bwd(
     step = _strip_rows(half(pixels.shape[2]), weight.shape[0])
     taps, dscale, dshift = (torch.zeros_like(x, dtype=torch.float64) for x in (combined, scale, shift))
     per_channel = scale[:, None, None]
-    for image, limits in enumerate(window.tolist()):
-        strips = _Strips(pixels[image], limits, folded.centre, weight.shape[-1], mark=True)
+    for group in _groups(pixels.shape[0], outputs, step):
+        strips = _Strips(pixels[group], window[group], folded.centre, weight.shape[-1], mark=True)
         for start in range(0, outputs, step):
             stop = min(start + step, outputs)
             # one window more above, which gets no gradient: a pool pads what is above its first row
@@ -223,10 +231,10 @@ def stem_bwd(
             x = strips.rows(first, last)
             y = F.conv2d(x, combined, stride=2)
             r = torch.addcmul(shift[:, None, None], y, per_channel).relu_()
-            dr = dout[image, start:stop].permute(2, 0, 1)[None].float()
+            dr = dout[group, start:stop].permute(0, 3, 1, 2).float()
             if pool == 3:
                 dr = _unpool(F.pad(dr, (0, 0, 1, 0)) if start else dr, r)
-            dz = torch.ops.aten.threshold_backward(dr, r, 0)  # [1, OC, R, OW]
+            dz = torch.ops.aten.threshold_backward(dr, r, 0)  # [G, OC, R, OW]
             dshift += dz.sum((0, 2, 3))
             dscale += (dz * y).sum((0, 2, 3))
             taps += _tap_gradient(dz.mul_(per_channel), x, combined)
