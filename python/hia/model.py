@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, health, plan, resolution
 from .adapter import HiAAdapter
+from .attachment import adapter_for, own_parameters
 from .calibration import calibrate, check_images
 from .config import HiAConfig, host_facts
 from .extractor import PackedFeatures
@@ -66,9 +67,9 @@ class HiAModel(nn.Module):
                 )
         self.hia_config = config
         self._host: tuple[LlamaHost] = (host,)  # in a tuple, or the host's modules would be registered twice
-        self.adapter = _adapter_for(host, config)
+        self.adapter = adapter_for(host, config)
         self.base_model = base
-        self._frozen = [parameter for parameter in _own_parameters(base) if parameter.requires_grad]
+        self._frozen = [parameter for parameter in own_parameters(base) if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._hooks: InjectionHooks | None = InjectionHooks(host, self.adapter)
@@ -467,37 +468,6 @@ def _pad_left(kwargs: dict[str, Any]) -> Tensor | None:
     kwargs["attention_mask"], moved = left_padded(mask, **{name: kwargs[name] for name in names})
     kwargs.update(moved)
     return left_padded(here)[0]
-
-
-def _own_parameters(base: nn.Module) -> list[nn.Parameter]:
-    """The host's parameters without those of PEFT's adapters in it: its layers name theirs."""
-    foreign: set[int] = set()
-    for module in base.modules():
-        for name in getattr(module, "adapter_layer_names", ()):
-            adapters = getattr(module, name, None)
-            if isinstance(adapters, (nn.Module, nn.ParameterDict)):
-                foreign.update(id(parameter) for parameter in adapters.parameters())
-    return [parameter for parameter in base.parameters() if id(parameter) not in foreign]
-
-
-def _layer_device(layer: nn.Module) -> torch.device:
-    """Where a layer computes; accelerate's offloading keeps its weights elsewhere."""
-    execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    if execution is not None:
-        return torch.device(execution if not isinstance(execution, int) else f"cuda:{execution}")
-    return next(layer.parameters()).device
-
-
-def _adapter_for(host: LlamaHost, config: HiAConfig) -> HiAAdapter:
-    """Each HiA layer on its decoder layer's device, the encoder with the first; all in the host's dtype."""
-    devices = {index: _layer_device(host.layers[index]) for index in config.layer_indices}
-    first = devices[config.layer_indices[0]]
-    dtype = next(p.dtype for p in host.layers[config.layer_indices[0]].parameters() if p.is_floating_point())
-    with torch.device(first):
-        adapter = HiAAdapter(config).to(dtype)
-    for index, device in devices.items():
-        adapter.layer(index).to(device)
-    return adapter
 
 
 def _refuse_reentrant_checkpointing(host: LlamaHost, training: bool) -> None:

@@ -1,0 +1,144 @@
+"""What the ablation does, settled before it is run: phantoms, sizes, steps, rates, rows, seeds, metrics.
+
+A change after a result was seen goes into a commit of its own that says why; :meth:`Protocol.fingerprint` names the
+protocol in every record, and records of different ones don't share a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from hia.phantom import TASKS
+from hia.phantom.host import TinyHostRecipe
+
+CHANCE = {"description": 1 / 20, "disease": 1 / 2, "location": 1 / 4, "comparative": 1 / 5}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what differs from the full model.
+
+    Attributes:
+        name: on the command line.
+        title: in the tables.
+        table: which one it is in: "2", "4a" (M), "4b" (layers) of the paper, "ours", "start".
+        changes: fields of :class:`hia.HiAConfig`.
+        parts: of the start that are changed from PyTorch's: "linears", "queries", "condition"; None takes the config's.
+        low_resolution: the adapter's images are the host's size, and so were those its encoder was pre-trained on.
+        encoder_lr_scale: the encoder's learning rate over the adapter's; None takes the protocol's.
+    """
+
+    name: str
+    title: str
+    table: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] | None = None
+    low_resolution: bool = False
+    encoder_lr_scale: float | None = None
+
+
+FULL = Row("full", "full", "2")
+ROWS = (
+    FULL,
+    Row("no-instruction", "without instruction awareness", "2", {"instruction_aware": False}),
+    Row("no-high-resolution", "without high resolution", "2", {"high_resolution": False}, low_resolution=True),
+    Row("m4", "M = 4", "4a", {"num_queries": 4}),
+    Row("m128", "M = 128", "4a", {"num_queries": 128}),
+    Row("half", "{L/2}", "4b", {"layers": "half"}),
+    Row("quarters", "{L/4, 2L/4, 3L/4}", "4b", {"layers": "quarters"}),
+    Row("early", "{0, 1}: where the host reads", "4b", {"layers": (0, 1)}),
+    Row("no-position", "without position", "ours", {"position": "none"}),
+    Row("pytorch-start", "PyTorch's start (as first shipped)", "ours", {"init": "pytorch", "query_std": 0.02}),
+    Row("live-norm", "live batch-norm", "ours", {"batch_norm": "batch"}),
+)
+START_ROWS = (
+    Row("start-none", "PyTorch's start", "start", parts=()),
+    Row("start-linears", "unit-variance linears", "start", parts=("linears",)),
+    Row("start-queries-condition", "queries, condition", "start", parts=("queries", "condition")),
+    Row("start-linears-queries", "linears, queries", "start", parts=("linears", "queries")),
+    Row("start-linears-condition", "linears, condition", "start", parts=("linears", "condition")),
+    Row("start-all", "all three (as shipped)", "start", parts=("linears", "queries", "condition")),
+)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that all rows share.
+
+    Attributes:
+        size: side of the phantoms, pixels.
+        radius: of their lesions, in 192nds of the side: small ones, which the host's view loses.
+        tasks: that are asked, in turn.
+        train_samples: questions the adapter is trained on.
+        test_samples: held-out questions of each task.
+        steps: of training, the same for every row.
+        batch_size: questions a step.
+        lr: highest; warm-up over ``warm_up`` steps, then a cosine to 0.
+        warm_up: steps.
+        encoder_lr_scale: the encoder's rate over the adapter's.
+        weight_decay: AdamW's.
+        clip: gradients' norm.
+        config: fields of :class:`hia.HiAConfig` of the full model.
+        encoder_steps: of the encoder's pre-training on the phantoms' lesion masks, without any answer.
+        encoder_batch: images a step there.
+        encoder_lr: highest there.
+        host: how the frozen host is made.
+        seeds: of adapter, order and phantoms; host and pre-trained encoder are shared.
+        evaluate_every: steps between scores of the learning curve, on ``curve_samples`` a task.
+        curve_samples: held-out questions of each task for the curve.
+    """
+
+    size: int = 192
+    radius: tuple[float, float] = (1.5, 3.25)
+    tasks: tuple[str, ...] = TASKS
+    train_samples: int = 3000
+    test_samples: int = 240
+    steps: int = 240
+    batch_size: int = 16
+    lr: float = 2e-3
+    warm_up: int = 20
+    encoder_lr_scale: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    config: dict[str, Any] = field(
+        default_factory=lambda: {
+            "dim": 64,
+            "num_heads": 4,
+            "num_queries": 32,
+            "encoder": "strided",
+            "encoder_stride": 16,
+            "encoder_width": 8,
+        }
+    )
+    encoder_steps: int = 600
+    encoder_batch: int = 32
+    encoder_lr: float = 2e-3
+    host: TinyHostRecipe = field(default_factory=TinyHostRecipe)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    evaluate_every: int = 60
+    curve_samples: int = 60
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def fingerprint(self) -> str:
+        """Name what a run's numbers depend on: all but the seeds."""
+        values = {name: value for name, value in self.to_dict().items() if name != "seeds"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def row_named(name: str) -> Row:
+    """Find a row.
+
+    Raises:
+        ValueError: no such row.
+    """
+    found = {row.name: row for row in (*ROWS, *START_ROWS)}
+    if name not in found:
+        raise ValueError(f"bench ablation: rows must be among {', '.join(found)}, got {name!r}")
+    return found[name]
