@@ -30,7 +30,7 @@ def _layer_device(layer: nn.Module) -> torch.device:
 
 
 def adapter_for(host: LlamaHost, config: HiAConfig) -> HiAAdapter:
-    """Build the adapter in the host's dtype: each HiA layer on its decoder layer's device, the encoder with the first."""
+    """Build the adapter in the host's dtype, each HiA layer beside its decoder layer, the encoder beside the first."""
     devices = {index: _layer_device(host.layers[index]) for index in config.layer_indices}
     first = devices[config.layer_indices[0]]
     dtype = next(p.dtype for p in host.layers[config.layer_indices[0]].parameters() if p.is_floating_point())
