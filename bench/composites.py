@@ -8,7 +8,7 @@ Both classes have a method per composite, which takes the inputs of :func:`bench
 - ``adapter_layer(images, windows, hidden, layout)``: a first question at one decoder layer, encoding included.
 - ``second_question(maps, hidden, layout)``: the same layer for a later question, the features cached.
 - ``adapter_train_step``: ``adapter_layer``, differentiated in every parameter and in ``hidden``.
-- ``encode_train_step``: ``encode``, differentiated in every parameter.
+- ``encode_train_step``: ``encode``, differentiated in every parameter; images of one size together.
 """
 
 from __future__ import annotations
@@ -250,7 +250,15 @@ class ReleasedStep(nn.Module):
         return self.second_question(self.encode(images, windows), hidden, layout)
 
     adapter_train_step = adapter_layer
-    encode_train_step = encode
+
+    def encode_train_step(self, images: Sequence[Tensor], windows: Tensor) -> Outputs:
+        """As :meth:`encode`, images of one size as one batch: what plain PyTorch trains fastest with."""
+        found: dict[int, Tensor] = {}
+        for size in dict.fromkeys(image.shape for image in images):
+            group = [index for index, image in enumerate(images) if image.shape == size]
+            maps = self.port.spm.stem(torch.cat([images[index] for index in group]))
+            found.update(zip(group, maps.unflatten(1, (-(-size[2] // 32), -1)), strict=True))
+        return tuple(found[index] for index in range(len(images)))
 
     def canonical(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """By ours: renamed, the packed projections split, without the convolutions' biases where ours has none."""

@@ -56,6 +56,10 @@ def _in_batched_set(case: ImageCase, _role: str, name: str) -> bool:
     return name in case.sets or (name == "gpu" and "batch" in case.sets)
 
 
+def _in_training_set(case: ImageCase, _role: str, name: str) -> bool:
+    return name in case.sets or (name == "cpu" and "train" in case.sets)
+
+
 def _in_encoded_set(case: LayerCase, _role: str, name: str) -> bool:
     return ("encoded" if name == "cpu" else name) in case.sets
 
@@ -74,5 +78,6 @@ COMPOSITES = (
     CompositeEntry(name="second_question", cases=LAYERS, draw_inputs=_features_and_hidden, parts=LAYER),
     CompositeEntry(name="adapter_train_step", cases=LAYERS, draw_inputs=_images_and_hidden, parts=LAYER, encodes=True,
                    trains=True, in_set=_in_trained_set),
-    CompositeEntry(name="encode_train_step", cases=IMAGES, draw_inputs=_images, encodes=True, trains=True),
+    CompositeEntry(name="encode_train_step", cases=IMAGES, draw_inputs=_images, encodes=True, trains=True,
+                   in_set=_in_training_set),
 )  # fmt: skip

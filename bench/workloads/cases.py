@@ -51,7 +51,7 @@ class ImageCase:
         width: channels of the encoder's stem; it ends in 32 times that.
         bits: of a pixel, 8 or 16.
         sets: those of :func:`bench.workloads.in_set`; "batch" is the GPU's for "encode" alone: a training step would
-            keep the activations of all these pixels.
+            keep the activations of all these pixels. "train" is the CPU's for the encoder's training step alone.
     """
 
     name: str
@@ -193,6 +193,7 @@ def _image_cases() -> list[ImageCase]:
         ImageCase("px-ragged", (CHEST, PELVIS, KNEE, HAND), sets=("gpu",)),
         ImageCase("px-dicom", (DICOM_RG1, DICOM_RG3)),
         ImageCase("px-tiny", ((70, 101),), width=8, sets=("quick", "dispatch")),
+        *(ImageCase(f"train-w{width}", ((192, 192),) * 20, width=width, sets=("train",)) for width in (4, 8, 16, 32)),
     ]
 
 

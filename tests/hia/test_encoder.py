@@ -197,6 +197,34 @@ def test_many_are_each_alone_bit_for_bit():
             assert distance(stacked[0], alone[0]) < 2e-6 and distance(stacked[1], alone[2]) < 2e-6
 
 
+def test_training_on_the_cpu_stacks_images_of_one_size(monkeypatch):
+    """The ops are called once for a stack; gradients are those of one image after the other."""
+    encoder, sizes = encoder_of(), [(64, 48), (40, 52), (64, 48), (64, 48)]
+    images = [pixels_of(*size, seed=seed) for seed, size in enumerate(sizes)]
+    windows = torch.tensor([[0.0, 255.0], [255.0, 0.0], [10.0, 200.0], [0.0, 100.0]])
+    names, seen = ("stem", "conv_norm_act"), []
+    for name in names:
+        op = getattr(hia_kernels, name)
+        monkeypatch.setattr(hia_kernels, name, lambda x, *args, op=op, n=name: seen.append((n, len(x))) or op(x, *args))
+
+    def gradients(maps):
+        seen_now = sorted(set(seen)), len(seen)
+        seen.clear()
+        return maps, torch.autograd.grad(sum(m.square().mean() for m in maps), list(encoder.parameters())), seen_now
+
+    maps, found, calls = gradients(encoder.forward_many(images, windows))
+    assert calls == ([("conv_norm_act", 1), ("conv_norm_act", 3), ("stem", 1), ("stem", 3)], 2 * 53)
+    alone, expected, calls = gradients([encoder(*pair) for pair in zip(images, windows, strict=True)])
+    assert calls == ([("conv_norm_act", 1), ("stem", 1)], 4 * 53)
+    assert all(distance(a, b) < 2e-6 for a, b in zip(maps, alone, strict=True))
+    ours, theirs = (torch.cat([grad.flatten() for grad in grads]) for grads in (found, expected))
+    assert distance(ours, theirs) < 1e-4
+    large = [torch.empty(512, 1024, 1)] * 5
+    assert encoder._groups(large, None) == [[0, 1], [2, 3], [4]]
+    with torch.no_grad():
+        assert encoder._groups(large, None) == [[0], [1], [2], [3], [4]]
+
+
 def test_a_device_gets_images_of_one_size_together():
     encoder = encoder_of().to("meta")
     images = [torch.empty(*size, device="meta") for size in [(64, 64, 1), (64, 64, 3), (64, 64, 1), (32, 64, 1)]]

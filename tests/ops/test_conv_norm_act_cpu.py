@@ -105,6 +105,45 @@ def test_gradients_in_strips(kernel, stride, monkeypatch):
     assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
 
 
+@pytest.mark.parametrize("channels", [(4, 4), (8, 8), (8, 32), (32, 8), (16, 16), (12, 128)], ids=str)
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_gradients_of_a_narrow_stack(kernel, stride, channels, monkeypatch):
+    """Strips of several images and of a few rows, the last ones smaller; short sums with a rest."""
+    monkeypatch.setattr(cpu, "SHORT_SUM", 32)
+    for longest in (30, 400):
+        monkeypatch.setattr(cpu, "LONGEST_SUM", longest)
+        monkeypatch.setattr(cpu, "WINDOWS", longest)
+        inputs = make_inputs((11, 9), F32, images=5, kernel=kernel, stride=stride, channels=channels)
+        assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
+
+
+ROUTES = {  # (kernel, stride, channels, whether the scale has a gradient): the function, of cpu's, that must serve
+    "narrow-1x1": (1, 1, 8, True, "_summed_products"),
+    "narrow-1x1-s2": (1, 2, 8, False, "_summed_products"),  # never oneDNN: it writes past its buffers there
+    "few-channels": (3, 1, 8, True, "_weight_gradient_by_windows"),
+    "few-channels-s2": (3, 2, 10, True, "_weight_gradient_by_windows"),
+    "strips": (3, 1, 16, True, "_weight_gradient_by_strips"),
+    "strips-s2": (3, 2, 64, True, "_weight_gradient_by_strips"),
+    "taps": (3, 2, 128, True, "_weight_gradient_by_taps"),
+    "whole": (3, 1, 8, False, "_backward"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "stride", "channels", "exact", "route"), ROUTES.values(), ids=ROUTES)
+def test_route_of_the_weight_gradient(kernel, stride, channels, exact, route, monkeypatch):
+    inputs = make_inputs((8, 8), F32, kernel=kernel, stride=stride, channels=(channels, channels))
+    taken, known = [], {row[4] for row in ROUTES.values()}
+    for name in known:
+        function = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, f=function, name=name: taken.append(name) or f(*args))
+    inputs["weight"].requires_grad_()
+    inputs["scale"].requires_grad_(exact)
+    conv_norm_act(**inputs).sum().backward()
+    assert taken[0] == route and hia_kernels.last_backend(OP) == "cpu"
+    if kernel == 1:
+        assert "_backward" not in taken
+
+
 @pytest.mark.parametrize(("activation", "kept"), [("relu", 2), ("none", 1)])
 def test_saves_input_and_output_alone(activation, kept):
     inputs = make_inputs((12, 12), F32, activation=activation, residual=True, channels=(16, 16))
