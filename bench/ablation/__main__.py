@@ -18,7 +18,7 @@ from bench.environment import REPOSITORY, describe, device_name, slug
 
 from . import report
 from .protocol import ROWS, START_ROWS, Protocol, Row, row_named
-from .train import MASKS, TEST, TRAIN, Material, run
+from .train import TEST, TRAIN, Material, run
 
 CACHE = REPOSITORY / "build" / "ablation"
 QUICK = ("full", "no-high-resolution")
@@ -29,9 +29,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench ablation",
-        description="Train adapters that differ in one thing on phantoms whose lesions the host's view loses, and score "
-        "them on held-out ones. Host and pre-trained encoder are made once and kept in --cache. The protocol stands in "
-        "bench/ablation/protocol.py.",
+        description="Train adapters that differ in one thing on phantoms whose lesions the host's view loses, and "
+        "score them on held-out ones. Host and pre-trained encoder are made once and kept in --cache. The protocol "
+        "stands in bench/ablation/protocol.py.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = ", ".join(row.name for row in (*ROWS, *START_ROWS))

@@ -102,8 +102,8 @@ def markdown(record: dict[str, Any]) -> str:
         lines += [f"## {title}", "", *_table(runs, shown, tasks), ""]
     lines += ["## What the adapter does", "", *_health(runs, [*ROWS, *START_ROWS]), ""]
     seconds = [run["seconds_a_step"] for run in runs]
-    lines.append(f"A training step took {statistics.median(seconds):.2f} s (median over runs, {environment['jobs']} at a "
-                 f"time, {environment['threads_a_run']} thread each).")  # fmt: skip
+    side_by_side = f"{environment['jobs']} at a time, {environment['threads_a_run']} thread each"
+    lines.append(f"A training step took {statistics.median(seconds):.2f} s (median over runs, {side_by_side}).")
     return "\n".join(lines) + "\n"
 
 

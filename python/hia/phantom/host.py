@@ -72,7 +72,7 @@ class TinyHostRecipe:
     hidden_size: int = 64
     samples: int = 6000
     tower_steps: int = 600
-    steps: int = 1200
+    steps: int = 1000
     lr: float = 2e-3
     seed: int = 0
 
