@@ -131,7 +131,7 @@ def run(material: Material, row: Row, seed: int, tell: Tell, steps: int | None =
     test = material.batches(TEST, protocol.test_samples * tasks, 0, tell)
     curve_test = list(range(protocol.curve_samples * tasks))
     model = build(material, row, seed, tell)
-    probe = test.batch(range(4 * tasks))
+    probe = test.batch(range(min(4 * tasks, len(test))))
     before = model.adapter_health(probe).to_dict()
     model.train()
     scale = protocol.encoder_lr_scale if row.encoder_lr_scale is None else row.encoder_lr_scale

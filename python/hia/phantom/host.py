@@ -15,7 +15,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from ..config import HiAConfig
 from ..processor import HiAProcessor
@@ -241,10 +243,24 @@ def tiny_host(
         raise NotADirectoryError(f"hia.phantom: cache must be a directory, got the file {root}")
     place = root / f"tiny-host-{recipe.fingerprint()}"
     if (place / "config.json").is_file():
-        return LlavaForConditionalGeneration.from_pretrained(place).eval()
+        with _without_bars():
+            return LlavaForConditionalGeneration.from_pretrained(place).eval()
     host = train_tiny_host(recipe, progress)
-    save_whole(place, lambda folder: _save_host(host, recipe, folder))
+    with _without_bars():
+        save_whole(place, lambda folder: _save_host(host, recipe, folder))
     return host
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars, which a host of 2 MB fills at once, off the terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _save_host(host: Any, recipe: TinyHostRecipe, folder: Path) -> None:

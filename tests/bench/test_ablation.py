@@ -1,0 +1,190 @@
+"""The ablation's machinery on a host of three layers and two steps; that the adapter learns is its own --quick run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bench.ablation import __main__ as command
+from bench.ablation import report
+from bench.ablation.pretrain import pretrain, targets
+from bench.ablation.protocol import FULL, ROWS, START_ROWS, Protocol, row_named
+from bench.ablation.train import TEST, TRAIN, Material, build, run, start_parts
+from hia.extractor import CONDITION_GAIN
+from hia.phantom.host import TinyHostRecipe
+
+TINY = Protocol(
+    size=64, train_samples=12, test_samples=2, steps=2, batch_size=4, encoder_steps=2, encoder_batch=3,
+    host=TinyHostRecipe(layers=4, hidden_size=32, samples=10, tower_steps=1, steps=1), evaluate_every=1,
+    curve_samples=1, seeds=(0, 1),
+    config={
+        "dim": 32, "num_heads": 2, "num_queries": 8, "encoder": "strided", "encoder_stride": 16, "encoder_width": 4,
+    },
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return Material(TINY, tmp_path_factory.mktemp("ablation"))
+
+
+def silent(_text):
+    pass
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_trains_what_it_says(row, material):
+    model = build(material, row, 0, silent)
+    config = model.hia_config
+    for name, value in row.changes.items():
+        assert getattr(config, name) == value
+    full = build(material, FULL, 0, silent).hia_config
+    assert {f.name for f in dataclasses.fields(full) if getattr(full, f.name) != getattr(config, f.name)} == set(
+        row.changes
+    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    result = run(material, row, 0, silent)
+    assert set(result["scores"]) == set(TINY.tasks) and result["row"] == row.name and result["steps"] == 2
+    assert [point["step"] for point in result["curve"]] == [1, 2]
+    assert all(0 <= score <= 1 for score in result["scores"].values())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())  # a run has a model of its own
+    json.dumps(result)
+
+
+def test_a_run_can_be_repeated(material):
+    first, again = (run(material, FULL, 1, silent) for _ in range(2))
+    for name in ("scores", "health"):
+        assert first[name] == again[name]
+    assert [point["loss"] for point in first["curve"]] == [point["loss"] for point in again["curve"]]
+    assert run(material, FULL, 0, silent)["curve"][0]["loss"] != first["curve"][0]["loss"]
+
+
+def test_without_high_resolution_the_encoder_sees_the_hosts_pixels(material):
+    row = row_named("no-high-resolution")
+    model = build(material, row, 0, silent)
+    seen = []
+    original = model.adapter.encoder.forward_many
+    model.adapter.encoder.forward_many = lambda images, *rest: (
+        seen.extend(x.shape for x in images) or original(images, *rest)
+    )
+    batch = material.batches(TEST, 8, 0, silent).batch([0])
+    with torch.no_grad():
+        model(**batch)
+    assert [tuple(shape) for shape in seen] == [(40, 40, 1)]
+    high, low = (material.encoder_state(kind, silent) for kind in (False, True))
+    assert not torch.equal(high["conv1.weight"], low["conv1.weight"])
+
+
+def test_held_out_phantoms_are_others(material):
+    train, test = material.batches(TRAIN, 12, 0, silent), material.batches(TEST, 8, 0, silent)
+    assert not any(torch.equal(a, b) for a in train.pixels for b in test.pixels)
+    again = material.batches(TRAIN, 12, 0, silent)
+    assert all(torch.equal(a, b) for a, b in zip(train.pixels, again.pixels, strict=True))
+
+
+def test_the_starts_parts(material):
+    def spread(parts):
+        model = build(material, FULL, 0, silent)
+        start_parts(model.adapter, parts)
+        extractor = next(iter(model.adapter.layers.values())).extractor
+        gain = {name: getattr(extractor, name) for name in ("q_proj", "condition")}
+        return [m.weight.std().item() * m.in_features**0.5 for m in gain.values()], extractor
+
+    (q, condition), extractor = spread(("linears", "queries", "condition"))
+    assert q == pytest.approx(1, rel=0.15) and condition == pytest.approx(CONDITION_GAIN, rel=0.15)
+    assert extractor.queries.std() > 0.5 and not extractor.q_proj.bias.any()
+    (q, condition), extractor = spread(())
+    assert q == pytest.approx(3**-0.5, rel=0.15) and condition == pytest.approx(3**-0.5, rel=0.15)
+    assert extractor.queries.std() < 0.03 and extractor.q_proj.bias.any()
+    (q, condition), _ = spread(("condition",))
+    assert q == pytest.approx(3**-0.5, rel=0.15) and condition == pytest.approx(CONDITION_GAIN * 3**-0.5, rel=0.15)
+    injection = next(iter(build(material, FULL, 0, silent).adapter.layers.values())).injection
+    assert not injection.out_proj.weight.any()  # attaching changes no bit, whatever the start
+
+
+def test_targets_of_pretraining():
+    mask = torch.zeros(2, 64, 64, dtype=torch.bool)
+    mask[0, 17, 40] = True
+    present, radius = targets(mask, (4, 4))
+    assert present[0].nonzero().tolist() == [[1, 2]] and not present[1].any()
+    assert radius[0].item() == pytest.approx((1 / torch.pi) ** 0.5) and radius[1] == 0
+
+
+def test_pretraining_learns_and_restores(material):
+    model = build(material, FULL, 0, silent)
+    encoder = model.adapter.encoder
+    batches = material.batches(TRAIN, 12, 0, silent)
+    before = {name: p.clone() for name, p in encoder.state_dict().items()}
+    settings = {"batch": 4, "lr": 1e-2, "seed": 0}
+    losses = [pretrain(encoder, batches.pixels, batches.windows, batches.masks, steps=n, **settings) for n in (1, 60)]
+    assert losses[1] < losses[0]
+    assert not encoder.live_statistics and encoder.position == "sincos" and not encoder.training
+    assert not torch.equal(encoder.norms[0].running_mean, before["norms.0.running_mean"])
+    assert isinstance(encoder.convs[0], nn.Conv2d)
+
+
+def test_the_command_runs_what_is_missing_and_writes_tables(tmp_path, monkeypatch, capsys, material):
+    monkeypatch.setattr(command, "Protocol", lambda: TINY)
+    monkeypatch.setattr(command.concurrent.futures, "ProcessPoolExecutor", InThisProcess)
+    words = ["--rows", "full", "m4", "--jobs", "1", "--cache", str(material.cache), "--out", str(tmp_path / "runs")]
+    assert command.main(words) == 0
+    text = (tmp_path / "runs" / "ablation.md").read_text()
+    assert "| full | 2 |" in text and "| M = 4 | 2 |" in text and "*chance*" in text and "54.8 / 49.5" in text
+    assert (tmp_path / "runs" / "ablation.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "runs" / "ablation.json").read_text())
+    assert len(record["runs"]) == 4 and record["protocol"]["steps"] == 2
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*-?.json")}
+    assert command.main(words) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*-?.json")}
+    assert "step 1 of 2" in capsys.readouterr().out
+
+
+class InThisProcess:
+    def __init__(self, *_args, **_kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, function, *args):
+        future = command.concurrent.futures.Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.mark.parametrize(
+    ("full", "low", "code"), [(0.95, 0.5, 0), (0.85, 0.5, 1), (0.95, 0.8, 1)], ids=["learnt", "chance", "leak"]
+)
+def test_the_quick_runs_verdict(full, low, code, capsys):
+    results = [
+        {"row": row, "seed": 0, "scores": {"disease": score}}
+        for row, score in (("full", full), ("no-high-resolution", low))
+    ]
+    assert command.verdict(results) == code
+    assert ("FAILED" in capsys.readouterr().out) is bool(code)
+
+
+def test_tables_show_mean_and_spread():
+    scores = [{"description": a, "disease": 0.5, "location": 0.25, "comparative": 0.2} for a in (0.1, 0.3, 0.2)]
+    runs = [{"row": "full", "seed": seed, "scores": own} for seed, own in enumerate(scores)]
+    (line,) = [line for line in report._table(runs, ROWS, TINY.tasks) if line.startswith("| full")]
+    assert "| 3 | 0.20 (0.10-0.30) | 0.50 (0.50-0.50) |" in line
+
+
+def test_names_and_errors(capsys):
+    names = [row.name for row in (*ROWS, *START_ROWS)]
+    assert len(set(names)) == len(names)
+    assert command.main(["--rows", "fulll"]) == 2
+    assert "rows must be among full" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.arguments(["--jobs", "0"])
+    assert Protocol().fingerprint() == dataclasses.replace(Protocol(), seeds=(7,)).fingerprint()
+    assert Protocol().fingerprint() != dataclasses.replace(Protocol(), lr=1.0).fingerprint()
+    assert Protocol().test_samples >= 240 and len(Protocol().seeds) == 3 and Protocol().host.layers >= 12
