@@ -413,6 +413,25 @@ def test_gradient_checkpointing_gives_the_same_numbers(model):
     assert model.adapter_health(inputs).to_dict() == pytest.approx(expected, rel=1e-4)
 
 
+def test_beside_lora_and_dropout_only_the_adapters_gradients_are_taken(base):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    config = tiny_config(base)
+    model = stir(hia.get_hia_model(peft.get_peft_model(base, lora), config)).train()
+    inputs = answered(config)
+    model(**inputs)  # transformers installs hooks in a first forward
+    before = state_of(model)
+    found = model.adapter_health(inputs)
+    assert found.gradients.keys() == hia_groups(config)
+    assert_same_state(model, before)  # the dropout's random numbers among it
+
+
+def hia_groups(config):
+    parts = ("queries", "condition", "feature_projection", "norms", *(f"extractor.{p}" for p in ("q", "kv", "out")))
+    parts += tuple(f"injection.{p}" for p in ("q", "kv", "out"))
+    return {"encoder", *(f"{index}.{part}" for index in config.layer_indices for part in parts)}
+
+
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_half_precision_is_measured_in_fp32(preset):
     base = tiny_llava()
