@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import hia
-from hia import health, textbook
+from hia import health
+from tests.hia.by_hand import attention_by_hand, cosine_by_hand, entropy_by_hand, rank_by_hand
 from tests.hia.conftest import ONE, TWO, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava, tiny_processor
 
@@ -74,33 +75,6 @@ def healthy_start(model, inputs):
         for norm in norms:
             norm.eval()
     return model
-
-
-def by_heads(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # [..., H, N, d]
-
-
-def attention_by_hand(q, k, v, heads):
-    """One image: all heads at once, as written in a textbook. Returns [Q, D] and the weights [H, Q, N]."""
-    q, k, v = (by_heads(x, heads) for x in (q, k, v))
-    weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
-    return (weights @ v).transpose(0, 1).flatten(1), weights
-
-
-def entropy_by_hand(weights):
-    return float((-weights * weights.log()).sum(-1).mean() / math.log(weights.shape[-1]))
-
-
-def cosine_by_hand(rows):
-    rows = rows / rows.norm(dim=1, keepdim=True)
-    pairs = [float(rows[i] @ rows[j]) for i in range(len(rows)) for j in range(len(rows)) if i != j]
-    return sum(pairs) / len(pairs)
-
-
-def rank_by_hand(rows):
-    energies = torch.linalg.svdvals(rows) ** 2
-    shares = energies / energies.sum()
-    return float((-(shares * shares.clamp_min(1e-300).log()).sum()).exp())
 
 
 @torch.no_grad()
@@ -413,6 +387,25 @@ def test_gradient_checkpointing_gives_the_same_numbers(model):
     assert model.adapter_health(inputs).to_dict() == pytest.approx(expected, rel=1e-4)
 
 
+def test_beside_lora_and_dropout_only_the_adapters_gradients_are_taken(base):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    config = tiny_config(base)
+    model = stir(hia.get_hia_model(peft.get_peft_model(base, lora), config)).train()
+    inputs = answered(config)
+    model(**inputs)  # transformers installs hooks in a first forward
+    before = state_of(model)
+    found = model.adapter_health(inputs)
+    assert found.gradients.keys() == hia_groups(config)
+    assert_same_state(model, before)  # the dropout's random numbers among it
+
+
+def hia_groups(config):
+    parts = ("queries", "condition", "feature_projection", "norms", *(f"extractor.{p}" for p in ("q", "kv", "out")))
+    parts += tuple(f"injection.{p}" for p in ("q", "kv", "out"))
+    return {"encoder", *(f"{index}.{part}" for index in config.layer_indices for part in parts)}
+
+
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_half_precision_is_measured_in_fp32(preset):
     base = tiny_llava()
@@ -481,13 +474,3 @@ def test_table_dictionary_and_errors(model, processor):
     model.unload()
     with pytest.raises(ValueError, match="attached and enabled, got one unloaded"):
         model.adapter_health(inputs)
-
-
-def test_cosine_and_rank_of_known_vectors():
-    rows = torch.eye(4, dtype=torch.float64)
-    assert textbook.mean_cosine(rows) == pytest.approx(0) and textbook.effective_rank(rows) == pytest.approx(4)
-    assert textbook.mean_cosine(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])) == pytest.approx(-1)
-    assert textbook.mean_cosine(torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])) == pytest.approx(1)
-    assert textbook.mean_cosine(torch.zeros(3, 2)) is None and textbook.effective_rank(torch.zeros(3, 2)) is None
-    assert math.isnan(textbook.effective_rank(torch.tensor([[math.nan, 1.0]])))
-    assert textbook.effective_rank(torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]])) == pytest.approx(2)

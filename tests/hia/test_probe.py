@@ -93,6 +93,7 @@ def test_a_host_that_reads_to_the_end_gets_the_papers_thirds():
             short.advise(count)
     noisy = LayerReading(1.1, 0.5, 0.1, 0.06, 0.1)
     assert LayerProbe(1.0, 0.5, read, (read, noisy, plain), 100).last_read == 0
+    assert LayerProbe(1.0, 0.5, read, (read, noisy, read, plain), 100).last_read == 2
     assert LayerProbe(1.0, 0.5, read, (read, read, plain), 100, threshold=1.5).last_read is None
 
 
@@ -174,6 +175,17 @@ def test_an_adapter_is_disabled_and_nothing_else_changes(base, processor):
     with model.disable_adapter():
         assert hia.probe_layers(model, inputs) == expected
         assert not model._enabled
+
+
+def test_a_host_in_half_precision_and_in_a_peft_model(base, processor):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    inputs = answered(base, processor).to("cpu", torch.bfloat16)
+    wrapped = peft.get_peft_model(base, lora).to(torch.bfloat16).train()
+    found = hia.probe_layers(wrapped, inputs)
+    assert found.layers[5].increase == 0 and found.layers[0].increase != 0  # dropout would show after the last layer
+    assert hia.probe_layers(wrapped, inputs) == found and wrapped.training
+    assert hia.probe_layers(hia.get_hia_model(wrapped, tiny_config(base)), inputs) == found
 
 
 def test_batches_are_averaged_by_tokens_and_samples_without_images_left_out(base, processor):
