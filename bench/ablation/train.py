@@ -18,7 +18,7 @@ from hia.encoder import build_encoder
 from hia.extractor import CONDITION_GAIN, unit_variance_
 from hia.phantom import PhantomConfig, PhantomDataset
 from hia.phantom.batches import PhantomBatches
-from hia.phantom.host import hia_processor, save_whole, tiny_host
+from hia.phantom.host import build_tiny_host, hia_processor, save_whole, tiny_host
 
 from .pretrain import pretrain
 from .protocol import Protocol, Row
@@ -43,26 +43,32 @@ class Material:
         """Load the frozen host; train it if it is not there."""
         return tiny_host(self.protocol.host, self.cache, tell)
 
+    def untrained(self) -> Any:
+        """Build the host without its weights: for what depends on its sizes alone."""
+        return build_tiny_host(self.protocol.host)
+
     def batches(self, part: int, count: int, seed: int, tell: Tell) -> PhantomBatches:
         """Load phantoms with small lesions; draw them if they are not there."""
         protocol = self.protocol
-        place = self.cache / f"phantoms-{protocol.fingerprint()}-{part}-{seed}-{count}"
+        name = protocol.fingerprint("size", "radius", "tasks")
+        place = self.cache / f"phantoms-{name}-{part}-{seed}-{count}"
         if not place.is_dir():
             tell(f"drawing {count} phantoms")
             config = PhantomConfig(size=protocol.size, bits=8, radius=protocol.radius)
             dataset = PhantomDataset(count, (seed, part), config, protocol.tasks, wording=None if part == TRAIN else 0)
-            drawn = PhantomBatches(dataset, hia_processor(self.host(tell)))
+            drawn = PhantomBatches(dataset, hia_processor(self.untrained()))
             save_whole(place, lambda folder: torch.save(drawn, folder / "batches.pt"))
         return torch.load(place / "batches.pt", weights_only=False)
 
     def encoder_state(self, low_resolution: bool, tell: Tell) -> dict[str, torch.Tensor]:
         """Load the pre-trained encoder; train it if it is not there."""
         protocol = self.protocol
-        place = self.cache / f"encoder-{protocol.fingerprint()}-{'low' if low_resolution else 'high'}"
+        own = ("size", "radius", "tasks", "train_samples", "config", "encoder_steps", "encoder_batch", "encoder_lr")
+        place = self.cache / f"encoder-{protocol.fingerprint(*own)}-{'low' if low_resolution else 'high'}"
         if not place.is_dir():
             batches = self.batches(MASKS, protocol.train_samples, 0, tell)
             tell(f"pre-training the encoder at {'low' if low_resolution else 'high'} resolution")
-            host = self.host(tell)
+            host = self.untrained()
             config = hia.HiAConfig.paper(host, **protocol.config)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.ablation import __main__ as command
+from bench.ablation import cli as command
 from bench.ablation import report
 from bench.ablation.pretrain import pretrain, targets
 from bench.ablation.protocol import FULL, ROWS, START_ROWS, Protocol, row_named
