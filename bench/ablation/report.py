@@ -79,13 +79,21 @@ def _mean_of(healths: list[dict[str, Any]], when: str, name: str) -> str:
     return f"{statistics.mean(values):.3g}" if values else "-"
 
 
+def _host(scores: dict[str, dict[str, float]]) -> list[str]:
+    tasks = list(next(iter(scores.values())))
+    lines = ["| the bare host on | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    lines += [f"| {name} | " + " | ".join(f"{own[task]:.2f}" for task in tasks) + " |" for name, own in scores.items()]
+    return [*lines, ""]
+
+
 def markdown(record: dict[str, Any]) -> str:
     """Write the record as tables."""
-    runs, protocol, environment = record["runs"], record["protocol"], record["environment"]
-    tasks = protocol["tasks"]
+    runs, protocol = record["runs"], record["protocol"]
+    environment, tasks = runs[0]["environment"], protocol["tasks"]
+    commits = sorted({str(run["environment"]["commit"])[:12] for run in runs})
     lines = ["# Ablation on phantoms", ""]
     lines += [
-        f"`{environment['command']}`, commit {str(environment['commit'])[:12]}, {environment['device']}, "
+        f"`{environment['command']}`, commit {', '.join(commits)}, {environment['device']}, "
         f"torch {environment['versions']['torch']}, transformers {environment['versions']['transformers']}.",
         f"Phantoms of {protocol['size']} px with lesions of {protocol['radius'][0]} to {protocol['radius'][1]} px "
         f"radius; a frozen host of {protocol['host']['layers']} layers that sees 40 px; {protocol['steps']} steps of "
@@ -93,6 +101,7 @@ def markdown(record: dict[str, Any]) -> str:
         "word: mean over seeds (lowest-highest). The paper's figures are BLEU-4 on real studies: compare the order of "
         "rows, not the numbers.",
         "",
+        *_host(record["host"]),
     ]
     for key, title in TABLES.items():
         rows = [row for row in (*ROWS, *START_ROWS) if row.table == key]

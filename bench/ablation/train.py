@@ -16,9 +16,9 @@ import hia
 from hia.adapter import HiAAdapter
 from hia.encoder import build_encoder
 from hia.extractor import CONDITION_GAIN, unit_variance_
-from hia.phantom import PhantomConfig, PhantomDataset
+from hia.phantom import EXTRA_TASKS, PhantomConfig, PhantomDataset
 from hia.phantom.batches import PhantomBatches
-from hia.phantom.host import build_tiny_host, hia_processor, save_whole, tiny_host
+from hia.phantom.host import LARGE, build_tiny_host, hia_processor, save_whole, tiny_host
 
 from .pretrain import pretrain
 from .protocol import Protocol, Row
@@ -59,6 +59,18 @@ class Material:
             drawn = PhantomBatches(dataset, hia_processor(self.untrained()))
             save_whole(place, lambda folder: torch.save(drawn, folder / "batches.pt"))
         return torch.load(place / "batches.pt", weights_only=False)
+
+    def host_scores(self) -> dict[str, dict[str, float]]:
+        """Score the bare host on held-out phantoms with large lesions, which it was taught, and with small ones."""
+        protocol, host = self.protocol, self.host(lambda _: None)
+        tasks = (*protocol.tasks, *EXTRA_TASKS)
+        scores = {}
+        for name, radius in (("large lesions", LARGE), ("small lesions", protocol.radius)):
+            config = PhantomConfig(size=protocol.size, bits=8, radius=radius)
+            dataset = PhantomDataset(60 * len(tasks), (0, TEST), config, tasks)
+            batches = PhantomBatches(dataset, hia_processor(host), keep_pixels=False)
+            scores[name] = batches.score(host, high_res=False)
+        return scores
 
     def encoder_state(self, low_resolution: bool, tell: Tell) -> dict[str, torch.Tensor]:
         """Load the pre-trained encoder; train it if it is not there."""
