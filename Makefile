@@ -25,7 +25,7 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native table3 bench bench-compare report gpu test mutants test-transformers lint format clean check-python
+.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants test-transformers lint format clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
@@ -37,6 +37,9 @@ native: $(READY) ## compile csrc/ for the interpreter in use; make does it by it
 
 table3: $(READY) ## the paper's Table 3 beside ours; ARGS="--help" shows its options
 	$(RUN) -m bench.table3 $(ARGS)
+
+ablation: $(READY) ## the paper's Tables 2 and 4 in small, on phantoms, within an hour; ARGS="--quick" in five minutes
+	$(RUN) -m bench ablation $(ARGS)
 
 bench: $(READY) ## every op beside its peers on the CPU, in at most 10 minutes; ARGS="--help" shows its options
 	$(RUN) -m bench.kernels --device cpu --minutes 9 $(ARGS)

@@ -60,8 +60,8 @@ class HiAConfig:
             biases zero, the condition's weight a tenth of that), or "pytorch" (``nn.Linear``'s own start).
         query_std: standard deviation the queries start with.
         instruction_aware: condition the queries on the instruction (paper, Table 2).
-        high_resolution: False makes :class:`hia.HiAProcessor` shrink the adapter's images to the host's
-            resolution (paper, Table 2).
+        high_resolution: False shrinks the adapter's images to the host's resolution, in :class:`hia.HiAProcessor` and
+            in the model (paper, Table 2).
         plan: which exact form of the maths runs: "auto" (the cheapest for the sizes of a call), or
             "<extract>/<inject>" with names of :mod:`hia.plan`, e.g. "textbook/textbook".
         image_mean: per-channel mean of the windowed image (0 to 1) for the encoder.

@@ -121,3 +121,21 @@ def test_wrong_arguments_exit_with_2_and_say_why(tmp_path, monkeypatch, capsys, 
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_tiny_host_is_saved_with_its_processor(tmp_path, monkeypatch, capsys):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    import hia.phantom.host as host
+
+    small = host.TinyHostRecipe(layers=2, hidden_size=32, samples=5, tower_steps=1, steps=1, seed=4)
+    monkeypatch.setattr(host, "TinyHostRecipe", lambda seed: small if seed == 4 else None)
+    assert main(["--host", str(tmp_path / "tiny"), "--seed", "4"]) == 0
+    assert "step 1 of 1" in capsys.readouterr().out
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "tiny")
+    assert loaded.config.text_config.num_hidden_layers == 2
+    processor = AutoProcessor.from_pretrained(tmp_path / "tiny")
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == loaded.config.image_token_id
+    with pytest.raises(SystemExit):
+        main(["--host", str(tmp_path / "tiny")])
+    assert "--host must name a new folder, got" in capsys.readouterr().err

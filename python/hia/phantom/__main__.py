@@ -1,4 +1,4 @@
-"""``python -m hia.phantom``: draw a contact sheet of synthetic studies, or write some as files."""
+"""``python -m hia.phantom``: draw a contact sheet, write studies as files, train the tiny host."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def make_parser() -> argparse.ArgumentParser:
         description="Draws synthetic studies (bones, soft tissue, a lesion) that follow from a seed. They resemble "
         "radiographs and are none: no anatomy, no medical test.",
     )
-    what = parser.add_argument_group("what to make (one or both)")
+    what = parser.add_argument_group("what to make (one or more)")
     what.add_argument("--sheet", nargs="?", const="phantom-sheet.png", metavar="FILE", help="draw a contact sheet "
                       "(default: phantom-sheet.png); questions in English, and in Chinese where a font is at hand, "
                       "since PIL's own has no Chinese characters")  # fmt: skip
     what.add_argument("--write", metavar="DIR", help="write --count items into a new or empty folder: PNG images (16 "
                       "bits for more than 8) and records.jsonl, whole or not at all")  # fmt: skip
+    what.add_argument("--host", metavar="DIR", help="train the tiny LLaVA that answers about large lesions, from "
+                      "--seed, and save it with its processor into a new folder; minutes")  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--count", type=int, default=100, metavar="N", help="items to write (default: %(default)s)")
     how.add_argument("--size", type=_size, default=(192, 192), metavar="N|HxW", help="pixels (default: 192)")
@@ -54,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; errors of the arguments exit with 2 and one line that says what is wrong."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.sheet is None and options.write is None:
-        parser.error("nothing to do: give --sheet, --write DIR, or both")
+    if options.sheet is None and options.write is None and options.host is None:
+        parser.error("nothing to do: give --sheet, --write DIR or --host DIR")
     try:
         config = PhantomConfig(options.size, options.bits, tuple(options.radius))
         if options.write is not None:
@@ -63,9 +65,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{write_records(options.write, dataset)}: {len(dataset)} records\n")
         if options.sheet is not None:
             _write_sheet(Path(options.sheet), options.seed, config, options.font)
+        if options.host is not None:
+            _write_host(Path(options.host), options.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _write_host(folder: Path, seed: int) -> None:
+    if folder.exists():
+        raise FileExistsError(f"--host must name a new folder, got {folder}, which exists")
+    from .host import TinyHostRecipe, save_tiny_host, train_tiny_host  # transformers, which the rest does without
+
+    recipe = TinyHostRecipe(seed=seed)
+    save_tiny_host(train_tiny_host(recipe, _say), recipe, folder)
+    sys.stdout.write(f"{folder}: LlavaForConditionalGeneration and LlavaProcessor, from_pretrained reads both\n")
 
 
 def _write_sheet(path: Path, seed: int, config: PhantomConfig, font: str | None) -> None:

@@ -246,8 +246,7 @@ def tiny_host(
         with _without_bars():
             return LlavaForConditionalGeneration.from_pretrained(place).eval()
     host = train_tiny_host(recipe, progress)
-    with _without_bars():
-        save_whole(place, lambda folder: _save_host(host, recipe, folder))
+    save_tiny_host(host, recipe, place)
     return host
 
 
@@ -263,10 +262,16 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _save_host(host: Any, recipe: TinyHostRecipe, folder: Path) -> None:
-    host.save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+def save_tiny_host(host: Any, recipe: TinyHostRecipe, place: Path) -> None:
+    """Write host, processor and recipe.json into a folder, whole or not at all; one that is there stays."""
+
+    def write(folder: Path) -> None:
+        host.save_pretrained(folder)
+        tiny_processor().save_pretrained(folder)
+        (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+
+    with _without_bars():
+        save_whole(place, write)
 
 
 def save_whole(place: Path, write: Callable[[Path], None]) -> None:
