@@ -16,6 +16,7 @@ GATES = ("zero_init", "tanh", "none")
 BATCH_NORMS = ("running", "batch")
 POSITIONS = ("sincos", "none")
 INITS = ("lecun_normal", "pytorch")
+SWITCHES = ("encoder_bias", "shared_projection", "query_residual", "instruction_aware", "high_resolution")
 # What configs written before these fields existed stand for: the values of that time, not today's defaults.
 BEFORE_FIELD_EXISTED = {"position": "none", "init": "pytorch", "query_std": 0.02}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -59,6 +60,8 @@ class HiAConfig:
         init: how the projections of both cross-attentions start: "lecun_normal" (unit variance out of unit variance,
             biases zero, the condition's weight a tenth of that), or "pytorch" (``nn.Linear``'s own start).
         query_std: standard deviation the queries start with.
+        query_residual: add the conditioned queries to what they extract, as the decoders of DETR and Q-Former do; the
+            paper's equation has no such term. It keeps the M extracted tokens apart (docs/learning.md).
         instruction_aware: condition the queries on the instruction (paper, Table 2).
         high_resolution: False shrinks the adapter's images to the host's resolution, in :class:`hia.HiAProcessor` and
             in the model (paper, Table 2).
@@ -86,6 +89,7 @@ class HiAConfig:
     position: str = "sincos"
     init: str = "lecun_normal"
     query_std: float = 1.0
+    query_residual: bool = False
     instruction_aware: bool = True
     high_resolution: bool = True
     plan: str = "auto"
@@ -102,6 +106,11 @@ class HiAConfig:
         _choice("batch_norm", self.batch_norm, BATCH_NORMS)
         _choice("position", self.position, POSITIONS)
         _choice("init", self.init, INITS)
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"HiAConfig: {name} must be True or False, got {getattr(self, name)!r}")
+        if self.encoder_bias and self.encoder != "resnet50":
+            raise ValueError(f"HiAConfig: encoder_bias must be False with encoder {self.encoder!r}, got True")
         split_plan(self.plan)
         for name in ("image_mean", "image_std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -170,16 +179,18 @@ class HiAConfig:
         """The maths of the authors' released code: D = D1, 8 heads, LN after the sum, no gate."""
         facts = host_facts(host)
         preset = {
-            "dim": facts["hidden_size"], "num_heads": 8, "norms": "pre_post", "gate": "none",
-            "shared_projection": True, "encoder_bias": True, "position": "none", "init": "pytorch", "query_std": 1.0,
+            "dim": facts["hidden_size"], "num_heads": 8, "norms": "pre_post", "gate": "none", "shared_projection": True,
+            "encoder_bias": changes.get("encoder", "resnet50") == "resnet50", "position": "none", "init": "pytorch",
+            "query_std": 1.0,
         }  # fmt: skip
         return cls(**{**facts, **preset, **changes})
 
     @classmethod
     def lite(cls, host: Any, **changes: Any) -> HiAConfig:
-        """A narrow adapter: D = 1024, head_dim 128."""
+        """A narrow adapter that learns fast: D = 1024, head_dim 128, queries added to what they extract."""
         width = changes.get("dim", 1024)
-        return cls(**{**host_facts(host), "dim": width, "num_heads": _heads_of(width, 128), **changes})
+        preset = {"dim": width, "num_heads": _heads_of(width, 128), "query_residual": True}
+        return cls(**{**host_facts(host), **preset, **changes})
 
     def replace(self, **changes: Any) -> HiAConfig:
         """A copy with other values."""
@@ -206,6 +217,8 @@ class HiAConfig:
         lists: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
+        if lists.get("encoder") == "strided":
+            lists["encoder_bias"] = False  # older versions let it be said, and had none
         return cls(**{**BEFORE_FIELD_EXISTED, **lists})
 
 

@@ -101,7 +101,7 @@ class Extractor(nn.Module):
         dim = config.dim
         channels = config.hidden_size if config.shared_projection else config.encoder_channels
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.query_std, self.init = config.query_std, config.init
+        self.query_std, self.init, self.residual = config.query_std, config.init, config.query_residual
         self.layer_index, self.form = layer, plan.split_plan(config.plan)[0]
         self.sharing = len(config.layer_indices) if config.shared_projection else 0
         self.hidden_size, self.channels = config.hidden_size, config.encoder_channels
@@ -173,7 +173,8 @@ class Extractor(nn.Module):
             out = self._attend_to_latent(q, features, image_to_sample, form)
         else:
             out = self._attend(q, features, image_to_sample, form)
-        return hia_kernels.linear(out, self.out_proj.weight, self.out_proj.bias)
+        extracted = hia_kernels.linear(out, self.out_proj.weight, self.out_proj.bias)  # [n * M, D]
+        return extracted + conditioned[image_to_sample].flatten(0, 1) if self.residual else extracted
 
     def form_for(self, features: PackedFeatures, samples: int) -> str:
         """The form that a call about these images takes now."""

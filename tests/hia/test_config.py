@@ -54,6 +54,13 @@ def test_dict_round_trip():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        pytest.param({"query_residual": "false"}, "query_residual must be True or False, got 'false'", id="switch"),
+        pytest.param({"instruction_aware": 1}, "instruction_aware must be True or False, got 1", id="switch-int"),
+        pytest.param(
+            {"encoder": "strided", "encoder_bias": True},
+            "encoder_bias must be False with encoder 'strided', got True",
+            id="bias-of-strided",
+        ),
         pytest.param({"layers": [40]}, r"layers must be in \[0, 40\), got \[40\]", id="beyond"),
         pytest.param({"layers": [-1]}, r"layers must be in \[0, 40\), got \[-1\]", id="negative"),
         pytest.param({"layers": []}, "layers must name at least one", id="none"),
@@ -82,3 +89,9 @@ def test_unknown_field_in_a_file():
 def test_host_that_is_no_model():
     with pytest.raises(TypeError, match="host must be a transformers model or config"):
         hia.HiAConfig.paper(object())
+
+
+def test_a_strided_encoder_has_no_biases():
+    config = hia.HiAConfig.released(LLAMA_13B, encoder="strided")
+    assert config.encoder_bias is False
+    assert hia.HiAConfig.from_dict({**config.to_dict(), "encoder_bias": True}) == config  # as older files may say

@@ -52,7 +52,8 @@ def textbook_extract(extractor: Extractor, h_n, z):
     features = extractor.feature_norm(extractor.feature_projection(z))
     k, v = extractor.kv_proj(features).chunk(2, dim=-1)
     q = extractor.q_proj(extractor.query_norm(queries))
-    return extractor.out_proj(attention(q, k, v, extractor.num_heads))
+    extracted = extractor.out_proj(attention(q, k, v, extractor.num_heads))
+    return extracted + queries if extractor.residual else extracted
 
 
 def textbook_inject(injection: Injection, visual, extracted):
@@ -64,9 +65,10 @@ def textbook_inject(injection: Injection, visual, extracted):
     return visual + update if injection.post_norm is None else injection.post_norm(visual + update)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("changes", [{}, {"instruction_aware": False}], ids=["aware", "unaware"])
-def test_extractor_is_the_papers_cross_attention(changes):
-    extractor = randomised(Extractor(config_of(**changes)))
+def test_extractor_is_the_papers_cross_attention(changes, residual):
+    extractor = randomised(Extractor(config_of(query_residual=residual, **changes)))
     hidden = torch.randn(20, 64, dtype=torch.double)
     maps = [torch.randn(length, 128, dtype=torch.double) for length in (6, 1, 33)]
     packed = PackedFeatures(torch.cat(maps), torch.tensor([0, 6, 7, 40], dtype=torch.int32), 33, (6, 1, 33))
@@ -79,8 +81,8 @@ def test_extractor_is_the_papers_cross_attention(changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gate": "zero_init"}, {"gate": "tanh"}, {"gate": "none", "norms": "pre_post"}],
-    ids=["zero_init", "tanh", "released-norms"],
+    [{"gate": "zero_init"}, {"gate": "tanh"}, {"gate": "none", "norms": "pre_post"}, {"query_residual": True}],
+    ids=["zero_init", "tanh", "released-norms", "residual"],
 )
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "in-place"])
 def test_layer_is_the_papers_three_steps(changes, grad):
