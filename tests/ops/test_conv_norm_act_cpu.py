@@ -117,6 +117,22 @@ def test_gradients_of_a_narrow_stack(kernel, stride, channels, monkeypatch):
         assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_few_pixels_of_many_channels_are_a_product(stride, activation, monkeypatch):
+    """1 x 1 on 4 x 3 pixels: with many channels oneDNN would spend its time on the weight's layout."""
+    called, linear = [], cpu.products.linear
+    monkeypatch.setattr(cpu.products, "linear", lambda *args: called.append(args) or linear(*args))
+    for channels, products in ((95, 0), (96, 1)):
+        inputs = make_inputs((4, 3) if stride == 1 else (8, 6), F32, channels=(channels, 48), kernel=1, stride=stride)
+        given = {**inputs, "residual": torch.randn(2, 4, 3, 48), "activation": activation}
+        called.clear()
+        conv_norm_act(**given)
+        assert len(called) == products and hia_kernels.last_backend(OP) == "cpu"
+        for residual in (given["residual"], None):
+            assert_matches(OP, conv_norm_act, conv_norm_act_ref, {**given, "residual": residual}, F32)
+
+
 ROUTES = {  # (kernel, stride, channels, whether the scale has a gradient): the function, of cpu's, that must serve
     "narrow-1x1": (1, 1, 8, True, "_summed_products"),
     "narrow-1x1-s2": (1, 2, 8, False, "_summed_products"),  # never oneDNN: it writes past its buffers there
@@ -124,6 +140,7 @@ ROUTES = {  # (kernel, stride, channels, whether the scale has a gradient): the 
     "few-channels-s2": (3, 2, 10, True, "_weight_gradient_by_windows"),
     "strips": (3, 1, 16, True, "_weight_gradient_by_strips"),
     "strips-s2": (3, 2, 64, True, "_weight_gradient_by_strips"),
+    "taps-one-strip": (3, 1, 128, True, "_weight_gradient_by_taps"),
     "taps": (3, 2, 128, True, "_weight_gradient_by_taps"),
     "whole": (3, 1, 8, False, "_backward"),
 }

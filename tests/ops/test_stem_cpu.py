@@ -100,6 +100,44 @@ def test_memory_is_the_result_and_a_strip():
     assert ours < plain / 2
 
 
+@pytest.mark.parametrize(("pool", "convolutions"), [(1, 0), (3, 1)])
+def test_the_backward_computes_again_what_a_pool_hides(pool, convolutions, monkeypatch):
+    """Without a pool the output that the forward gave says where the ReLU passed; nothing is kept with one."""
+    inputs = make_inputs((33, 30), torch.float32, pool=pool)
+    weight, kept = inputs["weight"].requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        out = stem(**inputs)
+    assert kept.count(out.shape) == (pool == 1)
+    calls, convolved = [], cpu._convolved
+    monkeypatch.setattr(cpu, "_convolved", lambda *args: calls.append(args) or convolved(*args))
+    torch.autograd.grad(out.sum(), weight)
+    assert len(calls) == convolutions
+
+
+def test_gradients_do_not_depend_on_a_kept_output():
+    """The backward op without the output computes it: the same numbers, all from one sum over taps."""
+    inputs = make_inputs((31, 26), torch.float32, pool=1)
+    dout = torch.randn(2, 16, 13, 8)
+    mask = [False, True, True, True]
+    for name, kept, computed in zip(
+        ("dpixels", "dweight", "dscale", "dshift"),
+        torch.ops.hia.stem_bwd(dout, *inputs.values(), mask, stem(**inputs)),
+        torch.ops.hia.stem_bwd(dout, *inputs.values(), mask),
+        strict=True,
+    ):
+        assert_close(name, kept, computed, computed, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("pool", [1, 3])
+def test_gradients_along_the_grey_border(pool, monkeypatch):
+    """Means far apart make the ones' share of the taps large; rows of a strip each have their own padding."""
+    inputs = make_inputs((25, 30), torch.float32, pool=pool)
+    inputs |= {"mean": torch.tensor([0.9, 0.1, 0.3]), "std": torch.tensor([0.1, 0.5, 1.0])}
+    assert_matches(OP, stem, stem_ref, inputs, torch.float32)
+    monkeypatch.setattr(cpu, "STRIP_BYTES", 1)
+    assert_matches(OP, stem, stem_ref, inputs, torch.float32)
+
+
 def test_what_is_left_to_the_reference():
     stem(**make_inputs((16, 16), torch.float32))
     with pytest.raises(NotImplementedError, match="cpu: float64 is left to the reference"):

@@ -17,7 +17,8 @@ NARROW = 32  # channels: below, MKL's product over all pixels is slow, and loses
 SHORT_SUM = 2**9  # pixels that one of a batch of narrow products adds up
 FEW_CHANNELS = 10  # up to here PyTorch keeps strips of LONGEST_SUM from oneDNN: it wants more than 20,480 elements
 WINDOWS = 2**14  # outputs whose 3 x 3 windows are written side by side at once, 5 MB of them at most
-FEWEST_FOR_TAPS = 128  # channels: from here on a tap's product is faster than oneDNN with stride 2
+SMALL_OUTPUT = 8  # times an image's pixels go into the channels: from here on 1 x 1 is a product, its result scaled
+FEWEST_FOR_TAPS = 128  # channels: from here on a tap's product is faster than oneDNN, with stride 1 in a single strip
 
 
 def unavailable_reasons() -> list[str]:
@@ -62,6 +63,17 @@ def _reasons(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight * scale[:, None, None, None]).to(weight.dtype)
+
+
+def _scales_result(weight: Tensor, pixels: int) -> bool:
+    """Whether 1 x 1 has so few pixels an image that a copy of the weight, scaled or in oneDNN's layout, costs more."""
+    return weight.shape[-1] == 1 and weight.shape[1] >= SMALL_OUTPUT * pixels
+
+
+def _scaled_near(weight: Tensor, scale: Tensor) -> Tensor:
+    """As :func:`_scaled`, channels last: oneDNN takes a large one four times as fast into its own layout."""
+    out = torch.empty_like(weight, memory_format=torch.channels_last)
+    return torch.mul(weight, scale[:, None, None, None], out=out)
 
 
 def pack_weight(weight: Tensor, scale: Tensor, stride: int, size: tuple[int, int], pad_rows: bool = True) -> Tensor:
@@ -129,9 +141,17 @@ def conv_norm_act_fwd(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, stride: int, activation: str
 ) -> Tensor:
     """[N, IH, IW, C] -> [N, OH, OW, OC]."""
+    rows, columns = (x.shape[1] - 1) // stride + 1, (x.shape[2] - 1) // stride + 1
     if x.shape[0] == 0:
-        return x.new_empty(0, (x.shape[1] - 1) // stride + 1, (x.shape[2] - 1) // stride + 1, weight.shape[0])
-    return conv_norm_act_packed(x, _scaled(weight, scale), shift, residual, stride, activation, True)
+        return x.new_empty(0, rows, columns, weight.shape[0])
+    if not _scales_result(weight, rows * columns):
+        return conv_norm_act_packed(x, _scaled_near(weight, scale), shift, residual, stride, activation, True)
+    seen = x[:, ::stride, ::stride].flatten(0, 2)
+    y = products.linear(seen, weight.flatten(1), None).mul_(scale).add_(shift).view(-1, rows, columns, weight.shape[0])
+    y = y if residual is None else y.add_(residual)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_(y)
+    return y.relu_() if activation == "relu" else y
 
 
 def _backward(
@@ -146,7 +166,10 @@ def _backward(
 
 def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride: int) -> Tensor:
     """dz [N, OH, OW, OC] -> [N, IH, IW, C]."""
-    weight = _scaled(weight, scale)
+    if _scales_result(weight, dz.shape[1] * dz.shape[2]):
+        dz = dz * scale
+    else:
+        weight = _scaled_near(weight, scale)
     pad = weight.shape[-1] // 2
     if pad == 0 and stride == 1:  # a convolution with the weight transposed
         if min(weight.shape[:2]) < NARROW:
@@ -173,7 +196,7 @@ def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: 
         return _backward(dz, x, weight, stride, [1, 1], [False, True])[1].contiguous()
     if channels <= FEW_CHANNELS:
         return _weight_gradient_by_windows(dz, x, stride)
-    if stride == 2 and channels >= FEWEST_FOR_TAPS:
+    if channels >= FEWEST_FOR_TAPS and (stride == 2 or dz.shape[:3].numel() <= LONGEST_SUM):
         return _weight_gradient_by_taps(dz, x, stride)
     return _weight_gradient_by_strips(dz, x, weight, stride)
 
@@ -230,6 +253,8 @@ def _strips(dz: Tensor, x: Tensor, stride: int, most: int) -> Iterator[tuple[Ten
 
 def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """3 x 3, as the sum of strips': oneDNN's own sum over a large image loses digits."""
+    if dz.shape[:3].numel() <= LONGEST_SUM:
+        return _backward(dz, x, weight, stride, [1, 1], [False, True])[1].contiguous()
     total = torch.zeros(weight.shape, dtype=torch.float64)
     for gradient, seen, above, below in _strips(dz, x, stride, LONGEST_SUM):
         if above != below:
@@ -302,9 +327,10 @@ def backward(
     if output_mask[1] or output_mask[2]:
         plain = parts.weight_gradient(dz, x, weight, stride, output_mask[2])  # of the weight before its scale
         if output_mask[2]:
-            dscale = (plain * weight).sum((1, 2, 3), dtype=scale.dtype)
+            rows = weight.reshape(len(scale), -1, 1)  # a product of each, so that theirs is not written
+            dscale = torch.bmm(plain.view(len(scale), 1, -1), rows).view(-1).to(scale.dtype)
         if output_mask[1]:
-            dweight = _scaled(plain, scale)
+            dweight = plain.mul_(scale[:, None, None, None])
     if output_mask[3]:
         dshift = dz.sum((0, 1, 2), dtype=shift.dtype)
     if output_mask[4]:

@@ -25,14 +25,14 @@ def unavailable_reasons() -> list[str]:
 
 
 def unsupported_reasons(*args: Any) -> list[str]:
-    """Of the forward's arguments, or of the backward's, which end in its output mask."""
-    backward = isinstance(args[-1], list)
+    """Of the forward's arguments, eight, or of the backward's: dout, the same, the output mask, perhaps the output."""
+    backward = len(args) > 8
     weight, found = args[5 if backward else 4], []
     if weight.device.type != "cpu":
         found.append(f"tensors must be on the CPU, got {weight.device}")
     if weight.dtype == torch.float64:
         found.append("float64 is left to the reference")
-    if backward and args[-1][0]:
+    if backward and args[9][0]:
         found.append("the pixels' gradient is left to the reference")
     return found
 
@@ -71,14 +71,13 @@ class _Strips:
         window: [G, 2].
         centre: what is taken off the windowed pixel.
         kernel: K.
-        mark: add a channel that is one inside the image and zero in the padding.
     """
 
-    def __init__(self, pixels: Tensor, window: Tensor, centre: float, kernel: int, mark: bool = False):
+    def __init__(self, pixels: Tensor, window: Tensor, centre: float, kernel: int):
         self.pixels, self.centre = pixels, centre
         low, high = window.double()[:, :, None, None, None].unbind(1)
         self.low, self.span = low.float(), (high - low).float()  # [G, 1, 1, 1]
-        self.kernel, self.pad, self.mark = kernel, kernel // 2, mark
+        self.kernel, self.pad = kernel, kernel // 2
         self._buffer: Tensor | None = None
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -87,16 +86,13 @@ class _Strips:
         start, stop = 2 * first - self.pad, 2 * (last - 1) - self.pad + self.kernel
         rows = stop - start
         if self._buffer is None or self._buffer.shape[1] < rows:
-            self._buffer = torch.zeros(images, rows, width + 2 * self.pad, channels + self.mark)
+            self._buffer = torch.zeros(images, rows, width + 2 * self.pad, channels)
         buffer = self._buffer[:, :rows]
         above, inside = max(0, -start), slice(max(0, start), min(height, stop))
         below = above + inside.stop - inside.start
         buffer[:, :above] = 0
         buffer[:, below:] = 0
-        buffer[:, above:below, :, channels:] = 0
-        body = buffer[:, above:below, self.pad : self.pad + width]
-        body[..., channels:] = 1
-        values = body[..., :channels]
+        values = buffer[:, above:below, self.pad : self.pad + width]
         values.copy_(self.pixels[:, inside])
         values.sub_(self.low).div_(self.span).clamp_(0, 1).sub_(self.centre)
         return buffer.permute(0, 3, 1, 2)
@@ -106,9 +102,9 @@ def half(size: int) -> int:
     return (size - 1) // 2 + 1
 
 
-def _strip_rows(width: int, channels: int) -> int:
-    """Rows of the pooled result to make at a time."""
-    return max(1, STRIP_BYTES // (2 * width * channels * 4))
+def _strip_rows(width: int, channels: int, pool: int) -> int:
+    """Rows of the result to make at a time; a pooled one takes two of the convolution."""
+    return max(1, STRIP_BYTES // ((2 if pool == 3 else 1) * width * channels * 4))
 
 
 def _groups(images: int, rows: int, step: int) -> list[slice]:
@@ -164,6 +160,14 @@ def _largest_of_three(y: Tensor, first: int) -> Tensor:
     return centres
 
 
+def _convolved(x: Tensor, folded: _Folded, border: _Border, first: int) -> Tensor:
+    """The norm's result, [G, R, OW, OC], of what the rows from ``first`` on see."""
+    y = torch.ops.mkldnn._convolution_pointwise(x, folded.weight, folded.bias, [0, 0], [2, 2], ONE, 1, "none", [], None)
+    y = y.permute(0, 2, 3, 1).contiguous()
+    border.add_to(y, first)
+    return y
+
+
 def stem_fwd(
     pixels: Tensor,
     window: Tensor,
@@ -181,22 +185,20 @@ def stem_fwd(
     out = weight.new_empty(images, *pooled, weight.shape[0])
     folded = fold(weight, scale, shift, mean, std, channels)
     border = _Border(folded.ones, (height, width))
-    step = _strip_rows(convolved[1], weight.shape[0])
+    step = _strip_rows(convolved[1], weight.shape[0], pool)
     for group in _groups(images, pooled[0], step):
         strips = _Strips(pixels[group], window[group], folded.centre, weight.shape[-1])
         for start in range(0, pooled[0], step):
             stop = min(start + step, pooled[0])
             first, last = (max(0, 2 * start - 1), min(convolved[0], 2 * stop)) if pool == 3 else (start, stop)
-            x = strips.rows(first, last)
-            y = torch.ops.mkldnn._convolution_pointwise(
-                x, folded.weight, folded.bias, [0, 0], [2, 2], ONE, 1, "none", [], None
-            )
-            y = y.permute(0, 2, 3, 1).contiguous()  # [G, R, OW, OC]
-            border.add_to(y, first)
+            y = _convolved(strips.rows(first, last), folded, border, first)
             if pool == 3:  # before the ReLU, which commutes with it
                 y = _largest_of_three(y.transpose(0, 1), 2 * start - first)
                 y = _largest_of_three(y.transpose(0, 2), 0).permute(1, 2, 0, 3)
-            out[group, start:stop].copy_(y.relu_())
+            if out.dtype == y.dtype:
+                torch.clamp_min(y, 0, out=out[group, start:stop])
+            else:
+                out[group, start:stop].copy_(y.relu_())
     return out
 
 
@@ -211,46 +213,85 @@ def stem_bwd(
     shift: Tensor,
     pool: int,
     output_mask: list[bool],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight, scale, shift; strips as in the forward, with one more channel, which is the ones.
+    """Gradients of weight, scale, shift; strips as in the forward, which is computed again unless ``out`` tells where
+    the ReLU passed and no pool hides which of its inputs did.
 
-    Each pooled row's windows are whole in its strip, so strips add up.
+    Each pooled row's windows are whole in its strip, so strips add up. The convolution is linear in its weight, so the
+    scale's gradient comes out of the weight's.
     """
-    folded = fold(weight, torch.ones_like(scale), shift, mean, std, pixels.shape[-1])
-    combined = torch.cat([folded.weight, folded.ones], dim=1)  # [OC, CP + 1, K, K]
-    height, outputs = half(pixels.shape[1]), dout.shape[1]
-    step = _strip_rows(half(pixels.shape[2]), weight.shape[0])
-    taps, dscale, dshift = (torch.zeros_like(x, dtype=torch.float64) for x in (combined, scale, shift))
-    per_channel = scale[:, None, None]
-    for group in _groups(pixels.shape[0], outputs, step):
-        strips = _Strips(pixels[group], window[group], folded.centre, weight.shape[-1], mark=True)
-        for start in range(0, outputs, step):
-            stop = min(start + step, outputs)
+    height, width, channels = pixels.shape[1:]
+    folded = fold(weight, scale, shift, mean, std, channels)
+    known, border = out if pool == 1 else None, _Border(folded.ones, (height, width))
+    sums = _TapSums(folded, (height, width))
+    # oneDNN's sum costs less a row in longer strips, which fit where no convolution stands beside the gradient
+    step = _strip_rows(half(width), weight.shape[0], pool) * (1 if known is None else 2)
+    for group in _groups(pixels.shape[0], dout.shape[1], step):
+        strips = _Strips(pixels[group], window[group], folded.centre, weight.shape[-1])
+        for start in range(0, dout.shape[1], step):
+            stop = min(start + step, dout.shape[1])
             # one window more above, which gets no gradient: a pool pads what is above its first row
-            first, last = (max(0, 2 * start - 2), min(height, 2 * stop)) if pool == 3 else (start, stop)
-            x = strips.rows(first, last)
-            y = F.conv2d(x, combined, stride=2)
-            r = torch.addcmul(shift[:, None, None], y, per_channel).relu_()
-            dr = dout[group, start:stop].permute(0, 3, 1, 2).float()
+            first, last = (max(0, 2 * start - 2), min(half(height), 2 * stop)) if pool == 3 else (start, stop)
+            x, dz = strips.rows(first, last), dout[group, start:stop].float().contiguous()
+            y = _convolved(x, folded, border, first) if known is None else known[group, start:stop]
             if pool == 3:
-                dr = _unpool(F.pad(dr, (0, 0, 1, 0)) if start else dr, r)
-            dz = torch.ops.aten.threshold_backward(dr, r, 0)  # [G, OC, R, OW]
-            dshift += dz.sum((0, 2, 3))
-            dscale += (dz * y).sum((0, 2, 3))
-            taps += _tap_gradient(dz.mul_(per_channel), x, combined)
+                dz = _unpool(F.pad(dz, (0, 0, 0, 0, 1, 0)) if start else dz, y)
+            else:
+                dz = torch.ops.aten.threshold_backward(dz, y.float(), 0)
+            sums.add(dz, x, first)
 
-    dweight = taps[:, :-1] + (folded.centre - mean)[:, None, None] * taps[:, -1:]  # a grey channel becomes three
-    found = (dweight / std[:, None, None]).to(weight.dtype), dscale.to(scale.dtype), dshift.to(shift.dtype)
+    plain = sums.gradient(mean, std)  # [OC, 3, K, K], of the weight before its scale
+    dweight, dscale = plain * scale[:, None, None, None], (plain * weight).sum((1, 2, 3))
+    found = dweight.to(weight.dtype), dscale.to(scale.dtype), sums.total.to(shift.dtype)
     wanted = (x if mask else weight.new_empty(0) for x, mask in zip(found, output_mask[1:], strict=True))
     return weight.new_empty(0), *wanted
 
 
-def _unpool(dr: Tensor, r: Tensor) -> Tensor:
-    """Through the max-pool, to the first largest of each window."""
-    _, index = torch.ops.aten.max_pool2d_with_indices(r, [3, 3], [2, 2], ONE)
-    return torch.ops.aten.max_pool2d_with_indices_backward(dr, r, [3, 3], [2, 2], ONE, ONE, False, index)
+class _TapSums:
+    """What the outputs' gradients give the taps, summed over strips in fp64.
+
+    Args:
+        folded: the forward's.
+        size: (IH, IW).
+    """
+
+    def __init__(self, folded: _Folded, size: tuple[int, int]):
+        self.folded, self.size = folded, size
+        self.taps = torch.zeros_like(folded.weight, dtype=torch.float64)
+        self.ones = torch.zeros_like(folded.ones[:, 0], dtype=torch.float64)  # [OC, K, K], of an image of ones
+        self.total = torch.zeros_like(folded.bias, dtype=torch.float64)
+
+    def add(self, dz: Tensor, x: Tensor, first: int) -> None:
+        """dz [G, R, OW, OC] of the rows from ``first`` on, and what they saw, [G, CP, R', IW + 2 * pad]."""
+        self.taps += _tap_gradient(dz, x, self.folded.weight)
+        summed = dz.sum(0)  # [R, OW, OC]
+        rows = self._inside(first, summed.shape[0], self.size[0]) @ summed.flatten(1)  # [K, OW * OC]
+        columns = self._inside(0, summed.shape[1], self.size[1])  # [K, OW]
+        self.ones += (columns @ rows.view(-1, *summed.shape[1:])).permute(2, 0, 1)
+        self.total += summed.sum((0, 1))
+
+    def _inside(self, first: int, outputs: int, side: int) -> Tensor:
+        """[K, outputs]: 1 where a tap of an output sees the image, 0 where it sees the padding."""
+        kernel = self.ones.shape[-1]
+        seen = 2 * torch.arange(first, first + outputs) + torch.arange(kernel)[:, None] - kernel // 2
+        return ((seen >= 0) & (seen < side)).float()
+
+    def gradient(self, mean: Tensor, std: Tensor) -> Tensor:
+        """[OC, 3, K, K] fp64: a grey channel becomes three."""
+        shifted = (self.folded.centre - mean)[:, None, None] * self.ones[:, None]
+        return (self.taps + shifted) / std[:, None, None]
+
+
+def _unpool(dr: Tensor, y: Tensor) -> Tensor:
+    """Through ReLU and max-pool, to the first largest of each window: [G, P, PW, OC], [G, R, OW, OC] -> y's shape."""
+    y = y.permute(0, 3, 1, 2)
+    largest, index = torch.ops.aten.max_pool2d_with_indices(y, [3, 3], [2, 2], ONE)
+    dr = torch.ops.aten.threshold_backward(dr.permute(0, 3, 1, 2), largest, 0)
+    dz = torch.ops.aten.max_pool2d_with_indices_backward(dr, y, [3, 3], [2, 2], ONE, ONE, False, index)
+    return dz.permute(0, 2, 3, 1).contiguous()
 
 
 def _tap_gradient(dz: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    mask = [False, True, False]
+    dz, mask = dz.permute(0, 3, 1, 2), [False, True, False]
     return torch.ops.aten.convolution_backward(dz, x, weight, None, [2, 2], [0, 0], ONE, False, [0, 0], 1, mask)[1]

@@ -15,7 +15,10 @@ from .reference import stem_bwd_ref, stem_ref
 _INPUTS = "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
 registration.define("stem", f"({_INPUTS}) -> Tensor")
 registration.define("stem_packed", f"({_INPUTS.replace('weight', 'taps')}) -> Tensor")
-registration.define("stem_bwd", f"(Tensor dout, {_INPUTS}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)")
+registration.define(
+    "stem_bwd",
+    f"(Tensor dout, {_INPUTS}, bool[] output_mask, Tensor? out=None) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 _TRITON = "hia_kernels.ops.stem.triton"
 _FAR = 2**22  # elements; within a program's tile the Triton kernels count in 32 bits
@@ -92,7 +95,7 @@ def _packed_fake(*args):
 
 
 @torch.library.register_fake("hia::stem_bwd")
-def _bwd_fake(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask):
+def _bwd_fake(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask, out=None):
     like = (pixels, weight, scale, shift)
     return tuple(
         tensor.new_empty(tensor.shape if wanted else 0, dtype=tensor.dtype if wanted else weight.dtype)
@@ -102,13 +105,16 @@ def _bwd_fake(dout, pixels, window, mean, std, weight, scale, shift, pool, outpu
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.pool = inputs
-    ctx.save_for_backward(*tensors)
+    # without a pool it tells the CPU's backward where the ReLU passed; the next convolution keeps it anyway
+    kept_output = output if ctx.pool == 1 and output.device.type == "cpu" else None
+    ctx.save_for_backward(*tensors, kept_output)
 
 
 def _backward(ctx, dout):
     needs = ctx.needs_input_grad
     mask = [needs[0], needs[4], needs[5], needs[6]]
-    grads = torch.ops.hia.stem_bwd(dout, *ctx.saved_tensors, ctx.pool, mask)
+    *saved, out = ctx.saved_tensors
+    grads = torch.ops.hia.stem_bwd(dout, *saved, ctx.pool, mask, out)
     dpixels, dweight, dscale, dshift = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     return dpixels, None, None, None, dweight, dscale, dshift, None
 
@@ -138,5 +144,8 @@ def _packed_flops(pixels_shape, window, mean, std, taps_shape, *args, **kwargs):
 
 
 @register_flop_formula(torch.ops.hia.stem_bwd)
-def _bwd_flops(dout, pixels_shape, window, mean, std, weight_shape, scale, shift, pool, output_mask, **kwargs):
+def _bwd_flops(
+    dout, pixels_shape, window, mean, std, weight_shape, scale, shift, pool, output_mask, out=None, **kwargs
+):
+    """With the forward once more, which a kept output saves the CPU."""
     return (1 + sum(output_mask[:2])) * _conv_flops(pixels_shape, weight_shape)

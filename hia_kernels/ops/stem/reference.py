@@ -58,10 +58,11 @@ def stem_bwd_ref(
     shift: Tensor,
     pool: int,
     output_mask: list[bool],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty.
 
-    Nothing of full resolution is saved by the forward pass; it is computed again here.
+    Nothing of full resolution is saved by the forward pass; it is computed again here, and ``out`` is not read.
     """
     x = _normalised(pixels, window, mean, std, weight)
     y = _conv(x, weight)

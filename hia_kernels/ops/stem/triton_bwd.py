@@ -222,8 +222,8 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
     return dy, sums.sum(1)  # the second stage; PyTorch's sum has one order
 
 
-def stem_bwd(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask):
-    """Gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty."""
+def stem_bwd(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask, out=None):
+    """Gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty. ``out`` is not read."""
     if dout.numel() == 0:
         like = (pixels, weight, scale, shift)
         return tuple(t.new_zeros(t.shape) if m else weight.new_empty(0) for t, m in zip(like, output_mask, strict=True))
