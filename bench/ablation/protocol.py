@@ -100,7 +100,7 @@ class Protocol:
     tasks: tuple[str, ...] = TASKS
     train_samples: int = 3000
     test_samples: int = 240
-    steps: int = 400
+    steps: int = 600
     batch_size: int = 16
     lr: float = 2e-3
     warm_up: int = 20
@@ -140,7 +140,7 @@ class Protocol:
 
 # For CI, nothing cached: a smaller host, fewer phantoms, shorter training. It shows presence, not the tables.
 QUICK_PROTOCOL = Protocol(
-    train_samples=1600, test_samples=120, steps=240, encoder_steps=700, seeds=(1,), evaluate_every=40, curve_samples=40,
+    train_samples=1600, test_samples=120, steps=320, encoder_steps=700, seeds=(1,), evaluate_every=40, curve_samples=40,
     host=TinyHostRecipe(layers=6, samples=4000, tower_steps=400, steps=500),
 )  # fmt: skip
 
