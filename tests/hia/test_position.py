@@ -29,8 +29,10 @@ def test_codes_are_the_formula():
             assert codes[place, 5 + wave].item() == pytest.approx(math.cos(angle), abs=1e-12)
 
 
-def test_rows_and_columns_have_half_the_channels_each():
-    codes = add_position(torch.zeros(1, 5, 3, 16))[0]
+@pytest.mark.parametrize("grad", [False, True], ids=["in-place", "grad"])
+def test_rows_and_columns_have_half_the_channels_each(grad):
+    with torch.set_grad_enabled(grad):
+        codes = add_position(torch.zeros(1, 5, 3, 16))[0]
     assert torch.equal(codes[..., :8], axis_codes(5, 8, CPU, torch.float32)[:, None].expand(5, 3, 8))
     assert torch.equal(codes[..., 8:], axis_codes(3, 8, CPU, torch.float32).expand(5, 3, 8))
 
