@@ -35,10 +35,11 @@ TEXTBOOK = "textbook/textbook"
 
 
 def layer_case(case: ImageCase | LayerCase) -> LayerCase:
-    """The case itself, or a smallest layer beside an image case's encoder."""
+    """The case itself, or a smallest layer beside an image case's encoder, without the positions no peer adds."""
     if isinstance(case, LayerCase):
         return case
-    return LayerCase("encoder", "tiny", "paper", (((64, 64),),), num_queries=1, width=case.width)
+    smallest: dict[str, Any] = {"num_queries": 1, "width": case.width, "encoder": case.encoder, "position": "none"}
+    return LayerCase("encoder", "tiny", "paper", (((64, 64),),), **smallest)
 
 
 class HiAStep(nn.Module):

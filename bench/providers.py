@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from hia_kernels.core import backend
 from hia_kernels.info import op_backends
 
 from .baselines import peers
+from .baselines.plain_encoder import PLAIN_ENCODERS, PlainEncoder
 from .composites import TEXTBOOK, HiAStep, arguments_of, our_step, released_step
 from .gate import Bound, bind_function, bind_step
 from .plain import replacing_ops
-from .workloads import CompositeEntry, Inputs, LayerCase, Workload, op_entry, references
+from .workloads import CompositeEntry, ImageCase, Inputs, LayerCase, Workload, op_entry, references
 
 GRADIENT_MODES = ("backward", "both")
 Weights = dict[str, Tensor] | None
@@ -230,8 +232,10 @@ class Released(Provider):
         return workload.level == "composite" or workload.op in peers.RELEASED
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """The port's maths is another in the other presets."""
+        """The port's maths is another in the other presets, and its encoder is ResNet-50."""
         case = workload.case
+        if isinstance(case, ImageCase) and case.encoder != "resnet50":
+            return "its encoder is ResNet-50"
         if workload.level == "composite" and isinstance(case, LayerCase) and case.preset != "released":
             return "its maths is that of the cases named 'released'"
         return compiler_missing(device) if self.compiles else None
@@ -275,6 +279,23 @@ class Peer(Provider):
         function, arguments = self._peer.prepare(workload.op, inputs)
         wrt = differentiable(workload) if gradients else ()
         return bind_function(wrap(function), arguments, wrt, gradients=gradients)
+
+
+class Plain(Provider):
+    """``plain``, ``plain_channels_last``: the encoder's training step in plain modules, on our parameters."""
+
+    def __init__(self, plain: PlainEncoder) -> None:
+        self.name, self._plain = plain.name, plain
+
+    def serves(self, workload: Workload) -> bool:
+        """Its composite."""
+        return workload.op in self._plain.ops
+
+    def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
+        """Pixels are stacked and normalised inside the timing, as ours are."""
+        step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in (weights or {}).items()})
+        run = partial(self._plain.encode, step)
+        return bind_step(step, workload.op, dict(inputs), gradients=gradients, run=run)
 
 
 def differentiable(workload: Workload) -> tuple[str, ...]:
@@ -357,5 +378,6 @@ def all_providers() -> dict[str, Provider]:
     forced = sorted({row.name for table in backend.TABLES.values() for row in table.backends} - {"reference"})
     found: list[Provider] = [Ours(), *(Ours(name) for name in forced), Textbook(), Gemms(), Eager(), Compiled()]
     found += [Released(), Released(compiled=True)]
+    found += [Plain(plain) for plain in PLAIN_ENCODERS]
     found += [Peer(peer) for peer in (*peers.ATTENTIONS, *peers.CONVOLUTIONS, peers.EagerRgb())]
     return {provider.name: provider for provider in found}

@@ -7,7 +7,7 @@ import torch
 from hia.layout import CallLayout, build_layout
 from hia_kernels.core.draw import Draw
 
-from .cases import IMAGES, LAYERS, ImageCase, LayerCase, halved
+from .cases import IMAGES, LAYERS, TRAINED_IMAGES, ImageCase, LayerCase, halved
 from .registry import CompositeEntry, Inputs
 
 
@@ -78,6 +78,6 @@ COMPOSITES = (
     CompositeEntry(name="second_question", cases=LAYERS, draw_inputs=_features_and_hidden, parts=LAYER),
     CompositeEntry(name="adapter_train_step", cases=LAYERS, draw_inputs=_images_and_hidden, parts=LAYER, encodes=True,
                    trains=True, in_set=_in_trained_set),
-    CompositeEntry(name="encode_train_step", cases=IMAGES, draw_inputs=_images, encodes=True, trains=True,
-                   in_set=_in_training_set),
+    CompositeEntry(name="encode_train_step", cases=TRAINED_IMAGES, draw_inputs=_images, encodes=True,
+                   trains=True, in_set=_in_training_set),
 )  # fmt: skip

@@ -48,8 +48,9 @@ class ImageCase:
     Attributes:
         name: of the case.
         sizes: (height, width) of each image, pixels.
-        width: channels of the encoder's stem; it ends in 32 times that.
+        width: channels of the encoder's stem; ResNet-50 ends in 32 times that.
         bits: of a pixel, 8 or 16.
+        encoder: "resnet50" or "strided".
         sets: those of :func:`bench.workloads.in_set`; "batch" is the GPU's for "encode" alone: a training step would
             keep the activations of all these pixels. "train" is the CPU's for the encoder's training step alone.
     """
@@ -58,12 +59,13 @@ class ImageCase:
     sizes: tuple[Size, ...]
     width: int = 64
     bits: int = 8
+    encoder: str = "resnet50"
     sets: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
         """C of the features."""
-        return 32 * self.width
+        return (32 if self.encoder == "resnet50" else 16) * self.width
 
     @property
     def pixel_dtype(self) -> torch.dtype:
@@ -84,6 +86,8 @@ class LayerCase:
         visual_tokens: rows an image has in the host's sequence.
         text_tokens: rows beside the images'.
         width: channels of the encoder's stem.
+        encoder: "resnet50" or "strided".
+        position: of the features, where it isn't the preset's.
         dim: the adapter's width where it isn't the preset's.
         sets: as in :class:`ImageCase`; "absorbed" is the GPU's for the attention with absorbed projections, "encoded"
             the CPU's for a layer with its encoder, which takes seconds at 448 pixels and minutes to check and time.
@@ -97,6 +101,8 @@ class LayerCase:
     visual_tokens: int = VISUAL_TOKENS
     text_tokens: int = TEXT_TOKENS
     width: int = 64
+    encoder: str = "resnet50"
+    position: str | None = None
     dim: int | None = None
     sets: tuple[str, ...] = ()
 
@@ -105,7 +111,8 @@ class LayerCase:
         """The adapter's, with one layer."""
         hidden_size, layers = HOSTS[self.host]
         host = SimpleNamespace(hidden_size=hidden_size, num_hidden_layers=layers, model_type="llama")
-        changes = {} if self.dim is None else {"dim": self.dim}
+        given = {"encoder": self.encoder, "position": self.position, "dim": self.dim}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.preset == "released" and hidden_size % 128:
             changes["num_heads"] = 4  # eight heads would be narrower than the op takes
         build = getattr(HiAConfig, self.preset)
@@ -194,6 +201,19 @@ def _image_cases() -> list[ImageCase]:
         ImageCase("px-dicom", (DICOM_RG1, DICOM_RG3)),
         ImageCase("px-tiny", ((70, 101),), width=8, sets=("quick", "dispatch")),
         *(ImageCase(f"train-w{width}", ((192, 192),) * 20, width=width, sets=("train",)) for width in (4, 8, 16, 32)),
+        ImageCase("train-w64", ((192, 192),) * 20),
+    ]
+
+
+def _strided_cases() -> list[ImageCase]:
+    """Of the training step alone."""
+    sizes, sets = ((192, 192),) * 20, {64: ()}
+    return [
+        ImageCase("strided-tiny", ((70, 101),) * 2, width=4, encoder="strided", sets=("quick",)),
+        *(
+            ImageCase(f"train-strided-w{width}", sizes, width, encoder="strided", sets=sets.get(width, ("train",)))
+            for width in (4, 8, 16, 32, 64)
+        ),
     ]
 
 
@@ -249,7 +269,8 @@ SINGLE_IMAGES = tuple(case for case in IMAGES if len(case.sizes) == 1)  # the en
 LAYERS: tuple[LayerCase, ...] = tuple(_layer_cases())
 # with the many narrow heads of the paper's preset absorbing a projection costs more than it saves
 ABSORBING = tuple(case for case in LAYERS if case.preset != "paper" or case.host == "tiny")
-CASES: dict[str, ImageCase | LayerCase] = {case.name: case for case in (*IMAGES, *LAYERS)}
+TRAINED_IMAGES = (*IMAGES, *_strided_cases())
+CASES: dict[str, ImageCase | LayerCase] = {case.name: case for case in (*TRAINED_IMAGES, *LAYERS)}
 
 
 def in_plain_set(case: LayerCase, _role: str, name: str) -> bool:

@@ -278,6 +278,18 @@ def test_every_provider_but_the_compiled_passes_on_tiny_shapes(tmp_path):
     assert all(record.environment["commit"] is not None for record in found)
 
 
+def test_the_training_step_of_both_encoders_beside_plain_modules(tmp_path):
+    """Ours and plain PyTorch in both layouts have one result and one gradient; the port is of ResNet-50 alone."""
+    path = tmp_path / "records.json"
+    arguments = ["--device", "cpu", "--op", "encode_train_step", "--case", "px-tiny,strided-tiny", "--mode", "both"]
+    assert kernels.main([*arguments, "--quick", "--json", str(path)]) == 0
+    found = {(record.case, record.provider): record for record in read_records(path)}
+    for case in ("px-tiny", "strided-tiny"):
+        assert {found[case, name].status for name in ("hia", "eager", "plain", "plain_channels_last")} == {"ok"}
+    assert found["px-tiny", "released"].status == "ok"
+    assert found["strided-tiny", "released"].reason == "its encoder is ResNet-50"
+
+
 def test_a_filtered_run_is_no_record_of_the_device(monkeypatch):
     options = kernels_args.parse(["--device", "cpu", "--op", "stem"])
     assert kernels_output.output_paths(options, "A CPU") == []

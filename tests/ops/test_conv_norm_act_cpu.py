@@ -137,7 +137,8 @@ ROUTES = {  # (kernel, stride, channels, whether the scale has a gradient): the 
     "narrow-1x1": (1, 1, 8, True, "_summed_products"),
     "narrow-1x1-s2": (1, 2, 8, False, "_summed_products"),  # never oneDNN: it writes past its buffers there
     "few-channels": (3, 1, 8, True, "_weight_gradient_by_windows"),
-    "few-channels-s2": (3, 2, 10, True, "_weight_gradient_by_windows"),
+    "few-channels-s2": (3, 2, 4, True, "_weight_gradient_by_windows"),
+    "strips-s2-narrow": (3, 2, 8, True, "_weight_gradient_by_strips"),
     "strips": (3, 1, 16, True, "_weight_gradient_by_strips"),
     "strips-s2": (3, 2, 64, True, "_weight_gradient_by_strips"),
     "taps-one-strip": (3, 1, 128, True, "_weight_gradient_by_taps"),
