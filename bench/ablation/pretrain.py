@@ -42,7 +42,7 @@ def pretrain(
     lr: float,
     seed: int,
 ) -> float:
-    """Train the encoder, with live batch-norm statistics; its mode, settings and position stay as they were.
+    """Train the encoder, with live batch-norm statistics and without positions; it is in evaluation afterwards.
 
     Args:
         encoder: to be trained.

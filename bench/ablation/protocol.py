@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hia.phantom import TASKS
-from hia.phantom.host import TinyHostRecipe
+from hia.phantom.host import TinyHostRecipe, inputs_fingerprint
 
 CHANCE = {"description": 1 / 20, "disease": 1 / 2, "location": 1 / 4, "comparative": 1 / 5}
 
@@ -130,11 +130,12 @@ class Protocol:
         """JSON-ready."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def fingerprint(self, *names: str) -> str:
-        """Name what a result depends on: the given fields, or all but the seeds."""
+    def fingerprint(self, *names: str, row: Row | None = None) -> str:
+        """Name what a result depends on: the given fields, or all but the seeds; and the row, if one is given."""
         chosen = {
             name: value for name, value in self.to_dict().items() if (name in names if names else name != "seeds")
         }
+        chosen |= {"inputs": inputs_fingerprint(), "row": None if row is None else dataclasses.asdict(row)}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -179,8 +179,9 @@ def run(material: Material, row: Row, seed: int, tell: Tell, steps: int | None =
     final = {"step": steps, "loss": sum(recent) / len(recent), "scores": scored(model, test, list(range(len(test))))}
     tell(f"done, {_line(final)}")
     return {
-        "row": row.name, "seed": seed, "protocol": protocol.fingerprint(), "steps": steps, "scores": final["scores"],
-        "curve": [*curve, final], "health": {"before": before, "after": model.adapter_health(probe).to_dict()},
+        "row": row.name, "seed": seed, "protocol": protocol.fingerprint(row=row), "steps": steps,
+        "scores": final["scores"],
+        "curve": [*curve, final], "health": {"before": before, "after": model.eval().adapter_health(probe).to_dict()},
         "seconds": time.monotonic() - start, "seconds_a_step": spent / steps,
     }  # fmt: skip
 

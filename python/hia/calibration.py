@@ -7,6 +7,7 @@ keep a scale that its activations don't have. Measured once over real images, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import Encoder
+from .images import check_pixels
+
+CHUNK_PIXELS = 2**20  # images that are normed together; their activations are in memory at once
 
 
 def norms_of(encoder: Encoder) -> list[nn.BatchNorm2d]:
@@ -75,17 +79,18 @@ def _measuring(norms: Sequence[nn.BatchNorm2d], moments: Sequence[_Moments]) -> 
         for norm, training, buffers in zip(norms, modes, before, strict=True):
             norm.train(training)
             for name, buffer in buffers.items():
-                norm.get_buffer(name).copy_(buffer)
+                if not torch.equal(norm.get_buffer(name), buffer):  # a write would drop what prepare() made
+                    norm.get_buffer(name).copy_(buffer)
 
 
 @torch.no_grad()
-def calibrate(encoder: Encoder, run: Callable[[], object]) -> None:
+def calibrate(encoder: Encoder, runs: Sequence[Callable[[], object]]) -> None:
     """Measure every norm's statistics and set them, all or none.
 
     Args:
         encoder: whose norms are measured.
-        run: runs the encoder on the images. Images of one size are one batch and normed by their own moments; the
-            statistics are those of all batches' pixels together.
+        runs: each runs the encoder on some images, which norms divide by their own moments; the statistics are those
+            of all runs' pixels together.
 
     Raises:
         ValueError: a statistic that is not finite, from activations that overflow; nothing is set then.
@@ -93,7 +98,8 @@ def calibrate(encoder: Encoder, run: Callable[[], object]) -> None:
     norms = norms_of(encoder)
     moments = [_Moments() for _ in norms]
     with _measuring(norms, moments):
-        run()
+        for run in runs:
+            run()
     names = {id(module): name for name, module in encoder.named_modules()}
     for norm, own in zip(norms, moments, strict=True):
         if own.count and not bool(torch.isfinite(own.squares).all()):
@@ -106,7 +112,34 @@ def calibrate(encoder: Encoder, run: Callable[[], object]) -> None:
             own.write(norm)
 
 
-def check_images(images: Sequence[Tensor]) -> None:
-    """Raise ValueError unless there is at least one image."""
+def check_images(images: Any, smallest_side: int) -> None:
+    """Raise TypeError or ValueError unless ``images`` is a sequence of at least one image that the encoder takes."""
+    if not isinstance(images, Sequence):
+        raise TypeError(f"hia.calibrate_encoder: images must be a list of tensors, got {type(images).__name__}")
     if len(images) == 0:
         raise ValueError("hia.calibrate_encoder: images must hold at least one image, got none")
+    for number, pixels in enumerate(images):
+        check_pixels(f"images[{number}]", pixels, smallest_side)
+
+
+def chunks_of(encoder: Encoder, images: Sequence[Tensor]) -> list[list[int]]:
+    """List which images go through together: of one size, at most ``CHUNK_PIXELS`` pixels, chunks evenly filled.
+
+    Raises:
+        ValueError: a chunk that gives one feature in all, which has no variance.
+    """
+    alike: dict[Any, list[int]] = {}
+    for index, pixels in enumerate(images):
+        alike.setdefault((tuple(pixels.shape), pixels.dtype), []).append(index)
+    chunks = []
+    for (shape, _), members in alike.items():
+        height, width = shape[:2]
+        count = math.ceil(len(members) / max(1, CHUNK_PIXELS // (height * width)))
+        found = [members[len(members) * i // count : len(members) * (i + 1) // count] for i in range(count)]
+        if encoder.halved(height) * encoder.halved(width) * len(found[0]) < 2:
+            raise ValueError(
+                f"hia.calibrate_encoder: images of one size must give more than one feature together, got one of "
+                f"{height} x {width} pixels, a feature per {encoder.stride}; give several of that size, or larger ones"
+            )
+        chunks += found
+    return chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ POSITIONS = ("sincos", "none")
 INITS = ("lecun_normal", "pytorch")
 SWITCHES = ("encoder_bias", "shared_projection", "query_residual", "instruction_aware", "high_resolution")
 # What configs written before these fields existed stand for: the values of that time, not today's defaults.
-BEFORE_FIELD_EXISTED = {"position": "none", "init": "pytorch", "query_std": 0.02}
+BEFORE_FIELD_EXISTED = {"position": "none", "init": "pytorch", "query_std": 0.02, "query_residual": False}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -106,6 +107,9 @@ class HiAConfig:
         _choice("batch_norm", self.batch_norm, BATCH_NORMS)
         _choice("position", self.position, POSITIONS)
         _choice("init", self.init, INITS)
+        std = self.query_std
+        if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < math.inf:
+            raise ValueError(f"HiAConfig: query_std must be a finite number that is not negative, got {std!r}")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"HiAConfig: {name} must be True or False, got {getattr(self, name)!r}")

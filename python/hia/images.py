@@ -75,6 +75,20 @@ def check_pixels(name: str, pixels: Tensor, smallest_side: int = 1) -> None:
             raise ValueError(f"hia: {name} must not be negative, got a pixel of {float(pixels.min()):g}")
 
 
+def check_windows(windows: Tensor, images: int) -> None:
+    """Raise ValueError unless ``windows`` is [images, 2] of two different values each (checked on the CPU alone)."""
+    if tuple(windows.shape) != (images, 2):
+        raise ValueError(f"hia: windows must have shape [{images}, 2], got {list(windows.shape)}")
+    if windows.device.type != "cpu":
+        return
+    low, high = windows.float().unbind(1)
+    empty = ((low == high) | ~torch.isfinite(low + high)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"hia: windows[{empty[0]}] must hold two different finite values, got {windows[empty[0]].tolist()}"
+        )
+
+
 def default_window(pixels: Tensor) -> tuple[float, float]:
     """uint8: (0, 255). Float images within [0, 1]: (0, 1). All others: the image's own range, since a uint16 array
     doesn't say how many of its bits are used."""

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 from . import checkpoint, health, plan, resolution
 from .adapter import HiAAdapter
 from .attachment import adapter_for, own_parameters
-from .calibration import calibrate, check_images
+from .calibration import calibrate, check_images, chunks_of
 from .config import HiAConfig, host_facts
 from .extractor import PackedFeatures
 from .features import ImageFeatures
 from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
 from .hosts import LlamaHost, find_host
-from .images import check_pixels, default_window
+from .images import check_pixels, check_windows, default_window
 from .layout import VisualLayout, build_layout, left_padded
-from .training import ENCODER_LR_SCALE, parameter_groups, set_host_mode, warn_if_pristine
+from .training import ENCODER_LR_SCALE, lost_checkpointing, parameter_groups, set_host_mode, warn_if_pristine
 
 KEEPS = ("auto", "features", "folded", "kv")
 
@@ -69,6 +70,7 @@ class HiAModel(nn.Module):
         self._host: tuple[LlamaHost] = (host,)  # in a tuple, or the host's modules would be registered twice
         self.adapter = adapter_for(host, config)
         self.base_model = base
+        self._modes = [(module, module.training) for module in base.modules()]
         self._frozen = [parameter for parameter in own_parameters(base) if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -185,8 +187,7 @@ class HiAModel(nn.Module):
             check_pixels(f"high_res_pixels[{number}]", pixels, encoder.smallest_side)
         if windows is None:
             windows = torch.tensor([default_window(pixels) for pixels in high_res_pixels])
-        if tuple(windows.shape) != (len(high_res_pixels), 2):
-            raise ValueError(f"hia: windows must have shape [{len(high_res_pixels)}, 2], got {list(windows.shape)}")
+        check_windows(windows, len(high_res_pixels))
         windows = windows.to(device, torch.float32)
         images = [pixels.to(device, non_blocking=True) for pixels in seen]
         return ImageFeatures(tuple(encoder.forward_many(images, windows, max_activation_bytes)))
@@ -275,6 +276,8 @@ class HiAModel(nn.Module):
             if image_map is not None and bool((image_map >= 0).any()):
                 raise ValueError("hia: high_res_pixels or features must come with image_map, got neither")
             return None
+        if self.training and torch.is_grad_enabled() and lost_checkpointing(self._host[0].layers):
+            self._set_mode(True)  # enabled on the host itself, since train()
         layout = self._layout(images, image_map, instruction_index, args, kwargs)
         if features is None:
             features = self._encoded(pixels, windows)
@@ -354,8 +357,8 @@ class HiAModel(nn.Module):
     def calibrate_encoder(self, images: Sequence[Tensor], windows: Tensor | None = None) -> HiAModel:
         """Measure the encoder's batch-norm statistics over images, once before training a new encoder.
 
-        Images go through in the groups of :meth:`encode_images`; statistics are the moments of all their pixels. A few
-        dozen images of the data serve. Weights that came with statistics of their own don't need it.
+        Images of one size go through together, up to 2^20 pixels; statistics are the moments of all images' pixels. A
+        few dozen images of the data serve. Weights that came with statistics of their own don't need it.
 
         Args:
             images: one [H, W, 1 or 3] tensor each, as ``high_res_pixels``.
@@ -365,10 +368,18 @@ class HiAModel(nn.Module):
             The model itself.
 
         Raises:
-            ValueError, TypeError: no images, pixels or windows that don't fit, activations that overflow.
+            ValueError, TypeError: no images, pixels or windows that don't fit, a size that gives one feature in all,
+                activations that overflow. Nothing is set then.
         """
-        check_images(images)
-        calibrate(self.adapter.encoder, lambda: self._encoded(images, windows))
+        check_images(images, self.adapter.encoder.smallest_side)
+        if windows is None:
+            windows = torch.tensor([default_window(pixels) for pixels in images])
+        check_windows(windows, len(images))
+        seen = resolution.limited(self.hia_config, self._host[0], images)
+        chunks = chunks_of(self.adapter.encoder, seen)
+        calibrate(
+            self.adapter.encoder, [partial(self._encoded, [seen[i] for i in chunk], windows[chunk]) for chunk in chunks]
+        )
         return self
 
     def parameter_groups(
@@ -421,6 +432,8 @@ class HiAModel(nn.Module):
             self._hooks = None
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
+            for module, training in self._modes:
+                module.training = training
         return self.base_model
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -84,7 +84,8 @@ def mean_cosine(rows: Tensor) -> float | None:
     if count < 2:
         return None
     total = (rows[kept] / lengths[kept, None]).sum(0, dtype=torch.float64)
-    return float(((total @ total) - count) / (count * (count - 1)))
+    cosine = float(((total @ total) - count) / (count * (count - 1)))
+    return max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else cosine
 
 
 def effective_rank(rows: Tensor) -> float | None:

@@ -31,6 +31,8 @@ def set_host_mode(base: nn.Module, training: bool) -> None:
         parameters = list(module.parameters())
         if parameters and all(parameter.requires_grad for parameter in parameters):
             module.train()
+        if hasattr(module, "adapter_layer_names"):
+            module.training = True  # DoRA's and LoHa's own dropout asks the layer itself; the frozen base layer doesn't
         for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())):
             added = getattr(module, name, None)  # PEFT's: lora_A, lora_dropout ...
             if isinstance(added, nn.Module):
@@ -38,6 +40,11 @@ def set_host_mode(base: nn.Module, training: bool) -> None:
     for module in base.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # not .train(): the children, dropout among them, stay as they are
+
+
+def lost_checkpointing(layers: nn.ModuleList) -> bool:
+    """Tell whether a decoder layer is to recompute its activations but lacks the flag that transformers asks for."""
+    return any(getattr(layer, "gradient_checkpointing", False) and not layer.training for layer in layers)
 
 
 def warn_if_pristine(adapter: HiAAdapter) -> None:

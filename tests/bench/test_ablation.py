@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +22,7 @@ from bench.ablation import report
 from bench.ablation.pretrain import pretrain, targets
 from bench.ablation.protocol import FULL, ROWS, START_ROWS, Protocol, row_named
 from bench.ablation.train import TEST, TRAIN, Material, build, run, start_parts
+from bench.environment import REPOSITORY
 from hia.extractor import CONDITION_GAIN
 from hia.phantom.host import TinyHostRecipe
 
@@ -129,7 +138,7 @@ def test_pretraining_learns_and_restores(material):
 
 def test_the_command_runs_what_is_missing_and_writes_tables(tmp_path, monkeypatch, capsys, material):
     monkeypatch.setattr(command, "Protocol", lambda: TINY)
-    monkeypatch.setattr(command.concurrent.futures, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(command, "workers", in_this_process)
     words = ["--rows", "full", "m4", "--jobs", "1", "--cache", str(material.cache), "--out", str(tmp_path / "runs")]
     assert command.main(words) == 0
     text = (tmp_path / "runs" / "ablation.md").read_text()
@@ -143,20 +152,70 @@ def test_the_command_runs_what_is_missing_and_writes_tables(tmp_path, monkeypatc
     assert "step 1 of 2" in capsys.readouterr().out
 
 
-class InThisProcess:
-    def __init__(self, *_args, **_kwargs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def submit(self, function, *args):
-        future = command.concurrent.futures.Future()
+@contextmanager
+def in_this_process(_jobs, _threads):
+    def submit(function, *args):
+        future = Future()
         future.set_result(function(*args))
         return future
+
+    yield submit
+
+
+def test_runs_of_another_protocol_are_not_reused(tmp_path, monkeypatch, material, capsys):
+    monkeypatch.setattr(command, "workers", in_this_process)
+    words = ["--rows", "full", "--seeds", "1", "1", "--cache", str(material.cache), "--out", str(tmp_path)]
+    for steps in (2, 1):
+        monkeypatch.setattr(command, "Protocol", lambda steps=steps: dataclasses.replace(TINY, steps=steps))
+        assert command.main(words) == 0
+        (run,) = json.loads((tmp_path / "ablation.json").read_text())["runs"]
+        assert run["steps"] == steps
+    monkeypatch.setattr(command, "row_named", lambda name: dataclasses.replace(FULL, changes={"num_queries": 2}))
+    assert command.main(words) == 0
+    (again,) = json.loads((tmp_path / "ablation.json").read_text())["runs"]
+    assert again["protocol"] != run["protocol"]  # the row means something else now: it was run again
+    capsys.readouterr()
+    (tmp_path / "full-1.json").write_text("{")
+    assert command.main(words) == 2
+    assert "full-1.json must be JSON, got: " in capsys.readouterr().err
+
+
+def test_workers_end_with_the_command(tmp_path):
+    """Killed without a word, interrupted, or by a call that fails: no process is left, and none waits for others."""
+    script = (
+        "import sys, time, os\n"
+        "from bench.ablation.workers import finish, workers\n"
+        "if __name__ == '__main__':\n"
+        "    with workers(2, 1) as submit:\n"
+        "        calls = [submit(time.sleep, 100), submit(time.sleep, 0)]\n"
+        "        calls[1].result()\n"
+        "        import multiprocessing\n"
+        "        print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+        "        finish([*calls, submit(int, 'x')] if 'fail' in sys.argv else calls)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "python")])}
+    for how in ("fail", signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        command_line = [sys.executable, str(tmp_path / "script.py"), str(how)]
+        parent = subprocess.Popen(
+            command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(children) == 2
+        if how != "fail":
+            parent.send_signal(how)
+        assert parent.wait(60) != 0
+        deadline = time.monotonic() + 30
+        while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not any(alive(pid) for pid in children), how
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -167,7 +226,7 @@ def test_the_quick_runs_verdict(full, low, code, capsys):
         {"row": row, "seed": 0, "scores": {"disease": score}}
         for row, score in (("full", full), ("no-high-resolution", low))
     ]
-    assert command.verdict(results) == code
+    assert command.verdict(results, 0) == code
     assert ("FAILED" in capsys.readouterr().out) is bool(code)
 
 
@@ -183,8 +242,9 @@ def test_names_and_errors(capsys):
     assert len(set(names)) == len(names)
     assert command.main(["--rows", "fulll"]) == 2
     assert "rows must be among full" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command.arguments(["--jobs", "0"])
+    for words in (["--jobs", "0"], ["--quick", "--rows", "m4"], ["--quick", "--record"], ["--rows", "m4", "--start"]):
+        with pytest.raises(SystemExit):
+            command.arguments(words)
     assert Protocol().fingerprint() == dataclasses.replace(Protocol(), seeds=(7,)).fingerprint()
     assert Protocol().fingerprint() != dataclasses.replace(Protocol(), lr=1.0).fingerprint()
     assert Protocol().test_samples >= 240 and len(Protocol().seeds) == 3 and Protocol().host.layers >= 12

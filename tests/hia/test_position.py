@@ -130,10 +130,10 @@ def test_presets_and_old_files():
     released = hia.HiAConfig.released(host, num_heads=4)
     assert (released.position, released.init, released.query_std) == ("none", "pytorch", 1.0)
     old = hia.HiAConfig.paper(host).to_dict()
-    for name in ("position", "init", "query_std"):
+    for name in ("position", "init", "query_std", "query_residual"):
         del old[name]
     loaded = hia.HiAConfig.from_dict(old)
-    assert (loaded.position, loaded.init, loaded.query_std) == ("none", "pytorch", 0.02)
+    assert (loaded.position, loaded.init, loaded.query_std, loaded.query_residual) == ("none", "pytorch", 0.02, False)
     assert hia.HiAConfig.from_dict(hia.HiAConfig.paper(host).to_dict()) == hia.HiAConfig.paper(host)
     for name in ("position", "init"):
         with pytest.raises(ValueError, match=f"^HiAConfig: {name} must be "):

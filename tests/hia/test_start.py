@@ -50,7 +50,7 @@ def test_reset_starts_as_construction_does():
     adapter.to_empty(device="cpu")
     adapter.reset_parameters()
     for name, linear in linears_of(adapter).items():
-        assert not linear.bias.any() and linear.weight.any() is not name.endswith("injection.out_proj")
+        assert not linear.bias.any() and bool(linear.weight.any()) != name.endswith("injection.out_proj")
 
 
 def test_a_new_encoder_is_pristine_and_a_loaded_one_is_not():

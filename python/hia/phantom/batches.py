@@ -24,8 +24,8 @@ class PhantomBatches:
     """A data set that is drawn, shrunk and tokenised once.
 
     Args:
-        dataset: what to draw; all of it is kept in memory, 37 kB a visit at 192 x 192 and 8 bits.
-        processor: of the host, :func:`hia.phantom.tiny_processor` wrapped by :class:`hia.HiAProcessor`.
+        dataset: what to draw; all of it is kept in memory, 93 kB a visit at 192 x 192 and 8 bits.
+        processor: of the host, :func:`hia.phantom.host.tiny_processor` wrapped by :class:`hia.HiAProcessor`.
         keep_pixels: False leaves out the images at full resolution, which the host alone doesn't need.
 
     Attributes:
@@ -44,6 +44,8 @@ class PhantomBatches:
         self._ids: list[tuple[list[int], list[int]]] = []
         self._images: list[range] = []
         self._pad_id = processor.tokenizer.pad_token_id
+        if not len(dataset):
+            raise ValueError("hia.phantom: dataset must hold at least one sample, got none")
         views, windows, masks = [], [], []
         for number in range(len(dataset)):
             sample = dataset[number]
@@ -77,7 +79,14 @@ class PhantomBatches:
         Returns:
             input_ids, attention_mask, labels [B, S]; pixel_values [n, 3, h, w]; with ``high_res`` high_res_pixels,
             windows [n, 2] and instruction_index [B] too.
+
+        Raises:
+            ValueError: no samples, or images at full resolution that were not kept.
         """
+        if not len(samples):
+            raise ValueError("hia.phantom: samples must name at least one, got none")
+        if high_res and not self.pixels:
+            raise ValueError("hia.phantom: high_res must be False where keep_pixels was False, got True")
         longest = max(sum(map(len, self._ids[sample])) for sample in samples)
         ids = torch.full((len(samples), longest), self._pad_id)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

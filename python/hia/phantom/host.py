@@ -50,6 +50,7 @@ except ImportError:
 
 VIEW, PATCH = 40, 10  # pixels: 4 x 4 visual tokens an image, each within one quadrant
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+VERSION = 1  # of all that is cached: to be raised when phantoms, host or their training change in code
 LARGE = (10.0, 20.0)  # radii of lesions that the view shows
 START = 0.1  # of all weights: transformers' 0.02 is meant for widths of thousands, and learns for an hour nothing here
 
@@ -83,12 +84,23 @@ class TinyHostRecipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < (1 if name != "steps" else 0):
                 raise ValueError(f"hia.phantom: {name} must be a positive integer, got {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"hia.phantom: seed must be an integer, got {self.seed!r}")
+        if isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or not 0 < self.lr < math.inf:
+            raise ValueError(f"hia.phantom: lr must be a positive number, got {self.lr!r}")
         if self.hidden_size % 16:
             raise ValueError(f"hia.phantom: hidden_size must be a multiple of 16, got {self.hidden_size}")
 
     def fingerprint(self) -> str:
-        """Name the recipe: another one has another name."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Name what the trained host depends on: the recipe, and what this module and the phantoms add to it."""
+        facts = {**dataclasses.asdict(self), "inputs": inputs_fingerprint(), "large": LARGE, "start": START}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def inputs_fingerprint() -> str:
+    """Name what a phantom becomes on its way into the host: view, patches, vocabulary, the version of the drawing."""
+    facts = [VERSION, VIEW, PATCH, SPECIAL, TASKS, EXTRA_TASKS, vocabulary()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -134,7 +146,7 @@ def build_tiny_host(recipe: TinyHostRecipe | None = None) -> LlavaForConditional
         vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="default", vision_feature_layer=-1, pad_token_id=3, initializer_range=START,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():  # of GPUs too, which manual_seed would seed
         torch.manual_seed(recipe.seed)
         return LlavaForConditionalGeneration(config).eval()
 
@@ -186,7 +198,7 @@ def train_tiny_host(
     recipe, tell = recipe or TinyHostRecipe(), progress or log.info
     host = build_tiny_host(recipe)
     start = time.monotonic()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         tell(f"tiny host: drawing {recipe.samples} phantoms with large lesions")
         config = PhantomConfig(bits=8, radius=LARGE)
@@ -235,7 +247,7 @@ def tiny_host(
         The host, in evaluation. Its processor is :func:`tiny_processor`.
 
     Raises:
-        NotADirectoryError: the cache is a file.
+        NotADirectoryError: the cache is a file. ValueError: a cached host that is not whole.
     """
     recipe = recipe or TinyHostRecipe()
     root = Path(cache or os.environ.get("HIA_CACHE") or Path.home() / ".cache" / "hia")
@@ -245,6 +257,8 @@ def tiny_host(
     if (place / "config.json").is_file():
         with _without_bars():
             return LlavaForConditionalGeneration.from_pretrained(place).eval()
+    if place.exists():
+        raise ValueError(f"hia.phantom: cache must hold whole hosts, got {place} without config.json; delete it")
     host = train_tiny_host(recipe, progress)
     save_tiny_host(host, recipe, place)
     return host
