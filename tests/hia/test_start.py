@@ -129,7 +129,7 @@ def test_an_error_in_calibration_leaves_everything():
     state = {name: tensor.clone() for name, tensor in model.adapter.state_dict().items()}
     with pytest.raises(ValueError, match="^hia.calibrate_encoder: images must hold at least one image, got none$"):
         model.calibrate_encoder([])
-    with pytest.raises(ValueError, match=r"^hia: high_res_pixels\[1\] must have shape"):
+    with pytest.raises(ValueError, match=r"^hia: images\[1\] must have shape"):
         model.calibrate_encoder([pixels_of(64, 64), torch.zeros(3, 64, 64)])
     with torch.no_grad():
         model.adapter.encoder.convs[1].weight.fill_(float("inf"))
