@@ -29,7 +29,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Material:
-    """What runs share, kept in a folder.
+    """Make what runs share, and keep it in a folder.
 
     Attributes:
         protocol: of the runs.

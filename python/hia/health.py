@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from . import textbook
 from .adapter import HiAAdapter, HiALayer
 from .extractor import Extractor, PackedFeatures
 from .layout import CallLayout
-
-if TYPE_CHECKING:
-    from .model import HiAModel
 
 # Scores of standard deviation s leave log N - s^2 / 2 of the entropy: s = 0.37 here for 784 features, and what a query
 # reads is the image's mean. Scores of unit variance, a healthy start, leave 0.92; PyTorch's default start 0.998.
@@ -238,33 +235,31 @@ def _shown(value: float | None) -> str:
     return f"{value:.6f}" if 0.999 < value < 1.0001 else f"{value:.4f}"  # how near to 1 is what counts there
 
 
-def adapter_health(model: HiAModel, batch: Mapping[str, Any]) -> AdapterHealth:
+def adapter_health(model: nn.Module, adapter: HiAAdapter, batch: Mapping[str, Any]) -> AdapterHealth:
     """Run a batch and measure; see :meth:`hia.HiAModel.adapter_health`.
 
     Args:
-        model: with its adapter attached and enabled.
+        model: :class:`hia.HiAModel`, the adapter attached and enabled.
+        adapter: the model's.
         batch: arguments of the model's forward, images among them.
 
     Raises:
-        ValueError: no images, or no adapter that could run.
+        ValueError: no images.
     """
-    if model._hooks is None or not model._enabled:
-        state = "unloaded" if model._hooks is None else "disabled"
-        raise ValueError(f"hia: adapter_health must have an adapter that is attached and enabled, got one {state}")
     inputs = {"use_cache": False, **batch, "return_dict": True}
     graded = inputs.get("labels") is not None
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(graded))
-        with _recorded(model.adapter) as seen:
+        with _recorded(adapter) as seen:
             output = model(**inputs)
         if not seen:
             raise ValueError(f"hia: batch must hold images, got one with {sorted(batch)}")
         loss = output.loss if graded else None
-        gradients = {} if loss is None else _gradients(model.adapter, loss)
+        gradients = {} if loss is None else _gradients(adapter, loss)
         with torch.no_grad():
-            layers = {index: _layer_health(model.adapter.layer(index), seen[index]) for index in sorted(seen)}
+            layers = {index: _layer_health(adapter.layer(index), seen[index]) for index in sorted(seen)}
             first = next(iter(seen.values()))
             features = _mean(
                 [

@@ -252,7 +252,10 @@ class HiAModel(nn.Module):
         Raises:
             ValueError: no images, or the adapter is disabled or unloaded; and what :meth:`forward` raises.
         """
-        return health.adapter_health(self, batch)
+        if self._hooks is None or not self._enabled:
+            state = "unloaded" if self._hooks is None else "disabled"
+            raise ValueError(f"hia: adapter_health must have an adapter that is attached and enabled, got one {state}")
+        return health.adapter_health(self, self.adapter, batch)
 
     def _during(self, visit: Visit | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._hooks is None:
