@@ -104,7 +104,7 @@ def test_what_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to do: give --sheet, --write DIR, or both"),
+        ([], "nothing to do: give --sheet, --write DIR or --host DIR"),
         (["--sheet", "--size", "big"], "must be N or HEIGHTxWIDTH in pixels, got 'big'"),
         (["--sheet", "--bits", "4"], "bits must be 8 to 16, got 4"),
         (["--sheet", "--radius", "5", "2"], "radius must be (least, most) within 0.5 and 24, got (5.0, 2.0)"),
