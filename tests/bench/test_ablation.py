@@ -32,6 +32,7 @@ TINY = Protocol(
     curve_samples=1, seeds=(0, 1),
     config={
         "dim": 32, "num_heads": 2, "num_queries": 8, "encoder": "strided", "encoder_stride": 16, "encoder_width": 4,
+        "query_residual": True,
     },
 )  # fmt: skip
 
