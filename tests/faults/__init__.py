@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import bench, native, operators, runtime, triton_kernels
+from . import bench, learning, native, operators, runtime, triton_kernels
 from .mutant import KINDS, REQUIRED_KINDS, Mutant, StaleFault
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -10,6 +10,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *operators.MUTANTS,
     *native.MUTANTS,
     *runtime.MUTANTS,
+    *learning.MUTANTS,
     *bench.MUTANTS,
 )
 
