@@ -59,7 +59,7 @@ def pretrain(
     """
     live, position = encoder.live_statistics, encoder.position
     encoder.live_statistics, encoder.position = True, "none"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = nn.Linear(encoder.channels, 2)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=0.01)

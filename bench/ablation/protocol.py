@@ -29,7 +29,6 @@ class Row:
         changes: fields of :class:`hia.HiAConfig`.
         parts: of the start that are changed from PyTorch's: "linears", "queries", "condition"; None takes the config's.
         low_resolution: the adapter's images are the host's size, and so were those its encoder was pre-trained on.
-        encoder_lr_scale: the encoder's learning rate over the adapter's; None takes the protocol's.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] | None = None
     low_resolution: bool = False
-    encoder_lr_scale: float | None = None
 
 
 FULL = Row("full", "full", "2")

@@ -82,7 +82,7 @@ class Material:
             tell(f"pre-training the encoder at {'low' if low_resolution else 'high'} resolution")
             host = self.untrained()
             config = hia.HiAConfig.paper(host, **protocol.config)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng():
                 torch.manual_seed(0)
                 encoder = build_encoder(config)
             images = batches.pixels
@@ -128,7 +128,7 @@ def build(material: Material, row: Row, seed: int, tell: Tell) -> hia.HiAModel:
     return model
 
 
-def run(material: Material, row: Row, seed: int, tell: Tell, steps: int | None = None) -> dict[str, Any]:
+def run(material: Material, row: Row, seed: int, tell: Tell) -> dict[str, Any]:
     """Train one row with one seed and score it.
 
     Args:
@@ -136,14 +136,12 @@ def run(material: Material, row: Row, seed: int, tell: Tell, steps: int | None =
         row: what differs from the full model.
         seed: of the adapter, the order and the phantoms it is trained on.
         tell: is told how far it is.
-        steps: fewer than the protocol's; None takes those.
 
     Returns:
         JSON-ready: scores of the held-out questions by task, the learning curve, numbers of
         :meth:`hia.HiAModel.adapter_health` before and after, seconds.
     """
-    protocol = material.protocol
-    steps = steps or protocol.steps
+    protocol, steps = material.protocol, material.protocol.steps
     train = material.batches(TRAIN, protocol.train_samples, seed, tell)
     tasks = len(protocol.tasks)
     test = material.batches(TEST, protocol.test_samples * tasks, 0, tell)
@@ -152,8 +150,9 @@ def run(material: Material, row: Row, seed: int, tell: Tell, steps: int | None =
     probe = test.batch(range(min(4 * tasks, len(test))))
     before = model.adapter_health(probe).to_dict()
     model.train()
-    scale = protocol.encoder_lr_scale if row.encoder_lr_scale is None else row.encoder_lr_scale
-    groups = model.parameter_groups(protocol.lr, encoder_lr_scale=scale, weight_decay=protocol.weight_decay)
+    groups = model.parameter_groups(
+        protocol.lr, encoder_lr_scale=protocol.encoder_lr_scale, weight_decay=protocol.weight_decay
+    )
     optimizer = torch.optim.AdamW(groups)
     rates = [group["lr"] for group in optimizer.param_groups]
     order, curve, losses, start = train.shuffled(protocol.batch_size, seed), [], [], time.monotonic()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoder import Encoder
+from .encoder import Encoder, of_one_kind
 from .images import check_pixels
 
 CHUNK_PIXELS = 2**20  # images that are normed together; their activations are in memory at once
@@ -128,11 +128,8 @@ def chunks_of(encoder: Encoder, images: Sequence[Tensor]) -> list[list[int]]:
     Raises:
         ValueError: a chunk that gives one feature in all, which has no variance.
     """
-    alike: dict[Any, list[int]] = {}
-    for index, pixels in enumerate(images):
-        alike.setdefault((tuple(pixels.shape), pixels.dtype), []).append(index)
     chunks = []
-    for (shape, _), members in alike.items():
+    for (shape, _), members in of_one_kind(images).items():
         height, width = shape[:2]
         count = math.ceil(len(members) / max(1, CHUNK_PIXELS // (height * width)))
         found = [members[len(members) * i // count : len(members) * (i + 1) // count] for i in range(count)]

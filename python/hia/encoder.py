@@ -290,9 +290,7 @@ class Encoder(nn.Module):
         live, on_cpu = self._is_live(), self.conv1.weight.device.type == "cpu"
         if on_cpu and not live and not torch.is_grad_enabled():
             return [[index] for index in range(len(images))]
-        alike: dict[Any, list[int]] = {}
-        for index, image in enumerate(images):
-            alike.setdefault((image.shape, image.dtype), []).append(index)
+        alike = of_one_kind(images)
         if live:  # a limit would decide whose statistics an image sees
             self._check_live_groups(alike, budget)
             return list(alike.values())
@@ -312,6 +310,14 @@ class Encoder(nn.Module):
                     f"hia: max_activation_bytes must hold all {len(members)} images of {shape[0]} x {shape[1]} at once "
                     f"where batch-norm takes live statistics, {needed} bytes, got {budget}"
                 )
+
+
+def of_one_kind(images: Sequence[Tensor]) -> dict[tuple[torch.Size, torch.dtype], list[int]]:
+    """Group the indices of images that can be stacked: by shape and dtype, in order."""
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for index, image in enumerate(images):
+        alike.setdefault((image.shape, image.dtype), []).append(index)
+    return alike
 
 
 def _stacked(tensors: Sequence[Tensor] | Tensor, group: list[int]) -> Tensor:
