@@ -69,6 +69,10 @@ def test_dict_round_trip():
         pytest.param({"num_heads": 7}, "num_heads must divide dim 5120, got 7", id="heads"),
         pytest.param({"num_heads": 4}, r"multiple of 16 of at most 640, got 5120 / 4 = 1280", id="head-dim"),
         pytest.param({"num_queries": 0}, "num_queries must be a positive int, got 0", id="queries"),
+        *(
+            pytest.param({"query_std": value}, f"query_std must be a finite number that is not negative, got {value!r}")
+            for value in (-0.1, float("nan"), float("inf"), "1", True)
+        ),
         pytest.param({"encoder": "swin"}, "encoder must be 'resnet50' or 'strided', got 'swin'", id="encoder"),
         pytest.param({"encoder_stride": 16}, "encoder_stride must be 32, got 16", id="stride"),
         pytest.param({"gate": "sigmoid"}, "gate must be 'zero_init' or 'tanh' or 'none'", id="gate"),

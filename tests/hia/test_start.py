@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hia
+from hia import calibration
 from hia.adapter import HiAAdapter
 from hia.calibration import is_pristine, norms_of
 from tests.hia.conftest import TWO, random_images
@@ -123,6 +124,39 @@ def test_calibrated_features_have_unit_scale():
     assert after.std() > 0.3 and abs(before.std() - 0.58) > abs(after.std() - 0.58)
 
 
+def test_calibration_takes_a_large_set_in_parts(monkeypatch):
+    """No part is larger than asked for or left with a rest of one image, and the parts hold every image once.
+
+    The stem's statistics, which no norm comes before, are the same however the images are parted.
+    """
+    base = tiny_llava()
+    model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
+    encoder = model.adapter.encoder
+    images = [pixels_of(64, 64, seed=seed) for seed in range(7)] + [pixels_of(40, 64, seed=9)]
+    whole = calibration.chunks_of(encoder, images)
+    assert whole == [list(range(7)), [7]]
+    model.calibrate_encoder(images)
+    expected = encoder.bn1.running_mean.clone(), encoder.bn1.running_var.clone()
+    monkeypatch.setattr(calibration, "CHUNK_PIXELS", 3 * 64 * 64)
+    assert calibration.chunks_of(encoder, images) == [[0, 1], [2, 3], [4, 5, 6], [7]]
+    model.calibrate_encoder(images)
+    assert distance(encoder.bn1.running_mean, expected[0]) < 1e-5
+    assert distance(encoder.bn1.running_var, expected[1]) < 1e-5
+
+
+def test_one_feature_has_no_variance():
+    """A 32 x 32 image is one feature behind a stride of 32; two such images are two."""
+    base = tiny_llava()
+    model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
+    with pytest.raises(
+        ValueError, match="must give more than one feature together, got one of 32 x 32 pixels, a feature per 32"
+    ):
+        model.calibrate_encoder([pixels_of(64, 64), pixels_of(32, 32)])
+    assert is_pristine(model.adapter.encoder)
+    model.calibrate_encoder([pixels_of(32, 32), pixels_of(32, 32, seed=1)])
+    assert all(torch.isfinite(norm.running_var).all() for norm in norms_of(model.adapter.encoder))
+
+
 def test_an_error_in_calibration_leaves_everything():
     base = tiny_llava()
     model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
@@ -201,6 +235,55 @@ def test_checkpointing_still_recomputes(order, processor):
     assert len(calls) == 2  # forward, and again in the backward pass
     model.eval()
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
+def test_checkpointing_enabled_on_the_host_after_train(processor):
+    """As a trainer does that holds the base model: transformers asks for a mode that train() took from the layers."""
+    a, b, _ = random_images()
+    batch = processor(TWO, [a, b], answers="yes.")
+    base = with_dropout()
+    model = hia.get_hia_model(base, tiny_config(base)).train()
+    base.gradient_checkpointing_enable()
+    calls = []
+    model._host[0].layers[-1].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(**batch).loss.backward()
+    assert len(calls) == 2
+    assert not any(m.training for m in model._host[0].layers[-1].self_attn.modules())  # its dropout stays off
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
+def test_unload_gives_the_hosts_modes_back(training):
+    base = tiny_llava().train(training)
+    base.model.vision_tower.train(not training)
+    before = [module.training for module in base.modules()]
+    model = hia.get_hia_model(base, tiny_config(base)).train(not training)
+    assert [module.training for module in base.modules()] != before
+    model.unload()
+    assert [module.training for module in base.modules()] == before
+
+
+@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "LoHa"])
+def test_pefts_dropout_is_on_in_training(method, processor):
+    """By what it does, as each of PEFT's methods asks another flag: two forward passes differ, and none in eval."""
+    peft = pytest.importorskip("peft")
+    a, b, _ = random_images()
+    batch = processor(TWO, [a, b], answers="yes.")
+    base = with_dropout()
+    targets = {"r": 4, "target_modules": r".*language_model.*\.(q_proj|v_proj)"}
+    if method == "LoHa":
+        config = peft.LoHaConfig(module_dropout=0.5, init_weights=False, **targets)
+    else:
+        config = peft.LoraConfig(lora_dropout=0.5, use_dora=method == "DoRA", init_lora_weights=False, **targets)
+    tuned = peft.get_peft_model(base, config)
+    model = hia.get_hia_model(tuned, tiny_config(base)).train()
+    with torch.no_grad():
+        passes = [model(**batch).logits for _ in range(3)]
+        assert not all(torch.equal(passes[0], other) for other in passes[1:])
+        model.eval()
+        assert torch.equal(model(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")

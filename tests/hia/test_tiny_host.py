@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import hia
 from hia.phantom import TASKS, PhantomConfig, PhantomDataset, vocabulary
@@ -14,6 +16,7 @@ from hia.phantom.host import (
     TinyHostRecipe,
     build_tiny_host,
     hia_processor,
+    save_tiny_host,
     save_whole,
     tiny_host,
     tiny_processor,
@@ -132,6 +135,31 @@ def test_the_cache_keeps_it(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="^hia.phantom: cache must be a directory, got the file"):
         tiny_host(MINUTE, tmp_path / "file")
+
+
+def _without_a_tensor(place):
+    tensors = load_file(place / "model.safetensors")
+    tensors.popitem()
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "no config": lambda place: (place / "config.json").unlink(),
+    "half a config": lambda place: (place / "config.json").write_text("{"),
+    "no weights": lambda place: (place / "model.safetensors").unlink(),
+    "half the weights": lambda place: os.truncate(place / "model.safetensors", 1000),
+    "a tensor is missing": _without_a_tensor,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_not_used(host, tmp_path, damage):
+    place = tmp_path / f"tiny-host-{MINUTE.fingerprint()}"
+    save_tiny_host(host, MINUTE, place)
+    DAMAGES[damage](place)
+    with pytest.raises(ValueError, match=f"^hia.phantom: cache must hold whole hosts, got {place}, .*; delete it"):
+        tiny_host(MINUTE, tmp_path)
+    assert place.is_dir()  # it may be looked into
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -254,14 +255,26 @@ def tiny_host(
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"hia.phantom: cache must be a directory, got the file {root}")
     place = root / f"tiny-host-{recipe.fingerprint()}"
-    if (place / "config.json").is_file():
-        with _without_bars():
-            return LlavaForConditionalGeneration.from_pretrained(place).eval()
     if place.exists():
-        raise ValueError(f"hia.phantom: cache must hold whole hosts, got {place} without config.json; delete it")
+        return _load_tiny_host(place)
     host = train_tiny_host(recipe, progress)
     save_tiny_host(host, recipe, place)
     return host
+
+
+def _load_tiny_host(place: Path) -> LlavaForConditionalGeneration:
+    damaged = f"hia.phantom: cache must hold whole hosts, got {place}, {{}}; delete it to train that host anew"
+    if not (place / "config.json").is_file():
+        raise ValueError(damaged.format("without config.json"))
+    try:
+        with _without_bars():
+            host, report = LlavaForConditionalGeneration.from_pretrained(place, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(damaged.format(f"which can't be read ({error})")) from error
+    lost = sorted({str(key) for name in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in report[name]})
+    if lost:
+        raise ValueError(damaged.format(f"whose weights are not the host's ({', '.join(lost[:3])})"))
+    return host.eval()
 
 
 @contextmanager
