@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.ablation.detail import matched_filter
 from hia.phantom import (
     BONES,
     CHANGES,
@@ -169,18 +170,8 @@ def test_a_lesion_sums_to_nothing_wherever_its_centre_falls():
             assert difference.sum().abs() < 0.01 * difference.abs().sum() or radius > 5  # the large may leave the bone
 
 
-def detectability(radius: float, size: int, studies: int = 16) -> float:
-    """Of a matched filter that knows shape and place: its answer to the lesion, over the spread of its answers to
-    studies of the same bone without one."""
-    config = PhantomConfig(radius=(radius, radius))
-    ratios = []
-    for bone in BONES:
-        plain = torch.stack([grey(draw_study((1, seed), lesion=False, bone=bone), size) for seed in range(studies)])
-        for seed in range(4):
-            with_, without = (grey(draw_study(seed, config, lesion=it, bone=bone), size) for it in (True, False))
-            template = with_ - without
-            ratios.append((template * template).sum() / (plain * template).sum((1, 2)).std())
-    return float(torch.stack(ratios).median())
+def detectability(radius: float, size: int) -> float:
+    return matched_filter(radius, size, studies=16, lesions=4)[0]
 
 
 @pytest.mark.parametrize(("radius", "least", "most"), [(1.5, 12, 0.5), (2.4, 12, 1.5), (3.25, 12, 3)], ids=str)
