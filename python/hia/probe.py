@@ -106,9 +106,9 @@ class LayerProbe:
         if last is None:
             raise ValueError(f"hia: layers must be read by the host to be advised; {self._verdict()}")
         depth = last + 1
-        if not 1 <= count <= depth:
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= depth:
             raise ValueError(
-                f"hia: count must be from 1 to {depth}, the layers whose output the host reads, got {count}"
+                f"hia: count must be from 1 to {depth}, the layers whose output the host reads, got {count!r}"
             )
         return tuple(j * depth // (count + 1) for j in range(1, count + 1))
 
@@ -177,11 +177,14 @@ def probe_layers(
         The measurements, :attr:`LayerProbe.last_read` and :meth:`LayerProbe.advise`.
 
     Raises:
-        TypeError: an unknown host, or no batch. ValueError: a batch without labels or images, or none at all.
+        TypeError: an unknown host, or no batch. ValueError: a batch without labels or images, or none at all;
+            ``batches`` or ``threshold`` out of range.
     """
     host = model._host[0] if isinstance(model, HiAModel) else find_host(model)
-    if batches is not None and batches < 1:
-        raise ValueError(f"hia: batches must be at least 1, got {batches}")
+    if batches is not None and (not isinstance(batches, int) or isinstance(batches, bool) or batches < 1):
+        raise ValueError(f"hia: batches must be an integer of at least 1 or None, got {batches!r}")
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise ValueError(f"hia: threshold must be a share from 0 to 1, got {threshold!r}")
     several: Iterable[Mapping[str, Any]] = (batch,) if isinstance(batch, Mapping) else batch
     sums = [_Sums() for _ in range(len(host.layers) + 2)]
     with ExitStack() as stack:

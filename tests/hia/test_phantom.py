@@ -329,3 +329,5 @@ def test_dataset_errors_name_the_argument():
         PhantomDataset(1, seed=1.0)
     with pytest.raises(TypeError, match="config must be"):
         PhantomDataset(1, config=(192, 192))
+    with pytest.raises(TypeError, match="wording must be an integer or None, got '0'"):
+        PhantomDataset(1, wording="0")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import hia.phantom.__main__
 import hia.phantom.records
 from hia import load_image
 from hia.phantom import PhantomConfig, PhantomDataset
@@ -48,6 +49,15 @@ def test_the_sheet_follows_from_its_seed():
     config = PhantomConfig(size=48)
     first, again, other = (np.asarray(draw_sheet(seed, config)) for seed in (1, 1, (2,)))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_a_long_writing_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter([0.0, 9.0, 11.0, 11.0, 12.0, 22.0, 22.0])
+    monkeypatch.setattr(hia.phantom.__main__.time, "monotonic", lambda: next(clock))
+    progress = hia.phantom.__main__._Progress(50)
+    for done in (1, 2, 3, 4):
+        progress(done)
+    assert capsys.readouterr().out == "2 of 50 records\n4 of 50 records\n"
 
 
 def test_a_font_that_is_none_is_refused(tmp_path):
@@ -112,6 +122,14 @@ def test_what_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
         (["--write", "nowhere/at/all", "--count", "1"], "folder must have a parent that exists"),
         (["--write", "studies", "--count", "-1"], "count must not be negative, got -1"),
         (["--write", "studies", "--tasks", "report"], "invalid choice: 'report'"),
+        (["--write", "studies", "--sheet", "sheet.jpg"], "--sheet must name a .png file, got sheet.jpg"),
+        (
+            ["--write", "studies", "--sheet", "no/sheet.png"],
+            "--sheet must lie in a folder that exists, got no/sheet.png",
+        ),
+        (["--write", "studies", "--sheet", "--font", "none.ttf"], "font must be a TrueType or OpenType file"),
+        (["--write", "studies", "--host", "."], "--host must name a new folder, got ., which exists"),
+        (["--write", "studies", "--host", "./studies"], "--host must name another folder than --write"),
     ],
 )
 def test_wrong_arguments_exit_with_2_and_say_why(tmp_path, monkeypatch, capsys, arguments, message):

@@ -88,7 +88,7 @@ def test_a_host_that_reads_to_the_end_gets_the_papers_thirds():
     assert found.advise(1) == (19,) and len(set(found.advise(39))) == 39
     short = LayerProbe(1.0, 0.5, read, (*[read] * 2, *[plain] * 4), 100)
     assert short.advise() == (0, 1) and hia.HiAConfig.paper(base, layers=short.advise()).layer_indices == (0, 1)
-    for count in (0, 3):
+    for count in (0, 3, 1.0, True):
         with pytest.raises(ValueError, match=f"count must be from 1 to 2, the layers whose output .* got {count}"):
             short.advise(count)
     noisy = LayerReading(1.1, 0.5, 0.1, 0.06, 0.1)
@@ -256,7 +256,11 @@ def test_table_dictionary_and_errors(base, processor):
         hia.probe_layers(base, [])
     with pytest.raises(TypeError, match="batch must be a mapping or an iterable of some, got Tensor"):
         hia.probe_layers(base, [inputs.input_ids])
-    with pytest.raises(ValueError, match="batches must be at least 1, got 0"):
-        hia.probe_layers(base, inputs, batches=0)
+    for batches in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"batches must be an integer of at least 1 or None, got {batches}"):
+            hia.probe_layers(base, inputs, batches=batches)
+    for threshold in (-0.1, 1.1, float("nan"), "0.1"):
+        with pytest.raises(ValueError, match=f"threshold must be a share from 0 to 1, got {threshold!r}"):
+            hia.probe_layers(base, inputs, threshold=threshold)
     with pytest.raises(TypeError, match="base must be one of LlavaForConditionalGeneration"):
         hia.probe_layers(torch.nn.Linear(2, 2), inputs)

@@ -6,12 +6,13 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from .dataset import PhantomDataset
 from .questions import EXTRA_TASKS, LANGUAGES, TASKS
-from .records import write_records
+from .records import check_folder, write_records
 from .sheet import draw_sheet, find_cjk_font
 from .studies import PhantomConfig
 
@@ -60,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("nothing to do: give --sheet, --write DIR or --host DIR")
     try:
         config = PhantomConfig(options.size, options.bits, tuple(options.radius))
+        dataset = PhantomDataset(options.count, options.seed, config, options.tasks, options.language, None)
+        _check_targets(options)  # all of them before any is made
         if options.write is not None:
-            dataset = PhantomDataset(options.count, options.seed, config, options.tasks, options.language, None)
-            sys.stdout.write(f"{write_records(options.write, dataset)}: {len(dataset)} records\n")
+            place = write_records(options.write, dataset, _Progress(len(dataset)))
+            _say(f"{place}: {len(dataset)} records")
         if options.sheet is not None:
             _write_sheet(Path(options.sheet), options.seed, config, options.font)
         if options.host is not None:
@@ -72,14 +75,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_targets(options: argparse.Namespace) -> None:
+    if options.write is not None:
+        check_folder(Path(options.write))
+    if options.sheet is not None:
+        path = Path(options.sheet)
+        if path.suffix.lower() != ".png" or path.is_dir():
+            raise ValueError(f"--sheet must name a .png file, got {path}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"--sheet must lie in a folder that exists, got {path}")
+        find_cjk_font(options.font)
+    if options.host is not None and Path(options.host).exists():
+        raise FileExistsError(f"--host must name a new folder, got {options.host}, which exists")
+    if options.host is not None and options.write is not None and _same(options.host, options.write):
+        raise ValueError(f"--host must name another folder than --write, got {options.host} for both")
+
+
+def _same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+class _Progress:
+    """Say every ten seconds how far the writing is."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.said = count, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            _say(f"{done} of {self.count} records")
+
+
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def _write_host(folder: Path, seed: int) -> None:
-    if folder.exists():
-        raise FileExistsError(f"--host must name a new folder, got {folder}, which exists")
     from .host import TinyHostRecipe, save_tiny_host, train_tiny_host  # transformers, which the rest does without
 
     recipe = TinyHostRecipe(seed=seed)
@@ -88,8 +121,6 @@ def _write_host(folder: Path, seed: int) -> None:
 
 
 def _write_sheet(path: Path, seed: int, config: PhantomConfig, font: str | None) -> None:
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--sheet must name a .png file, got {path}")
     face = find_cjk_font(font)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

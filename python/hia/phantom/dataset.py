@@ -43,7 +43,8 @@ class PhantomDataset:
         wording: which paraphrase of the questions; None takes them in turn, each with every answer.
 
     Raises:
-        TypeError: another type of count, seed or config. ValueError: a negative count, no task, an unknown name.
+        TypeError: another type of count, seed, config or wording. ValueError: a negative count, no task, an unknown
+            name.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class PhantomDataset:
         for task in tasks:
             check_choice("tasks", task, TASKS + EXTRA_TASKS)
         check_choice("language", language, LANGUAGES)
+        if wording is not None and (not isinstance(wording, int) or isinstance(wording, bool)):
+            raise TypeError(f"hia.phantom: wording must be an integer or None, got {wording!r}")
         self.count = count
         self.seed = check_seed(seed)
         self.config = config or PhantomConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from ..images import Radiograph
 from .dataset import PhantomDataset
 
 
-def write_records(folder: str | Path, dataset: PhantomDataset) -> Path:
+def check_folder(folder: Path) -> None:
+    """Raise FileExistsError unless the folder is new or empty, FileNotFoundError unless its parent exists."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"hia.phantom: folder must be new or empty, got {folder}; choose another")
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"hia.phantom: folder must have a parent that exists, got {folder}")
+
+
+def write_records(folder: str | Path, dataset: PhantomDataset, progress: Callable[[int], object] | None = None) -> Path:
     """Write a data set into a new or empty folder, whole or not at all.
 
     ``records.jsonl`` has one record a line: id, task, images (paths within the folder), conversations of one human
@@ -24,6 +33,7 @@ def write_records(folder: str | Path, dataset: PhantomDataset) -> Path:
     Args:
         folder: made by this call; its parent must exist.
         dataset: what to write.
+        progress: is given the number of items written, after each.
 
     Returns:
         The path of ``records.jsonl``.
@@ -32,16 +42,15 @@ def write_records(folder: str | Path, dataset: PhantomDataset) -> Path:
         FileExistsError: the folder holds something, or is a file. FileNotFoundError: no parent.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"hia.phantom: folder must be new or empty, got {folder}; choose another")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"hia.phantom: folder must have a parent that exists, got {folder}")
+    check_folder(folder)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"  # beside it, so that the rename is one step
     try:
         (partial / "images").mkdir(parents=True)
         with (partial / "records.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
             for index in range(len(dataset)):
                 lines.write(json.dumps(_write_item(partial, dataset, index), ensure_ascii=False) + "\n")
+                if progress is not None:
+                    progress(index + 1)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
