@@ -10,6 +10,11 @@ from .config import HiAConfig
 from .hosts import LlamaHost
 
 
+def is_tuned(base: nn.Module) -> bool:
+    """Tell whether PEFT has put layers of its own into the host."""
+    return any(getattr(module, "adapter_layer_names", ()) for module in base.modules())
+
+
 def own_parameters(base: nn.Module) -> list[nn.Parameter]:
     """List the host's parameters without those of PEFT's adapters in it: its layers name theirs."""
     foreign: set[int] = set()

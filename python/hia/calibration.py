@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import Encoder, of_one_kind
-from .images import check_pixels
+from .images import Radiograph, check_pixels, check_windows, default_window
 
 CHUNK_PIXELS = 2**20  # images that are normed together; their activations are in memory at once
 
@@ -53,14 +53,12 @@ class _Moments:
         self.total = self.total.to(mean) + count * mean
         self.squares = self.squares.to(mean) + count * (spread + mean.square())
 
-    def write(self, norm: nn.BatchNorm2d) -> None:
-        """Set the norm's running statistics: the mean, and the variance with Bessel's correction as PyTorch has it."""
+    def statistics(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        """Make the norm's: the mean, and the variance with Bessel's correction as PyTorch has it, in its dtype."""
         mean = self.total / self.count
         variance = (self.squares / self.count - mean.square()).clamp_min(0)
         bessel = self.count / max(1, self.count - 1)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance * bessel)
-        norm.num_batches_tracked.fill_(1)
+        return mean.to(norm.running_mean.dtype), (variance * bessel).to(norm.running_var.dtype)
 
 
 @contextmanager
@@ -101,25 +99,52 @@ def calibrate(encoder: Encoder, runs: Sequence[Callable[[], object]]) -> None:
         for run in runs:
             run()
     names = {id(module): name for name, module in encoder.named_modules()}
-    for norm, own in zip(norms, moments, strict=True):
-        if own.count and not bool(torch.isfinite(own.squares).all()):
+    seen = [(norm, own.statistics(norm)) for norm, own in zip(norms, moments, strict=True) if own.count]
+    for norm, statistics in seen:
+        if not all(bool(torch.isfinite(values).all()) for values in statistics):
             raise ValueError(
-                f"hia: images must give finite activations to calibrate, got NaN or infinite ones before encoder."
-                f"{names[id(norm)]}; use fp32 or bf16"
+                f"hia: images must give finite activations to calibrate, got statistics beyond "
+                f"{norm.running_var.dtype} before encoder.{names[id(norm)]}; use fp32 or bf16"
             )
-    for norm, own in zip(norms, moments, strict=True):
-        if own.count:
-            own.write(norm)
+    for norm, (mean, variance) in seen:
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.num_batches_tracked.fill_(1)
 
 
-def check_images(images: Any, smallest_side: int) -> None:
-    """Raise TypeError or ValueError unless ``images`` is a sequence of at least one image that the encoder takes."""
+def pixels_and_windows(images: Any, windows: Any, smallest_side: int) -> tuple[list[Tensor], Tensor]:
+    """Take images apart.
+
+    Args:
+        images: radiographs or tensors, as the caller gave them.
+        windows: [n, 2] or None, which is right for radiographs.
+        smallest_side: that the encoder takes, pixels.
+
+    Returns:
+        [H, W, 1 or 3] each, and [n, 2].
+
+    Raises:
+        TypeError, ValueError: no sequence of at least one image that the encoder takes, or windows that don't fit.
+    """
     if not isinstance(images, Sequence):
-        raise TypeError(f"hia.calibrate_encoder: images must be a list of tensors, got {type(images).__name__}")
+        raise TypeError(f"hia.calibrate_encoder: images must be a list of images, got {type(images).__name__}")
     if len(images) == 0:
         raise ValueError("hia.calibrate_encoder: images must hold at least one image, got none")
-    for number, pixels in enumerate(images):
-        check_pixels(f"images[{number}]", pixels, smallest_side)
+    radiographs = [isinstance(image, Radiograph) for image in images]
+    if any(radiographs) and (windows is not None or not all(radiographs)):
+        raise ValueError(
+            "hia.calibrate_encoder: images must be radiographs alone, whose windows are taken, or tensors alone with "
+            f"windows, got {sum(radiographs)} radiographs of {len(images)} and "
+            f"{'no windows' if windows is None else 'windows'}"
+        )
+    pixels = [image.pixels if isinstance(image, Radiograph) else image for image in images]
+    for number, image in enumerate(pixels):
+        check_pixels(f"images[{number}]", image, smallest_side)
+    if windows is None:
+        known = [image.window if isinstance(image, Radiograph) else default_window(image) for image in images]
+        windows = torch.tensor(known, dtype=torch.float32)
+    check_windows(windows, len(pixels))
+    return pixels, windows
 
 
 def chunks_of(encoder: Encoder, images: Sequence[Tensor]) -> list[list[int]]:

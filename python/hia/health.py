@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import textbook
 from .adapter import HiAAdapter, HiALayer
 from .extractor import Extractor, PackedFeatures
+from .features import ImageFeatures
 from .layout import CallLayout
 
 # Scores of standard deviation s leave log N - s^2 / 2 of the entropy: s = 0.37 here for 784 features, and what a query
@@ -246,6 +247,10 @@ def adapter_health(model: nn.Module, adapter: HiAAdapter, batch: Mapping[str, An
     Raises:
         ValueError: no images.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"hia: batch must be a mapping, the model's arguments, got {type(batch).__name__}")
+    if batch.get("high_res_pixels") is None and batch.get("features") is None:
+        raise ValueError(f"hia: batch must hold images, got one with {sorted(batch)}")
     inputs = {"use_cache": False, **batch, "return_dict": True}
     graded = inputs.get("labels") is not None
     with ExitStack() as stack:
@@ -257,7 +262,7 @@ def adapter_health(model: nn.Module, adapter: HiAAdapter, batch: Mapping[str, An
         if not seen:
             raise ValueError(f"hia: batch must hold images, got one with {sorted(batch)}")
         loss = output.loss if graded else None
-        gradients = {} if loss is None else _gradients(adapter, loss)
+        gradients = {} if loss is None else _gradients(adapter, loss, batch.get("features"))
         with torch.no_grad():
             layers = {index: _layer_health(adapter.layer(index), seen[index]) for index in sorted(seen)}
             first = next(iter(seen.values()))
@@ -328,12 +333,14 @@ def _recorded(adapter: HiAAdapter) -> Iterator[dict[int, _Seen]]:
             handle.remove()
 
 
-def _gradients(adapter: HiAAdapter, loss: Tensor) -> dict[str, Gradient]:
-    """Norms by group; ``.grad`` is neither read nor written."""
+def _gradients(adapter: HiAAdapter, loss: Tensor, features: ImageFeatures | None) -> dict[str, Gradient]:
+    """Norms by group; ``.grad`` is neither read nor written, and the graph of the caller's features is kept."""
     named = [(name, parameter) for name, parameter in adapter.named_parameters() if parameter.requires_grad]
     if not named:
         return {}
-    found = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+    theirs = features is not None and any(own.requires_grad for own in features.maps)
+    parameters = [parameter for _, parameter in named]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=theirs)
     squares: dict[str, float] = {}
     elements: dict[str, int] = {}
     for (name, parameter), gradient in zip(named, found, strict=True):

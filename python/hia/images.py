@@ -76,7 +76,11 @@ def check_pixels(name: str, pixels: Tensor, smallest_side: int = 1) -> None:
 
 
 def check_windows(windows: Tensor, images: int) -> None:
-    """Raise ValueError unless ``windows`` is [images, 2] of two different values each (checked on the CPU alone)."""
+    """Raise unless ``windows`` is [images, 2] of two different values each (these are looked at on the CPU alone)."""
+    if not isinstance(windows, Tensor):
+        raise TypeError(
+            f"hia: windows must be a tensor of shape [{images}, 2], got {type(windows).__name__}; torch.tensor(windows)"
+        )
     if tuple(windows.shape) != (images, 2):
         raise ValueError(f"hia: windows must have shape [{images}, 2], got {list(windows.shape)}")
     if windows.device.type != "cpu":

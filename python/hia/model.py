@@ -15,16 +15,23 @@ from torch import Tensor, nn
 
 from . import checkpoint, health, plan, resolution
 from .adapter import HiAAdapter
-from .attachment import adapter_for, own_parameters
-from .calibration import calibrate, check_images, chunks_of
+from .attachment import adapter_for, is_tuned, own_parameters
+from .calibration import calibrate, chunks_of, pixels_and_windows
 from .config import HiAConfig, host_facts
 from .extractor import PackedFeatures
 from .features import ImageFeatures
 from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
 from .hosts import LlamaHost, find_host
-from .images import check_pixels, check_windows, default_window
+from .images import Radiograph, check_pixels, check_windows, default_window
 from .layout import VisualLayout, build_layout, left_padded
-from .training import ENCODER_LR_SCALE, lost_checkpointing, parameter_groups, set_host_mode, warn_if_pristine
+from .training import (
+    ENCODER_LR_SCALE,
+    lost_checkpointing,
+    parameter_groups,
+    refuse_reentrant_checkpointing,
+    set_host_mode,
+    warn_if_pristine,
+)
 
 KEEPS = ("auto", "features", "folded", "kv")
 
@@ -71,6 +78,7 @@ class HiAModel(nn.Module):
         self.adapter = adapter_for(host, config)
         self.base_model = base
         self._modes = [(module, module.training) for module in base.modules()]
+        self._tuned = is_tuned(base)
         self._frozen = [parameter for parameter in own_parameters(base) if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -280,7 +288,7 @@ class HiAModel(nn.Module):
                 raise ValueError("hia: high_res_pixels or features must come with image_map, got neither")
             return None
         if self.training and torch.is_grad_enabled() and lost_checkpointing(self._host[0].layers):
-            self._set_mode(True)  # enabled on the host itself, since train()
+            set_host_mode(self.base_model, True)  # enabled on the host itself, since train()
         layout = self._layout(images, image_map, instruction_index, args, kwargs)
         if features is None:
             features = self._encoded(pixels, windows)
@@ -317,7 +325,7 @@ class HiAModel(nn.Module):
         for layer in self.adapter.layers.values():
             layer.extractor.current()  # compiled layers take its word for the folded weights' being up to date
         refuse_filled_cache(kwargs.get("past_key_values"))
-        _refuse_reentrant_checkpointing(self._host[0], self.training)
+        refuse_reentrant_checkpointing(self._host[0], self.training)
         input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if image_map is None:
             image_map = self._host[0].image_map(input_ids, images)
@@ -331,10 +339,12 @@ class HiAModel(nn.Module):
             )
         return build_layout(image_map, instruction_index, images, kwargs.get("attention_mask"))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """The base model's, not re-entrant unless told otherwise: a frozen host has no input that needs a gradient."""
         self.base_model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs
         )
         self._set_mode(self.training)  # the host's layers need their flag again
 
@@ -357,15 +367,17 @@ class HiAModel(nn.Module):
         self.adapter.train(mode)
         set_host_mode(self.base_model, mode)
 
-    def calibrate_encoder(self, images: Sequence[Tensor], windows: Tensor | None = None) -> HiAModel:
+    def calibrate_encoder(self, images: Sequence[Tensor | Radiograph], windows: Tensor | None = None) -> HiAModel:
         """Measure the encoder's batch-norm statistics over images, once before training a new encoder.
 
         Images of one size go through together, up to 2^20 pixels; statistics are the moments of all images' pixels. A
         few dozen images of the data serve. Weights that came with statistics of their own don't need it.
 
         Args:
-            images: one [H, W, 1 or 3] tensor each, as ``high_res_pixels``.
-            windows: [n, 2] fp32, or None.
+            images: of :func:`hia.load_image`, which bring their windows; or one [H, W, 1 or 3] tensor each, as
+                ``high_res_pixels``.
+            windows: [n, 2] fp32, of tensors: those that training uses, e.g. a batch's, or the statistics are other
+                images'. None takes :func:`hia.images.default_window`.
 
         Returns:
             The model itself.
@@ -374,11 +386,8 @@ class HiAModel(nn.Module):
             ValueError, TypeError: no images, pixels or windows that don't fit, a size that gives one feature in all,
                 activations that overflow. Nothing is set then.
         """
-        check_images(images, self.adapter.encoder.smallest_side)
-        if windows is None:
-            windows = torch.tensor([default_window(pixels) for pixels in images])
-        check_windows(windows, len(images))
-        seen = resolution.limited(self.hia_config, self._host[0], images)
+        pixels, windows = pixels_and_windows(images, windows, self.adapter.encoder.smallest_side)
+        seen = resolution.limited(self.hia_config, self._host[0], pixels)
         chunks = chunks_of(self.adapter.encoder, seen)
         calibrate(
             self.adapter.encoder, [partial(self._encoded, [seen[i] for i in chunk], windows[chunk]) for chunk in chunks]
@@ -433,8 +442,9 @@ class HiAModel(nn.Module):
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
+            if self._tuned or not is_tuned(self.base_model):  # PEFT, put in since, wants the host frozen
+                for parameter in self._frozen:
+                    parameter.requires_grad_(True)
             for module, training in self._modes:
                 module.training = training
         return self.base_model
@@ -484,15 +494,3 @@ def _pad_left(kwargs: dict[str, Any]) -> Tensor | None:
     kwargs["attention_mask"], moved = left_padded(mask, **{name: kwargs[name] for name in names})
     kwargs.update(moved)
     return left_padded(here)[0]
-
-
-def _refuse_reentrant_checkpointing(host: LlamaHost, training: bool) -> None:
-    layer = host.layers[0]
-    owner = layer if hasattr(layer, "_gradient_checkpointing_func") else host.text_model
-    active = getattr(owner, "gradient_checkpointing", False)
-    function = getattr(owner, "_gradient_checkpointing_func", None)
-    if training and torch.is_grad_enabled() and active and getattr(function, "keywords", {}).get("use_reentrant", True):
-        raise ValueError(
-            "hia: gradient checkpointing must not be re-entrant, since a frozen host's inputs need no gradient and the "
-            "adapter would get none; call model.gradient_checkpointing_enable()"
-        )

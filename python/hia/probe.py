@@ -185,6 +185,8 @@ def probe_layers(
         raise ValueError(f"hia: batches must be an integer of at least 1 or None, got {batches!r}")
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise ValueError(f"hia: threshold must be a share from 0 to 1, got {threshold!r}")
+    if not isinstance(batch, Iterable):
+        raise TypeError(f"hia: batch must be a mapping or an iterable of some, got {type(batch).__name__}")
     several: Iterable[Mapping[str, Any]] = (batch,) if isinstance(batch, Mapping) else batch
     sums = [_Sums() for _ in range(len(host.layers) + 2)]
     with ExitStack() as stack:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapter import HiAAdapter
 from .calibration import is_pristine
+from .hosts import LlamaHost
 
 ENCODER_LR_SCALE = 0.1  # with running statistics the encoder learns at a tenth of the adapter's rate, not at the whole
 
@@ -31,12 +34,12 @@ def set_host_mode(base: nn.Module, training: bool) -> None:
         parameters = list(module.parameters())
         if parameters and all(parameter.requires_grad for parameter in parameters):
             module.train()
-        if hasattr(module, "adapter_layer_names"):
+        names = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+        added = [own for name in names if isinstance(own := getattr(module, name, None), nn.Module)]  # lora_A ...
+        if any(parameter.requires_grad for own in added for parameter in own.parameters()):
             module.training = True  # DoRA's and LoHa's own dropout asks the layer itself; the frozen base layer doesn't
-        for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())):
-            added = getattr(module, name, None)  # PEFT's: lora_A, lora_dropout ...
-            if isinstance(added, nn.Module):
-                added.train()
+            for own in added:
+                own.train()
     for module in base.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # not .train(): the children, dropout among them, stay as they are
@@ -45,6 +48,22 @@ def set_host_mode(base: nn.Module, training: bool) -> None:
 def lost_checkpointing(layers: nn.ModuleList) -> bool:
     """Tell whether a decoder layer is to recompute its activations but lacks the flag that transformers asks for."""
     return any(getattr(layer, "gradient_checkpointing", False) and not layer.training for layer in layers)
+
+
+def refuse_reentrant_checkpointing(host: LlamaHost, training: bool) -> None:
+    """Raise ValueError where a layer is to be run again by re-entrant checkpointing, which would cost the gradient."""
+    if not training or not torch.is_grad_enabled():
+        return
+    for layer in host.layers:
+        owner = layer if hasattr(layer, "_gradient_checkpointing_func") else host.text_model
+        function = getattr(owner, "_gradient_checkpointing_func", None)
+        if getattr(owner, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
+            "use_reentrant", True
+        ):
+            raise ValueError(
+                "hia: gradient checkpointing must not be re-entrant, since a frozen host's inputs need no gradient and "
+                "the adapter would get none; call model.gradient_checkpointing_enable()"
+            )
 
 
 def warn_if_pristine(adapter: HiAAdapter) -> None:
@@ -59,12 +78,16 @@ def warn_if_pristine(adapter: HiAAdapter) -> None:
         )
 
 
+def _is_rate(value: Any) -> bool:
+    return type(value) is not bool and isinstance(value, numbers.Real) and 0 <= float(value) < math.inf
+
+
 def parameter_groups(
     adapter: HiAAdapter, base: nn.Module, lr: float, encoder_lr_scale: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Group the trained parameters for an optimizer; see :meth:`hia.HiAModel.parameter_groups`."""
     for name, value in (("lr", lr), ("encoder_lr_scale", encoder_lr_scale), ("weight_decay", weight_decay)):
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not _is_rate(value):
             raise ValueError(f"hia: {name} must be a finite number that is not negative, got {value!r}")
     queries = {id(layer.extractor.queries) for layer in adapter.layers.values()}
     seen: set[int] = set()

@@ -439,6 +439,16 @@ def test_llama_and_features_encoded_before():
     assert "so they hardly move: encoder (0.0e+00)" in again.problems()[-1]
 
 
+def test_features_of_the_caller_keep_their_graph(model):
+    inputs = answered(model.hia_config)
+    features = model.encode_images(inputs.pop("high_res_pixels"), inputs.pop("windows"))
+    assert features.maps[0].requires_grad
+    found = model.adapter_health({**inputs, "features": features})
+    assert found.gradients["encoder"].norm > 0
+    model(**inputs, features=features).loss.backward()  # through the same encoding
+    assert model.adapter.encoder.conv1.weight.grad.any()
+
+
 def test_where_there_is_nothing_to_compare(base):
     """One query, one feature an image."""
     config = tiny_config(base, num_queries=1)
@@ -471,6 +481,10 @@ def test_table_dictionary_and_errors(model, processor):
         model.disable_adapter(),
     ):
         model.adapter_health(inputs)
+    with pytest.raises(TypeError, match="batch must be a mapping, the model's arguments, got list"):
+        model.adapter_health([inputs])
+    with pytest.raises(ValueError, match=r"hia: batch must hold images, got one with \[\]"):
+        model.adapter_health({})
     model.unload()
     with pytest.raises(ValueError, match="attached and enabled, got one unloaded"):
         model.adapter_health(inputs)

@@ -99,6 +99,13 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_one_is_filled(tmp
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_link_to_an_empty_folder_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    write_records(tmp_path / "link", PhantomDataset(1, config=PhantomConfig(16)))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "records.jsonl").is_file()
+
+
 def test_what_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
     def fail_late(path: Path, _radiograph: object) -> None:
         if "000003" in path.name:
@@ -125,9 +132,11 @@ def test_what_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
         (["--write", "studies", "--sheet", "sheet.jpg"], "--sheet must name a .png file, got sheet.jpg"),
         (
             ["--write", "studies", "--sheet", "no/sheet.png"],
-            "--sheet must lie in a folder that exists, got no/sheet.png",
+            "--sheet must have a parent that exists, got no/sheet.png",
         ),
         (["--write", "studies", "--sheet", "--font", "none.ttf"], "font must be a TrueType or OpenType file"),
+        (["--write", "."], "folder must not be the working directory, which would be replaced"),
+        (["--write", "studies", "--host", "nowhere/at/all"], "--host must have a parent that exists"),
         (["--write", "studies", "--host", "."], "--host must name a new folder, got ., which exists"),
         (["--write", "studies", "--host", "./studies"], "--host must name another folder than --write"),
     ],

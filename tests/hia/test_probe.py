@@ -256,6 +256,8 @@ def test_table_dictionary_and_errors(base, processor):
         hia.probe_layers(base, [])
     with pytest.raises(TypeError, match="batch must be a mapping or an iterable of some, got Tensor"):
         hia.probe_layers(base, [inputs.input_ids])
+    with pytest.raises(TypeError, match="batch must be a mapping or an iterable of some, got int"):
+        hia.probe_layers(base, 5)
     for batches in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"batches must be an integer of at least 1 or None, got {batches}"):
             hia.probe_layers(base, inputs, batches=batches)

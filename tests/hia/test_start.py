@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,41 @@ def test_calibration_joins_images_of_different_sizes():
     before = encoder.bn1.running_var.clone()
     model.calibrate_encoder(images)
     assert torch.equal(encoder.bn1.running_var, before)  # measured anew, not averaged into
+
+
+def test_calibration_takes_radiographs_with_their_windows():
+    """An inverted 16-bit image (MONOCHROME1): its window is half of what the encoder sees."""
+    base = tiny_llava()
+    model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
+    norm = model.adapter.encoder.bn1
+    images = [
+        hia.Radiograph(pixels_of(64, 64, seed=seed).to(torch.int32).mul(4).to(torch.uint16), (900.0, 38.0))
+        for seed in range(3)
+    ]
+    model.calibrate_encoder(images)
+    found = norm.running_mean.clone(), norm.running_var.clone()
+    pixels, windows = [image.pixels for image in images], torch.tensor([image.window for image in images])
+    model.calibrate_encoder(pixels, windows)
+    assert torch.equal(norm.running_mean, found[0]) and torch.equal(norm.running_var, found[1])
+    model.calibrate_encoder(pixels)
+    assert distance(norm.running_mean, found[0]) > 0.1  # the window matters
+    for wrong, given in ((images, windows), ([images[0], pixels[1]], None)):
+        with pytest.raises(ValueError, match="images must be radiographs alone, whose windows are taken, or tensors"):
+            model.calibrate_encoder(wrong, given)
+    with pytest.raises(TypeError, match=r"^hia: windows must be a tensor of shape \[3, 2\], got list"):
+        model.calibrate_encoder(pixels, windows.tolist())
+
+
+def test_statistics_beyond_the_dtype_are_refused():
+    """fp16 norms hold variances up to 65504; their squares are summed in fp64."""
+    base = tiny_llava()
+    model = hia.get_hia_model(base.half(), tiny_config(base, encoder="strided"))
+    encoder = model.adapter.encoder
+    with torch.no_grad():
+        encoder.conv1.weight.mul_(3000)
+    with pytest.raises(ValueError, match="got statistics beyond torch.float16 before encoder.bn1; use fp32 or bf16"):
+        model.calibrate_encoder([pixels_of(64, 64)])
+    assert is_pristine(encoder)
 
 
 def test_calibrated_features_have_unit_scale():
@@ -252,6 +288,69 @@ def test_checkpointing_enabled_on_the_host_after_train(processor):
     assert not any(m.training for m in model._host[0].layers[-1].self_attn.modules())  # its dropout stays off
 
 
+@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
+def test_checkpointing_takes_what_transformers_trainer_passes():
+    """transformers 5.17 passes every_n_layers and offload to whatever model it has."""
+    base = with_dropout()
+    model = hia.get_hia_model(base, tiny_config(base)).train()
+    taken = []
+    base.gradient_checkpointing_enable = lambda **kwargs: taken.append(kwargs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None, every_n_layers=2, offload=False)
+    assert taken == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 2, "offload": False}]
+
+
+@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
+def test_reentrant_checkpointing_of_one_layer_is_refused(processor):
+    a, b, _ = random_images()
+    batch = processor(TWO, [a, b], answers="yes.")
+    base = with_dropout()
+    model = hia.get_hia_model(base, tiny_config(base)).train()
+    model._host[0].model.gradient_checkpointing_enable({"use_reentrant": True})
+    for layer in [*model._host[0].layers][:3]:
+        layer.gradient_checkpointing = False
+    model._host[0].text_model.gradient_checkpointing = False
+    with pytest.raises(ValueError, match="gradient checkpointing must not be re-entrant"):
+        model(**batch)
+
+
+@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
+def test_late_checkpointing_leaves_the_adapters_modes(processor):
+    a, b, _ = random_images()
+    batch = processor(TWO, [a, b], answers="yes.")
+    base = with_dropout()
+    model = hia.get_hia_model(base, tiny_config(base)).train()
+    model.adapter.encoder.eval()  # as somebody does who freezes it
+    base.gradient_checkpointing_enable()
+    model(**batch)
+    assert not any(module.training for module in model.adapter.encoder.modules())
+
+
+def test_unload_leaves_the_host_frozen_for_lora_that_came_later():
+    peft = pytest.importorskip("peft")
+    base = tiny_llava()
+    model = hia.get_hia_model(base, tiny_config(base))
+    tuned = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = {name for name, p in tuned.named_parameters() if p.requires_grad}
+    model.unload()
+    assert {name for name, p in tuned.named_parameters() if p.requires_grad} == trained
+    assert trained and all("lora_" in name for name in trained)
+    before = tiny_llava()
+    lora = peft.get_peft_model(before, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before.lm_head.requires_grad_(True)
+    trained = {name for name, p in lora.named_parameters() if p.requires_grad}
+    hia.get_hia_model(lora, tiny_config(before)).unload()
+    assert {name for name, p in lora.named_parameters() if p.requires_grad} == trained
+
+
+@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
+def test_a_frozen_lora_has_no_dropout():
+    peft = pytest.importorskip("peft")
+    base = tiny_llava()
+    config = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"], inference_mode=True)
+    model = hia.get_hia_model(peft.get_peft_model(base, config), tiny_config(base)).train()
+    assert not any(module.training for module in model.base_model.modules())
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
 def test_unload_gives_the_hosts_modes_back(training):
@@ -328,6 +427,7 @@ def test_parameter_groups_hold_every_trained_parameter_once():
     torch.optim.AdamW(model.parameter_groups(1e-3))
     model.adapter.encoder.requires_grad_(False)
     assert not any("encoder" in group["name"] for group in model.parameter_groups(1e-3))
-    for name, value in (("lr", -1.0), ("encoder_lr_scale", float("nan")), ("weight_decay", "much")):
+    assert model.parameter_groups(np.float32(1e-3))[0]["lr"] == pytest.approx(1e-3)
+    for name, value in (("lr", True), ("lr", -1.0), ("encoder_lr_scale", float("nan")), ("weight_decay", "much")):
         with pytest.raises(ValueError, match=f"^hia: {name} must be a finite number that is not negative, got"):
             model.parameter_groups(**{"lr": 1e-3, name: value})

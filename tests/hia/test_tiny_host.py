@@ -162,6 +162,16 @@ def test_a_damaged_cache_is_not_used(host, tmp_path, damage):
     assert place.is_dir()  # it may be looked into
 
 
+def test_a_cache_that_cannot_be_written_is_known_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("hia.phantom.host.train_tiny_host", lambda *_: pytest.fail("trained first"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        tiny_host(MINUTE, tmp_path / "file" / "cache")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="cache must be a directory that can be written"):
+        tiny_host(MINUTE, tmp_path / "cache")
+
+
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     def fails(folder):
         (folder / "half").write_text("")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .dataset import PhantomDataset
 from .questions import EXTRA_TASKS, LANGUAGES, TASKS
-from .records import check_folder, write_records
+from .records import check_folder, check_parent, write_records
 from .sheet import draw_sheet, find_cjk_font
 from .studies import PhantomConfig
 
@@ -82,17 +82,15 @@ def _check_targets(options: argparse.Namespace) -> None:
         path = Path(options.sheet)
         if path.suffix.lower() != ".png" or path.is_dir():
             raise ValueError(f"--sheet must name a .png file, got {path}")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"--sheet must lie in a folder that exists, got {path}")
+        check_parent("--sheet", path)
         find_cjk_font(options.font)
-    if options.host is not None and Path(options.host).exists():
-        raise FileExistsError(f"--host must name a new folder, got {options.host}, which exists")
-    if options.host is not None and options.write is not None and _same(options.host, options.write):
-        raise ValueError(f"--host must name another folder than --write, got {options.host} for both")
-
-
-def _same(one: str, other: str) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
+    if options.host is not None:
+        folder = Path(options.host)
+        if folder.exists() or folder.is_symlink():
+            raise FileExistsError(f"--host must name a new folder, got {folder}, which exists")
+        if options.write is not None and folder.resolve() == Path(options.write).resolve():
+            raise ValueError(f"--host must name another folder than --write, got {folder} for both")
+        check_parent("--host", folder)
 
 
 class _Progress:

@@ -248,15 +248,19 @@ def tiny_host(
         The host, in evaluation. Its processor is :func:`tiny_processor`.
 
     Raises:
-        NotADirectoryError: the cache is a file. ValueError: a cached host that is not whole.
+        NotADirectoryError: the cache is a file. PermissionError: it can't be written.
+            ValueError: a cached host that is not whole.
     """
     recipe = recipe or TinyHostRecipe()
-    root = Path(cache or os.environ.get("HIA_CACHE") or Path.home() / ".cache" / "hia")
+    root = Path(cache or os.environ.get("HIA_CACHE") or "~/.cache/hia").expanduser()
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"hia.phantom: cache must be a directory, got the file {root}")
     place = root / f"tiny-host-{recipe.fingerprint()}"
     if place.exists():
         return _load_tiny_host(place)
+    root.mkdir(parents=True, exist_ok=True)  # what can't be written is known before minutes are spent
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise PermissionError(f"hia.phantom: cache must be a directory that can be written, got {root}")
     host = train_tiny_host(recipe, progress)
     save_tiny_host(host, recipe, place)
     return host

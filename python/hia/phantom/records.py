@@ -16,11 +16,21 @@ from .dataset import PhantomDataset
 
 
 def check_folder(folder: Path) -> None:
-    """Raise FileExistsError unless the folder is new or empty, FileNotFoundError unless its parent exists."""
+    """Raise unless the folder is new, or empty and nobody's working directory, in a parent that can be written to."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"hia.phantom: folder must be new or empty, got {folder}; choose another")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"hia.phantom: folder must have a parent that exists, got {folder}")
+    if folder.resolve() == Path.cwd():
+        raise FileExistsError("hia.phantom: folder must not be the working directory, which would be replaced")
+    check_parent("folder", folder)
+
+
+def check_parent(name: str, path: Path) -> None:
+    """Raise FileNotFoundError or PermissionError unless ``path`` can be made in the folder that it lies in."""
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"hia.phantom: {name} must have a parent that exists, got {path}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"hia.phantom: {name} must lie where it can be written, got {path}")
 
 
 def write_records(folder: str | Path, dataset: PhantomDataset, progress: Callable[[int], object] | None = None) -> Path:
@@ -39,10 +49,12 @@ def write_records(folder: str | Path, dataset: PhantomDataset, progress: Callabl
         The path of ``records.jsonl``.
 
     Raises:
-        FileExistsError: the folder holds something, or is a file. FileNotFoundError: no parent.
+        FileExistsError: the folder holds something, is a file, or the working directory. FileNotFoundError: no
+            parent. PermissionError: one that can't be written.
     """
     folder = Path(folder)
     check_folder(folder)
+    folder = folder.resolve()  # a link's target, which stays one
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"  # beside it, so that the rename is one step
     try:
         (partial / "images").mkdir(parents=True)
