@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -82,22 +83,38 @@ def prepare(
 
 def _host_scores(protocol: Protocol, cache: Path, folder: Path) -> dict[str, dict[str, float]]:
     """Score the bare host once: on large lesions, which it was taught, and on small ones."""
-    place = folder / "host.json"
+    place = folder / f"host-{protocol.fingerprint('host', 'size', 'radius', 'tasks', 'test_samples')}.json"
     if not place.is_file():
         write_json(Material(protocol, cache).host_scores(), place)
     return read_json(place)
 
 
+def _run_of(place: Path) -> dict[str, Any] | None:
+    """Read a run; None where the file holds something else."""
+    run = read_json(place)
+    return run if isinstance(run, dict) and {"row", "protocol", "scores", "health"} <= set(run) else None
+
+
 def is_current(place: Path, protocol: Protocol, row: Row) -> bool:
     """Tell whether a run is there that this protocol and this row would make again."""
-    return place.is_file() and read_json(place)["protocol"] == protocol.fingerprint(row=row)
+    if not place.is_file():
+        return False
+    run = _run_of(place)
+    if run is None:
+        raise ValueError(f"{place} must hold a run of this command, got something else; delete it")
+    return run["protocol"] == protocol.fingerprint(row=row)
 
 
 def current_runs(folder: Path, protocol: Protocol, asked: list[Row]) -> list[dict[str, Any]]:
     """Read all runs of a folder that belong to the protocol as it is now; others don't share its tables."""
     rows = {row.name: row for row in (*ROWS, *START_ROWS, *asked)}
-    runs = [read_json(path) for path in sorted(folder.glob("*-*.json"))]
+    runs = [run for path in sorted(folder.glob("*-*.json")) if (run := _run_of(path)) is not None]
     return [run for run in runs if run["row"] in rows and run["protocol"] == protocol.fingerprint(row=rows[run["row"]])]
+
+
+def without_places(command: str) -> str:
+    """Leave out of a command where caches and results lie: it changes no result, and is somebody's own."""
+    return re.sub(r" --(cache|out)[ =]\S+", "", command)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,6 +137,7 @@ def _run(options: argparse.Namespace, rows: list[Row]) -> int:
     missing = [(row, seed) for row, seed in pairs if not is_current(places[row.name, seed], protocol, row)]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     environment = {**describe("cpu", "bench ablation"), "threads_a_run": threads, "jobs": options.jobs}
+    environment["command"] = without_places(environment["command"])
     if missing:
         with workers(options.jobs, threads) as submit:
             finish(prepare(submit, protocol, options.cache, rows, seeds, start))
@@ -129,6 +147,11 @@ def _run(options: argparse.Namespace, rows: list[Row]) -> int:
             ])  # fmt: skip
     results = current_runs(folder, protocol, rows)
     record = {"protocol": protocol.to_dict(), "host": _host_scores(protocol, options.cache, folder), "runs": results}
+    if options.record:
+        left = {(row.name, seed) for row in ROWS for seed in protocol.seeds} - {(r["row"], r["seed"]) for r in results}
+        if left:
+            named = ", ".join(f"{name} {seed}" for name, seed in sorted(left)[:5])
+            raise ValueError(f"--record must have all rows and seeds of the tables, {len(left)} are left: {named}")
     targets = [folder] + ([REPOSITORY / "bench" / "results" / slug(device_name("cpu"))] if options.record else [])
     for target in targets:
         report.write(record, target)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,10 +92,11 @@ def markdown(record: dict[str, Any]) -> str:
     """Write the record as tables."""
     runs, protocol = record["runs"], record["protocol"]
     environment, tasks = runs[0]["environment"], protocol["tasks"]
+    commands = dict.fromkeys(f"`{run['environment']['command']}`" for run in runs)
     commits = sorted({str(run["environment"]["commit"])[:12] for run in runs})
     lines = ["# Ablation on phantoms", ""]
     lines += [
-        f"`{environment['command']}`, commit {', '.join(commits)}, {environment['device']}, "
+        f"{', '.join(commands)}, commit {', '.join(commits)}, {environment['device']}, "
         f"torch {environment['versions']['torch']}, transformers {environment['versions']['transformers']}.",
         f"Phantoms of {protocol['size']} px with lesions of {protocol['radius'][0]} to {protocol['radius'][1]} px "
         f"radius; a frozen host of {protocol['host']['layers']} layers that sees 40 px; {protocol['steps']} steps of "
@@ -144,10 +147,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def write(record: dict[str, Any], folder: Path) -> None:
     """Write ablation.json, ablation.md and, with matplotlib, ablation.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ablation.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "ablation.md").write_text(markdown(record))
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return
-    draw(record, folder / "ablation.png")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        (Path(scratch) / "ablation.json").write_text(json.dumps(record, indent=1) + "\n")
+        (Path(scratch) / "ablation.md").write_text(markdown(record))
+        if importlib.util.find_spec("matplotlib"):
+            draw(record, Path(scratch) / "ablation.png")
+        for written in sorted(Path(scratch).iterdir()):
+            written.replace(folder / written.name)

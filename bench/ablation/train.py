@@ -58,7 +58,7 @@ class Material:
             dataset = PhantomDataset(count, (seed, part), config, protocol.tasks, wording=None if part == TRAIN else 0)
             drawn = PhantomBatches(dataset, hia_processor(self.untrained()))
             save_whole(place, lambda folder: torch.save(drawn, folder / "batches.pt"))
-        return torch.load(place / "batches.pt", weights_only=False)
+        return _load(place / "batches.pt", weights_only=False)
 
     def host_scores(self) -> dict[str, dict[str, float]]:
         """Score the bare host on held-out phantoms with large lesions, which it was taught, and with small ones."""
@@ -95,7 +95,17 @@ class Material:
             )  # fmt: skip
             tell(f"pre-trained the encoder: loss {loss:.4f}")
             save_whole(place, lambda folder: torch.save(encoder.state_dict(), folder / "encoder.pt"))
-        return torch.load(place / "encoder.pt", weights_only=True)
+        return _load(place / "encoder.pt", weights_only=True)
+
+
+def _load(place: Path, weights_only: bool) -> Any:
+    """Read what a folder of the cache holds, which this command wrote."""
+    try:
+        return torch.load(place, weights_only=weights_only)
+    except Exception as error:
+        # a damaged pickle fails in whatever way it likes
+        folder = place.parent
+        raise ValueError(f"{place} must be whole, got: {error!r}; delete {folder} to have it made anew") from error
 
 
 def start_parts(adapter: HiAAdapter, parts: tuple[str, ...]) -> None:

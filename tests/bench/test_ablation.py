@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bench.ablation import cli as command
-from bench.ablation import report
+from bench.ablation import report, train
 from bench.ablation.pretrain import pretrain, targets
 from bench.ablation.protocol import FULL, ROWS, START_ROWS, Protocol, row_named
 from bench.ablation.train import TEST, TRAIN, Material, build, run, start_parts
@@ -179,6 +179,71 @@ def test_runs_of_another_protocol_are_not_reused(tmp_path, monkeypatch, material
     (tmp_path / "full-1.json").write_text("{")
     assert command.main(words) == 2
     assert "full-1.json must be JSON, got: " in capsys.readouterr().err
+    (tmp_path / "full-1.json").write_text("{}")
+    assert command.main(words) == 2
+    assert "full-1.json must hold a run of this command, got something else" in capsys.readouterr().err
+
+
+@pytest.fixture
+def told_runs(monkeypatch):
+    """The command without its training: each run scores a half."""
+
+    def told(protocol, _cache, row, seed, environment, _start, place):
+        health = {"layers.0.update_ratio": 1.0}
+        command.write_json(
+            {
+                "row": row.name, "seed": seed, "protocol": protocol.fingerprint(row=row), "environment": environment,
+                "scores": dict.fromkeys(protocol.tasks, 0.5), "health": {"before": health, "after": health},
+                "seconds_a_step": 1.0,
+            },
+            place,
+        )  # fmt: skip
+
+    monkeypatch.setattr(command, "workers", in_this_process)
+    monkeypatch.setattr(command, "prepare", lambda *_: [])
+    monkeypatch.setattr(command, "run_row", told)
+    monkeypatch.setattr(command.Material, "host_scores", lambda _: {"lesions": {"disease": 0.5}})
+
+
+def test_other_files_and_another_protocols_host_stay_out_of_the_tables(tmp_path, monkeypatch, told_runs):
+    words = ["--rows", "full", "--seeds", "1", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "my-notes.json").write_text('{"row": 1}')
+    for size in (64, 96):
+        scores = {"lesions": {"disease": size / 100}}
+        monkeypatch.setattr(command, "Protocol", lambda size=size: dataclasses.replace(TINY, size=size))
+        monkeypatch.setattr(command.Material, "host_scores", lambda _, scores=scores: scores)
+        assert command.main(words) == 0
+        record = json.loads((tmp_path / "runs" / "ablation.json").read_text())
+        assert record["host"] == scores and len(record["runs"]) == 1
+
+
+def test_only_whole_tables_are_recorded(tmp_path, monkeypatch, told_runs, capsys):
+    monkeypatch.setattr(command, "Protocol", lambda: TINY)
+    monkeypatch.setattr(command, "REPOSITORY", tmp_path / "repository")
+    words = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs"), "--record"]
+    assert command.main([*words, "--rows", "full"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "--record must have all rows and seeds of the tables, 22 are left: early 0, early 1, half 0,"
+    )
+    assert not (tmp_path / "repository").exists()
+    assert command.main(words) == 0
+    (written,) = {path.parent for path in (tmp_path / "repository").rglob("ablation.*")}
+    assert sorted(path.name for path in written.iterdir()) == ["ablation.json", "ablation.md", "ablation.png"]
+    assert "`python -m bench ablation" in (written / "ablation.md").read_text()
+
+
+def test_a_damaged_cache_says_what_to_delete(tmp_path):
+    place = tmp_path / "encoder.pt"
+    place.write_bytes(b"half")
+    with pytest.raises(ValueError, match=f"{place} must be whole, got: .*; delete {tmp_path} to have it made anew"):
+        train._load(place, weights_only=True)
+
+
+def test_a_command_is_kept_without_its_folders():
+    said = "python -m bench ablation --rows full --out /home/me/runs --cache=/data/c --record"
+    assert command.without_places(said) == "python -m bench ablation --rows full --record"
 
 
 def test_workers_end_with_the_command(tmp_path):
