@@ -303,7 +303,13 @@ class Encoder(nn.Module):
         return groups
 
     def _check_live_groups(self, alike: dict[Any, list[int]], budget: int | None) -> None:
+        shared = any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())  # other ranks have features too
         for (shape, _), members in alike.items():
+            if not shared and self.halved(shape[0]) * self.halved(shape[1]) * len(members) < 2:
+                raise ValueError(
+                    f"hia: images of one size must give more than one feature together where batch-norm takes live "
+                    f"statistics, got one of {shape[0]} x {shape[1]} pixels, a feature per {self.stride}"
+                )
             needed = 0 if budget is None else len(members) * tiling.activation_bytes(self, *shape[:2])
             if budget is not None and needed > budget:
                 raise ValueError(

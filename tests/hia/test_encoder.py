@@ -284,6 +284,17 @@ def test_live_statistics_are_of_all_images_of_one_size():
     assert encoder.layer4[2].bn3.weight.grad.any()
 
 
+def test_live_statistics_of_one_feature_are_refused():
+    encoder = encoder_of(batch_norm="batch").train()
+    small = pixels_of(20, 20)
+    with pytest.raises(
+        ValueError, match="more than one feature together where .* got one of 20 x 20 pixels, a feature"
+    ):
+        encoder.forward_many([pixels_of(64, 64), small], torch.tensor([[0.0, 255.0]] * 2))
+    encoder.forward_many([small, pixels_of(20, 20, seed=1)], torch.tensor([[0.0, 255.0]] * 2))
+    encoder.eval().forward_many([small], torch.tensor([[0.0, 255.0]]))
+
+
 def test_a_budget_never_splits_a_live_batch():
     encoder, images = live_encoder(), [pixels_of(64, 48, seed=seed) for seed in range(3)]
     windows, one = WINDOW.expand(3, 2), tiling.activation_bytes(encoder, 64, 48)
