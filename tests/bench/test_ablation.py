@@ -249,9 +249,10 @@ def test_a_command_is_kept_without_its_folders():
 def test_workers_end_with_the_command(tmp_path):
     """Killed without a word, interrupted, or by a call that fails: no process is left, and none waits for others."""
     script = (
-        "import sys, time, os\n"
+        "import sys, time, os, signal\n"
         "from bench.ablation.workers import finish, workers\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "    with workers(2, 1) as submit:\n"
         "        calls = [submit(time.sleep, 100), submit(time.sleep, 0)]\n"
         "        calls[1].result()\n"
