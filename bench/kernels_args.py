@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     chosen.add_argument(
         "--set",
         metavar="NAME",
-        help="cpu, gpu or quick: what a run without --case takes there; figures: of bench/figures.py",
+        help="cpu, gpu or quick: what a run without --case takes there; figures: of bench/figures",
     )
     chosen.add_argument("--provider", action="append", metavar="NAME", help="who is measured (default: all)")
     chosen.add_argument("--dtype", action="append", metavar="DTYPE",

@@ -50,6 +50,10 @@ class Protocol:
         """The card's memory."""
         return round(self.card_gb * BYTES_PER_GB)
 
+    def flops_unit(self) -> tuple[str, int]:
+        """Name the FLOPs columns' unit, and give how many FLOPs it is."""
+        return ("TMACs", 2 * 10**12) if self.unit == "macs" else ("TFLOPs", 10**12)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {

@@ -24,15 +24,10 @@ def console_for(stream: Any) -> Console:
     return console if console.is_terminal else Console(file=stream, width=WIDTH)
 
 
-def flops_unit(report: Report) -> tuple[str, int]:
-    """What a FLOPs column is called, and how many FLOPs one of its units is."""
-    return ("TMACs", 2 * 10**12) if report.protocol.unit == "macs" else ("TFLOPs", 10**12)
-
-
 def main_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the predicted table, the paper's figure beside ours in every row."""
     attentions = report.protocol.attention
-    unit, scale = flops_unit(report)
+    unit, scale = report.protocol.flops_unit()
     header = ["px", "method", "tokens", unit, "paper", "base/this", "paper"]
     header += [f"GB {name}" for name in attentions] + ["paper"]
     header += [f"base/this {name}" for name in attentions] + ["paper"]

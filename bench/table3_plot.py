@@ -7,7 +7,6 @@ from typing import Any
 
 from . import methods, paper
 from .records import BYTES_PER_GB, Report
-from .table3_output import flops_unit
 
 COLOURS = {"baseline": "#c44e52", "anyres": "#dd8452", "released": "#8172b3", "hia": "#2b7a78"}
 NAMES = {
@@ -38,7 +37,7 @@ def draw(report: Report, path: Path) -> None:
     flops_axis, memory_axis = figure.subplots(1, 2)
     for axis in (flops_axis, memory_axis):
         axis.set_yscale("log")
-    unit, scale = flops_unit(report)
+    unit, scale = report.protocol.flops_unit()
     _draw_flops(flops_axis, report, scale)
     _draw_memory(memory_axis, report)
     _finish(flops_axis, report, f"{unit} of a prefill")

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from bench.environment import REPOSITORY, describe, device_name, slug
 from hia.phantom import BONES, PhantomConfig, PhantomDataset, draw_study
+from hia.phantom.host import LARGE
+from hia.radiograph import Radiograph
 
 from .workers import write_json
 
 FULL, VIEW = 192, 42  # px
 RADII = (1.5, 2.5, 3.25, 5.0, 10.0, 20.0)
-SMALL, LARGE = (1.5, 3.25), (10.0, 20.0)
+SMALL = PhantomConfig.radius
 # The first steps on lesions that the view still shows, then ever smaller ones: a network that knows what to look for.
 CURRICULUM = (((5.0, 10.0), 250), ((3.5, 6.0), 250), ((2.5, 4.0), 250), (SMALL, 500))
 TRAININGS: tuple[tuple[str, int, tuple[tuple[tuple[float, float], int], ...]], ...] = (
@@ -42,7 +44,10 @@ BATCH, TEST = 32, 600  # studies
 
 def grey(radius: tuple[float, float], seed: Any, px: int, **given: Any) -> Tensor:
     """Draw one visit, resized: [px, px] in [0, 1]."""
-    radiograph = draw_study(seed, PhantomConfig(radius=radius), **given).visits[0].radiograph
+    return _resized(draw_study(seed, PhantomConfig(radius=radius), **given).visits[0].radiograph, px)
+
+
+def _resized(radiograph: Radiograph, px: int) -> Tensor:
     return (radiograph if px == FULL else radiograph.resized(px, px)).windowed()[..., 0]
 
 
@@ -92,8 +97,7 @@ def _draw(count: int, seed: tuple[int, ...], radius: tuple[float, float], px: in
     images, present = [], []
     for number in range(count):
         sample = dataset[number]
-        radiograph = sample.images[0]
-        images.append((radiograph if px == FULL else radiograph.resized(px, px)).windowed()[..., 0])
+        images.append(_resized(sample.images[0], px))
         present.append(float(bool(sample.study.visits[0].lesions)))
     return torch.stack(images)[:, None], torch.tensor(present)
 
@@ -115,7 +119,7 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = classifier()
-    optimizer, shares, done = torch.optim.AdamW(model.parameters(), lr=3e-3), [], 0
+    optimizer, shares = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     for stage, (radius, steps) in enumerate(stages):
         model.train()
         for step in range(steps):
@@ -124,7 +128,6 @@ def train_classifier(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        done += steps
         model.eval()
         right = 0
         with torch.no_grad():

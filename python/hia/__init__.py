@@ -3,10 +3,11 @@
 from .config import HiAConfig
 from .features import ImageFeatures
 from .health import AdapterHealth, Gradient, LayerHealth
-from .images import Radiograph, load_image
+from .images import load_image
 from .model import HiAModel, get_hia_model
 from .probe import LayerProbe, LayerReading, probe_layers
 from .processor import HiABatch, HiAProcessor
+from .radiograph import Radiograph
 from .released import convert_released
 
 __version__ = "0.1.0"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import Encoder, of_one_kind
-from .images import Radiograph, check_pixels, check_windows, default_window
+from .images import check_pixels, check_windows, default_window
+from .radiograph import Radiograph
 
 CHUNK_PIXELS = 2**20  # images that are normed together; their activations are in memory at once
 
@@ -38,7 +39,7 @@ def is_pristine(encoder: Encoder) -> bool:
 
 
 class _Moments:
-    """Of what a norm is given, over all pixels of all images: [C] in fp64."""
+    """Moments of what a norm is given, over all pixels of all images: [C] in fp64."""
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import split_plan
+from .forms import split_plan
 
 NAMED_LAYERS = {"half": 1, "thirds": 2, "quarters": 3}  # number of injections (paper, Table 4)
 ENCODERS = ("resnet50", "strided")

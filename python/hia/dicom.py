@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .images import Radiograph
+from .radiograph import Radiograph
 
 
 def read_dicom(path: Path) -> Radiograph:

@@ -206,11 +206,11 @@ class Encoder(nn.Module):
         return self._prepared
 
     def units(self) -> Sequence[Any]:
-        """What follows the stem, in order."""
+        """List what follows the stem, in order."""
         raise NotImplementedError("Encoder is abstract: use build_encoder")
 
     def body(self, x: Tensor, step: Steps | None = None, start: int = 0) -> Tensor:
-        """What follows the stem, from unit ``start`` on: [N, H, W, C] -> [N, H', W', C']."""
+        """Run what follows the stem, from unit ``start`` on: [N, H, W, C] -> [N, H', W', C']."""
         step = step or self._steps()
         elements = tiling.arena_elements(self.units()[start:], x.shape)
         with step.within(elements, x.dtype, keep=start == 0):  # behind strips the image is a large one
@@ -247,13 +247,18 @@ class Encoder(nn.Module):
             self._constants[key] = (tensors[0], tensors[1])
         return self._constants[key]
 
-    def _is_live(self) -> bool:
-        """Whether any norm takes the statistics of what it is given."""
+    def takes_live_statistics(self) -> bool:
+        """Tell whether any norm takes the statistics of what it is given."""
         return self.bn1.training or any(norm.training for unit in self.units() for _, norm in unit.pairs())
 
     def _steps(self) -> Steps:
         """With prepared weights, where no gradient is recorded and no norm takes live statistics."""
-        if self._prepared is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or self._is_live():
+        if (
+            self._prepared is None
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.takes_live_statistics()
+        ):
             return Steps()
         prepared = self.current()
         if prepared is None:
@@ -287,7 +292,7 @@ class Encoder(nn.Module):
 
     def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
         """Indices of images to encode at once: of one size, and no more than the budget holds."""
-        live, on_cpu = self._is_live(), self.conv1.weight.device.type == "cpu"
+        live, on_cpu = self.takes_live_statistics(), self.conv1.weight.device.type == "cpu"
         if on_cpu and not live and not torch.is_grad_enabled():
             return [[index] for index in range(len(images))]
         alike = of_one_kind(images)
@@ -303,9 +308,10 @@ class Encoder(nn.Module):
         return groups
 
     def _check_live_groups(self, alike: dict[Any, list[int]], budget: int | None) -> None:
-        shared = any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())  # other ranks have features too
         for (shape, _), members in alike.items():
-            if not shared and self.halved(shape[0]) * self.halved(shape[1]) * len(members) < 2:
+            features = self.halved(shape[0]) * self.halved(shape[1]) * len(members)
+            # SyncBatchNorm's other ranks have features too
+            if features < 2 and not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
                 raise ValueError(
                     f"hia: images of one size must give more than one feature together where batch-norm takes live "
                     f"statistics, got one of {shape[0]} x {shape[1]} pixels, a feature per {self.stride}"

@@ -114,7 +114,7 @@ class LayerHealth:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Of a group of parameters.
+    """Gradient of a group of parameters.
 
     Attributes:
         norm: Euclidean, over all their elements.
@@ -132,7 +132,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class AdapterHealth:
-    """What :meth:`hia.HiAModel.adapter_health` returns: ``str()`` is a table, :meth:`problems` the verdict.
+    """Result of :meth:`hia.HiAModel.adapter_health`: ``str()`` is a table, :meth:`problems` the verdict.
 
     Attributes:
         layers: by decoder layer.
@@ -185,7 +185,7 @@ class AdapterHealth:
             yield f"the gradient's RMS is below Adam's epsilon {least}, so they hardly move: {', '.join(small)}"
 
     def _is_open(self, group: str) -> bool:
-        """Whether a gradient can be expected: some update that the group is part of is not zero."""
+        """Tell whether a gradient can be expected: some update that the group is part of is not zero."""
         owner = group.partition(".")[0]
         return any(layer.update_ratio > 0 for index, layer in self.layers.items() if owner in (str(index), *SHARED))
 
@@ -293,7 +293,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Seen:
-    """What one layer was given, and its extracted tokens."""
+    """Inputs of one layer, and its extracted tokens."""
 
     instruction: Tensor  # [A, D1]
     features: PackedFeatures

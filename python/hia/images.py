@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .radiograph import Radiograph
+
 PIXEL_DTYPES = (torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PIL_MODES = {"1": "L", "P": "RGB", "RGBA": "RGB", "PA": "RGB", "LA": "L", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
-
-
-@dataclass(frozen=True)
-class Radiograph:
-    """One image as it was taken.
-
-    Attributes:
-        pixels: [H, W, 1 or 3] uint8, uint16 or fp32.
-        window: (low, high) in units of the pixels: what is shown black and white; low > high inverts.
-    """
-
-    pixels: Tensor
-    window: tuple[float, float]
-
-    def windowed(self) -> Tensor:
-        """[H, W, C] fp32 in [0, 1]."""
-        low, high = self.window
-        return ((self.pixels.float() - low) / (high - low)).clamp(0, 1)
-
-    def to_pil(self) -> Image.Image:
-        """8-bit RGB, as the host's image processor wants it."""
-        grey_or_rgb = (self.windowed() * 255).round().to(torch.uint8).expand(-1, -1, 3)
-        return Image.fromarray(grey_or_rgb.numpy(), "RGB")
-
-    def resized(self, height: int, width: int) -> Radiograph:
-        """Bilinear with antialiasing, same dtype and window."""
-        image = self.pixels.float().permute(2, 0, 1)[None]
-        small = F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
-        pixels = small[0].permute(1, 2, 0)
-        if not self.pixels.is_floating_point():
-            top = torch.iinfo(self.pixels.dtype).max
-            pixels = pixels.round().clamp(0, top)
-        return Radiograph(pixels.to(self.pixels.dtype).contiguous(), self.window)
 
 
 def check_pixels(name: str, pixels: Tensor, smallest_side: int = 1) -> None:

@@ -22,8 +22,9 @@ from .extractor import PackedFeatures
 from .features import ImageFeatures
 from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
 from .hosts import LlamaHost, find_host
-from .images import Radiograph, check_pixels, check_windows, default_window
+from .images import check_pixels, check_windows, default_window
 from .layout import VisualLayout, build_layout, left_padded
+from .radiograph import Radiograph
 from .training import (
     ENCODER_LR_SCALE,
     lost_checkpointing,

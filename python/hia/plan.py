@@ -10,17 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .config import HiAConfig
+from .config import HiAConfig
+from .forms import AUTO, EXTRACT_FORMS, split_plan
 
-EXTRACT_FORMS = (
-    "textbook", "folded", "absorbed", "folded_absorbed", "deep_kv", "deep_absorbed", "cached_folded", "cached_kv",
-)  # fmt: skip
-INJECT_FORMS = ("textbook", "absorbed")
 NEEDS = {
     "folded": "it folds the released maths' shared projection, which this config lacks",
     "folded_absorbed": "it folds the released maths' shared projection, which this config lacks",
@@ -30,7 +25,6 @@ NEEDS = {
     "cached_folded": "it needs encode_images(keep='folded'), weights that have not changed since, and no gradients",
     "cached_kv": "it needs encode_images(keep='kv'), weights that have not changed since, and no gradients",
 }
-AUTO = "auto"
 DEEP_PAD = 16  # columns behind the features: one of ones, the rest zero, so that rows stay aligned
 # FLOP/s, bytes/s, seconds to start a step; by device type and bytes of an element
 CEILINGS = {
@@ -225,23 +219,6 @@ def cheapest(forms: Sequence[Form], ceilings: tuple[float, float, float], traini
         least = _smaller(least, estimate)
     # against the least, not one with another: a compiled graph's guards then hold as long as the same form wins
     return next(form for form, estimate in zip(forms, seconds, strict=True) if estimate <= least)
-
-
-def split_plan(plan: str) -> tuple[str, str]:
-    """The two parts' forms of ``HiAConfig.plan``: "auto", a form for both, or "<extract>/<inject>".
-
-    Raises:
-        ValueError: no such form.
-    """
-    extract, slash, inject = plan.partition("/")
-    if not slash:
-        inject = extract if extract in INJECT_FORMS else AUTO
-    if extract not in (AUTO, *EXTRACT_FORMS) or inject not in (AUTO, *INJECT_FORMS):
-        raise ValueError(
-            f"HiAConfig: plan must be 'auto' or '<extract>/<inject>' with extract among {', '.join(EXTRACT_FORMS)} and "
-            f"inject among {', '.join(INJECT_FORMS)}, got {plan!r}"
-        )
-    return extract, inject
 
 
 def choose(part: str, forced: str, sizes: Sizes, device: str) -> str:

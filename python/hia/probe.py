@@ -50,7 +50,7 @@ class LayerReading:
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """What :func:`probe_layers` returns; ``str()`` is a table.
+    """Result of :func:`probe_layers`; ``str()`` is a table.
 
     Attributes:
         loss: of the unchanged host: mean negative log-likelihood of an answer's token, nats.
@@ -70,7 +70,7 @@ class LayerProbe:
 
     @property
     def reads(self) -> bool:
-        """Whether the host reads the images' details at all: blind, it must lose more than noise."""
+        """Tell whether the host reads the images' details at all: blind, it must lose more than noise."""
         return self.blind.increase > max(LEAST_INCREASE, STANDARD_ERRORS * self.blind.error)
 
     @property

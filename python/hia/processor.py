@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .config import HiAConfig
-from .images import Radiograph, load_image
+from .images import load_image
+from .radiograph import Radiograph
 from .resolution import for_encoder
 
 IGNORED = -100  # transformers' label of a token without loss

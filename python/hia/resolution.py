@@ -13,7 +13,8 @@ from .config import HiAConfig
 from .encoder import Encoder
 from .features import ImageFeatures
 from .hosts import LlamaHost
-from .images import Radiograph, check_pixels
+from .images import check_pixels
+from .radiograph import Radiograph
 
 _ABLATION = "HiAConfig(high_resolution=False)"
 

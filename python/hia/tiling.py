@@ -7,19 +7,16 @@ the result is that of the whole image (docs/encoder.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 
 from .folding import Steps
-
-if TYPE_CHECKING:
-    from .encoder import Encoder
 
 STEM_TEMPORARY = 8 * 2**20  # bytes the stem holds beside its output where it works strip by strip itself
 LARGE_MAP = 64 * 2**20  # bytes; the C library asks the system for larger blocks every time
@@ -28,6 +25,26 @@ STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with thre
 
 
 Rows = list[Tensor]  # neighbouring rows of one map, [N, R, W, C] each: joining them would copy the map
+
+
+class Striped(Protocol):
+    """Is what strips go through: a stem and units behind it, as :class:`hia.encoder.Encoder` has them."""
+
+    conv1: Any
+    channels: int
+    stem_stride: int
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """List what takes memory, and may want a gradient."""
+
+    def units(self) -> Sequence[Any]:
+        """List what follows the stem, in order."""
+
+    def stem(self, pixels: Tensor, window: Tensor, step: Steps) -> Tensor:
+        """Run the stem: [N, H, W, CP] -> [N, H', W', C]."""
+
+    def takes_live_statistics(self) -> bool:
+        """Tell whether any norm takes the statistics of what it is given."""
 
 
 class _Windows:
@@ -181,7 +198,7 @@ def _shape_of(unit: Any) -> _Shape:
     return _Shape(first.in_channels, first.out_channels, last.out_channels, unit.stride, unit.downsample is not None)
 
 
-def stem_size(encoder: Encoder, height: int, width: int) -> tuple[int, int]:
+def stem_size(encoder: Striped, height: int, width: int) -> tuple[int, int]:
     """Height and width of the stem's output."""
     for _ in range(encoder.stem_stride // 2):
         height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
@@ -194,7 +211,7 @@ def _size_behind(units: Sequence[Any], height: int, width: int) -> tuple[int, in
     return height, width
 
 
-def activation_bytes(encoder: Encoder, height: int, width: int, rows: int | None = None) -> int:
+def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None = None) -> int:
     """How many bytes of activations encoding one image takes at most; its pixels and the parameters not counted.
 
     Args:
@@ -248,7 +265,7 @@ def check_budget(budget: int | None) -> None:
         raise ValueError(f"hia: max_activation_bytes must be a positive int or None, got {budget!r}")
 
 
-def strip_rows(encoder: Encoder, height: int, width: int, budget: int) -> int | None:
+def strip_rows(encoder: Striped, height: int, width: int, budget: int) -> int | None:
     """The largest strip within the budget, in rows of the stem's output; None: the whole image fits.
 
     Raises:
@@ -272,7 +289,7 @@ def strip_rows(encoder: Encoder, height: int, width: int, budget: int) -> int | 
     return low * unit
 
 
-def head(encoder: Encoder, height: int, width: int) -> tuple[int, int]:
+def head(encoder: Striped, height: int, width: int) -> tuple[int, int]:
     """How many units to take in strips though memory is no question, and the rows of a strip.
 
     Those up to the first that halves the map, where maps are largest: asking the system for such a map's memory, and
@@ -287,7 +304,7 @@ def head(encoder: Encoder, height: int, width: int) -> tuple[int, int]:
     return 1 + next(number for number, unit in enumerate(units) if unit.stride == 2), -(-height // strips)
 
 
-def check_inference(encoder: Encoder, pixels: Tensor, height: int, width: int, budget: int) -> None:
+def check_inference(encoder: Striped, pixels: Tensor, height: int, width: int, budget: int) -> None:
     """Raise where strips can't be used: an image has one graph, and live statistics are of the whole of it.
 
     Raises:
@@ -297,7 +314,7 @@ def check_inference(encoder: Encoder, pixels: Tensor, height: int, width: int, b
     reason = None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         reason = "gradients are recorded"
-    elif encoder._is_live():
+    elif encoder.takes_live_statistics():
         reason = "batch-norm takes live statistics"
     if reason is not None:
         raise ValueError(
@@ -311,7 +328,7 @@ def _stream(unit: Any, step: Steps) -> _BottleneckStream | _ConvStream:
 
 
 def encode_strips(
-    encoder: Encoder,
+    encoder: Striped,
     pixels: Tensor,
     window: Tensor,
     step: Steps,

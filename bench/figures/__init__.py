@@ -7,13 +7,12 @@ A figure is a ratio of two measurements of one workload, taken in turns in one r
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .measurement import Measurement
-from .workloads import CASES, LayerCase, Workload
+from ..measurement import Measurement
+from ..workloads import CASES, LayerCase, Workload
 
 OURS = "hia"
 # kind of figure -> what its ratio is, and whether it must be at least or at most its target
@@ -227,8 +226,8 @@ def _apart(ours: Measurement, other: Measurement) -> str:
 
 def _flops(side: int, device: str) -> tuple[float, str]:
     """Of the HiA layers without the encoder, by the formulas that Table 3's counts are checked against."""
-    from . import formulas  # brings transformers, which takes seconds
-    from .hosts import LLAVA_13B
+    from .. import formulas  # brings transformers, which takes seconds
+    from ..hosts import LLAVA_13B
 
     counts = [formulas.layers_flops(method, LLAVA_13B, side, 2, device) for method in (OURS, "released")]
     note = f"two images, {counts[0] / 1e12:.3g} and {counts[1] / 1e12:.3g} TFLOPs, by bench/formulas.py"
@@ -257,9 +256,3 @@ def cells(verdicts: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
         ratio = "-" if one["ratio"] is None else f"{one['ratio']:.2f}"
         rows.append([one["name"], one["where"], what, target, ratio, one["verdict"], one["note"]])
     return header, rows
-
-
-if __name__ == "__main__":
-    from .figures_run import main
-
-    sys.exit(main())
