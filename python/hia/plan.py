@@ -15,6 +15,7 @@ import torch
 
 from .config import HiAConfig
 from .forms import AUTO, EXTRACT_FORMS, split_plan
+from .forms import INJECT_FORMS as INJECT_FORMS  # beside the costs, for whoever lists the forms
 
 NEEDS = {
     "folded": "it folds the released maths' shared projection, which this config lacks",
