@@ -101,9 +101,13 @@ class Worker:
         self.name = name
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "python")])}
         self.process = subprocess.Popen(
-            [sys.executable, str(script), str(inputs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=tree, env=environment,
-        )  # fmt: skip
+            [sys.executable, str(script), str(inputs)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tree,
+            env=environment,
+        )
         first = self._read()
         wanted = str(tree / "hia_kernels")
         if not first.startswith(f"ready {wanted}"):
@@ -262,8 +266,10 @@ def line_of(row: Row, threshold: float) -> str:
     ratios = row.ratios(-1)
     cuts = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else [row.ratio] * 4
     spread = f"{cuts[0]:.2f} - {cuts[3]:.2f}"
-    return (f"{row.case:<22} {statistics.median(base):10.4f} {statistics.median(now):10.4f} "
-            f"{row.ratio:9.3f} {spread:>13} {len(ratios):6}  {verdict}")  # fmt: skip
+    return (
+        f"{row.case:<22} {statistics.median(base):10.4f} {statistics.median(now):10.4f} "
+        f"{row.ratio:9.3f} {spread:>13} {len(ratios):6}  {verdict}"
+    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -277,8 +283,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known = cases()
     parser.add_argument("--case", nargs="+", default=list(known), metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"pairs a case (default: {ROUNDS})")
-    parser.add_argument("--threshold", type=float, default=100 * THRESHOLD, metavar="PERCENT",
-                        help="a median that is slower by more fails, by the rule below (default: 10)")  # fmt: skip
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=100 * THRESHOLD,
+        metavar="PERCENT",
+        help="a median that is slower by more fails, by the rule below (default: 10)",
+    )
     options = parser.parse_args(arguments)
     for case in options.case:
         if case not in known:
@@ -286,8 +297,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             parser.error(f"--case: must be among {', '.join(known)}, got {case!r}{hint}")
     if options.rounds < 2 or options.threshold <= 0:
-        parser.error(f"--rounds and --threshold: must be at least 2 and above 0, got {options.rounds} and "
-                     f"{options.threshold:g}")  # fmt: skip
+        parser.error(
+            f"--rounds and --threshold: must be at least 2 and above 0, got {options.rounds} and {options.threshold:g}"
+        )
     return options
 
 

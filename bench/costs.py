@@ -58,12 +58,20 @@ def least_flops(workload: Workload, textbook: int, itemsize: int) -> int:
     training = entry.trains
     config = case.config
     sizes = Sizes(
-        hidden_size=case.hidden_size, dim=config.dim, heads=config.num_heads, queries=case.num_queries,
-        channels=case.channels, samples=case.batch, features=tuple(case.feature_lengths),
-        visual=(case.visual_tokens,) * case.images, itemsize=itemsize, training=training, prepared=not training,
+        hidden_size=case.hidden_size,
+        dim=config.dim,
+        heads=config.num_heads,
+        queries=case.num_queries,
+        channels=case.channels,
+        samples=case.batch,
+        features=tuple(case.feature_lengths),
+        visual=(case.visual_tokens,) * case.images,
+        itemsize=itemsize,
+        training=training,
+        prepared=not training,
         sharing=len(config.layer_indices) if config.shared_projection else 0,
         cached=("kv",) if workload.op == "second_question" else (),
-    )  # fmt: skip
+    )
     saved = 0.0
     for part in entry.parts:
         counts = {form.name: form.flops for form in (extract_forms if part == "extract" else inject_forms)(sizes)}

@@ -150,12 +150,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, samples in found.items():
             ratio = "-" if base is None else f"{samples.percentile(50) / base:.2f}"
             noisy = " (noisy)" if samples.noisy else ""
-            print(f"| {side} | {name} | {samples.percentile(50):,.0f}{noisy} | {ratio} | {peaks[name] / 1e6:,.1f} "
-                  f"| {differ[name]} |", flush=True)  # fmt: skip
+            print(
+                f"| {side} | {name} | {samples.percentile(50):,.0f}{noisy} | {ratio} | {peaks[name] / 1e6:,.1f} "
+                f"| {differ[name]} |",
+                flush=True,
+            )
     facts = environment.describe("cpu", "bench.encoder_forms")
-    print(f"\n`{facts['command']}` at commit {(facts['commit'] or 'unknown')[:12]}"
-          f"{' with changes' if facts['dirty'] else ''}, {facts['cpu']}, {facts['threads']} threads, "
-          f"torch {facts['versions']['torch']}; {source.note}")  # fmt: skip
+    print(
+        f"\n`{facts['command']}` at commit {(facts['commit'] or 'unknown')[:12]}"
+        f"{' with changes' if facts['dirty'] else ''}, {facts['cpu']}, {facts['threads']} threads, "
+        f"torch {facts['versions']['torch']}; {source.note}"
+    )
     return 1 if failed else 0
 
 

@@ -58,11 +58,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Time to first token, second question, decode, training step and memory of a whole MLLM.",
     )
     what = parser.add_argument_group("what is timed")
-    what.add_argument("--provider", nargs="+", default=list(PROVIDERS), metavar="NAME",
-                      help="; ".join(LABELS.values()) + " (default: all)")  # fmt: skip
+    what.add_argument(
+        "--provider",
+        nargs="+",
+        default=list(PROVIDERS),
+        metavar="NAME",
+        help="; ".join(LABELS.values()) + " (default: all)",
+    )
     what.add_argument("--op", nargs="+", default=list(OPS), metavar="NAME", help=f"{', '.join(OPS)} (default: all)")
-    what.add_argument("--resolutions", nargs="+", metavar="PX",
-                      help="sides of the images (default: 448 896 on the CPU, 896 448 1792 on CUDA)")  # fmt: skip
+    what.add_argument(
+        "--resolutions",
+        nargs="+",
+        metavar="PX",
+        help="sides of the images (default: 448 896 on the CPU, 896 448 1792 on CUDA)",
+    )
     what.add_argument("--batch", nargs="+", default=["1", "4"], metavar="N", help="prompts at a time (default: 1 4)")
     what.add_argument("--images-per-prompt", default="2", metavar="N", help="default: 2, a comparison")
     what.add_argument("--text-tokens", default="60", metavar="N", help="tokens beside the images' (default: 60)")
@@ -73,10 +82,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda; auto (default) prefers cuda")
     run.add_argument("--repeats", default="4", metavar="N", help="timed repetitions, at most (default: 4)")
     run.add_argument("--budget", default="10", metavar="S", help="seconds a case, roughly (default: 10)")
-    run.add_argument("--deadline", metavar="S", help="seconds for the whole run, memory last; what is left then is "
-                     "recorded so (default: 900 on the CPU, none on CUDA)")  # fmt: skip
-    run.add_argument("--images", metavar="DIR", help="folder of radiographs (default: ../shared/data/images, or "
-                     "$HIA_TEST_DATA/images, where present; else generated phantoms)")  # fmt: skip
+    run.add_argument(
+        "--deadline",
+        metavar="S",
+        help="seconds for the whole run, memory last; what is left then is "
+        "recorded so (default: 900 on the CPU, none on CUDA)",
+    )
+    run.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of radiographs (default: ../shared/data/images, or "
+        "$HIA_TEST_DATA/images, where present; else generated phantoms)",
+    )
     run.add_argument("--list", action="store_true", help="print the cases and stop")
     run.add_argument("--out", metavar="DIR", help="folder for end_to_end.json (default: bench/results/<device>)")
     run.add_argument("--json", metavar="PATH", help="write the records here too")
@@ -105,8 +122,13 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     given = options.resolutions or [str(side) for side in RESOLUTIONS[options.device]]
     options.resolutions = _numbers("--resolutions", given, SMALLEST, LARGEST)
     options.batch = _numbers("--batch", options.batch, 1, 64)
-    for name, low, high in (("images_per_prompt", 1, 64), ("text_tokens", 8, 4096), ("new_tokens", 1, 512),
-                            ("repeats", 1, 1000), ("budget", 1, 3600)):  # fmt: skip
+    for name, low, high in (
+        ("images_per_prompt", 1, 64),
+        ("text_tokens", 8, 4096),
+        ("new_tokens", 1, 512),
+        ("repeats", 1, 1000),
+        ("budget", 1, 3600),
+    ):
         flag = "--" + name.replace("_", "-")
         setattr(options, name, _numbers(flag, [str(getattr(options, name))], low, high)[0])
     if options.deadline is None and options.device == "cpu":
@@ -210,8 +232,11 @@ class Run:
             if record.status != "ok" or (self._last is not None and time.monotonic() > self._last):
                 continue
             case = cases[record.case + record.op]
-            print(f"[{number + 1}/{len(self.records)}] memory: {record.provider} {case.op} {case.name}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"[{number + 1}/{len(self.records)}] memory: {record.provider} {case.op} {case.name}",
+                file=sys.stderr,
+                flush=True,
+            )
             self.records[number] = self._with_peak(record, case)
             self.write()
 
@@ -348,19 +373,38 @@ class Run:
         if case.op == "second_question":  # without its FLOPs there is no floor
             floor = None
         extra = self._extra(case, subject.provider) | {
-            "prompt_tokens": subject.tokens, "model_bytes": own,
+            "prompt_tokens": subject.tokens,
+            "model_bytes": own,
             "total_bytes": None if peak is None else own + peak,
-        }  # fmt: skip
+        }
         if case.op == "decode":
             extra["tokens_per_s"] = case.batch / p50 * 1e3
         if case.op == "train_step":
             extra["trained_parameters"] = sum(parameter.numel() for parameter in subject.trained())
             extra["checkpointing"] = self.setting.checkpointing
         return Measurement(
-            "end_to_end", case.op, case.name, subject.provider, case.mode, self.options.dtype, self.options.device,
-            "ok", None, p20, p50, p80, samples.noisy, len(times), counted, moved, floor,
-            None if floor is None else 100 * floor / p50, peak, extra, self.environment,
-        )  # fmt: skip
+            "end_to_end",
+            case.op,
+            case.name,
+            subject.provider,
+            case.mode,
+            self.options.dtype,
+            self.options.device,
+            "ok",
+            None,
+            p20,
+            p50,
+            p80,
+            samples.noisy,
+            len(times),
+            counted,
+            moved,
+            floor,
+            None if floor is None else 100 * floor / p50,
+            peak,
+            extra,
+            self.environment,
+        )
 
     def _record(
         self, case: Case, provider: str, *, reason: str | None = None, error: Exception | None = None
@@ -371,16 +415,29 @@ class Run:
             status = "failed"
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else describe_error(error)
         return Measurement(
-            "end_to_end", case.op, case.name, provider, case.mode, self.options.dtype, self.options.device, status,
-            reason, extra=self._extra(case, provider), environment=self.environment,
-        )  # fmt: skip
+            "end_to_end",
+            case.op,
+            case.name,
+            provider,
+            case.mode,
+            self.options.dtype,
+            self.options.device,
+            status,
+            reason,
+            extra=self._extra(case, provider),
+            environment=self.environment,
+        )
 
     def _extra(self, case: Case, provider: str) -> dict[str, Any]:
         return {
-            "host": self.setting.spec.name, "resolution": case.resolution, "batch": case.batch,
-            "images": case.images, "resolution_seen": resolution_seen(provider, case.resolution),
-            "attention": self.setting.attention, "pictures": self.setting.source.kind,
-        }  # fmt: skip
+            "host": self.setting.spec.name,
+            "resolution": case.resolution,
+            "batch": case.batch,
+            "images": case.images,
+            "resolution_seen": resolution_seen(provider, case.resolution),
+            "attention": self.setting.attention,
+            "pictures": self.setting.source.kind,
+        }
 
 
 def describe_error(error: Exception) -> str:
@@ -429,13 +486,21 @@ def main(arguments: list[str] | None = None) -> int:
     spec = LLAVA_13B if options.device == "cuda" else SMALL_LLAVA
     text = images.prompt_text(options.text_tokens, spec.image_token)
     setting = Setting(
-        spec, DTYPES[options.dtype], options.device, options.attention, source, text.ids, options.new_tokens,
+        spec,
+        DTYPES[options.dtype],
+        options.device,
+        options.attention,
+        source,
+        text.ids,
+        options.new_tokens,
         checkpointing=options.device == "cuda",
-    )  # fmt: skip
+    )
     folder = environment.REPOSITORY / "bench" / "results" / environment.slug(environment.device_name(options.device))
     out = [Path(options.out or folder) / "end_to_end.json", *([Path(options.json)] if options.json else [])]
-    print(f"{spec.name}, random {options.dtype} weights, {options.device}, {torch.get_num_threads()} threads; "
-          f"{source.note}; text by {text.tokenizer}")  # fmt: skip
+    print(
+        f"{spec.name}, random {options.dtype} weights, {options.device}, {torch.get_num_threads()} threads; "
+        f"{source.note}; text by {text.tokenizer}"
+    )
     run = None
     try:
         run = Run(options, setting, out)

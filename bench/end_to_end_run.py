@@ -330,9 +330,14 @@ def flops(provider: str, setting: Setting, case: Case) -> int | None:
     resolution = resolution_seen(provider, case.resolution)
     text = len(setting.text)
     return case.batch * formulas.prefill_flops(
-        method_of(provider), setting.spec, resolution, case.images, text, device=setting.device,
+        method_of(provider),
+        setting.spec,
+        resolution,
+        case.images,
+        text,
+        device=setting.device,
         itemsize=setting.dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def free(device: str) -> None:

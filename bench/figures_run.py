@@ -45,13 +45,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     compiling = parser.add_mutually_exclusive_group()
     compiling.add_argument("--no-compile", action="store_true", help="leave out whoever compiles")
     compiling.add_argument("--compiled", action="store_true", help="only workloads that somebody compiles")
-    parser.add_argument("--compile-minutes", type=float, metavar="M",
-                        help="until a provider that compiles has a first result "
-                        f"(default: {COMPILE_MINUTES['cpu']:g}, on CUDA {COMPILE_MINUTES['cuda']:g})")  # fmt: skip
-    parser.add_argument("--minutes", type=float, metavar="M",
-                        help="begin nothing new after that long; the least important come last")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help=f"of {FILE} (default, for all figures: bench/results/<device>)")  # fmt: skip
+    parser.add_argument(
+        "--compile-minutes",
+        type=float,
+        metavar="M",
+        help="until a provider that compiles has a first result "
+        f"(default: {COMPILE_MINUTES['cpu']:g}, on CUDA {COMPILE_MINUTES['cuda']:g})",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="begin nothing new after that long; the least important come last"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"of {FILE} (default, for all figures: bench/results/<device>)"
+    )
     parser.add_argument("--add", action="store_true", help="keep what the file holds and this run has no row for")
     add_resume(parser)
     parser.add_argument("--list", action="store_true", help="print the figures and their targets, and exit")
@@ -82,8 +88,9 @@ def grouped(figures: Sequence[Figure]) -> dict[Workload, tuple[tuple[str, ...], 
     for figure in sorted((one for one in figures if one.mode), key=lambda one: importance(one.workload)):
         modes, providers = found.get(figure.workload, ((), (OURS,)))
         found[figure.workload] = (
-            tuple(dict.fromkeys((*modes, figure.mode))), tuple(dict.fromkeys((*providers, *figure.against))),
-        )  # fmt: skip
+            tuple(dict.fromkeys((*modes, figure.mode))),
+            tuple(dict.fromkeys((*providers, *figure.against))),
+        )
     return found
 
 
@@ -118,8 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for figure in options.figures:
             what, sense = KINDS[figure.kind]
-            print(f"{figure.name}  {figure.op} {figure.case} {figure.mode}  {what} ({', '.join(figure.against)}) "
-                  f"{sense} cpu {figure.cpu or '-'}, cuda {figure.cuda or '-'}")  # fmt: skip
+            print(
+                f"{figure.name}  {figure.op} {figure.case} {figure.mode}  {what} ({', '.join(figure.against)}) "
+                f"{sense} cpu {figure.cpu or '-'}, cuda {figure.cuda or '-'}"
+            )
         return 0
     progress = Progress()
     facts = environment.describe(options.device, "bench.figures")

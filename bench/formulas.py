@@ -45,9 +45,15 @@ class AdapterShape:
 
 
 def prefill_flops(
-    method: str, spec: HostSpec, resolution: int, images: int, text_tokens: int, *, device: str = "cuda",
+    method: str,
+    spec: HostSpec,
+    resolution: int,
+    images: int,
+    text_tokens: int,
+    *,
+    device: str = "cuda",
     itemsize: int = 2,
-) -> int:  # fmt: skip
+) -> int:
     """FLOPs of one prefill.
 
     Args:
@@ -85,9 +91,7 @@ def layers_flops(
     if method == "released":  # it conditions the queries once per image, ours once per sample
         shape = AdapterShape(width, shared_projection=True)
         return adapter_flops(shape, width, resolution, images, query_sets=images)
-    host = SimpleNamespace(
-        hidden_size=width, num_hidden_layers=int(spec.text["num_hidden_layers"]), model_type="llama"
-    )  # fmt: skip
+    host = SimpleNamespace(hidden_size=width, num_hidden_layers=int(spec.text["num_hidden_layers"]), model_type="llama")
     config = HiAConfig.paper(host)
     sizes = sizes_of(config, [(resolution, resolution)] * images, visual_tokens(BASE_RESOLUTION), 1, itemsize)
     sizes = replace(sizes, prepared=True)

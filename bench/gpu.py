@@ -94,8 +94,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only to try the steps")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="records and logs (default: bench/results/<device>; build/gpu of a trial)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="records and logs (default: bench/results/<device>; build/gpu of a trial)",
+    )
     parser.add_argument("--seconds", type=float, default=TOTAL_S, metavar="S", help=f"for everything ({TOTAL_S})")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
@@ -151,17 +155,39 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         RuntimeError: "cuda" and no device.
     """
     if device == "cuda" and not devices:
-        raise RuntimeError("bench.gpu: --device cuda needs a CUDA device that torch can see, got none; "
-                           "--device cpu tries the steps without one")  # fmt: skip
+        raise RuntimeError(
+            "bench.gpu: --device cuda needs a CUDA device that torch can see, got none; "
+            "--device cpu tries the steps without one"
+        )
     where = ("--device", device, "--out", str(out))
-    tests = ("-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider",
-             "--continue-on-collection-errors", *TEST_FOLDERS,
-             *(f"--ignore={name}" for name in unimportable_tests()))  # fmt: skip
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu and not slow",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        *TEST_FOLDERS,
+        *(f"--ignore={name}" for name in unimportable_tests()),
+    )
     figures = ("-m", "bench.figures", *where, "--add")
     kernels = ("-m", "bench.kernels", *where, "--minutes", MINUTES)
     end_to_end = ("-m", "bench.end_to_end", *where, "--deadline", SECONDS, "--batch", "1", "--resolutions")
-    table3 = ("-m", "bench.table3", *where, "--methods", "baseline", "hia", "--resolutions", "448", "896",
-              "--attention", "sdpa")  # fmt: skip
+    table3 = (
+        "-m",
+        "bench.table3",
+        *where,
+        "--methods",
+        "baseline",
+        "hia",
+        "--resolutions",
+        "448",
+        "896",
+        "--attention",
+        "sdpa",
+    )
     if device == "cpu":
         figures += ("--quick", "--only", *TRIAL_FIGURES)
         kernels += ("--quick",)
@@ -177,9 +203,15 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         Step("kernels", kernels, 120, needs=measuring),
         Step("end_to_end", end_to_end, 100, needs=HOST_PACKAGES),
         Step("table3", table3, 70, needs=measuring, without=("matplotlib",)),
-        Step("compiled", (*figures, "--compiled", "--compile-minutes", "1", "--minutes", MINUTES), 300,
-             needs=measuring, skip=None if device == "cuda" else "a trial compiles nothing", spare=True),
-    ]  # fmt: skip
+        Step(
+            "compiled",
+            (*figures, "--compiled", "--compile-minutes", "1", "--minutes", MINUTES),
+            300,
+            needs=measuring,
+            skip=None if device == "cuda" else "a trial compiles nothing",
+            spare=True,
+        ),
+    ]
 
 
 def unimportable_tests(root: Path = REPOSITORY, lacking: Callable[[Iterable[str]], list[str]] = missing) -> list[str]:
@@ -263,9 +295,14 @@ def run_once(step: Step, seconds: float, log: Path, environment: dict[str, str],
     command = [known.get(part, part) for part in step.command] + list(more)
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True, preexec_fn=interruptible,
-        )  # fmt: skip
+            [sys.executable, *command],
+            cwd=REPOSITORY,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=interruptible,
+        )
         try:
             return process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -339,9 +376,10 @@ def run_all(
     absent = {step.name: lacking(step.needs) for step in steps}
     steps = [
         dataclasses.replace(step, skip=f"not installed here: {', '.join(absent[step.name])}")
-        if step.skip is None and absent[step.name] else step
+        if step.skip is None and absent[step.name]
+        else step
         for step in steps
-    ]  # fmt: skip
+    ]
     for number, step in enumerate(steps):
         lost = [] if step.skip else lacking(step.without)
         if lost:
@@ -393,11 +431,15 @@ def furthest_table(out: Path, since: datetime.datetime | None = None) -> list[st
     rows = furthest_from_floor(records, FURTHEST)
     if not rows:
         return [*problems, "furthest from their floor: nothing was measured that has a floor"]
-    lines = [f"the {len(rows)} rows of ours furthest from their floor", f"{'% of floor':>10} {'p50 ms':>10} "
-             f"{'floor ms':>10}  {'op':<20} {'mode':<9} {'dtype':<5} case"]  # fmt: skip
+    lines = [
+        f"the {len(rows)} rows of ours furthest from their floor",
+        f"{'% of floor':>10} {'p50 ms':>10} {'floor ms':>10}  {'op':<20} {'mode':<9} {'dtype':<5} case",
+    ]
     for row in rows:
-        lines.append(f"{row.percent_of_floor:10.1f} {row.p50_ms:10.4f} {row.floor_ms or 0:10.4f}  {row.op:<20} "
-                     f"{row.mode:<9} {row.dtype:<5} {row.case}" + ("  noisy" if row.noisy else ""))  # fmt: skip
+        lines.append(
+            f"{row.percent_of_floor:10.1f} {row.p50_ms:10.4f} {row.floor_ms or 0:10.4f}  {row.op:<20} "
+            f"{row.mode:<9} {row.dtype:<5} {row.case}" + ("  noisy" if row.noisy else "")
+        )
     return [*problems, *lines, *sources(rows)]
 
 

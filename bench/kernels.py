@@ -452,23 +452,38 @@ def record_times(
     least = costs.least_flops(workload, flops, DTYPES[dtype].itemsize)
     floor = run.limits.floor_ms(least, moved, dtype)
     dispatch = mode == "dispatch"  # the device's limits say nothing about the CPU's work before a call
-    known = {"error": contender.error, "limit": contender.bound.limit or None,
-             "activation_bytes": contender.activations}  # fmt: skip
+    known = {
+        "error": contender.error,
+        "limit": contender.bound.limit or None,
+        "activation_bytes": contender.activations,
+    }
     extra = {name: value for name, value in known.items() if value is not None}
     extra |= {"first_call_s": round(contender.prepare_s, 3), **contender.bound.notes()}
     record(
-        run, workload, name, mode, dtype, status="ok", p20_ms=p20, p50_ms=p50, p80_ms=p80, noisy=samples.noisy,
-        repeats=len(samples.times_ms), flops=flops, bytes=moved, peak_bytes=contender.peak, extra=extra,
-        floor_ms=None if dispatch else floor, percent_of_floor=None if dispatch else 100 * floor / p50,
-    )  # fmt: skip
+        run,
+        workload,
+        name,
+        mode,
+        dtype,
+        status="ok",
+        p20_ms=p20,
+        p50_ms=p50,
+        p80_ms=p80,
+        noisy=samples.noisy,
+        repeats=len(samples.times_ms),
+        flops=flops,
+        bytes=moved,
+        peak_bytes=contender.peak,
+        extra=extra,
+        floor_ms=None if dispatch else floor,
+        percent_of_floor=None if dispatch else 100 * floor / p50,
+    )
 
 
 def record(run: Run, workload: Workload, provider: str, mode: str, dtype: str, **values: Any) -> None:
     """Add a measurement."""
     where = {"level": workload.level, "op": workload.op, "case": workload.name, "device": run.device}
-    found = Measurement(
-        **where, provider=provider, mode=mode, dtype=dtype, environment=run.environment, **values
-    )  # fmt: skip
+    found = Measurement(**where, provider=provider, mode=mode, dtype=dtype, environment=run.environment, **values)
     run.records.append(found)
 
 

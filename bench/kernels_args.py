@@ -83,8 +83,13 @@ class Resume:
 
 def add_resume(parser: Any) -> None:
     """The flag."""
-    parser.add_argument("--resume", type=Resume.parse, default=Resume(), metavar="POINT",
-                        help="go on in a fresh process, as a run that a failed device ended says")  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        type=Resume.parse,
+        default=Resume(),
+        metavar="POINT",
+        help="go on in a fresh process, as a run that a failed device ended says",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,20 +102,23 @@ def build_parser() -> argparse.ArgumentParser:
     chosen = parser.add_argument_group("what is measured; all can be repeated")
     known = ", ".join(ops() + composites())
     chosen.add_argument("--op", action="append", metavar="NAME", help=f"{known}, ops, composites")
-    chosen.add_argument("--case", action="append", metavar="NAME",
-                        help="shapes of bench/workloads, or all (default: the device's set)")  # fmt: skip
+    chosen.add_argument(
+        "--case", action="append", metavar="NAME", help="shapes of bench/workloads, or all (default: the device's set)"
+    )
     chosen.add_argument(
         "--set",
         metavar="NAME",
         help="cpu, gpu or quick: what a run without --case takes there; figures: of bench/figures",
     )
     chosen.add_argument("--provider", action="append", metavar="NAME", help="who is measured (default: all)")
-    chosen.add_argument("--dtype", action="append", metavar="DTYPE",
-                        help="fp32, bf16, fp16 (default: fp32 on the CPU, bf16 on CUDA)")  # fmt: skip
+    chosen.add_argument(
+        "--dtype", action="append", metavar="DTYPE", help="fp32, bf16, fp16 (default: fp32 on the CPU, bf16 on CUDA)"
+    )
     chosen.add_argument("--mode", action="append", metavar="MODE", help=f"{', '.join(MODES)} (default: all)")
     chosen.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, or auto (default)")
-    chosen.add_argument("--quick", action="store_true",
-                        help="tiny shapes, few repetitions, nothing compiled: a smoke test")  # fmt: skip
+    chosen.add_argument(
+        "--quick", action="store_true", help="tiny shapes, few repetitions, nothing compiled: a smoke test"
+    )
     chosen.add_argument(
         "--minutes", type=float, metavar="M", help="begin nothing new after that long, and limit what compiles"
     )
@@ -118,8 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--list", action="store_true", help="print what would be measured, and exit")
     output.add_argument("--json", metavar="PATH", help="write the records here too")
-    output.add_argument("--out", metavar="DIR",
-                        help="of kernels.json (if nothing is filtered, default: bench/results/<device>)")  # fmt: skip
+    output.add_argument(
+        "--out", metavar="DIR", help="of kernels.json (if nothing is filtered, default: bench/results/<device>)"
+    )
     return parser
 
 

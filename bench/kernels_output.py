@@ -70,8 +70,9 @@ def earlier_records(path: Path) -> list[Measurement]:
     try:
         return read_records(path) if path.exists() else []
     except (ValueError, OSError) as error:
-        raise ValueError(f"--out: {path} must hold the records of an earlier run, got: {error}; move it away, or "
-                         "name another folder") from error  # fmt: skip
+        raise ValueError(
+            f"--out: {path} must hold the records of an earlier run, got: {error}; move it away, or name another folder"
+        ) from error
 
 
 def merged(kept: Sequence[Measurement], records: Sequence[Measurement]) -> list[Measurement]:

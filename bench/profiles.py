@@ -128,10 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(record.key_averages(options.shapes), options.device, options.rows, shapes=options.shapes))
     facts = environment.describe(options.device, "bench.profiles")
     backend = last_backend(options.workload.op) if options.workload.level != "composite" else None
-    print(f"\n{options.provider}{f' ({backend})' if backend else ''}, {options.mode}, {options.dtype}; "
-          f"{1e3 * plain:,.1f} ms without the profiler: `{facts['command']}` at commit "
-          f"{(facts['commit'] or 'unknown')[:12]}{' with changes' if facts['dirty'] else ''}, "
-          f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}")  # fmt: skip
+    print(
+        f"\n{options.provider}{f' ({backend})' if backend else ''}, {options.mode}, {options.dtype}; "
+        f"{1e3 * plain:,.1f} ms without the profiler: `{facts['command']}` at commit "
+        f"{(facts['commit'] or 'unknown')[:12]}{' with changes' if facts['dirty'] else ''}, "
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['versions']['torch']}"
+    )
     return 0
 
 

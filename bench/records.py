@@ -134,11 +134,24 @@ def predicted_row(
     resolution, method, attention = case
     figure = paper.figure(method, resolution)
     return Row(
-        resolution, method, attention, flops, flops // 2, footprint.peak_bytes, "predicted",
-        footprint.peak_bytes <= protocol.card_bytes, None,
-        figure.flops_t if figure else None, figure.memory_gb if figure else None,
-        bool(figure and figure.out_of_memory), tokens, formula, footprint.weight_bytes, None, protocol.host.name,
-    )  # fmt: skip
+        resolution,
+        method,
+        attention,
+        flops,
+        flops // 2,
+        footprint.peak_bytes,
+        "predicted",
+        footprint.peak_bytes <= protocol.card_bytes,
+        None,
+        figure.flops_t if figure else None,
+        figure.memory_gb if figure else None,
+        bool(figure and figure.out_of_memory),
+        tokens,
+        formula,
+        footprint.weight_bytes,
+        None,
+        protocol.host.name,
+    )
 
 
 @dataclass(frozen=True)
@@ -291,8 +304,10 @@ def formula_claim(rows: Sequence[Row]) -> Claim:
 
 def tracker_claim(measured: Sequence[Row]) -> Claim:
     """Predicted and really measured peaks agree; where ours works in place and in strips it may need less."""
-    text = (f"predicted and measured peaks agree within {TRACKER_TOLERANCE:.0%} in every measured row; hia's on a CPU, "
-            "in place and in strips, may be lower")  # fmt: skip
+    text = (
+        f"predicted and measured peaks agree within {TRACKER_TOLERANCE:.0%} in every measured row; hia's on a CPU, "
+        "in place and in strips, may be lower"
+    )
     known = [(row.prediction_deviation, row) for row in measured if row.prediction_deviation is not None]
     spared = [(deviation, row) for deviation, row in known if deviation > 0 and _needs_less(row)]
     worst = _worst(pair for pair in known if pair not in spared)

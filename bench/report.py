@@ -31,13 +31,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description="Markdown, pictures and one HTML page from the recorded benchmarks."
     )
-    parser.add_argument("--results", metavar="DIR", type=Path, default=DEFAULT_RESULTS,
-                        help="folder of the devices' folders (default: bench/results)")  # fmt: skip
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=DEFAULT_RESULTS,
+        help="folder of the devices' folders (default: bench/results)",
+    )
     parser.add_argument("--device", nargs="+", metavar="NAME", help="folders of these devices (default: all)")
-    parser.add_argument("--previous", metavar="REV", help="compare with this revision's records "
-                        "(default: the last committed ones that differ)")  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", type=Path, default=DEFAULT_OUT,
-                        help="where the report goes (default: docs/benchmarks)")  # fmt: skip
+    parser.add_argument(
+        "--previous",
+        metavar="REV",
+        help="compare with this revision's records (default: the last committed ones that differ)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=DEFAULT_OUT, help="where the report goes (default: docs/benchmarks)"
+    )
     options = parser.parse_args(arguments)
     try:
         options.folders = find_folders(options.results, options.device)

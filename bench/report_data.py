@@ -132,8 +132,9 @@ def _figures(path: Path) -> list[dict[str, Any]]:
     for one in found if isinstance(found, list) else [found]:
         missing = [name for name in FIGURE if not isinstance(one, dict) or name not in one]
         if missing:
-            raise ValueError(f"bench.report: each of {path}'s figures must have {', '.join(FIGURE)}, got no "
-                             f"{', '.join(missing)}")  # fmt: skip
+            raise ValueError(
+                f"bench.report: each of {path}'s figures must have {', '.join(FIGURE)}, got no {', '.join(missing)}"
+            )
     return list(found)
 
 

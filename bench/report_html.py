@@ -46,22 +46,35 @@ def row_of(record: Measurement) -> dict[str, Any]:
 
 def device_of(results: Results) -> dict[str, Any]:
     """A device's part of the page's data."""
-    limits = [{"bandwidth": bandwidth, "rate": rate, "dtype": dtype} for bandwidth, rate, dtype in
-              ceilings([record for record in results.records if record.status == "ok"])]  # fmt: skip
+    limits = [
+        {"bandwidth": bandwidth, "rate": rate, "dtype": dtype}
+        for bandwidth, rate, dtype in ceilings([record for record in results.records if record.status == "ok"])
+    ]
     changes = [
-        {"verdict": change.verdict, "before": change.before_ms, "now": change.now.p50_ms, "ratio": change.ratio,
-         "note": "" if change.certain or change.verdict == "unchanged" else "within the noise",
-         **{name: getattr(change.now, name) for name in ("op", "case", "provider", "mode", "dtype")},
-         "source": source_line(change.now.environment)}
+        {
+            "verdict": change.verdict,
+            "before": change.before_ms,
+            "now": change.now.p50_ms,
+            "ratio": change.ratio,
+            "note": "" if change.certain or change.verdict == "unchanged" else "within the noise",
+            **{name: getattr(change.now, name) for name in ("op", "case", "provider", "mode", "dtype")},
+            "source": source_line(change.now.environment),
+        }
         for change in results.changes
-    ]  # fmt: skip
+    ]
     return {
         "slug": results.slug,
         "name": results.device,
         "rows": [row_of(record) for record in results.records],
         "standings": [
-            {"op": one.op, "mode": one.mode, "dtype": one.dtype, "cases": one.cases, "against": one.against,
-             "slower": one.slower}
+            {
+                "op": one.op,
+                "mode": one.mode,
+                "dtype": one.dtype,
+                "cases": one.cases,
+                "against": one.against,
+                "slower": one.slower,
+            }
             for one in standings(results.records)
         ],
         "changes": changes,
@@ -69,7 +82,7 @@ def device_of(results: Results) -> dict[str, Any]:
         "ceilings": limits,
         "table3": _table3(results.table3),
         "figures": _figures(results),
-    }  # fmt: skip
+    }
 
 
 def _figures(results: Results) -> dict[str, Any]:
@@ -84,8 +97,18 @@ def _figures(results: Results) -> dict[str, Any]:
 def _table3(record: dict[str, Any] | None) -> dict[str, Any] | None:
     if record is None:
         return None
-    names = ("resolution", "method", "attention", "flops", "memory_bytes", "fits", "paper_flops_t", "paper_memory_gb",
-             "paper_out_of_memory", "tokens")  # fmt: skip
+    names = (
+        "resolution",
+        "method",
+        "attention",
+        "flops",
+        "memory_bytes",
+        "fits",
+        "paper_flops_t",
+        "paper_memory_gb",
+        "paper_out_of_memory",
+        "tokens",
+    )
     rows = [{name: row.get(name) for name in names} for row in record.get("rows", [])]
     dtype = record.get("protocol", {}).get("dtype", "")
     return {"rows": rows, "dtype": dtype, "source": source_line(record.get("environment", {}))}

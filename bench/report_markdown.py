@@ -23,8 +23,23 @@ from .report_data import (
 )
 
 Cells = tuple[list[str], list[list[str]]]
-TEXT_COLUMNS = {"level", "op", "case", "provider", "mode", "dtype", "note", "verdict", "against", "method", "host",
-                "forms", "figure", "workload", "ratio of"}  # fmt: skip
+TEXT_COLUMNS = {
+    "level",
+    "op",
+    "case",
+    "provider",
+    "mode",
+    "dtype",
+    "note",
+    "verdict",
+    "against",
+    "method",
+    "host",
+    "forms",
+    "figure",
+    "workload",
+    "ratio of",
+}
 VERDICTS = ("met", "MISSED", "not measured", "no target")
 GB = 10**9
 
@@ -84,11 +99,20 @@ def change_cells(changes: Sequence[Change]) -> Cells:
         if change.verdict == "unchanged":
             continue
         record = change.now
-        rows.append([
-            change.verdict, record.op, record.case, record.provider, record.mode, record.dtype,
-            number(change.before_ms), number(record.p50_ms), f"{change.ratio:.2f}",
-            "" if change.certain else "within the noise",
-        ])  # fmt: skip
+        rows.append(
+            [
+                change.verdict,
+                record.op,
+                record.case,
+                record.provider,
+                record.mode,
+                record.dtype,
+                number(change.before_ms),
+                number(record.p50_ms),
+                f"{change.ratio:.2f}",
+                "" if change.certain else "within the noise",
+            ]
+        )
     return header, rows
 
 
@@ -99,11 +123,21 @@ def kernel_cells(records: Sequence[Measurement]) -> Cells:
     for record in records:
         peak = None if record.peak_bytes is None else record.peak_bytes / 1e6
         note = note_of(record)
-        rows.append([
-            record.op, record.case, record.provider, record.mode, record.dtype, number(record.p20_ms),
-            number(record.p50_ms), number(record.p80_ms), number(record.percent_of_floor), number(peak),
-            f"**{record.status}**: {note}" if record.status == "failed" else note,
-        ])  # fmt: skip
+        rows.append(
+            [
+                record.op,
+                record.case,
+                record.provider,
+                record.mode,
+                record.dtype,
+                number(record.p20_ms),
+                number(record.p50_ms),
+                number(record.p80_ms),
+                number(record.percent_of_floor),
+                number(peak),
+                f"**{record.status}**: {note}" if record.status == "failed" else note,
+            ]
+        )
     return header, rows
 
 
@@ -116,11 +150,19 @@ def end_to_end_cells(records: Sequence[Measurement]) -> Cells:
         base = ours.get((record.op, record.case, record.dtype))
         total = total_bytes(record)
         rate = record.extra.get("tokens_per_s")
-        rows.append([
-            record.op, record.case, record.provider, record.dtype, number(record.p50_ms),
-            "-" if not base or not record.p50_ms else f"{record.p50_ms / base:.2f}", number(rate),
-            number(None if total is None else total / GB), record.reason or ("noisy" if record.noisy else ""),
-        ])  # fmt: skip
+        rows.append(
+            [
+                record.op,
+                record.case,
+                record.provider,
+                record.dtype,
+                number(record.p50_ms),
+                "-" if not base or not record.p50_ms else f"{record.p50_ms / base:.2f}",
+                number(rate),
+                number(None if total is None else total / GB),
+                record.reason or ("noisy" if record.noisy else ""),
+            ]
+        )
     return header, rows
 
 
@@ -140,11 +182,19 @@ def limit_cells(records: Sequence[Measurement]) -> Cells:
     for ours, limit in beside_limits(records):
         counts = (ours.extra.get(name) for name in ("plan_flops", "textbook_flops"))
         ratio = (ours.p50_ms or 0.0) / (limit.p50_ms or 1.0)
-        rows.append([
-            ours.op, ours.case, ours.mode, ours.dtype, str(ours.extra.get("forms", "-")),
-            *(number(count and count / 1e9) for count in counts), number(ours.p50_ms), number(limit.p50_ms),
-            f"{ratio:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                ours.op,
+                ours.case,
+                ours.mode,
+                ours.dtype,
+                str(ours.extra.get("forms", "-")),
+                *(number(count and count / 1e9) for count in counts),
+                number(ours.p50_ms),
+                number(limit.p50_ms),
+                f"{ratio:.2f}",
+            ]
+        )
     return header, rows
 
 
@@ -168,11 +218,18 @@ def table3_cells(record: dict[str, Any]) -> Cells:
     for row in record.get("rows", []):
         flops, memory = row.get("flops"), row.get("memory_bytes")
         paper_memory = "x" if row.get("paper_out_of_memory") else number(row.get("paper_memory_gb"))
-        rows.append([
-            str(row["resolution"]), row["method"], row["attention"], number(flops and flops / 1e12),
-            number(row.get("paper_flops_t")), number(memory and memory / GB), paper_memory,
-            {True: "yes", False: "x", None: "-"}[row.get("fits")],
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(row["resolution"]),
+                row["method"],
+                row["attention"],
+                number(flops and flops / 1e12),
+                number(row.get("paper_flops_t")),
+                number(memory and memory / GB),
+                paper_memory,
+                {True: "yes", False: "x", None: "-"}[row.get("fits")],
+            ]
+        )
     return header, rows
 
 
@@ -205,9 +262,14 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     lines += ["## Changes", "", f"Against {results.previous}.", "", *change_lines(results.changes)]
     if kernels:
         if beside_limits(kernels):
-            lines += ["## Beside the bare matrix products", "", "Of the forms our plan takes; of adapter_layer with "
-                      "our encoder's run before them.", "", *table(limit_cells(kernels)),
-                      *source_lines(kernels)]  # fmt: skip
+            lines += [
+                "## Beside the bare matrix products",
+                "",
+                "Of the forms our plan takes; of adapter_layer with our encoder's run before them.",
+                "",
+                *table(limit_cells(kernels)),
+                *source_lines(kernels),
+            ]
         if furthest_from_floor(kernels):
             lines += ["## Furthest from the floor", "", *table(floor_cells(kernels)), *source_lines(kernels)]
         lines += ["## Ops and composites", "", *table(kernel_cells(kernels)), *source_lines(kernels)]

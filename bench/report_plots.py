@@ -13,10 +13,15 @@ from .table3_plot import FAINT, INK
 
 # a colour and a marker each, so that neither alone has to be told apart
 STYLES = {
-    "hia": ("#0b7a75", "o"), "eager": ("#c44e52", "s"), "compile": ("#dd8452", "^"), "released": ("#8172b3", "D"),
-    "released_compile": ("#b39bd4", "v"), "baseline": ("#c44e52", "s"), "anyres": ("#dd8452", "^"),
+    "hia": ("#0b7a75", "o"),
+    "eager": ("#c44e52", "s"),
+    "compile": ("#dd8452", "^"),
+    "released": ("#8172b3", "D"),
+    "released_compile": ("#b39bd4", "v"),
+    "baseline": ("#c44e52", "s"),
+    "anyres": ("#dd8452", "^"),
     "plain": ("#7a7a7a", "X"),
-}  # fmt: skip
+}
 OTHERS = (("#4c72b0", "P"), ("#937860", "<"), ("#da8bc3", ">"), ("#64b5cd", "h"), ("#55a868", "p"))
 PANELS = 6
 LEGEND_INCHES = 2.0  # of the longest provider's name and its mark
@@ -94,8 +99,16 @@ def draw_roofline(records: Sequence[Measurement], path: Path) -> bool:
         xs = sorted({min(*intensities, ridge / 4), ridge, max(*intensities, ridge * 4)})
         axes[0].plot(xs, [min(rate, x * bandwidth) / 1e9 for x in xs], color=INK, lw=1.2, ls="--")
         # left of the corner, where no mark can be
-        axes[0].annotate(f"measured limit, {dtype}", (ridge, rate / 1e9), (-6, 0), textcoords="offset points",
-                         ha="right", va="center", fontsize=8, color=INK)  # fmt: skip
+        axes[0].annotate(
+            f"measured limit, {dtype}",
+            (ridge, rate / 1e9),
+            (-6, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
     _finish(axes[0], "roofline: marks on the dashed line are at the hardware's limit", "FLOPs per byte", "GFLOP/s")
     _save(figure, axes, path)
     return True
@@ -153,8 +166,9 @@ def _save(figure: Any, axes: Sequence[Any], path: Path) -> None:
             entries.setdefault(label, handle)
     names = sorted(entries, key=lambda name: (name != "hia", name))
     columns = max(2, int(figure.get_figwidth() // LEGEND_INCHES))  # more would be cut off at both sides
-    figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False,
-                  fontsize=8.5)  # fmt: skip
+    figure.legend(
+        [entries[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5
+    )
     figure.savefig(path)
 
 

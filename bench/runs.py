@@ -119,9 +119,11 @@ def run_requests(request: RunRequest) -> Iterator[RunResult]:
         inputs = methods.make_inputs(request.method, model, spec, sample, request.device)
         del sample
         yield RunResult(
-            case.resolution, case.attention, _uncapped(model, inputs, meter, case, request),
+            case.resolution,
+            case.attention,
+            _uncapped(model, inputs, meter, case, request),
             _capped(model, inputs, meter, case, request),
-        )  # fmt: skip
+        )
         del inputs
 
 

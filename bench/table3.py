@@ -152,9 +152,14 @@ def rows_of(prediction: Prediction, protocol: Protocol) -> list[Row]:
     task = prediction.task
     tokens = methods.sequence_length(task.method, task.resolution, task.images, task.text_tokens)
     formula = formulas.prefill_flops(
-        task.method, task.host, task.resolution, task.images, task.text_tokens,
-        device="cuda" if task.cuda else "cpu", itemsize=task.dtype.itemsize,
-    )  # fmt: skip
+        task.method,
+        task.host,
+        task.resolution,
+        task.images,
+        task.text_tokens,
+        device="cuda" if task.cuda else "cpu",
+        itemsize=task.dtype.itemsize,
+    )
     return [
         predicted_row((task.resolution, task.method, name), footprint, prediction.flops, formula, tokens, protocol)
         for name, footprint in prediction.footprints.items()
@@ -179,9 +184,16 @@ def measure_all(
             continue
         dtype = options.protocol.dtype if device == "cuda" else "fp32"
         request = RunRequest(
-            method, asdict(host), dtype, device, tuple(cases), options.protocol.images_per_sample,
-            options.protocol.text_tokens, options.images, options.protocol.card_bytes if device == "cuda" else None,
-        )  # fmt: skip
+            method,
+            asdict(host),
+            dtype,
+            device,
+            tuple(cases),
+            options.protocol.images_per_sample,
+            options.protocol.text_tokens,
+            options.images,
+            options.protocol.card_bytes if device == "cuda" else None,
+        )
         steps.now(f"running {method}, {len(cases)} cases on the {device}")
         run_method(request, own, report, steps)
 
@@ -243,9 +255,13 @@ def measured_rows(result: RunResult, prediction: Prediction, report: Report) -> 
 def _measured_row(template: Row, run: Measured, predicted: int, protocol: Protocol) -> Row:
     fits = None if run.memory_bytes is None else run.memory_bytes <= protocol.card_bytes
     return replace(
-        template, memory_bytes=run.memory_bytes, memory_kind=run.memory_kind, prefill_ms=run.prefill_ms,
-        fits=False if run.out_of_memory else fits, predicted_bytes=predicted,
-    )  # fmt: skip
+        template,
+        memory_bytes=run.memory_bytes,
+        memory_kind=run.memory_kind,
+        prefill_ms=run.prefill_ms,
+        fits=False if run.out_of_memory else fits,
+        predicted_bytes=predicted,
+    )
 
 
 def notes(report: Report, source: images.ImageSource) -> list[str]:

@@ -25,40 +25,80 @@ def build_parser() -> argparse.ArgumentParser:
     )
     counted = parser.add_argument_group("what is counted")
     counted.add_argument(
-        "--methods", nargs="+", default=list(methods.METHODS), metavar="NAME",
+        "--methods",
+        nargs="+",
+        default=list(methods.METHODS),
+        metavar="NAME",
         help="; ".join(methods.LABELS.values()) + " (default: all)",
-    )  # fmt: skip
+    )
     counted.add_argument(
-        "--resolutions", nargs="+", default=[str(r) for r in RESOLUTIONS], metavar="PX",
+        "--resolutions",
+        nargs="+",
+        default=[str(r) for r in RESOLUTIONS],
+        metavar="PX",
         help=f"sides of the square images, pixels (default: {' '.join(map(str, RESOLUTIONS))})",
-    )  # fmt: skip
-    counted.add_argument("--images-per-sample", type=_count("--images-per-sample", 1, 64), default=2, metavar="N",
-                         help="images in the one sample of the batch (default: 2, a comparison)")  # fmt: skip
-    counted.add_argument("--text-tokens", type=_count("--text-tokens", 1, 4096), default=60, metavar="N",
-                         help="tokens beside the images' (default: 60)")  # fmt: skip
-    counted.add_argument("--unit", default="flops", metavar="UNIT",
-                         help="show flops (2 a multiply-add, default) or macs; the JSON has both")  # fmt: skip
-    counted.add_argument("--dtype", default="bf16", metavar="DTYPE",
-                         help="of the 13B host's weights and activations: bf16 (default), fp16, fp32")  # fmt: skip
+    )
     counted.add_argument(
-        "--attention", nargs="+", default=list(ATTENTIONS), metavar="NAME",
+        "--images-per-sample",
+        type=_count("--images-per-sample", 1, 64),
+        default=2,
+        metavar="N",
+        help="images in the one sample of the batch (default: 2, a comparison)",
+    )
+    counted.add_argument(
+        "--text-tokens",
+        type=_count("--text-tokens", 1, 4096),
+        default=60,
+        metavar="N",
+        help="tokens beside the images' (default: 60)",
+    )
+    counted.add_argument(
+        "--unit",
+        default="flops",
+        metavar="UNIT",
+        help="show flops (2 a multiply-add, default) or macs; the JSON has both",
+    )
+    counted.add_argument(
+        "--dtype",
+        default="bf16",
+        metavar="DTYPE",
+        help="of the 13B host's weights and activations: bf16 (default), fp16, fp32",
+    )
+    counted.add_argument(
+        "--attention",
+        nargs="+",
+        default=list(ATTENTIONS),
+        metavar="NAME",
         help="attention implementations whose memory is shown: eager, as in the paper's time, and sdpa (default: both)",
-    )  # fmt: skip
-    counted.add_argument("--card-gb", type=_gigabytes, default=32.0, metavar="GB",
-                         help="card that 'fits' is judged by, GB of 1e9 bytes (default: 32)")  # fmt: skip
-    counted.add_argument("--host-config", metavar="PATH",
-                         help="config.json of another LLaMA instead of LLaMA-2-13B")  # fmt: skip
+    )
+    counted.add_argument(
+        "--card-gb",
+        type=_gigabytes,
+        default=32.0,
+        metavar="GB",
+        help="card that 'fits' is judged by, GB of 1e9 bytes (default: 32)",
+    )
+    counted.add_argument("--host-config", metavar="PATH", help="config.json of another LLaMA instead of LLaMA-2-13B")
     run = parser.add_argument_group("what is really run")
-    run.add_argument("--device", default="auto", metavar="DEVICE",
-                     help="cpu runs a small host, cuda the 13B one; auto (default) prefers cuda")  # fmt: skip
-    run.add_argument("--skip-measured", "--no-measure", action="store_true", dest="skip_measured",
-                     help="predict only, run nothing")  # fmt: skip
-    run.add_argument("--images", metavar="DIR",
-                     help="folder of radiographs (default: ../shared/data/images, or $HIA_TEST_DATA/images, where "
-                     "present; else generated phantoms)")  # fmt: skip
+    run.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="cpu runs a small host, cuda the 13B one; auto (default) prefers cuda",
+    )
+    run.add_argument(
+        "--skip-measured", "--no-measure", action="store_true", dest="skip_measured", help="predict only, run nothing"
+    )
+    run.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of radiographs (default: ../shared/data/images, or $HIA_TEST_DATA/images, where "
+        "present; else generated phantoms)",
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="DIR", help="folder for table3.json, .md, .png "
-                        "(default: bench/results/<device>)")  # fmt: skip
+    output.add_argument(
+        "--out", metavar="DIR", help="folder for table3.json, .md, .png (default: bench/results/<device>)"
+    )
     output.add_argument("--json", metavar="PATH", help="write the JSON here too")
     return parser
 

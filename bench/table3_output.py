@@ -98,14 +98,21 @@ def measured_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     for row in sorted(report.measured, key=lambda row: (row.attention, row.resolution, row.method)):
         base = bases.get((row.resolution, "baseline", row.attention))
         deviation = row.prediction_deviation
-        cells.append([
-            str(row.resolution), row.method, row.attention, f"{row.tokens:,}",
-            _mega(row.memory_bytes), _mega(row.predicted_bytes), "-" if deviation is None else f"{deviation:+.1%}",
-            "-" if row.prefill_ms is None else f"{row.prefill_ms:,.0f}",
-            _ratio(base and base.memory_bytes, row.memory_bytes),
-            "-" if not (base and base.prefill_ms and row.prefill_ms) else f"{base.prefill_ms / row.prefill_ms:.2f}",
-            "" if row.memory_kind.startswith("measured") else row.memory_kind,
-        ])  # fmt: skip
+        cells.append(
+            [
+                str(row.resolution),
+                row.method,
+                row.attention,
+                f"{row.tokens:,}",
+                _mega(row.memory_bytes),
+                _mega(row.predicted_bytes),
+                "-" if deviation is None else f"{deviation:+.1%}",
+                "-" if row.prefill_ms is None else f"{row.prefill_ms:,.0f}",
+                _ratio(base and base.memory_bytes, row.memory_bytes),
+                "-" if not (base and base.prefill_ms and row.prefill_ms) else f"{base.prefill_ms / row.prefill_ms:.2f}",
+                "" if row.memory_kind.startswith("measured") else row.memory_kind,
+            ]
+        )
     return header, cells
 
 
@@ -170,8 +177,10 @@ def to_markdown(report: Report, picture: str | None) -> str:
     lines += ["## Notes", "", *(f"- {note}" for note in report.notes)]
     lines += [f"- not measured: {reason}" for reason in report.skipped]
     versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items() if version)
-    lines += [f"- {environment.get('threads')} threads on {environment.get('cpu')}; Python "
-              f"{environment.get('python')}, {versions}."]  # fmt: skip
+    lines += [
+        f"- {environment.get('threads')} threads on {environment.get('cpu')}; Python "
+        f"{environment.get('python')}, {versions}."
+    ]
     return "\n".join(lines) + "\n"
 
 

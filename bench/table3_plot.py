@@ -10,8 +10,11 @@ from .records import BYTES_PER_GB, Report
 
 COLOURS = {"baseline": "#c44e52", "anyres": "#dd8452", "released": "#8172b3", "hia": "#2b7a78"}
 NAMES = {
-    "baseline": "baseline", "anyres": "anyres (LLaVA-NeXT)", "released": "released HiA (port)", "hia": "HiA (ours)",
-}  # fmt: skip
+    "baseline": "baseline",
+    "anyres": "anyres (LLaVA-NeXT)",
+    "released": "released HiA (port)",
+    "hia": "HiA (ours)",
+}
 LINES = {"eager": "-", "sdpa": ":"}
 MEMORY_TICKS = (1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 300, 500)
 HEADROOM = 5  # cards that the memory axis reaches
@@ -48,8 +51,9 @@ def draw(report: Report, path: Path) -> None:
     figure.suptitle(
         f"{protocol.host.name}: {protocol.images_per_sample} images and {protocol.text_tokens} text tokens, "
         f"{protocol.dtype}, prefill with KV cache",
-        fontsize=10.5, color=INK,
-    )  # fmt: skip
+        fontsize=10.5,
+        color=INK,
+    )
     figure.savefig(path)
 
 
@@ -85,9 +89,16 @@ def _draw_memory(axis: Any, report: Report) -> None:
     card = report.protocol.card_gb
     axis.axhline(card, color=INK, lw=1, ls="--")
     axis.annotate(
-        f"card: {card:g} GB", (0.52, card), xycoords=("axes fraction", "data"), xytext=(0, -3),
-        textcoords="offset points", ha="center", va="top", fontsize=8, color=INK,
-    )  # fmt: skip
+        f"card: {card:g} GB",
+        (0.52, card),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -3),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=8,
+        color=INK,
+    )
 
 
 def _cut(axis: Any, report: Report) -> str:

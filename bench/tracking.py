@@ -271,8 +271,10 @@ def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
         with unset_fake_temporarily():
             if packing_reasons(torch.zeros(16, 16, 1, 1, dtype=module.conv1.weight.dtype)):
                 continue
-            native_serves = [not native.unavailable_reasons() and not native.packing_unsupported_reasons(conv.weight)
-                             for conv in convs]  # fmt: skip
+            native_serves = [
+                not native.unavailable_reasons() and not native.packing_unsupported_reasons(conv.weight)
+                for conv in convs
+            ]
         for conv, serves in zip(convs, native_serves, strict=True):
             points = native.POINTS if serves and native.is_winograd(conv.weight, conv.stride[0]) else 0
             total += conv.weight.nbytes * (points or 9) // 9

@@ -261,8 +261,9 @@ def write(path: Path, tuned: Tuned, facts: dict[str, Any]) -> None:
     content = {
         "configurations": dict(sorted({**kept, **tuned.configurations}.items())),
         "backends": dict(sorted(backends.items())),
-        "gains": dict(sorted({**gains, **tuned.gains}.items())), "environment": facts,
-    }  # fmt: skip
+        "gains": dict(sorted({**gains, **tuned.gains}.items())),
+        "environment": facts,
+    }
     write_text(path, json.dumps(content, indent=1) + "\n")
     tuning.stored.cache_clear()
     tuning.stored_backends.cache_clear()
@@ -298,8 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             for name in tune_workload(workload, options.dtype, tuned, clock):
                 gain = tuned.gains.get(name)
-                print(f"{name}: " + (f"{tuned.configurations[name]}, {gain} times as fast" if gain else "as it is"),
-                      flush=True)  # fmt: skip
+                print(
+                    f"{name}: " + (f"{tuned.configurations[name]}, {gain} times as fast" if gain else "as it is"),
+                    flush=True,
+                )
             write(path, tuned, facts)
             torch.cuda.empty_cache()
         for shape in (one for side in RESOLUTIONS for one in resnet50_shapes(side) if "conv_norm_act" in chosen):

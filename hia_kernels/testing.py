@@ -34,15 +34,31 @@ from .core import rounding_rules as _rules  # noqa: F401
 from .core.rounding import UNIT_ROUNDOFF, UNITS, Analysis, Bounded
 
 __all__ = [
-    "EXACT", "FP64_SLACK", "GRADIENT_SLACK", "OUT_SLACK", "UNITS", "UNIT_ROUNDOFF", "Expected", "analysed",
-    "assert_close", "bounded", "dout_like", "expect", "forward_backward", "mismatch", "rel_rms", "upcast",
+    "EXACT",
+    "FP64_SLACK",
+    "GRADIENT_SLACK",
+    "OUT_SLACK",
+    "UNITS",
+    "UNIT_ROUNDOFF",
+    "Expected",
+    "analysed",
+    "assert_close",
+    "bounded",
+    "dout_like",
+    "expect",
+    "forward_backward",
+    "mismatch",
+    "rel_rms",
+    "upcast",
     "worst_index",
-]  # fmt: skip
+]
 
 EXACT = {
-    torch.float64: torch.float64, torch.float32: torch.float64, torch.float16: torch.float32,
+    torch.float64: torch.float64,
+    torch.float32: torch.float64,
+    torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
-}  # fmt: skip
+}
 OUT_SLACK, GRADIENT_SLACK = 2.0, 4.0  # roundings that an output's, or a gradient's, RMS error may have beyond plain's
 # Nothing is more exact than fp64: there plain has no error of its own, and these are sums of up to 1000 terms.
 FP64_SLACK = 64.0

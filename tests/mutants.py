@@ -36,12 +36,19 @@ def parse(arguments: Sequence[str] | None, mutants: Sequence[Mutant]) -> tuple[a
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults instead of all; --list shows the names")
     parser.add_argument("--list", action="store_true", help="print name, kind, file and tests of each fault, and stop")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N",
-                        help="copies of the tree at work at once (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--write", action="store_true",
-                        help=f"write {PAGE} if every fault is caught; not together with --only")  # fmt: skip
-    parser.add_argument("--keep", action="store_true",
-                        help="leave the copies and say where; a single fault stays in its copy")  # fmt: skip
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        metavar="N",
+        help="copies of the tree at work at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {PAGE} if every fault is caught; not together with --only"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the copies and say where; a single fault stays in its copy"
+    )
     options = parser.parse_args(arguments)
     known = {mutant.name: mutant for mutant in mutants}
     for name in options.only or ():

@@ -228,7 +228,7 @@ def test_ctrl_c_leaves_nothing(project, monkeypatch, capsys):
         ("RuntimeError: AssertionError: in another process", False),
         ("", False),
     ],
-)  # fmt: skip
+)
 def test_what_is_an_assertion(message, is_one):
     assert trees.is_assertion(message) is is_one
 

@@ -26,9 +26,18 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"hia_kernels": ROOT / "hia_kernels", "hia": ROOT / "python" / "hia", "bench": ROOT / "bench"}
 OPS = sorted(path.name for path in (ROOT / "hia_kernels" / "ops").glob("*") if (path / "functional.py").exists())
-EXPECTED_OPS = {"stem", "conv_norm_act", "condition_queries", "cross_attention", "norm_linear", "inject_rows",
-    "row_softmax", "latent_attention", "linear", "head_linear",
-}  # fmt: skip
+EXPECTED_OPS = {
+    "stem",
+    "conv_norm_act",
+    "condition_queries",
+    "cross_attention",
+    "norm_linear",
+    "inject_rows",
+    "row_softmax",
+    "latent_attention",
+    "linear",
+    "head_linear",
+}
 
 OP_PARTS = [
     "hia_kernels/ops/{}/functional.py",

@@ -28,8 +28,10 @@ def test_options_go_to_every_tier_and_paths_where_they_lead():
     assert arguments_of(COMPILE, str(tiers.ROOT / "tests" / "ops")) is None
     assert arguments_of(COMPILE, "bench/test_regression.py") is None
     assert arguments_of(COMPILE, "--deselect", "tests/ops/test_stem.py") == [
-        "--deselect", "tests/ops/test_stem.py", "tests/compile"
-    ]  # fmt: skip
+        "--deselect",
+        "tests/ops/test_stem.py",
+        "tests/compile",
+    ]
     assert arguments_of(COMPILE, "tests/") == ["tests/compile"]
     assert arguments_of(CPU, "tests/ops", "-x") == ["--ignore=tests/compile", "tests/ops", "-x"]
 

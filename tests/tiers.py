@@ -50,24 +50,41 @@ class Tier:
 TIERS = (
     Tier("cpu", "CPU: references, native and vendor kernels, adapter, benchmarks", (f"--ignore={COMPILE}",)),
     Tier(
-        "compile", "Triton kernels compiled for GPUs that aren't there", folder=COMPILE, spread=False,
+        "compile",
+        "Triton kernels compiled for GPUs that aren't there",
+        folder=COMPILE,
+        spread=False,
         environment={TARGETS_VARIABLE: os.environ.get(TARGETS_VARIABLE, "sm_80 sm_90")},
     ),
     Tier(
-        "interpreter", "Triton kernels in the interpreter", ("-m", "interpreter", f"--ignore={COMPILE}"),
+        "interpreter",
+        "Triton kernels in the interpreter",
+        ("-m", "interpreter", f"--ignore={COMPILE}"),
         environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     ),
-)  # fmt: skip
+)
 # what PyTorch, oneDNN, MKL and our kernels may use; "best" is whatever the processor has
 ISAS: dict[str, dict[str, str]] = {
     "best": {},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "HIA_CPU_ISA": "avx512",
-               "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "HIA_CPU_ISA": "avx2",
-             "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "plain": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "HIA_CPU_ISA": "none",
-              "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-}  # fmt: skip
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "HIA_CPU_ISA": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "HIA_CPU_ISA": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "plain": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "HIA_CPU_ISA": "none",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -164,12 +181,15 @@ def report(found: Sequence[Ran], isa: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(
-        prog="python tests/tiers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python tests/tiers.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 all passed, 1 something failed, 5 no tier had a test to run, 130 interrupted",
-    )  # fmt: skip
+    )
     names = [tier.name for tier in TIERS]
-    found.add_argument("--tiers", nargs="+", choices=names, default=names, metavar="TIER",
-                       help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    found.add_argument(
+        "--tiers", nargs="+", choices=names, default=names, metavar="TIER", help=f"of {', '.join(names)} (default: all)"
+    )
     found.add_argument(
         "--isa",
         choices=list(ISAS),

@@ -141,10 +141,12 @@ def _run(options: argparse.Namespace, rows: list[Row]) -> int:
     if missing:
         with workers(options.jobs, threads) as submit:
             finish(prepare(submit, protocol, options.cache, rows, seeds, start))
-            finish([
-                submit(run_row, protocol, options.cache, row, seed, environment, start, places[row.name, seed])
-                for row, seed in missing
-            ])  # fmt: skip
+            finish(
+                [
+                    submit(run_row, protocol, options.cache, row, seed, environment, start, places[row.name, seed])
+                    for row, seed in missing
+                ]
+            )
     results = current_runs(folder, protocol, rows)
     record = {"protocol": protocol.to_dict(), "host": _host_scores(protocol, options.cache, folder), "runs": results}
     if options.record:

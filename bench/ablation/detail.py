@@ -66,9 +66,7 @@ def matched_filter(radius: float, px: int, studies: int, lesions: int) -> tuple[
     """
     ratios, differences = [], []
     for bone in BONES:
-        plain = torch.stack([
-            grey((radius, radius), (1, seed), px, lesion=False, bone=bone) for seed in range(studies)
-        ])  # fmt: skip
+        plain = torch.stack([grey((radius, radius), (1, seed), px, lesion=False, bone=bone) for seed in range(studies)])
         for seed in range(lesions):
             with_, without = (grey((radius, radius), seed, px, lesion=lesion, bone=bone) for lesion in (True, False))
             template = with_ - without
@@ -145,14 +143,18 @@ def measure(say: Callable[[str], None], studies: int = 40, lesions: int = 10) ->
         found = {px: matched_filter(radius, px, studies, lesions) for px in (FULL, VIEW)}
         filters.append({"radius": radius, **{f"{px}": found[px] for px in found}})
         cells = [f"{found[px][index]:.2g}" for index in (1, 0) for px in (FULL, VIEW)]
-        say(f"radius {radius:<5g} largest difference at {FULL} / {VIEW} px {cells[0]} / {cells[1]}, matched filter "
-            f"{cells[2]} / {cells[3]}")  # fmt: skip
+        say(
+            f"radius {radius:<5g} largest difference at {FULL} / {VIEW} px {cells[0]} / {cells[1]}, matched filter "
+            f"{cells[2]} / {cells[3]}"
+        )
     for name, px, stages in TRAININGS:
         shares = train_classifier(px, stages)
         trainings.append({"name": name, "px": px, "stages": stages, "right": shares})
         steps = ", ".join(f"radii {low:g} to {high:g}, {steps} steps" for (low, high), steps in stages)
-        say(f"CNN at {px} px, {name} ({steps}): right {', '.join(f'{share:.3f}' for share in shares)}; "
-            f"{(time.monotonic() - began) / 60:.1f} min")  # fmt: skip
+        say(
+            f"CNN at {px} px, {name} ({steps}): right {', '.join(f'{share:.3f}' for share in shares)}; "
+            f"{(time.monotonic() - began) / 60:.1f} min"
+        )
     return {"matched_filter": filters, "classifier": trainings, "studies": studies, "lesions": lesions, "test": TEST}
 
 

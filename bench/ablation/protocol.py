@@ -139,9 +139,15 @@ class Protocol:
 
 # For CI, nothing cached: a smaller host, fewer phantoms, shorter training. It shows presence, not the tables.
 QUICK_PROTOCOL = Protocol(
-    train_samples=1600, test_samples=120, steps=320, encoder_steps=700, seeds=(1,), evaluate_every=40, curve_samples=40,
+    train_samples=1600,
+    test_samples=120,
+    steps=320,
+    encoder_steps=700,
+    seeds=(1,),
+    evaluate_every=40,
+    curve_samples=40,
     host=TinyHostRecipe(layers=6, samples=4000, tower_steps=400, steps=500),
-)  # fmt: skip
+)
 
 
 def row_named(name: str) -> Row:

@@ -29,9 +29,12 @@ TABLES = {
     "start": "The start, part by part",
 }
 HEALTH = {  # of adapter_health, by layer; what the diagnosis of a dead start was made with
-    "extraction_entropy": "extraction entropy", "query_cosine": "cosine of Z̄", "effective_rank": "rank of Z̄",
-    "update_ratio": "update / V", "update_cosine": "cosine of updates",
-}  # fmt: skip
+    "extraction_entropy": "extraction entropy",
+    "query_cosine": "cosine of Z̄",
+    "effective_rank": "rank of Z̄",
+    "update_ratio": "update / V",
+    "update_cosine": "cosine of updates",
+}
 
 
 def scores_of(runs: Iterable[dict[str, Any]], row: str, task: str) -> list[float]:

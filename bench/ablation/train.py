@@ -90,9 +90,15 @@ class Material:
                 side = host.config.vision_config.image_size
                 images = [hia.Radiograph(pixels, (0.0, 255.0)).resized(side, side).pixels for pixels in images]
             loss = pretrain(
-                encoder, images, batches.windows, batches.masks, steps=protocol.encoder_steps,
-                batch=protocol.encoder_batch, lr=protocol.encoder_lr, seed=0,
-            )  # fmt: skip
+                encoder,
+                images,
+                batches.windows,
+                batches.masks,
+                steps=protocol.encoder_steps,
+                batch=protocol.encoder_batch,
+                lr=protocol.encoder_lr,
+                seed=0,
+            )
             tell(f"pre-trained the encoder: loss {loss:.4f}")
             save_whole(place, lambda folder: torch.save(encoder.state_dict(), folder / "encoder.pt"))
         return _load(place / "encoder.pt", weights_only=True)
@@ -113,9 +119,13 @@ def start_parts(adapter: HiAAdapter, parts: tuple[str, ...]) -> None:
     for layer in adapter.layers.values():
         extractor, injection = layer.extractor, layer.injection
         linears = (
-            extractor.feature_projection, extractor.q_proj, extractor.kv_proj, extractor.out_proj, injection.q_proj,
+            extractor.feature_projection,
+            extractor.q_proj,
+            extractor.kv_proj,
+            extractor.out_proj,
+            injection.q_proj,
             injection.kv_proj,
-        )  # fmt: skip
+        )
         for linear in linears:
             unit_variance_(linear) if "linears" in parts else linear.reset_parameters()
         if extractor.condition is not None:
@@ -188,11 +198,16 @@ def run(material: Material, row: Row, seed: int, tell: Tell) -> dict[str, Any]:
     final = {"step": steps, "loss": sum(recent) / len(recent), "scores": scored(model, test, list(range(len(test))))}
     tell(f"done, {_line(final)}")
     return {
-        "row": row.name, "seed": seed, "protocol": protocol.fingerprint(row=row), "steps": steps,
+        "row": row.name,
+        "seed": seed,
+        "protocol": protocol.fingerprint(row=row),
+        "steps": steps,
         "scores": final["scores"],
-        "curve": [*curve, final], "health": {"before": before, "after": model.eval().adapter_health(probe).to_dict()},
-        "seconds": time.monotonic() - start, "seconds_a_step": spent / steps,
-    }  # fmt: skip
+        "curve": [*curve, final],
+        "health": {"before": before, "after": model.eval().adapter_health(probe).to_dict()},
+        "seconds": time.monotonic() - start,
+        "seconds_a_step": spent / steps,
+    }
 
 
 def scored(model: hia.HiAModel, test: PhantomBatches, samples: list[int]) -> dict[str, float]:

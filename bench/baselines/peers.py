@@ -87,9 +87,15 @@ class Sdpa(Attention):
 
 
 def sdpa_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     softmax_scale: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """SDPA, whichever backend torch takes."""
     triples = sequences(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     return packed([F.scaled_dot_product_attention(*triple, scale=softmax_scale) for triple in triples])
@@ -263,8 +269,9 @@ class FoldedEncoder(nn.Module):
     def __init__(self, adapter: HiAAdapter) -> None:
         super().__init__()
         encoder = adapter.encoder
-        self.mean, self.std = (torch.tensor(value, device=encoder.conv1.weight.device)
-                               for value in (encoder.image_mean, encoder.image_std))  # fmt: skip
+        self.mean, self.std = (
+            torch.tensor(value, device=encoder.conv1.weight.device) for value in (encoder.image_mean, encoder.image_std)
+        )
         self.stem = _fixed(encoder.conv1, encoder.bn1)
         self.blocks = nn.ModuleList()
         for stage in range(1, 5):
@@ -321,9 +328,15 @@ def _normalised(inputs: Inputs) -> Inputs:
 
 
 def _rgb_stem(
-    pixels: Tensor, window: Tensor, mean: Tensor, std: Tensor, weight: Tensor, scale: Tensor, shift: Tensor,
+    pixels: Tensor,
+    window: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     running: tuple[Tensor, Tensor],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     low, high = window[:, :, None, None, None].unbind(1)
     rgb = pixels.float().expand(*pixels.shape[:-1], 3).permute(0, 3, 1, 2).contiguous()
     x = ((rgb - low) / (high - low)).clamp(0, 1)
@@ -344,16 +357,24 @@ def _released_stem(x: Tensor, running: tuple[Tensor, Tensor], weight: Tensor, sc
 
 def _channels_first(inputs: Inputs) -> Inputs:
     """The same shapes over NCHW memory."""
-    first = {name: inputs[name].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-             for name in ("x", "residual") if inputs[name] is not None}  # fmt: skip
+    first = {
+        name: inputs[name].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        for name in ("x", "residual")
+        if inputs[name] is not None
+    }
     kept = {name: inputs[name] for name in ("weight", "scale", "shift", "residual", "stride")}
     return {**kept, **first, "running": _running(inputs)}
 
 
 def _released_conv(
-    x: Tensor, running: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, shift: Tensor,
-    residual: Tensor | None, stride: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    running: tuple[Tensor, Tensor],
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+) -> Tensor:
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2)
     y = F.batch_norm(y, *running, scale, shift, False, 0.0, EPS)
     return F.relu(y if residual is None else y + residual.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -24,8 +24,18 @@ KINDS = {
     "floor": ("floor / our time", ">="),
     "flops": ("our FLOPs / theirs", "<="),
 }
-ATTENTIONS = ("sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash_attn_2", "flash_attn_3",
-              "flash_attn_4", "xformers", "ffpa", "ffpa_cutedsl")  # fmt: skip
+ATTENTIONS = (
+    "sdpa_math",
+    "sdpa_efficient",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+    "xformers",
+    "ffpa",
+    "ffpa_cutedsl",
+)
 # of wide heads, those that keep no scores; math does, and its backward has one product in five less to do
 WIDE = ("sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers", "ffpa", "ffpa_cutedsl")
 FOLDED = ("channels_last_compile",)  # the compiler's best: channels last, batch-norm folded
@@ -121,10 +131,12 @@ def _encoder_figures() -> list[Figure]:
 
 
 FIGURES: tuple[Figure, ...] = (
-    *_layer_figures(), *_attention_figures(), *_encoder_figures(),
+    *_layer_figures(),
+    *_attention_figures(),
+    *_encoder_figures(),
     Figure("table3-flops-896", "flops", "layers", "896", "", ("released",), 0.7, 0.7),
     Figure("table3-flops-4096", "flops", "layers", "4096", "", ("released",), 0.45, 0.45),
-)  # fmt: skip
+)
 
 
 # should the time be over early: what is asked of 896 pixels comes first, by op, then larger images

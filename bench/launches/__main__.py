@@ -28,23 +28,49 @@ def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
     names = (*ops(), *composites())
     found = argparse.ArgumentParser(
-        prog="python -m bench.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m bench.launches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 nothing breaks a limit, 1 something does, 2 wrong arguments or no Triton",
-    )  # fmt: skip
-    found.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), metavar="TARGET",
-                       help=f"GPUs to record for, of {', '.join(TARGETS)} (default: all)")  # fmt: skip
-    found.add_argument("--op", nargs="+", choices=names, default=[], metavar="OP",
-                       help=f"ops and composites to record, of {', '.join(names)} (default: all)")  # fmt: skip
-    found.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                       help="processes that compile (default: one a core)")  # fmt: skip
-    found.add_argument("--cache", type=Path, default=FOLDER, metavar="DIR",
-                       help=f"where results are kept (default: {os.path.relpath(FOLDER)})")  # fmt: skip
+    )
+    found.add_argument(
+        "--target",
+        nargs="+",
+        choices=list(TARGETS),
+        default=list(TARGETS),
+        metavar="TARGET",
+        help=f"GPUs to record for, of {', '.join(TARGETS)} (default: all)",
+    )
+    found.add_argument(
+        "--op",
+        nargs="+",
+        choices=names,
+        default=[],
+        metavar="OP",
+        help=f"ops and composites to record, of {', '.join(names)} (default: all)",
+    )
+    found.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that compile (default: one a core)",
+    )
+    found.add_argument(
+        "--cache",
+        type=Path,
+        default=FOLDER,
+        metavar="DIR",
+        help=f"where results are kept (default: {os.path.relpath(FOLDER)})",
+    )
     found.add_argument("--fresh", action="store_true", help="compile what results are kept for, too")
-    found.add_argument("--tuned", action="store_true",
-                       help="record with the configurations that were measured on such a device")  # fmt: skip
+    found.add_argument(
+        "--tuned", action="store_true", help="record with the configurations that were measured on such a device"
+    )
     found.add_argument("--list", action="store_true", help="print the recorded launches, and compile none")
-    found.add_argument("--write", action="store_true",
-                       help=f"replace {os.path.relpath(document.PATH)}; every op and target")  # fmt: skip
+    found.add_argument(
+        "--write", action="store_true", help=f"replace {os.path.relpath(document.PATH)}; every op and target"
+    )
     return found
 
 
@@ -65,8 +91,10 @@ def _progress(started: float) -> Callable[[int, int], None]:
 def _print_launches(recordings: Sequence[Recording]) -> None:
     for recording in recordings:
         for launch, uses in recording.launches.items():
-            print(f"{recording.target.name} {launch.kernel} {launch.configuration} warps={launch.num_warps} "
-                  f"stages={launch.num_stages} grid={uses.grids}: {', '.join(uses.workloads)}")  # fmt: skip
+            print(
+                f"{recording.target.name} {launch.kernel} {launch.configuration} warps={launch.num_warps} "
+                f"stages={launch.num_stages} grid={uses.grids}: {', '.join(uses.workloads)}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     items = [(launch, recording.target.name) for recording in recordings for launch in recording.launches]
     results = compile_all(
         items, jobs=options.jobs, folder=options.cache, fresh=options.fresh, progress=_progress(started)
-    )  # fmt: skip
+    )
     lines = [line for recording in recordings for line in limits.broken(recording, results)]
     print("\n".join([*lines, f"{len(items)} launches, {len(lines)} with problems, {time.monotonic() - started:.0f} s"]))
     if options.write:

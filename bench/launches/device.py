@@ -66,11 +66,18 @@ class Target:
     def properties(self) -> SimpleNamespace:
         """Return what ``torch.cuda.get_device_properties`` does, as far as code here asks for it."""
         return SimpleNamespace(
-            name=self.device_name, major=self.capability[0], minor=self.capability[1], total_memory=self.memory,
-            multi_processor_count=self.multiprocessors, warp_size=self.warp, shared_memory_per_block_optin=self.shared,
-            shared_memory_per_block=min(self.shared, 48 * 1024), regs_per_multiprocessor=64 * 1024,
-            gcnArchName=str(self.arch), L2_cache_size=50 * 2**20,
-        )  # fmt: skip
+            name=self.device_name,
+            major=self.capability[0],
+            minor=self.capability[1],
+            total_memory=self.memory,
+            multi_processor_count=self.multiprocessors,
+            warp_size=self.warp,
+            shared_memory_per_block_optin=self.shared,
+            shared_memory_per_block=min(self.shared, 48 * 1024),
+            regs_per_multiprocessor=64 * 1024,
+            gcnArchName=str(self.arch),
+            L2_cache_size=50 * 2**20,
+        )
 
 
 TARGETS: dict[str, Target] = {

@@ -89,15 +89,17 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
         triton_version: that compiled them.
     """
     lines = [
-        "# What the Triton kernels take of a GPU", "",
+        "# What the Triton kernels take of a GPU",
+        "",
         f"Recorded and compiled without one by `python -m bench.launches --write`, Triton {triton_version}: every op, "
         "forward and backward, at the GPU's workloads and at shapes beyond them, and every composite of "
         "`bench.composites`, as each target would launch it. `tests/compile` asserts that nothing "
-        "spills, shared memory and registers suffice, and products of 16-bit operands are matrix instructions.", "",
+        "spills, shared memory and registers suffice, and products of 16-bit operands are matrix instructions.",
+        "",
         "Registers a thread / bytes spilled a thread / KiB of shared memory a block / matrix instruction / buffers of "
         "the deepest pipelined load. Launches that differ only in the alignment of their arguments share a row: it "
         "shows the most that one of them takes.",
-    ]  # fmt: skip
+    ]
     kernel = ""
     for (name, described, warps), row in rows(recordings).items():
         if name != kernel:

@@ -48,26 +48,42 @@ class Waiver:
 
 WAIVERS = (
     Waiver(
-        "_norm_linear_bwd_dx_kernel", "sm_80", {"BLOCK_C": 16384, "HAS_IDX": True}, "fp32", 8,
+        "_norm_linear_bwd_dx_kernel",
+        "sm_80",
+        {"BLOCK_C": 16384, "HAS_IDX": True},
+        "fp32",
+        8,
         "x, dy and norm_weight are 32 values each a thread of 128 registers",
     ),
     Waiver(
-        "_cross_attention_scores_kernel", "sm_80", {"D": 272}, "fp16", 16,
+        "_cross_attention_scores_kernel",
+        "sm_80",
+        {"D": 272},
+        "fp16",
+        16,
         "272 is no multiple of BLOCK_C, and the mask of channels is what 512 and 640 do without",
     ),
     Waiver(
-        "_cross_attention_values_kernel", "sm_100", {"D": 128, "IS_SPLIT": True, "HAS_LSE": False}, "fp32", 8,
+        "_cross_attention_values_kernel",
+        "sm_100",
+        {"D": 128, "IS_SPLIT": True, "HAS_LSE": False},
+        "fp32",
+        8,
         "64 x 64 sums in fp32 beside a product without matrix instructions",
     ),
     *(
         Waiver(
-            "_conv_norm_act_fwd_kernel", "sm_80", {"KERNEL": 1, "BLOCK_C": 16, "SPLITS": splits}, "fp32", 8,
+            "_conv_norm_act_fwd_kernel",
+            "sm_80",
+            {"KERNEL": 1, "BLOCK_C": 16, "SPLITS": splits},
+            "fp32",
+            8,
             f"1 x 1 in {splits} shares: ptxas stops at 128 registers for 64 x 64 sums in fp32 without matrix "
             "instructions",
         )
         for splits in (2, 4)
     ),
-)  # fmt: skip
+)
 # another instruction than the target's own: {kernel: {target: instruction}}
 OTHER_MATRIX: dict[str, dict[str, str]] = {
     # 16 samples a tile: wgmma and tcgen05 take 64 rows at least, and the kernel streams the weight anyway

@@ -161,7 +161,7 @@ def launch_of(kernel: Any, target: Target, args: tuple[Any, ...], kwargs: dict[s
         tuple((names[path[0]], value) for path, value in constexprs.items()),
         tuple((names[path[0]], tuple(map(tuple, known))) for path, known in attributes.items()),
         tuple(sorted({"num_warps": options.num_warps, "num_stages": options.num_stages, **given}.items())),
-    )  # fmt: skip
+    )
 
 
 @contextmanager

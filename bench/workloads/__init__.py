@@ -34,10 +34,32 @@ from .registry import (
 )
 
 __all__ = [
-    "CASES", "FIRST", "RESOLUTIONS", "CompositeEntry", "Edge", "ImageCase", "Inputs", "LayerCase", "OpEntry",
-    "ShapeCase", "Size", "Workload", "composite_entry", "composites", "entry", "gpu_workloads", "halved", "in_set",
-    "make_inputs", "op_entry", "ops", "references", "register", "unregister", "workloads",
-]  # fmt: skip
+    "CASES",
+    "FIRST",
+    "RESOLUTIONS",
+    "CompositeEntry",
+    "Edge",
+    "ImageCase",
+    "Inputs",
+    "LayerCase",
+    "OpEntry",
+    "ShapeCase",
+    "Size",
+    "Workload",
+    "composite_entry",
+    "composites",
+    "entry",
+    "gpu_workloads",
+    "halved",
+    "in_set",
+    "make_inputs",
+    "op_entry",
+    "ops",
+    "references",
+    "register",
+    "unregister",
+    "workloads",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     _found = getattr(importlib.import_module(f"{__name__}.{_module.name}"), "ENTRY", None)

@@ -224,10 +224,21 @@ def _square(host: str, side: int, images: int, batch: int, preset: str = "paper"
 
 
 def _layer_cases() -> list[LayerCase]:
-    gpu = {("13b", 896, 2, 1), ("13b", 448, 2, 1), ("13b", 1792, 2, 1), ("13b", 4096, 1, 1), ("13b", 896, 2, 4),
-           ("7b", 896, 2, 1)}  # fmt: skip
-    shapes = [(host, side, images, batch) for host in ("13b", "7b") for side in RESOLUTIONS
-              for images in (1, 2) for batch in (1, 4)]  # fmt: skip
+    gpu = {
+        ("13b", 896, 2, 1),
+        ("13b", 448, 2, 1),
+        ("13b", 1792, 2, 1),
+        ("13b", 4096, 1, 1),
+        ("13b", 896, 2, 4),
+        ("7b", 896, 2, 1),
+    }
+    shapes = [
+        (host, side, images, batch)
+        for host in ("13b", "7b")
+        for side in RESOLUTIONS
+        for images in (1, 2)
+        for batch in (1, 4)
+    ]
     cases = [_square(*shape, "paper", *(("gpu",) if shape in gpu else ())) for shape in shapes]
     for side in RESOLUTIONS:
         for images in (1, 2):

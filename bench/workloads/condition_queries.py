@@ -15,6 +15,12 @@ def _shape(case: LayerCase, _role: str) -> inputs.Shape:
 
 EDGES = (Edge("dim 16384", inputs.Shape(2800, 4, 8192, 256, 16384)),)
 ENTRY = OpEntry(
-    name="condition_queries", inputs=inputs, reference=condition_queries_ref, cases=LAYERS, shape=_shape, edges=EDGES,
-    in_set=in_plain_set, regression=inputs.Shape(1212, ((1211, 1212),), 768, 256, 768),
-)  # fmt: skip
+    name="condition_queries",
+    inputs=inputs,
+    reference=condition_queries_ref,
+    cases=LAYERS,
+    shape=_shape,
+    edges=EDGES,
+    in_set=in_plain_set,
+    regression=inputs.Shape(1212, ((1211, 1212),), 768, 256, 768),
+)

@@ -46,14 +46,23 @@ def resnet50_shapes(side: int) -> list[inputs.Shape]:
 
 EDGES = (
     Edge("3x3 gelu", inputs.Shape((56, 56), 1, (64, 64), activation="gelu", residual=True)),
-    Edge("3x3, frozen weight", inputs.Shape((56, 56), 1, (256, 256), residual=True),
-         differentiable=("x", "scale", "shift", "residual")),
+    Edge(
+        "3x3, frozen weight",
+        inputs.Shape((56, 56), 1, (256, 256), residual=True),
+        differentiable=("x", "scale", "shift", "residual"),
+    ),
     # every stride and count is typed by its value: beyond 2^31 elements they are int64
     Edge("1x1 beyond 2^31 elements", inputs.Shape((6000, 6000), 1, (64, 256), 1, residual=True), differentiable=()),
     Edge("3x3 beyond 2^31 elements", inputs.Shape((6000, 6000), 1, (64, 64), residual=True)),
-)  # fmt: skip
+)
 ENTRY = OpEntry(
-    name="conv_norm_act", inputs=inputs, reference=conv_norm_act_ref, cases=SINGLE_IMAGES, roles=tuple(CONVOLUTIONS),
-    shape=_shape, edges=EDGES, in_set=limited_on_cpu(in_named_set, "stage1-3x3", "stage2-down", "stage4-expand"),
+    name="conv_norm_act",
+    inputs=inputs,
+    reference=conv_norm_act_ref,
+    cases=SINGLE_IMAGES,
+    roles=tuple(CONVOLUTIONS),
+    shape=_shape,
+    edges=EDGES,
+    in_set=limited_on_cpu(in_named_set, "stage1-3x3", "stage2-down", "stage4-expand"),
     regression=inputs.Shape((28, 28), 2, (256, 256)),
-)  # fmt: skip
+)

@@ -20,9 +20,15 @@ def _with_default_scale(attention: Callable[..., Tensor]) -> Callable[..., Tenso
 
     @wraps(attention)
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-        max_seqlen_k: int, softmax_scale: float | None = None,
-    ) -> Tensor:  # fmt: skip
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float | None = None,
+    ) -> Tensor:
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
 
@@ -46,7 +52,14 @@ EDGES = (
     *(Edge("4 heads of 128, 16384 keys", _two_images(4, 128, 16384), dtype) for dtype in ("bf16", "fp32")),
 )
 ENTRY = OpEntry(
-    name="cross_attention", inputs=inputs, reference=_with_default_scale(cross_attention_ref),
-    compilable=_with_default_scale(textbook_attention), cases=LAYERS, roles=("extract", "inject"), shape=_shape,
-    edges=EDGES, regression=inputs.Shape((256, 256), (196, 196), 6, 128), trained=("q", "k", "v"),
-)  # fmt: skip
+    name="cross_attention",
+    inputs=inputs,
+    reference=_with_default_scale(cross_attention_ref),
+    compilable=_with_default_scale(textbook_attention),
+    cases=LAYERS,
+    roles=("extract", "inject"),
+    shape=_shape,
+    edges=EDGES,
+    regression=inputs.Shape((256, 256), (196, 196), 6, 128),
+    trained=("q", "k", "v"),
+)

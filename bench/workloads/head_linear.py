@@ -17,6 +17,12 @@ def _shape(case: LayerCase, role: str) -> inputs.Shape:
 
 
 ENTRY = OpEntry(
-    name="head_linear", inputs=inputs, reference=head_linear_ref, cases=ABSORBING, roles=("queries", "results"),
-    shape=_shape, in_set=in_absorbing_set, regression=inputs.Shape(2, 256, 4, 192, 768),
-)  # fmt: skip
+    name="head_linear",
+    inputs=inputs,
+    reference=head_linear_ref,
+    cases=ABSORBING,
+    roles=("queries", "results"),
+    shape=_shape,
+    in_set=in_absorbing_set,
+    regression=inputs.Shape(2, 256, 4, 192, 768),
+)

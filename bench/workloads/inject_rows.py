@@ -18,10 +18,18 @@ def _shape(case: LayerCase, _role: str) -> inputs.Shape:
 EDGES = (
     Edge("64 rows", inputs.Shape(1300, 64, 5120, 1280), differentiable=()),
     # the residual stream stays in fp32
-    Edge("autocast", inputs.Shape(1300, 1152, 5120, 1280, hidden_dtype=torch.float32),
-         function=torch.ops.hia.inject_rows),
-)  # fmt: skip
+    Edge(
+        "autocast", inputs.Shape(1300, 1152, 5120, 1280, hidden_dtype=torch.float32), function=torch.ops.hia.inject_rows
+    ),
+)
 ENTRY = OpEntry(
-    name="inject_rows", inputs=inputs, reference=inject_rows_ref, cases=LAYERS, shape=_shape, in_set=in_plain_set,
-    edges=EDGES, regression=inputs.Shape(1212, ((0, 1152),), 768, 768), trained=("update", "weight"),
-)  # fmt: skip
+    name="inject_rows",
+    inputs=inputs,
+    reference=inject_rows_ref,
+    cases=LAYERS,
+    shape=_shape,
+    in_set=in_plain_set,
+    edges=EDGES,
+    regression=inputs.Shape(1212, ((0, 1152),), 768, 768),
+    trained=("update", "weight"),
+)

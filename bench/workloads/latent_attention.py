@@ -22,6 +22,12 @@ def _shape(case: LayerCase, role: str) -> inputs.Shape:
 
 
 ENTRY = OpEntry(
-    name="latent_attention", inputs=inputs, reference=_reference, cases=ABSORBING, roles=("folded", "deep"),
-    shape=_shape, in_set=in_absorbing_set, regression=inputs.Shape(1024, 768, (196, 196)),
-)  # fmt: skip
+    name="latent_attention",
+    inputs=inputs,
+    reference=_reference,
+    cases=ABSORBING,
+    roles=("folded", "deep"),
+    shape=_shape,
+    in_set=in_absorbing_set,
+    regression=inputs.Shape(1024, 768, (196, 196)),
+)

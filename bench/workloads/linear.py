@@ -25,6 +25,12 @@ def _shape(case: LayerCase, role: str) -> inputs.Shape:
 
 
 ENTRY = OpEntry(
-    name="linear", inputs=inputs, reference=_reference, cases=LAYERS, roles=("features", "output"), shape=_shape,
-    in_set=limited_on_cpu(in_plain_set, "features"), regression=inputs.Shape(392, 2048, 768),
-)  # fmt: skip
+    name="linear",
+    inputs=inputs,
+    reference=_reference,
+    cases=LAYERS,
+    roles=("features", "output"),
+    shape=_shape,
+    in_set=limited_on_cpu(in_plain_set, "features"),
+    regression=inputs.Shape(392, 2048, 768),
+)

@@ -27,12 +27,19 @@ EDGES = (
     Edge("16384 channels", inputs.Shape(1300, 1152, 16384, 1024), "fp32"),
     Edge("64 rows", inputs.Shape(1300, 64, 1024, 1024), differentiable=()),
     # the norm's parameters stay in fp32
-    Edge("autocast", inputs.Shape(1300, 1152, 5120, 1024, norm_dtype=torch.float32),
-         function=torch.ops.hia.norm_linear),
-)  # fmt: skip
+    Edge(
+        "autocast", inputs.Shape(1300, 1152, 5120, 1024, norm_dtype=torch.float32), function=torch.ops.hia.norm_linear
+    ),
+)
 ENTRY = OpEntry(
-    name="norm_linear", inputs=inputs, reference=norm_linear_ref, cases=LAYERS,
-    roles=("queries", "features", "visual", "extracted"), shape=_shape, edges=EDGES,
+    name="norm_linear",
+    inputs=inputs,
+    reference=norm_linear_ref,
+    cases=LAYERS,
+    roles=("queries", "features", "visual", "extracted"),
+    shape=_shape,
+    edges=EDGES,
     in_set=limited_on_cpu(in_plain_set, "features", "visual"),
-    regression=inputs.Shape(392, None, 2048, 768), trained=("x", "weight"),
-)  # fmt: skip
+    regression=inputs.Shape(392, None, 2048, 768),
+    trained=("x", "weight"),
+)

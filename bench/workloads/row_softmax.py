@@ -18,6 +18,12 @@ EDGES = tuple(
     for tokens, dtype in ((3136, "bf16"), (32768, "bf16"), (16384, "fp32"), (32768, "fp32"))
 )
 ENTRY = OpEntry(
-    name="row_softmax", inputs=inputs, reference=row_softmax_ref, cases=ABSORBING, shape=_shape, edges=EDGES,
-    in_set=in_absorbing_set, regression=inputs.Shape(1024, 196),
-)  # fmt: skip
+    name="row_softmax",
+    inputs=inputs,
+    reference=row_softmax_ref,
+    cases=ABSORBING,
+    shape=_shape,
+    edges=EDGES,
+    in_set=in_absorbing_set,
+    regression=inputs.Shape(1024, 196),
+)

@@ -27,6 +27,11 @@ EDGES = (
     Edge("3x3 without pool", inputs.Shape((1001, 1001), 1, torch.uint16, 1, 3, 64, 1), "fp16", _PARAMETERS),
 )
 ENTRY = OpEntry(
-    name="stem", inputs=inputs, reference=stem_ref, cases=SINGLE_IMAGES, shape=_shape, edges=EDGES,
+    name="stem",
+    inputs=inputs,
+    reference=stem_ref,
+    cases=SINGLE_IMAGES,
+    shape=_shape,
+    edges=EDGES,
     regression=inputs.Shape((224, 224), out_channels=64),
-)  # fmt: skip
+)

@@ -71,8 +71,17 @@ def convolution_backward(
     padding = [weight.shape[-1] // 2] * 2
     with exact():
         dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
-            [stride, stride], padding, [1, 1], False, [0, 0], 1, [*output_mask, False],
-        )  # fmt: skip
+            dy.permute(0, 3, 1, 2),
+            x.permute(0, 3, 1, 2),
+            weight,
+            None,
+            [stride, stride],
+            padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [*output_mask, False],
+        )
     dx = dx.permute(0, 2, 3, 1).contiguous() if output_mask[0] else None
     return dx, dweight.contiguous() if output_mask[1] else None

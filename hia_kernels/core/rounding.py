@@ -70,9 +70,13 @@ class Bounded(Tensor):
     @staticmethod
     def __new__(cls, value: Tensor, terms: Tensor, spread: Tensor, analysis: Analysis) -> Bounded:
         made = Tensor._make_wrapper_subclass(
-            cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
+            cls,
+            value.shape,
+            strides=value.stride(),
+            storage_offset=value.storage_offset(),
+            dtype=value.dtype,
             device=value.device,
-        )  # fmt: skip
+        )
         made.value, made.terms, made.spread = value, terms, spread
         made.analysis, made.undecided = analysis, analysis.undecided
         return made
@@ -187,13 +191,44 @@ def _written(func: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
 
 # Operators that move elements and compute nothing: each part moves alike.
 @rule(
-    aten.view, aten._unsafe_view, aten.reshape, aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze,
-    aten.squeeze, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.cat, aten.stack,
-    aten.clone, aten.detach, aten.alias, aten.index, aten.index_select, aten.gather, aten.slice_backward,
-    aten.select_backward, aten.constant_pad_nd, aten.index_copy, aten.where, aten.flip, aten.diagonal,
-    aten.as_strided, aten.lift_fresh, aten.repeat, aten.avg_pool2d_backward, prims.broadcast_in_dim,
-    prims.where, aten.roll, aten.fill,
-)  # fmt: skip
+    aten.view,
+    aten._unsafe_view,
+    aten.reshape,
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.expand,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.select,
+    aten.slice,
+    aten.split,
+    aten.split_with_sizes,
+    aten.unbind,
+    aten.cat,
+    aten.stack,
+    aten.clone,
+    aten.detach,
+    aten.alias,
+    aten.index,
+    aten.index_select,
+    aten.gather,
+    aten.slice_backward,
+    aten.select_backward,
+    aten.constant_pad_nd,
+    aten.index_copy,
+    aten.where,
+    aten.flip,
+    aten.diagonal,
+    aten.as_strided,
+    aten.lift_fresh,
+    aten.repeat,
+    aten.avg_pool2d_backward,
+    prims.broadcast_in_dim,
+    prims.where,
+    aten.roll,
+    aten.fill,
+)
 def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
     leaves, structure = tree_flatten((args, kwargs))
     parts = []

@@ -102,9 +102,16 @@ def _pooled(func: Any, x: Bounded, *window: Any) -> tuple[Bounded, Tensor]:
 
 @rule(aten.max_pool2d_with_indices_backward)
 def _pooled_backward(
-    func: Any, grad: Any, x: Bounded, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    ceil_mode: bool, index: Tensor,
-) -> Bounded:  # fmt: skip
+    func: Any,
+    grad: Any,
+    x: Bounded,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    index: Tensor,
+) -> Bounded:
     """Every pixel that roundings could make its window's maximum may get the window's gradient, or lose it."""
     g, terms, size = sizes_of(grad)
     stride = list(stride) or list(kernel)  # none given means the kernel's

@@ -6,8 +6,18 @@ from __future__ import annotations
 import os
 
 BACKEND_NAMES = (
-    "auto", "reference", "triton", "cuda", "cublas", "cudnn", "native", "cpu", "sdpa", "flash_attn", "xformers",
-)  # fmt: skip
+    "auto",
+    "reference",
+    "triton",
+    "cuda",
+    "cublas",
+    "cudnn",
+    "native",
+    "cpu",
+    "sdpa",
+    "flash_attn",
+    "xformers",
+)
 CPU_ISAS = ("avx512", "avx2", "none")
 # the first is what an unset variable means
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -183,10 +183,16 @@ class HiAConfig:
         """The maths of the authors' released code: D = D1, 8 heads, LN after the sum, no gate."""
         facts = host_facts(host)
         preset = {
-            "dim": facts["hidden_size"], "num_heads": 8, "norms": "pre_post", "gate": "none", "shared_projection": True,
-            "encoder_bias": changes.get("encoder", "resnet50") == "resnet50", "position": "none", "init": "pytorch",
+            "dim": facts["hidden_size"],
+            "num_heads": 8,
+            "norms": "pre_post",
+            "gate": "none",
+            "shared_projection": True,
+            "encoder_bias": changes.get("encoder", "resnet50") == "resnet50",
+            "position": "none",
+            "init": "pytorch",
             "query_std": 1.0,
-        }  # fmt: skip
+        }
         return cls(**{**facts, **preset, **changes})
 
     @classmethod

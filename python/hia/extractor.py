@@ -189,11 +189,19 @@ class Extractor(nn.Module):
         training = torch.is_grad_enabled()
         side = None if training else self._kept(features)
         return plan.Sizes(
-            hidden_size=self.hidden_size, dim=self.num_heads * self.head_dim, heads=self.num_heads,
-            queries=self.queries.shape[0], channels=self.channels, samples=samples, features=features.lengths,
-            sharing=self.sharing, itemsize=features.tokens.element_size(), training=training,
-            prepared=not training and self.current() is not None, cached=() if side is None else (side.kind,),
-        )  # fmt: skip
+            hidden_size=self.hidden_size,
+            dim=self.num_heads * self.head_dim,
+            heads=self.num_heads,
+            queries=self.queries.shape[0],
+            channels=self.channels,
+            samples=samples,
+            features=features.lengths,
+            sharing=self.sharing,
+            itemsize=features.tokens.element_size(),
+            training=training,
+            prepared=not training and self.current() is not None,
+            cached=() if side is None else (side.kind,),
+        )
 
     def current(self) -> PreparedExtractor | None:
         """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""

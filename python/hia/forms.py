@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 EXTRACT_FORMS = (
-    "textbook", "folded", "absorbed", "folded_absorbed", "deep_kv", "deep_absorbed", "cached_folded", "cached_kv",
-)  # fmt: skip
+    "textbook",
+    "folded",
+    "absorbed",
+    "folded_absorbed",
+    "deep_kv",
+    "deep_absorbed",
+    "cached_folded",
+    "cached_kv",
+)
 INJECT_FORMS = ("textbook", "absorbed")
 AUTO = "auto"
 

@@ -41,13 +41,22 @@ OPEN_AT_ZERO = ("injection.out", "gate")
 SHARED = ("encoder", "feature_projection")  # groups that all layers read
 _NORM = "norms"
 _GROUPS = {
-    "extractor.queries": "queries", "extractor.condition": "condition",
-    "extractor.feature_projection": "feature_projection", "extractor.q_proj": "extractor.q",
-    "extractor.kv_proj": "extractor.kv", "extractor.out_proj": "extractor.out", "injection.q_proj": "injection.q",
-    "injection.kv_proj": "injection.kv", "injection.out_proj": "injection.out", "injection.gate": "gate",
-    "extractor.query_norm": _NORM, "extractor.feature_norm": _NORM, "injection.visual_norm": _NORM,
-    "injection.extracted_norm": _NORM, "injection.post_norm": _NORM,
-}  # fmt: skip
+    "extractor.queries": "queries",
+    "extractor.condition": "condition",
+    "extractor.feature_projection": "feature_projection",
+    "extractor.q_proj": "extractor.q",
+    "extractor.kv_proj": "extractor.kv",
+    "extractor.out_proj": "extractor.out",
+    "injection.q_proj": "injection.q",
+    "injection.kv_proj": "injection.kv",
+    "injection.out_proj": "injection.out",
+    "injection.gate": "gate",
+    "extractor.query_norm": _NORM,
+    "extractor.feature_norm": _NORM,
+    "injection.visual_norm": _NORM,
+    "injection.extracted_norm": _NORM,
+    "injection.post_norm": _NORM,
+}
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,17 @@ class Injection(nn.Module):
     def sizes(self, layout: CallLayout, hidden: Tensor) -> plan.Sizes:
         """What the plan is made from, for this call."""
         return plan.Sizes(
-            hidden_size=self.hidden_size, dim=self.num_heads * self.head_dim, heads=self.num_heads,
-            queries=self.num_queries, channels=0, samples=layout.instruction_rows.shape[0], features=(),
-            visual=layout.row_counts, itemsize=hidden.element_size(), training=torch.is_grad_enabled(),
-        )  # fmt: skip
+            hidden_size=self.hidden_size,
+            dim=self.num_heads * self.head_dim,
+            heads=self.num_heads,
+            queries=self.num_queries,
+            channels=0,
+            samples=layout.instruction_rows.shape[0],
+            features=(),
+            visual=layout.row_counts,
+            itemsize=hidden.element_size(),
+            training=torch.is_grad_enabled(),
+        )
 
     def _absorbed(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Tensor:
         """[R, D1], what the visual tokens read, after the output projection.

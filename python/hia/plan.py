@@ -29,9 +29,13 @@ NEEDS = {
 DEEP_PAD = 16  # columns behind the features: one of ones, the rest zero, so that rows stay aligned
 # FLOP/s, bytes/s, seconds to start a step; by device type and bytes of an element
 CEILINGS = {
-    ("cpu", 2): (1e11, 2e10, 2e-5), ("cpu", 4): (1e11, 2e10, 2e-5), ("cpu", 8): (5e10, 2e10, 2e-5),
-    ("cuda", 2): (5e14, 3e12, 1e-5), ("cuda", 4): (4e13, 3e12, 1e-5), ("cuda", 8): (3e13, 3e12, 1e-5),
-}  # fmt: skip
+    ("cpu", 2): (1e11, 2e10, 2e-5),
+    ("cpu", 4): (1e11, 2e10, 2e-5),
+    ("cpu", 8): (5e10, 2e10, 2e-5),
+    ("cuda", 2): (5e14, 3e12, 1e-5),
+    ("cuda", 4): (4e13, 3e12, 1e-5),
+    ("cuda", 8): (3e13, 3e12, 1e-5),
+}
 LEAST_SCORES = 4  # bytes: the absorbed injection's scores are a product's result, and halves would round them
 TRAINING_GAIN = 1.2  # absorbed forms keep queries and results of H * M rows for the backward: they must be worth it
 BACKWARD = 2  # a product's backward is two products of its size
@@ -199,12 +203,17 @@ def sizes_of(
     """Of an adapter's layer on images of (height, width) pixels."""
     stride = config.encoder_stride
     return Sizes(
-        hidden_size=config.hidden_size, dim=config.dim, heads=config.num_heads, queries=config.num_queries,
-        channels=config.encoder_channels, samples=samples,
+        hidden_size=config.hidden_size,
+        dim=config.dim,
+        heads=config.num_heads,
+        queries=config.num_queries,
+        channels=config.encoder_channels,
+        samples=samples,
         features=tuple(-(-height // stride) * -(-width // stride) for height, width in images),
-        visual=(visual_tokens,) * len(images), sharing=len(config.layer_indices) if config.shared_projection else 0,
+        visual=(visual_tokens,) * len(images),
+        sharing=len(config.layer_indices) if config.shared_projection else 0,
         itemsize=itemsize,
-    )  # fmt: skip
+    )
 
 
 def ceilings_of(device: str, itemsize: int) -> tuple[float, float, float]:
@@ -363,7 +372,7 @@ def _inject_textbook(sizes: Sizes) -> tuple[Step, ...]:
         Step("project keys, values", (Product(1, extracted, 2 * dim, dim),), 0, _trained(sizes)),
         Step("attend", tuple(attend), -scores * sizes.itemsize, 3.5 if sizes.training else 1),
         Step("project update", (Product(1, rows, host, dim),), rows * host * sizes.itemsize, _trained(sizes)),
-    )  # fmt: skip
+    )
 
 
 def _inject_absorbed(sizes: Sizes) -> tuple[Step, ...]:

@@ -27,14 +27,27 @@ from hia.extractor import CONDITION_GAIN
 from hia.phantom.host import TinyHostRecipe
 
 TINY = Protocol(
-    size=64, train_samples=12, test_samples=2, steps=2, batch_size=4, encoder_steps=2, encoder_batch=3,
-    host=TinyHostRecipe(layers=4, hidden_size=32, samples=10, tower_steps=1, steps=1), evaluate_every=1,
-    curve_samples=1, seeds=(0, 1),
+    size=64,
+    train_samples=12,
+    test_samples=2,
+    steps=2,
+    batch_size=4,
+    encoder_steps=2,
+    encoder_batch=3,
+    host=TinyHostRecipe(layers=4, hidden_size=32, samples=10, tower_steps=1, steps=1),
+    evaluate_every=1,
+    curve_samples=1,
+    seeds=(0, 1),
     config={
-        "dim": 32, "num_heads": 2, "num_queries": 8, "encoder": "strided", "encoder_stride": 16, "encoder_width": 4,
+        "dim": 32,
+        "num_heads": 2,
+        "num_queries": 8,
+        "encoder": "strided",
+        "encoder_stride": 16,
+        "encoder_width": 4,
         "query_residual": True,
     },
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +205,16 @@ def told_runs(monkeypatch):
         health = {"layers.0.update_ratio": 1.0}
         command.write_json(
             {
-                "row": row.name, "seed": seed, "protocol": protocol.fingerprint(row=row), "environment": environment,
-                "scores": dict.fromkeys(protocol.tasks, 0.5), "health": {"before": health, "after": health},
+                "row": row.name,
+                "seed": seed,
+                "protocol": protocol.fingerprint(row=row),
+                "environment": environment,
+                "scores": dict.fromkeys(protocol.tasks, 0.5),
+                "health": {"before": health, "after": health},
                 "seconds_a_step": 1.0,
             },
             place,
-        )  # fmt: skip
+        )
 
     monkeypatch.setattr(command, "workers", in_this_process)
     monkeypatch.setattr(command, "prepare", lambda *_: [])

@@ -12,10 +12,22 @@ from bench.hosts import HostSpec
 from bench.limits import Limits
 from bench.measurement import read_records
 
-TEXT = {**hosts.SMALL_LLM, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512,
-        "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
-VISION = {**hosts.SMALL_VIT, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-          "num_attention_heads": 4}  # fmt: skip
+TEXT = {
+    **hosts.SMALL_LLM,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "vocab_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+VISION = {
+    **hosts.SMALL_VIT,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 TINY = HostSpec("tiny LLaVA", TEXT, VISION)
 BAD_FLAGS = [
     (["--provider", "hai"], "--provider: must be among plain, baseline, .*, got 'hai'; did you mean hia"),
@@ -129,9 +141,29 @@ def test_a_training_step_changes_what_is_trained_and_nothing_else(provider, chec
 
 
 def test_run_writes_every_figure(tiny_run, tmp_path, capsys):
-    flags = ["--device", "cpu", "--resolutions", "224", "--batch", "1", "--images-per-prompt", "1", "--text-tokens",
-             "40", "--new-tokens", "2", "--repeats", "2", "--budget", "1", "--provider", "hia", "plain",
-             "--out", str(tmp_path)]  # fmt: skip
+    flags = [
+        "--device",
+        "cpu",
+        "--resolutions",
+        "224",
+        "--batch",
+        "1",
+        "--images-per-prompt",
+        "1",
+        "--text-tokens",
+        "40",
+        "--new-tokens",
+        "2",
+        "--repeats",
+        "2",
+        "--budget",
+        "1",
+        "--provider",
+        "hia",
+        "plain",
+        "--out",
+        str(tmp_path),
+    ]
     assert end_to_end.main(flags) == 0
     records = read_records(tmp_path / "end_to_end.json")
     found = {(record.op, record.provider): record for record in records}
@@ -183,8 +215,26 @@ def repetitions(breaks: str = "", calls: int = 0):
     return repetition
 
 
-TWO = ["--device", "cpu", "--resolutions", "224", "--batch", "1", "--images-per-prompt", "1", "--new-tokens", "2",
-       "--repeats", "3", "--op", "decode", "train_step", "--provider", "hia", "plain"]  # fmt: skip
+TWO = [
+    "--device",
+    "cpu",
+    "--resolutions",
+    "224",
+    "--batch",
+    "1",
+    "--images-per-prompt",
+    "1",
+    "--new-tokens",
+    "2",
+    "--repeats",
+    "3",
+    "--op",
+    "decode",
+    "train_step",
+    "--provider",
+    "hia",
+    "plain",
+]
 
 
 @pytest.mark.parametrize("calls", [1, 2], ids=["first-round", "second-round"])

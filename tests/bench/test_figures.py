@@ -59,8 +59,10 @@ def test_the_best_of_the_others_counts():
 
 
 def test_memory_and_floor():
-    rows = [row("hia", peak_bytes=30, percent_of_floor=86.0, extra={"activation_bytes": 4}),
-            row("released", peak_bytes=100, extra={"activation_bytes": 10})]  # fmt: skip
+    rows = [
+        row("hia", peak_bytes=30, percent_of_floor=86.0, extra={"activation_bytes": 4}),
+        row("released", peak_bytes=100, extra={"activation_bytes": 10}),
+    ]
     assert judge(replace(SPEED, kind="peak", cpu=0.25), rows, "cpu").ratio == pytest.approx(0.3)
     assert judge(replace(SPEED, kind="activations", cpu=0.45), rows, "cpu").verdict == "met"
     assert judge(replace(SPEED, kind="floor", cpu=0.85, against=()), rows, "cpu").verdict == "met"
@@ -103,9 +105,12 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
     assert figures_run.main([*arguments, "--only", "step", "--add"]) == 0
     records = read_records(folder / "figures.json")
     assert {(record.op, record.provider) for record in records} == {
-        ("second_question", "hia"), ("second_question", "gemms"), ("second_question", "released"),
-        ("adapter_train_step", "hia"), ("adapter_train_step", "released"),
-    }  # fmt: skip
+        ("second_question", "hia"),
+        ("second_question", "gemms"),
+        ("second_question", "released"),
+        ("adapter_train_step", "hia"),
+        ("adapter_train_step", "released"),
+    }
     verdicts = {one["name"]: one for one in json.loads((folder / "figures.json").read_text())["figures"]}
     assert {one["verdict"] for one in verdicts.values()} == {"met"}
     printed = capsys.readouterr()
@@ -119,8 +124,11 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_adds_by_provider(tmp_path, capsys):
     """What the first had and the second did not reach, interrupted say, stays; two runs' ratio says so."""
-    old = [row("hia", 8.0, environment={"date": "yesterday"}), row("textbook", environment={"date": "yesterday"}),
-           row("released", 4.0, environment={"date": "yesterday"})]  # fmt: skip
+    old = [
+        row("hia", 8.0, environment={"date": "yesterday"}),
+        row("textbook", environment={"date": "yesterday"}),
+        row("released", 4.0, environment={"date": "yesterday"}),
+    ]
     old = [replace(one, op="second_question", case="tiny-released") for one in old]
     write_records(tmp_path / "figures.json", old)
     arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--only", "tiny-gemms"]
@@ -161,9 +169,12 @@ def test_a_deadline_cuts_the_least_important():
     found = [(one.op, one.name) for one in figures_run.grouped(FIGURES)]
     attention = [f"{kind}-896:extract" for kind in ("13b-released", "7b-released", "13b")]  # heads of 640, 512, 128
     assert found[:7] == [
-        ("adapter_layer", CASE), ("second_question", CASE), *(("cross_attention", name) for name in attention),
-        ("encode", "px896"), ("stem", "px2048-16bit"),
-    ]  # fmt: skip
+        ("adapter_layer", CASE),
+        ("second_question", CASE),
+        *(("cross_attention", name) for name in attention),
+        ("encode", "px896"),
+        ("stem", "px2048-16bit"),
+    ]
     sides = [next(side for side in ("896", "1792", "2048", "4096", "3584") if side in name) for _, name in found[7:]]
     order = ["896", "1792", "2048", "4096", "3584"]
     assert sides == sorted(sides, key=order.index)
@@ -283,8 +294,10 @@ def test_the_floor_is_of_the_cheapest_form():
     found = workloads.Workload("second_question", workloads.CASES["13b-released-896-2img"])
     step = composites.layer_case(found.case)
     sizes = plan.sizes_of(step.config, step.sizes, step.visual_tokens, step.batch, 2)
-    whole = sum(next(f.flops for f in forms if f.name == "textbook")
-                for forms in (plan.extract_forms(sizes), plan.inject_forms(sizes)))  # fmt: skip
+    whole = sum(
+        next(f.flops for f in forms if f.name == "textbook")
+        for forms in (plan.extract_forms(sizes), plan.inject_forms(sizes))
+    )
     assert costs.least_flops(found, round(whole), 2) < 0.5 * whole
     assert costs.least_flops(workloads.Workload("encode", workloads.CASES["px224"]), 7, 2) == 7
 
@@ -308,8 +321,11 @@ def test_ops_of_absorbed_attention_pass_the_gate(op, dtype):
             assert costs.flops(found, given, None, "both") == round(expected * both)
             outs = workloads.op_entry(op).reference(**given)
             moved = costs.moved_bytes(found, given, None, outs, "forward", itemsize=dtype.itemsize)
-            tensors = [value for value in (*given.values(), *(outs if isinstance(outs, tuple) else (outs,)))
-                       if isinstance(value, torch.Tensor)]  # fmt: skip
+            tensors = [
+                value
+                for value in (*given.values(), *(outs if isinstance(outs, tuple) else (outs,)))
+                if isinstance(value, torch.Tensor)
+            ]
             assert moved == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -351,8 +367,11 @@ def test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone():
 def test_a_limit_is_no_rival(tmp_path):
     from bench import report_data, report_markdown
 
-    rows = [row("hia", 2.0, extra={"forms": "a/b", "plan_flops": 10**9, "textbook_flops": 2 * 10**9}),
-            row("gemms", 1.0, extra={"limit": "the bare products of our plan"}), row("eager", 3.0)]  # fmt: skip
+    rows = [
+        row("hia", 2.0, extra={"forms": "a/b", "plan_flops": 10**9, "textbook_flops": 2 * 10**9}),
+        row("gemms", 1.0, extra={"limit": "the bare products of our plan"}),
+        row("eager", 3.0),
+    ]
     (standing,) = report_data.standings(rows)
     assert set(standing.against) == {"eager"} and standing.slower == ()
     _, ((*_, ratio),) = report_markdown.limit_cells(rows)

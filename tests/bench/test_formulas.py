@@ -103,13 +103,26 @@ def test_positions_are_interpolated_bicubically_and_always_from_the_trained_grid
     model = hosts.build_llava(
         hosts.HostSpec(
             "tiny",
-            {**hosts.SMALL_LLM, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64},
-            {**hosts.SMALL_VIT, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 2},
+            {
+                **hosts.SMALL_LLM,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "vocab_size": 64,
+            },
+            {
+                **hosts.SMALL_VIT,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
         ),
-        torch.float32, "eager",
-    )  # fmt: skip
+        torch.float32,
+        "eager",
+    )
     embeddings = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower).embeddings
     trained = embeddings.position_embedding.weight.detach().clone()
     hosts.interpolate_positions(model, 896)

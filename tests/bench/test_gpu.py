@@ -53,9 +53,12 @@ def test_unknown_step(capsys):
 
 @pytest.mark.parametrize(
     ("nvcc", "sources", "reason"),
-    [("/usr/bin/nvcc", [], "csrc/ holds no .cpp or .cu source"), (None, ["csrc/a.cu"], "no nvcc"),
-     ("/usr/bin/nvcc", ["csrc/a.cu"], None)],
-)  # fmt: skip
+    [
+        ("/usr/bin/nvcc", [], "csrc/ holds no .cpp or .cu source"),
+        (None, ["csrc/a.cu"], "no nvcc"),
+        ("/usr/bin/nvcc", ["csrc/a.cu"], None),
+    ],
+)
 def test_build_is_left_out_aloud(nvcc, sources, reason):
     found = gpu.build_skipped(nvcc, sources)
     assert found is None if reason is None else reason in found
@@ -131,8 +134,14 @@ def test_everything_fits_into_nine_minutes(tmp_path):
 
 def test_the_clock_starts_before_torch_is_imported():
     script = "import sys, bench.gpu; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], env=gpu.child_environment(gpu.REPOSITORY),
-                          cwd=gpu.REPOSITORY, capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=gpu.child_environment(gpu.REPOSITORY),
+        cwd=gpu.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -204,11 +213,13 @@ def test_test_files_without_their_packages_are_left_out(tmp_path):
     ops.mkdir(parents=True)
     (tmp_path / "tests" / "hia").mkdir()
     files = {
-        "harness.py": "from hypothesis import given", "test_b.py": "import torch", "test_c.py": "from . import harness",
+        "harness.py": "from hypothesis import given",
+        "test_b.py": "import torch",
+        "test_c.py": "from . import harness",
         "test_a.py": "import torch, json\nfrom tests.ops.harness import x",
         "test_d.py": "def f():\n    import hypothesis",
         "test_e.py": "from hia import config\nimport hypothesis.strategies as st",
-    }  # fmt: skip
+    }
     for name, text in files.items():
         (ops / name).write_text(text)
     found = gpu.unimportable_tests(tmp_path, lambda packages: [name for name in packages if name == "hypothesis"])
@@ -237,11 +248,26 @@ def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
     assert "nothing was measured" in gpu.furthest_table(tmp_path)[0]
     environment = {"device": "made up", "command": "python -m bench.kernels", "commit": "0123456789abcdef"}
     records = [
-        Measurement("op", "stem", f"px{side}", provider, "forward", "bf16", "cuda", "ok", None, 1.0, 1.0, 1.0,
-                    floor_ms=share / 100, percent_of_floor=share, environment=environment)
+        Measurement(
+            "op",
+            "stem",
+            f"px{side}",
+            provider,
+            "forward",
+            "bf16",
+            "cuda",
+            "ok",
+            None,
+            1.0,
+            1.0,
+            1.0,
+            floor_ms=share / 100,
+            percent_of_floor=share,
+            environment=environment,
+        )
         for provider in ("hia", "eager")
         for side, share in zip(range(100, 115), range(5, 95, 6))
-    ]  # fmt: skip
+    ]
     write_records(tmp_path / "kernels.json", records)
     lines = gpu.furthest_table(tmp_path)
     assert lines[0].startswith("the 10 rows of ours")
@@ -252,8 +278,23 @@ def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
 
 def measured(case, date, provider="hia", p50=1.0):
     where = {"device": "made up", "date": date}
-    return Measurement("op", "stem", case, provider, "forward", "bf16", "cuda", "ok", None, p50, p50, p50,
-                       floor_ms=0.5, percent_of_floor=50 / p50, environment=where)  # fmt: skip
+    return Measurement(
+        "op",
+        "stem",
+        case,
+        provider,
+        "forward",
+        "bf16",
+        "cuda",
+        "ok",
+        None,
+        p50,
+        p50,
+        p50,
+        floor_ms=0.5,
+        percent_of_floor=50 / p50,
+        environment=where,
+    )
 
 
 SINCE = datetime.datetime(2026, 5, 5, 12, 0, 0, 700, tzinfo=datetime.timezone.utc)
@@ -270,8 +311,17 @@ def test_the_tables_are_of_this_run_alone(tmp_path):
 
 def test_verdicts_are_of_this_run_alone(tmp_path):
     assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["figures: none was measured"]
-    stored = [{"name": "table3-flops-896", "kind": "flops", "where": "", "target": 0.7, "ratio": 0.6, "verdict": "met",
-               "note": "as stored"}]  # fmt: skip
+    stored = [
+        {
+            "name": "table3-flops-896",
+            "kind": "flops",
+            "where": "",
+            "target": 0.7,
+            "ratio": 0.6,
+            "verdict": "met",
+            "note": "as stored",
+        }
+    ]
     rows = [measured("px2048-16bit", AFTER), measured("px2048-16bit", AFTER, "eager_rgb", 4.0)]
     write_records(tmp_path / "figures.json", rows, figures=stored)
     lines = gpu.verdict_table(tmp_path, "cuda", SINCE)

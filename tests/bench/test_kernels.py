@@ -17,10 +17,26 @@ from bench.measurement import Measurement, read_records, write_records
 from hia_kernels.testing import UNIT_ROUNDOFF, rel_rms
 
 RECORD = Measurement(
-    "op", "stem", "px224", "hia", "forward", "fp32", "cpu", "ok", p20_ms=1.0, p50_ms=2.0, p80_ms=3.0, repeats=5,
-    flops=10, bytes=20, floor_ms=0.5, percent_of_floor=25.0, peak_bytes=7, extra={"error": 1e-7},
+    "op",
+    "stem",
+    "px224",
+    "hia",
+    "forward",
+    "fp32",
+    "cpu",
+    "ok",
+    p20_ms=1.0,
+    p50_ms=2.0,
+    p80_ms=3.0,
+    repeats=5,
+    flops=10,
+    bytes=20,
+    floor_ms=0.5,
+    percent_of_floor=25.0,
+    peak_bytes=7,
+    extra={"error": 1e-7},
     environment={"device": "a CPU", "commit": None, "dirty": False},
-)  # fmt: skip
+)
 
 
 def workload(op, case, role=""):
@@ -268,8 +284,10 @@ def test_every_provider_but_the_compiled_passes_on_tiny_shapes(tmp_path):
     assert kernels.main([*arguments, "--mode", "forward,both"]) == 0
     found = read_records(path)
     assert {record.op for record in found} == set(workloads.ops() + workloads.composites()) - {
-        "stem", "encode", "encode_train_step",
-    }  # fmt: skip
+        "stem",
+        "encode",
+        "encode_train_step",
+    }
     passed = {record.provider for record in found if record.status == "ok"}
     ours = {"hia", "hia-cpu", "hia-sdpa", "textbook", "gemms"}
     assert passed == ours | {"eager", "released", "channels_last", "sdpa_math", "sdpa_flash"}

@@ -12,8 +12,19 @@ from bench import kernels, kernels_args, kernels_output, providers, workloads
 from bench.measurement import Measurement, read_records, write_records
 
 RECORD = Measurement(
-    "op", "stem", "px224", "hia", "forward", "fp32", "cpu", "ok", p20_ms=1.0, p50_ms=2.0, p80_ms=3.0, repeats=5,
-)  # fmt: skip
+    "op",
+    "stem",
+    "px224",
+    "hia",
+    "forward",
+    "fp32",
+    "cpu",
+    "ok",
+    p20_ms=1.0,
+    p50_ms=2.0,
+    p80_ms=3.0,
+    repeats=5,
+)
 
 
 def workload(op, case, role=""):

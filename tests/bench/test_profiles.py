@@ -24,8 +24,10 @@ def test_prints_shapes_and_the_backend_of_an_op(capsys):
 
 
 def test_the_rest_is_in_the_sum():
-    events = [SimpleNamespace(key=name, count=1, self_cpu_time_total=us) for name, us in
-              (("a", 1000.0), ("c", 250.0), ("b", 2750.0))]  # fmt: skip
+    events = [
+        SimpleNamespace(key=name, count=1, self_cpu_time_total=us)
+        for name, us in (("a", 1000.0), ("c", 250.0), ("b", 2750.0))
+    ]
     text = profiles.table(events, "cpu", 1, shapes=False)
     assert "| `b` | 1 | 2.8 | 68.8% |" in text and "| 2 more | | 1.2 | 31.2% |" in text
     assert text.endswith("| together | | 4.0 | |")

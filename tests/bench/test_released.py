@@ -12,11 +12,24 @@ from bench.tracking import fake_mode, footprint
 
 TINY = hosts.HostSpec(
     "tiny",
-    {**hosts.SMALL_LLM, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
-     "num_key_value_heads": 4, "vocab_size": 64},
-    {**hosts.SMALL_VIT, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-     "image_size": 28},
-)  # fmt: skip
+    {
+        **hosts.SMALL_LLM,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+    },
+    {
+        **hosts.SMALL_VIT,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    },
+)
 ROWS = [slice(2, 6), slice(8, 12)]
 
 
@@ -48,8 +61,18 @@ def test_layers_and_parameters_are_the_released_ones():
     assert per_layer == pytest.approx(263.6e6, rel=1e-3)
     assert counts["condition_linear"] == pytest.approx(10.5e6, rel=5e-3)
     assert counts["spm"] == pytest.approx(23.5e6, rel=5e-3)
-    names = {"semantic_linear", "hr_linear", "query_norm", "feat_norm", "query_norm2", "feat_norm2", "hr_cross_attn",
-             "injection_cross_attn", "ffn_norm", "hr_query_tokens"}  # fmt: skip
+    names = {
+        "semantic_linear",
+        "hr_linear",
+        "query_norm",
+        "feat_norm",
+        "query_norm2",
+        "feat_norm2",
+        "hr_cross_attn",
+        "injection_cross_attn",
+        "ffn_norm",
+        "hr_query_tokens",
+    }
     layer = ReleasedInjection(16, num_queries=4)
     assert {name.split(".")[0] for name, _ in layer.named_parameters()} == names
 
@@ -59,9 +82,10 @@ def test_a_layers_flops_per_image_at_448_are_149_gf():
     with fake_mode():
         layer = ReleasedInjection(dim).eval()
         inputs = {
-            "visual": torch.zeros(1, visual, dim), "instruction": torch.zeros(1, 1, dim),
+            "visual": torch.zeros(1, visual, dim),
+            "instruction": torch.zeros(1, 1, dim),
             "features": torch.zeros(1, features, dim),
-        }  # fmt: skip
+        }
         counted = footprint(layer, inputs, cuda=False).flops
     assert counted == pytest.approx(149e9, rel=0.01)
     shape = formulas.AdapterShape(dim, shared_projection=True)

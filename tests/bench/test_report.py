@@ -14,25 +14,61 @@ from PIL import Image
 from bench import report, report_data, report_html, report_markdown
 from bench.measurement import Measurement, read_records, write_records
 
-ENVIRONMENT = {"device": "made-up CPU", "threads": 2, "commit": "0123456789abcdef", "dirty": True, "date": "2026-01-01",
-               "command": "python -m bench.kernels --device cpu",
-               "limits": {"bandwidth_gb_per_s": 20.0, "gemm_gflop_per_s": {"fp32": 500.0}}}  # fmt: skip
+ENVIRONMENT = {
+    "device": "made-up CPU",
+    "threads": 2,
+    "commit": "0123456789abcdef",
+    "dirty": True,
+    "date": "2026-01-01",
+    "command": "python -m bench.kernels --device cpu",
+    "limits": {"bandwidth_gb_per_s": 20.0, "gemm_gflop_per_s": {"fp32": 500.0}},
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROVIDERS = {"hia": 1.0, "eager": 2.0, "compile": 0.5}
 FIGURES = [
-    {"name": "encode-896", "kind": "speedup", "where": "encode px896 forward", "target": 2.5, "ratio": 2.75,
-     "verdict": "met", "note": "hia 4 ms, eager 11 ms"},
-    {"name": "stem-16bit-memory", "kind": "peak", "where": "stem px2048-16bit forward", "target": 0.25, "ratio": 0.5,
-     "verdict": "MISSED", "note": "hia 50 MB, eager_rgb 100 MB"},
-    {"name": "encode-2048-compile", "kind": "speedup", "where": "encode px2048 forward", "target": 1.3, "ratio": None,
-     "verdict": "not measured", "note": "compile: a <b>made-up</b> | reason"},
-]  # fmt: skip
+    {
+        "name": "encode-896",
+        "kind": "speedup",
+        "where": "encode px896 forward",
+        "target": 2.5,
+        "ratio": 2.75,
+        "verdict": "met",
+        "note": "hia 4 ms, eager 11 ms",
+    },
+    {
+        "name": "stem-16bit-memory",
+        "kind": "peak",
+        "where": "stem px2048-16bit forward",
+        "target": 0.25,
+        "ratio": 0.5,
+        "verdict": "MISSED",
+        "note": "hia 50 MB, eager_rgb 100 MB",
+    },
+    {
+        "name": "encode-2048-compile",
+        "kind": "speedup",
+        "where": "encode px2048 forward",
+        "target": 1.3,
+        "ratio": None,
+        "verdict": "not measured",
+        "note": "compile: a <b>made-up</b> | reason",
+    },
+]
 SCREEN = (1280, 1600)
 
 
 def measurement(op="stem", case="13b-448-2img", provider="hia", p50=1.0, **more) -> Measurement:
-    fields = {"p20_ms": 0.9 * p50, "p50_ms": p50, "p80_ms": 1.1 * p50, "repeats": 9, "flops": 10**9, "bytes": 10**7,
-              "floor_ms": 0.1, "percent_of_floor": 10 / p50, "peak_bytes": 10**6}  # fmt: skip
+    fields = {
+        "p20_ms": 0.9 * p50,
+        "p50_ms": p50,
+        "p80_ms": 1.1 * p50,
+        "repeats": 9,
+        "flops": 10**9,
+        "bytes": 10**7,
+        "floor_ms": 0.1,
+        "percent_of_floor": 10 / p50,
+        "peak_bytes": 10**6,
+    }
     fields["environment"] = ENVIRONMENT
     return Measurement("op", op, case, provider, "forward", "fp32", "cpu", "ok", **{**fields, **more})
 
@@ -44,15 +80,42 @@ def records() -> list[Measurement]:
         for side in (448, 896, 1792)
         for provider, factor in PROVIDERS.items()
     ]
-    found.append(Measurement("op", "stem", "13b-448-2img", "flash_attn", "forward", "fp32", "cpu", "failed",
-                             "output: <script>alert(1)</script> | rel-RMS 1.0 > 1e-6",
-                             environment=ENVIRONMENT))  # fmt: skip
+    found.append(
+        Measurement(
+            "op",
+            "stem",
+            "13b-448-2img",
+            "flash_attn",
+            "forward",
+            "fp32",
+            "cpu",
+            "failed",
+            "output: <script>alert(1)</script> | rel-RMS 1.0 > 1e-6",
+            environment=ENVIRONMENT,
+        )
+    )
     whole = {"host": "small", "resolution": 896, "batch": 1, "total_bytes": 2 * 10**9, "tokens_per_s": 12.5}
     found += [
-        Measurement("end_to_end", "decode", "896px-2img-b1", provider, "forward", "fp32", "cpu", "ok", None, 70.0, 80.0,
-                    90.0, repeats=3, peak_bytes=10**8, extra=whole, environment=ENVIRONMENT)
+        Measurement(
+            "end_to_end",
+            "decode",
+            "896px-2img-b1",
+            provider,
+            "forward",
+            "fp32",
+            "cpu",
+            "ok",
+            None,
+            70.0,
+            80.0,
+            90.0,
+            repeats=3,
+            peak_bytes=10**8,
+            extra=whole,
+            environment=ENVIRONMENT,
+        )
         for provider in ("hia", "baseline")
-    ]  # fmt: skip
+    ]
     return found
 
 
@@ -62,12 +125,26 @@ def results(tmp_path):
     all_of_them = records()
     write_records(folder / "kernels.json", [r for r in all_of_them if r.level == "op"])
     write_records(folder / "end_to_end.json", [r for r in all_of_them if r.level == "end_to_end"])
-    row = {"resolution": 896, "method": "hia", "attention": "sdpa", "flops": 33 * 10**12, "memory_bytes": 29 * 10**9,
-           "fits": True, "paper_flops_t": 16.8, "paper_memory_gb": 30.4, "paper_out_of_memory": False,
-           "tokens": 1212}  # fmt: skip
-    table3 = {"environment": {**ENVIRONMENT, "command": "python -m bench.table3"}, "protocol": {"dtype": "bf16"},
-              "rows": [row, {**row, "method": "baseline", "fits": False, "paper_memory_gb": None,
-                             "paper_out_of_memory": True}]}  # fmt: skip
+    row = {
+        "resolution": 896,
+        "method": "hia",
+        "attention": "sdpa",
+        "flops": 33 * 10**12,
+        "memory_bytes": 29 * 10**9,
+        "fits": True,
+        "paper_flops_t": 16.8,
+        "paper_memory_gb": 30.4,
+        "paper_out_of_memory": False,
+        "tokens": 1212,
+    }
+    table3 = {
+        "environment": {**ENVIRONMENT, "command": "python -m bench.table3"},
+        "protocol": {"dtype": "bf16"},
+        "rows": [
+            row,
+            {**row, "method": "baseline", "fits": False, "paper_memory_gb": None, "paper_out_of_memory": True},
+        ],
+    }
     (folder / "table3.json").write_text(json.dumps(table3))
     judged = {**ENVIRONMENT, "command": "python -m bench.figures", "commit": "fedcba9876543210", "dirty": False}
     write_records(folder / "figures.json", [measurement("encode", "px896", environment=judged)], figures=FIGURES)
@@ -82,10 +159,16 @@ def written(results, tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "side", "family"),
-    [("13b-896-2img-b4", 896, "13b-*-2img-b4"), ("13b-448-2img:features", 448, "13b-*-2img:features"),
-     ("px1792", 1792, "*"), ("px-ragged", None, "px-ragged"), ("lite-4096", 4096, "lite-*"),
-     ("896px-2img-b1", 896, "*-2img-b1"), ("px4096-b8", 4096, "*-b8")],
-)  # fmt: skip
+    [
+        ("13b-896-2img-b4", 896, "13b-*-2img-b4"),
+        ("13b-448-2img:features", 448, "13b-*-2img:features"),
+        ("px1792", 1792, "*"),
+        ("px-ragged", None, "px-ragged"),
+        ("lite-4096", 4096, "lite-*"),
+        ("896px-2img-b1", 896, "*-2img-b1"),
+        ("px4096-b8", 4096, "*-b8"),
+    ],
+)
 def test_side_and_family_of_a_case(case, side, family):
     record = measurement(case=case)
     assert report_data.side_of(record) == side
@@ -103,14 +186,20 @@ def test_standings_list_what_is_lost_beside_what_is_won():
 
 def test_changes_have_regressions_and_wins_in_one_table():
     before = [measurement(provider=provider, p50=10.0) for provider in ("hia", "eager", "compile", "sdpa_math")]
-    now = [measurement(provider="hia", p50=12.5), measurement(provider="eager", p50=5.0),
-           measurement(provider="compile", p50=10.2), measurement(provider="sdpa_math", p50=11.0),
-           measurement(provider="new", p50=1.0)]  # fmt: skip
+    now = [
+        measurement(provider="hia", p50=12.5),
+        measurement(provider="eager", p50=5.0),
+        measurement(provider="compile", p50=10.2),
+        measurement(provider="sdpa_math", p50=11.0),
+        measurement(provider="new", p50=1.0),
+    ]
     changes = report_data.compare(now, before)
     assert [(c.now.provider, c.verdict, c.certain) for c in changes] == [
-        ("hia", "slower", True), ("sdpa_math", "slower", False), ("compile", "unchanged", False),
+        ("hia", "slower", True),
+        ("sdpa_math", "slower", False),
+        ("compile", "unchanged", False),
         ("eager", "faster", True),
-    ]  # fmt: skip
+    ]
     _, rows = report_markdown.change_cells(changes)
     assert [row[0] for row in rows] == ["slower", "slower", "faster"]
     assert rows[1][-1] == "within the noise"
@@ -182,11 +271,15 @@ def test_markdown_tables_print_command_device_and_commit(written):
     ):
         section = page.split(f"## {title}\n")[1].split("\n## ")[0]
         expected = title not in ("Changes", "Figures")  # nothing to compare with; a run of their own
-        assert ("python -m bench.kernels --device cpu · made-up CPU, 2 threads · 0123456789 with uncommitted changes"
-                in section) is expected, title  # fmt: skip
+        assert (
+            "python -m bench.kernels --device cpu · made-up CPU, 2 threads · 0123456789 with uncommitted changes"
+            in section
+        ) is expected, title
     assert "python -m bench.table3" in page.split("## Table 3\n")[1]
-    assert ("python -m bench.figures · made-up CPU, 2 threads · fedcba9876 · 2026-01-01"
-            in page.split("## Figures\n")[1].split("\n## ")[0])  # fmt: skip
+    assert (
+        "python -m bench.figures · made-up CPU, 2 threads · fedcba9876 · 2026-01-01"
+        in page.split("## Figures\n")[1].split("\n## ")[0]
+    )
     assert "| **failed**: output: <script>alert(1)</script> \\| rel-RMS" in page
     assert "| hia | fp32 | 80.0 | 1.00 | 12.5 | 2.00 |" in page
     widths = {line.count("|") - line.count("\\|") for line in page.split("## Ops")[1].splitlines() if line[:1] == "|"}
@@ -267,8 +360,9 @@ def test_committed_records_make_a_page():
     if not folders:
         pytest.skip("no records are committed yet")
     devices = [report_data.load(folder) for folder in sorted(set(folders))]
-    assert all(device.records == [*map(Measurement.from_dict, map(Measurement.to_dict, device.records))]
-               for device in devices)  # fmt: skip
+    assert all(
+        device.records == [*map(Measurement.from_dict, map(Measurement.to_dict, device.records))] for device in devices
+    )
     report_html.render(devices)
 
 
@@ -284,10 +378,20 @@ def browser() -> str:
 def chromium(page, fragment: str, tmp_path, *what: str) -> tuple[str, str]:
     """What it prints, and what the page's console said."""
     command = [
-        browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr", "--virtual-time-budget=2000", *what, f"file://{page}#{fragment}",
-    ]  # fmt: skip
+        browser(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=2000",
+        *what,
+        f"file://{page}#{fragment}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
 
@@ -301,8 +405,15 @@ def photographed(page, fragment: str, tmp_path) -> Image.Image:
     """The window as a reader sees it first."""
     path = tmp_path / "screenshot.png"
     size = f"--window-size={SCREEN[0]},{SCREEN[1]}"
-    _, console = chromium(page, fragment, tmp_path, f"--screenshot={path}", size, "--hide-scrollbars",
-                          "--run-all-compositor-stages-before-draw")  # fmt: skip
+    _, console = chromium(
+        page,
+        fragment,
+        tmp_path,
+        f"--screenshot={path}",
+        size,
+        "--hide-scrollbars",
+        "--run-all-compositor-stages-before-draw",
+    )
     assert console == ""
     with Image.open(path) as picture:
         return picture.convert("RGB")
@@ -332,8 +443,14 @@ def test_page_in_a_browser_filters_and_sorts(written, tmp_path):
     assert "python -m bench.figures · made-up CPU, 2 threads · fedcba9876 · 2026-01-01" in dom
     assert "1 met, 1 MISSED, 1 not measured, 0 no target." in dom
     figures = {row[0]: row for row in cells(dom, "figures")}
-    assert figures["stem-16bit-memory"][1:] == ["stem px2048-16bit forward", "our peak memory / theirs", "&lt;= 0.25",
-                                                "0.50", "MISSED", "hia 50 MB, eager_rgb 100 MB"]  # fmt: skip
+    assert figures["stem-16bit-memory"][1:] == [
+        "stem px2048-16bit forward",
+        "our peak memory / theirs",
+        "&lt;= 0.25",
+        "0.50",
+        "MISSED",
+        "hia 50 MB, eager_rgb 100 MB",
+    ]
     assert figures["encode-2048-compile"][4:] == ["-", "not measured", "compile: a &lt;b&gt;made-up&lt;/b&gt; | reason"]
 
     dom, console = opened(written / "index.html", "all.status=failed", tmp_path)

@@ -16,9 +16,17 @@ from bench.table3_args import parse
 from bench.tracking import Footprint
 
 ROW_KEYS = {
-    "resolution", "method", "flops", "macs", "memory_bytes", "memory_kind", "fits", "prefill_ms", "paper_flops_t",
+    "resolution",
+    "method",
+    "flops",
+    "macs",
+    "memory_bytes",
+    "memory_kind",
+    "fits",
+    "prefill_ms",
+    "paper_flops_t",
     "paper_memory_gb",
-}  # fmt: skip
+}
 BAD_FLAGS = [
     (["--methods", "basline"], r"--methods: must be among .*got 'basline'; did you mean baseline"),
     (["--attention", "flash"], r"--attention: must be among eager, sdpa, got 'flash'"),
@@ -46,10 +54,35 @@ def test_bad_flags_are_named_with_what_is_allowed(flags, message, capsys):
 
 def test_flags_reach_the_protocol(tmp_path):
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
-                                  "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 100}))  # fmt: skip
-    options = parse(["--methods", "hia,baseline", "--attention", "sdpa", "--resolutions", "896,448", "--unit", "macs",
-                     "--card-gb", "24", "--host-config", str(config), "--no-measure"])  # fmt: skip
+    config.write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "hidden_size": 256,
+                "intermediate_size": 512,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "vocab_size": 100,
+            }
+        )
+    )
+    options = parse(
+        [
+            "--methods",
+            "hia,baseline",
+            "--attention",
+            "sdpa",
+            "--resolutions",
+            "896,448",
+            "--unit",
+            "macs",
+            "--card-gb",
+            "24",
+            "--host-config",
+            str(config),
+            "--no-measure",
+        ]
+    )
     assert options.methods == ("baseline", "hia")
     assert options.resolutions == (448, 896)
     assert options.skip_measured
@@ -61,10 +94,13 @@ def test_flags_reach_the_protocol(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "must be a JSON file"), ("[]", "must hold a JSON object, got list"),
-     ('{"model_type": "gpt2"}', "model_type must be 'llama', got 'gpt2'"),
-     ('{"hidden_size": 8}', "got none for intermediate_size")],
-)  # fmt: skip
+    [
+        ("{", "must be a JSON file"),
+        ("[]", "must hold a JSON object, got list"),
+        ('{"model_type": "gpt2"}', "model_type must be 'llama', got 'gpt2'"),
+        ('{"hidden_size": 8}', "got none for intermediate_size"),
+    ],
+)
 def test_bad_host_configs(content, message, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(content)
@@ -79,9 +115,11 @@ def row(method: str, resolution: int, flops: int, gigabytes: float, attention: s
 
 
 ROWS = [
-    row("baseline", 448, 60 * 10**12, 30.0), row("baseline", 896, 270 * 10**12, 61.0),
-    row("hia", 448, 33 * 10**12, 29.0), row("hia", 896, 33_500_000_000_000, 29.4),
-]  # fmt: skip
+    row("baseline", 448, 60 * 10**12, 30.0),
+    row("baseline", 896, 270 * 10**12, 61.0),
+    row("hia", 448, 33 * 10**12, 29.0),
+    row("hia", 896, 33_500_000_000_000, 29.4),
+]
 
 
 def test_claims_pass_and_fail_with_the_numbers():

@@ -18,8 +18,11 @@ from bench.measurement import read_records
 from hia_kernels.core import backend, triton_support
 
 OP = "row_dot"
-NO_COMPILER = "NO TRITON: its launches are not compiled" if not triton_support._has_triton() else (
-    "the interpreter tier runs in this process" if triton_support.interpreted() else "")  # fmt: skip
+NO_COMPILER = (
+    "NO TRITON: its launches are not compiled"
+    if not triton_support._has_triton()
+    else ("the interpreter tier runs in this process" if triton_support.interpreted() else "")
+)
 
 
 def test_it_is_unknown_elsewhere():

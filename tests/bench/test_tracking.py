@@ -102,9 +102,11 @@ def test_the_implementation_behind_an_op_of_ours_is_seen():
 
     with tracking.fake_mode():
         inputs = {
-            "hidden": torch.ones(64, 128), "update": torch.ones(32, 16), "weight": torch.ones(128, 16),
+            "hidden": torch.ones(64, 128),
+            "update": torch.ones(32, 16),
+            "weight": torch.ones(128, 16),
             "rows": tracking.real_tensor(list(range(32)), torch.int64),
-        }  # fmt: skip
+        }
         found = tracking.footprint(Injecting(), inputs, cuda=False)
     given = (64 * 128 + 32 * 16 + 128 * 16) * 4 + 32 * 8
     output, rows = 64 * 128 * 4, 32 * 128 * 4
@@ -122,9 +124,11 @@ def test_packed_attention_shows_its_scores():
 
     with tracking.fake_mode():
         inputs = {
-            "q": torch.ones(128, 2, 16), "k": torch.ones(1024, 2, 16),
-            "cu_q": torch.zeros(3, dtype=torch.int32), "cu_k": torch.zeros(3, dtype=torch.int32),
-        }  # fmt: skip
+            "q": torch.ones(128, 2, 16),
+            "k": torch.ones(1024, 2, 16),
+            "cu_q": torch.zeros(3, dtype=torch.int32),
+            "cu_k": torch.zeros(3, dtype=torch.int32),
+        }
         found = tracking.footprint(Attending(), inputs, cuda=False)
     scores_of_one_sequence = 2 * 64 * 512 * 4
     assert found.peak_bytes > found.weight_bytes + (128 + 1024) * 32 * 4 + scores_of_one_sequence

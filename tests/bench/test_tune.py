@@ -92,8 +92,11 @@ def test_at_most_eight_candidates_the_heuristic_first(monkeypatch):
 def test_launchers_name_candidates(monkeypatch):
     monkeypatch.undo()
     modules = {"hia_kernels.ops.fake": types.SimpleNamespace(__name__="hia_kernels.ops.fake", __path__=[])}
-    for name, listed in (("triton_fwd", {"fwd": [{"BLOCK_R": 16}], "rows": [{"BLOCK_R": 1}]}),
-                         ("triton_bwd", [{"num_warps": 8}]), ("library", [{"never": 1}])):  # fmt: skip
+    for name, listed in (
+        ("triton_fwd", {"fwd": [{"BLOCK_R": 16}], "rows": [{"BLOCK_R": 1}]}),
+        ("triton_bwd", [{"num_warps": 8}]),
+        ("library", [{"never": 1}]),
+    ):
         modules[f"hia_kernels.ops.fake.{name}"] = types.SimpleNamespace(CANDIDATES=listed)
     monkeypatch.setattr(tune.importlib, "import_module", modules.__getitem__)
     inside = [types.SimpleNamespace(name=name) for name in ("library", "triton_bwd", "triton_fwd")]

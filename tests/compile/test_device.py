@@ -21,25 +21,48 @@ def device():
 
 def state():
     """What a fake device replaces."""
-    names = ("is_available", "device_count", "current_device", "get_device_name", "get_device_properties",
-             "get_device_capability", "synchronize", "empty_cache", "is_bf16_supported",
-             "is_current_stream_capturing")  # fmt: skip
+    names = (
+        "is_available",
+        "device_count",
+        "current_device",
+        "get_device_name",
+        "get_device_properties",
+        "get_device_capability",
+        "synchronize",
+        "empty_cache",
+        "is_bf16_supported",
+        "is_current_stream_capturing",
+    )
     return [
-        *(getattr(torch.cuda, name) for name in names), torch.version.hip, torch.version.cuda, torch.Generator,
-        torch.backends.cudnn.is_available, torch.empty(0, device="meta").device,
-        torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(),
-    ]  # fmt: skip
+        *(getattr(torch.cuda, name) for name in names),
+        torch.version.hip,
+        torch.version.cuda,
+        torch.Generator,
+        torch.backends.cudnn.is_available,
+        torch.empty(0, device="meta").device,
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    ]
 
 
 def test_tensors_say_that_they_are_on_the_device(device):
     x = torch.randn(4, 6, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     found = {
-        "factory": x, "row": x[1], "slice": x[:, 2:4], "index": x[torch.tensor([0, 2])], "mask": x.t().contiguous(),
-        "dtype": x.to(torch.bfloat16), "device": torch.ones(3).to("cuda"), "cuda": torch.ones(3).cuda(),
-        "pinned": torch.ones(3).pin_memory().to(CUDA, non_blocking=True), "new": x.new_empty(3),
-        "like": torch.empty_like(x), "of": torch.empty(3, device=x.device), "view": x.view(-1),
+        "factory": x,
+        "row": x[1],
+        "slice": x[:, 2:4],
+        "index": x[torch.tensor([0, 2])],
+        "mask": x.t().contiguous(),
+        "dtype": x.to(torch.bfloat16),
+        "device": torch.ones(3).to("cuda"),
+        "cuda": torch.ones(3).cuda(),
+        "pinned": torch.ones(3).pin_memory().to(CUDA, non_blocking=True),
+        "new": x.new_empty(3),
+        "like": torch.empty_like(x),
+        "of": torch.empty(3, device=x.device),
+        "view": x.view(-1),
         "product": torch.mm(x.bfloat16(), x.bfloat16().mT, out_dtype=torch.float32),
-    }  # fmt: skip
+    }
     assert {name: tensor.device for name, tensor in found.items()} == dict.fromkeys(found, CUDA)
     assert all(tensor.is_cuda for tensor in found.values())
     assert found["slice"].storage_offset() == 2 and found["product"].dtype == torch.float32

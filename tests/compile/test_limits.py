@@ -81,10 +81,19 @@ def test_what_is_too_much_is_named():
 
 
 def test_register_limits():
-    found = {(name, warps): limits.register_limit(TARGETS[name], warps) for name in ("sm_90", "gfx942")
-             for warps in (4, 8, 16)}  # fmt: skip
-    assert found == {("sm_90", 4): 255, ("sm_90", 8): 255, ("sm_90", 16): 128,
-                     ("gfx942", 4): 512, ("gfx942", 8): 256, ("gfx942", 16): 128}  # fmt: skip
+    found = {
+        (name, warps): limits.register_limit(TARGETS[name], warps)
+        for name in ("sm_90", "gfx942")
+        for warps in (4, 8, 16)
+    }
+    assert found == {
+        ("sm_90", 4): 255,
+        ("sm_90", 8): 255,
+        ("sm_90", 16): 128,
+        ("gfx942", 4): 512,
+        ("gfx942", 8): 256,
+        ("gfx942", 16): 128,
+    }
 
 
 def test_a_waiver_covers_its_launches_alone(recording):

@@ -24,8 +24,10 @@ pytestmark = [
 ]
 FACTS = {"D": ("tt.divisibility", 16), "S": ("tt.pointer_range", 32)}
 SIXTEEN_BITS_ONLY = {  # attention of fp32 passes through memory
-    "_cross_attention_fwd_kernel", "_cross_attention_bwd_dq_kernel", "_cross_attention_bwd_dkv_kernel",
-}  # fmt: skip
+    "_cross_attention_fwd_kernel",
+    "_cross_attention_bwd_dq_kernel",
+    "_cross_attention_bwd_dkv_kernel",
+}
 
 
 @triton.jit(do_not_specialize=["free"])
@@ -39,9 +41,19 @@ def launch(**changes):
     """Arguments of a launch, on whatever device the tensors are made."""
     x, y = changes.pop("x", None), changes.pop("y", None)
     return {
-        "x_ptr": x, "y_ptr": y, "idx_ptr": None, "count": 48, "stride": 3, "one": 1, "free": 16, "scale": 0.5,
-        "HAS_IDX": False, "BLOCK": 64, "num_warps": 2, **changes,
-    }  # fmt: skip
+        "x_ptr": x,
+        "y_ptr": y,
+        "idx_ptr": None,
+        "count": 48,
+        "stride": 3,
+        "one": 1,
+        "free": 16,
+        "scale": 0.5,
+        "HAS_IDX": False,
+        "BLOCK": 64,
+        "num_warps": 2,
+        **changes,
+    }
 
 
 def one_recorded(target, offset=0, **changes):
@@ -56,9 +68,17 @@ def test_a_launch_by_hand():
     kept, uses = one_recorded("sm_90")
     assert (kept.module, kept.kernel, uses.grids) == (__name__, "_copy_kernel", (3, 2, 1))
     assert dict(kept.signature) == {
-        "x_ptr": "*bf16", "y_ptr": "*fp32", "idx_ptr": "constexpr", "count": "i32", "stride": "i32",
-        "one": "constexpr", "free": "i32", "scale": "fp32", "HAS_IDX": "constexpr", "BLOCK": "constexpr",
-    }  # fmt: skip
+        "x_ptr": "*bf16",
+        "y_ptr": "*fp32",
+        "idx_ptr": "constexpr",
+        "count": "i32",
+        "stride": "i32",
+        "one": "constexpr",
+        "free": "i32",
+        "scale": "fp32",
+        "HAS_IDX": "constexpr",
+        "BLOCK": "constexpr",
+    }
     assert dict(kept.constexprs) == {"idx_ptr": None, "one": 1, "HAS_IDX": False, "BLOCK": 64}
     known = {name: facts for name, facts in kept.attributes if facts}
     assert known == dict.fromkeys(("x_ptr", "y_ptr", "count"), (FACTS["D"],))  # 48; not free, which is 16
@@ -76,8 +96,9 @@ def test_alignment_follows_the_offset_in_the_storage():
 
 
 def test_integers_are_typed_by_value():
-    types = {value: dict(one_recorded("sm_90", stride=value)[0].signature)["stride"]
-             for value in (1, 2, 2**31 - 1, 2**31)}  # fmt: skip
+    types = {
+        value: dict(one_recorded("sm_90", stride=value)[0].signature)["stride"] for value in (1, 2, 2**31 - 1, 2**31)
+    }
     assert types == {1: "constexpr", 2: "i32", 2**31 - 1: "i32", 2**31: "i64"}
 
 
@@ -130,8 +151,11 @@ def kernels_of_the_ops():
         for part in pkgutil.iter_modules(package.__path__):
             if part.name.startswith("triton_"):
                 module = importlib.import_module(f"{package.__name__}.{part.name}")
-                found |= {name for name, value in vars(module).items()
-                          if name.endswith("_kernel") and isinstance(value, triton.JITFunction)}  # fmt: skip
+                found |= {
+                    name
+                    for name, value in vars(module).items()
+                    if name.endswith("_kernel") and isinstance(value, triton.JITFunction)
+                }
     return found
 
 
@@ -188,8 +212,10 @@ def test_dtypes_follow_a_rule():
         edges = {(edge.name, edge.dtype) for edge in op_entry(op).edges}
         gpu = [workload for workload in workloads(op) if in_set(workload, "gpu")]
         first = {workload.role: workload.name for workload in reversed(gpu)}
-        found = {dtype: {call.name for call in calls([op]) if call.dtype == dtype and (call.name, dtype) not in edges}
-                 for dtype in ("bf16", "fp16", "fp32")}  # fmt: skip
+        found = {
+            dtype: {call.name for call in calls([op]) if call.dtype == dtype and (call.name, dtype) not in edges}
+            for dtype in ("bf16", "fp16", "fp32")
+        }
         assert found["bf16"] == {workload.name for workload in gpu}
         assert found["fp16"] == found["fp32"] == set(first.values())
 

@@ -58,10 +58,20 @@ def test_a_failure_is_not_kept(tmp_path, launches, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [
-    "", "{", "[]", "null", "3", json.dumps({"registers": 3}), json.dumps(asdict(FOUND) | {"more": 1}),
-    json.dumps(asdict(FOUND) | {"matrix": 3}), json.dumps(asdict(FOUND) | {"registers": "many"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        json.dumps({"registers": 3}),
+        json.dumps(asdict(FOUND) | {"more": 1}),
+        json.dumps(asdict(FOUND) | {"matrix": 3}),
+        json.dumps(asdict(FOUND) | {"registers": "many"}),
+    ],
+)
 def test_a_damaged_entry_is_ignored(tmp_path, content, launches, compiled):
     item = (launches[0], "sm_90")
     key = key_of(launches[0], TARGETS["sm_90"])
@@ -81,8 +91,14 @@ def test_the_key_covers_what_a_kernel_follows_from(launches, monkeypatch):
     warps = tuple((name, 2 * value if name == "num_warps" else value) for name, value in launch.options)
     constexprs = tuple((name, 2 * value if name == "BLOCK_N" else value) for name, value in launch.constexprs)
     types = tuple((name, "i64" if kind == "i32" else kind) for name, kind in launch.signature)
-    changed = [launch, *launches[1:], replace(launch, options=warps), replace(launch, constexprs=constexprs),
-               replace(launch, signature=types), replace(launch, attributes=())]  # fmt: skip
+    changed = [
+        launch,
+        *launches[1:],
+        replace(launch, options=warps),
+        replace(launch, constexprs=constexprs),
+        replace(launch, signature=types),
+        replace(launch, attributes=()),
+    ]
     keys = [key_of(each, target) for each in changed] + [key_of(launch, TARGETS["sm_80"])]
     monkeypatch.setattr(compiler, "REVISION", -1)
     keys.append(key_of(launch, target))
@@ -143,11 +159,14 @@ def test_the_command_lists_without_compiling(compiled, capsys):
     assert not compiled
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--jobs", "0"], "--jobs must be at least 1, got 0"),
-    (["--write", "--op", "stem"], "--write must cover every op and target"),
-    (["--target", "sm_9"], "invalid choice: 'sm_9'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--write", "--op", "stem"], "--write must cover every op and target"),
+        (["--target", "sm_9"], "invalid choice: 'sm_9'"),
+    ],
+)
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as raised:
         command.main(arguments)

@@ -104,9 +104,14 @@ class Processes:
             if self._ended:
                 raise TreeError("mutants: interrupted")
             child = subprocess.Popen(
-                command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                command,
+                cwd=cwd,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
             self._running.add(child)
         try:
             output, _ = child.communicate(timeout=SLOWEST_S)

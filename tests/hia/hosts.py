@@ -35,9 +35,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<image>"], padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
 
 
 def tiny_processor() -> LlavaProcessor:
@@ -45,29 +50,47 @@ def tiny_processor() -> LlavaProcessor:
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
     return LlavaProcessor(
-        images, tiny_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
+        images,
+        tiny_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
 
 
 def text_config(layers: int = 6, **changes) -> LlamaConfig:
     sizes = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 512,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
-    }  # fmt: skip
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
     return LlamaConfig(**{**sizes, **changes})
 
 
 def llava_config(layers: int = 6, **changes) -> LlavaConfig:
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=IMAGE_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
         patch_size=PATCH,
-    )  # fmt: skip
+    )
     return LlavaConfig(
-        vision_config=vision, text_config=text_config(layers, **changes), image_token_index=VOCABULARY["<image>"],
-        pad_token_id=3, vision_feature_select_strategy="default", vision_feature_layer=-2,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text_config(layers, **changes),
+        image_token_index=VOCABULARY["<image>"],
+        pad_token_id=3,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
 
 
 def tiny_llava(layers: int = 6, seed: int = 0, **changes) -> LlavaForConditionalGeneration:

@@ -26,8 +26,10 @@ def edit_tensors(directory, change):
 
 def test_round_trip(model, batch, saved):
     assert sorted(path.name for path in saved.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert set(load_file(saved / "adapter_model.safetensors")) == set(model.adapter.state_dict())
     again = hia.HiAModel.from_pretrained(tiny_llava(), saved)
     assert again.hia_config == model.hia_config

@@ -130,10 +130,15 @@ def test_numbers_are_those_of_a_hand_computation(preset):
     expected, update, visual = layer_by_hand(model, inputs, index)
     got = model.adapter_health(inputs).layers[index]
     names = {
-        "extraction_entropy": "extraction", "injection_entropy": "injection", "query_cosine": "query",
-        "effective_rank": "rank", "update_ratio": "ratio", "read_cosine": "read", "update_cosine": "update",
+        "extraction_entropy": "extraction",
+        "injection_entropy": "injection",
+        "query_cosine": "query",
+        "effective_rank": "rank",
+        "update_ratio": "ratio",
+        "read_cosine": "read",
+        "update_cosine": "update",
         "instruction_ratio": "instruction",
-    }  # fmt: skip
+    }
     if not config.instruction_aware:
         assert got.instruction_ratio is None and names.pop("instruction_ratio")
     for name, by_hand in names.items():
@@ -163,12 +168,16 @@ def test_gradient_norms_are_those_of_backward(preset):
         layer = model.adapter.layer(index)
         extractor, injection = layer.extractor, layer.injection
         parts = {
-            "queries": [extractor.queries], "feature_projection": [*extractor.feature_projection.parameters()],
-            "extractor.q": [*extractor.q_proj.parameters()], "extractor.kv": [*extractor.kv_proj.parameters()],
-            "extractor.out": [*extractor.out_proj.parameters()], "injection.q": [*injection.q_proj.parameters()],
-            "injection.kv": [*injection.kv_proj.parameters()], "injection.out": [*injection.out_proj.parameters()],
+            "queries": [extractor.queries],
+            "feature_projection": [*extractor.feature_projection.parameters()],
+            "extractor.q": [*extractor.q_proj.parameters()],
+            "extractor.kv": [*extractor.kv_proj.parameters()],
+            "extractor.out": [*extractor.out_proj.parameters()],
+            "injection.q": [*injection.q_proj.parameters()],
+            "injection.kv": [*injection.kv_proj.parameters()],
+            "injection.out": [*injection.out_proj.parameters()],
             "norms": [p for name, p in layer.named_parameters() if "norm" in name],
-        }  # fmt: skip
+        }
         if extractor.condition is not None:
             parts["condition"] = [*extractor.condition.parameters()]
         if injection.gate is not None:
@@ -426,9 +435,12 @@ def test_llama_and_features_encoded_before():
     image_map[0, 2:6], image_map[1, 3:5] = 0, 1
     pixels = [torch.randint(0, 256, (40 + i, 150, 1), dtype=torch.uint8) for i in range(2)]
     inputs = {
-        "input_ids": ids, "labels": ids, "image_map": image_map, "high_res_pixels": pixels,
+        "input_ids": ids,
+        "labels": ids,
+        "image_map": image_map,
+        "high_res_pixels": pixels,
         "instruction_index": torch.tensor([8, 9]),
-    }  # fmt: skip
+    }
     found = model.adapter_health(inputs)
     assert set(found.layers) == {2, 4} and found.gradients["encoder"].rms > 0
     with torch.no_grad():

@@ -169,8 +169,10 @@ def test_real_dicom(data_dir):
     pytest.importorskip("openjpeg")
     loaded = {path.stem: hia.load_image(path) for path in sorted((data_dir / "dicom").glob("*.dcm"))}
     assert {name: tuple(r.pixels.shape) for name, r in loaded.items()} == {
-        "RG1_J2KI": (1955, 1841, 1), "RG3_J2KR": (1760, 1760, 1), "RG3_deflated": (1760, 1760, 1),
-    }  # fmt: skip
+        "RG1_J2KI": (1955, 1841, 1),
+        "RG3_J2KR": (1760, 1760, 1),
+        "RG3_deflated": (1760, 1760, 1),
+    }
     assert all(r.pixels.dtype == torch.uint16 and r.window[0] > r.window[1] for r in loaded.values())  # MONOCHROME1
     assert torch.equal(loaded["RG3_J2KR"].pixels, loaded["RG3_deflated"].pixels)
 

@@ -24,8 +24,12 @@ PRESETS = {
 PRESETS |= {f"{name}-unaware": {**changes, "instruction_aware": False} for name, changes in PRESETS.items()}
 IMAGES = range(1, 9)
 SHAPES = [(3, 5), (1, 1), (7, 4), (2, 2), (1, 9), (6, 6), (5, 3), (33, 33)]
-EXACT = {torch.float64: torch.float64, torch.float32: torch.float64, torch.float16: torch.float32,
-         torch.bfloat16: torch.float32}  # fmt: skip
+EXACT = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
 TRAINED = [("folded", "textbook"), ("absorbed", "absorbed"), ("folded_absorbed", "textbook")]
 FORMS = [(extract, "textbook") for extract in plan.EXTRACT_FORMS] + [("textbook", "absorbed"), ("absorbed", "absorbed")]
 

@@ -134,9 +134,14 @@ def test_llama_needs_the_map_and_the_input_is_its_embeddings():
             parameter.normal_(std=0.15) if parameter.dim() > 1 else None
     ids, image_map = torch.randint(6, 40, (2, 30)), torch.full((2, 30), -1)
     image_map[0, 2:8], image_map[1, 3:9], image_map[1, 10:13] = 0, 2, 1
-    inputs = own_answers(base, {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "instruction_index": torch.tensor([13, 14]),
-    })  # fmt: skip
+    inputs = own_answers(
+        base,
+        {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "instruction_index": torch.tensor([13, 14]),
+        },
+    )
     with pytest.raises(ValueError, match=r"batch must hold images, got .* image_map says which rows are visual"):
         hia.probe_layers(base, inputs)
     found = hia.probe_layers(base, {**inputs, "image_map": image_map})

@@ -178,9 +178,12 @@ def test_real_tokenizers(data_dir):
         tokenizer = LlamaTokenizer.from_pretrained(data_dir / "tokenizer" / name)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         host = LlavaProcessor(
-            tiny_processor().image_processor, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+            tiny_processor().image_processor,
+            tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
-        )  # fmt: skip
+        )
         processor = hia.HiAProcessor(host, tiny_config(tiny_llava()))
         batch = processor(
             ["比较这两张胸片：<image><image>\n有什么变化？", "<image>\n描述"], [[A, B], [C]], answers=["没有。", "好"]

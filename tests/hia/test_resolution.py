@@ -116,8 +116,10 @@ def test_a_host_without_resolution_is_an_error():
     image_map = torch.full((1, 11), -1)
     image_map[0, 1:4] = 0
     inputs = {
-        "input_ids": torch.randint(6, 40, (1, 11)), "image_map": image_map, "instruction_index": torch.tensor([9]),
-    }  # fmt: skip
+        "input_ids": torch.randint(6, 40, (1, 11)),
+        "image_map": image_map,
+        "instruction_index": torch.tensor([9]),
+    }
     must = r" must be of images at the host's resolution with HiAConfig.high_resolution=False., and LlamaForCausalLM"
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="high_res_pixels" + must + " has none, got 40 x 50; resize the images"):

@@ -74,9 +74,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(host, model, training_b
         ids, image_map = torch.randint(6, 40, (1, 12)), torch.full((1, 12), -1)
         image_map[0, 2:6] = 0
         training_batch = {
-            "input_ids": ids, "labels": ids, "image_map": image_map, "high_res_pixels": pixels,
+            "input_ids": ids,
+            "labels": ids,
+            "image_map": image_map,
+            "high_res_pixels": pixels,
             "instruction_index": torch.tensor([8]),
-        }  # fmt: skip
+        }
     model.train()
     expected = adapter_gradients(model, training_batch)
     model.gradient_checkpointing_enable()

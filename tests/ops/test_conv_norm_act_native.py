@@ -166,8 +166,12 @@ def test_one_layout_for_all_sizes():
 
 def test_what_takes_which_backend():
     with hia_kernels.use_backend("auto"):
-        for side, kernel, stride, expected in ((32, 3, 1, "native"), (8, 3, 1, "cpu"), (32, 3, 2, "cpu"),
-                                               (32, 1, 1, "cpu")):  # fmt: skip
+        for side, kernel, stride, expected in (
+            (32, 3, 1, "native"),
+            (8, 3, 1, "cpu"),
+            (32, 3, 2, "cpu"),
+            (32, 1, 1, "cpu"),
+        ):
             inputs = make_inputs((side, side), F32, images=1, kernel=kernel, stride=stride, **WIDE)
             forward_backward(OP, conv_norm_act, inputs)
             assert hia_kernels.last_backend(OP) == expected, (side, kernel, stride)
@@ -260,8 +264,10 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", __FILE__, "-k", "any_size 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(extension.unavailable_reasons() != () or torch.ops.hia_native.cpu_isa() != "avx512",
-                    reason="no AVX-512 here, so AVX2 is what the other tests have tested")  # fmt: skip
+@pytest.mark.skipif(
+    extension.unavailable_reasons() != () or torch.ops.hia_native.cpu_isa() != "avx512",
+    reason="no AVX-512 here, so AVX2 is what the other tests have tested",
+)
 def test_avx2_where_there_is_more(monkeypatch):
     monkeypatch.setenv("HIA_CPU_ISA", "avx2")
     code = PROBE.replace("__FILE__", repr(__file__))

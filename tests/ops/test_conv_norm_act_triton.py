@@ -263,10 +263,15 @@ def test_an_image_of_more_elements_than_32_bits_count():
 
 @settings(max_examples=10, deadline=None)
 @given(
-    size=st.tuples(st.integers(1, 12), st.integers(3, 12)), channels=st.tuples(st.integers(4, 40), st.integers(8, 40)),
-    kernel=st.sampled_from([1, 3]), stride=st.sampled_from([1, 2]), images=st.integers(1, 2),
-    activation=st.sampled_from(["none", "relu", "gelu"]), dtype=st.sampled_from(DTYPES), residual=st.booleans(),
-)  # fmt: skip
+    size=st.tuples(st.integers(1, 12), st.integers(3, 12)),
+    channels=st.tuples(st.integers(4, 40), st.integers(8, 40)),
+    kernel=st.sampled_from([1, 3]),
+    stride=st.sampled_from([1, 2]),
+    images=st.integers(1, 2),
+    activation=st.sampled_from(["none", "relu", "gelu"]),
+    dtype=st.sampled_from(DTYPES),
+    residual=st.booleans(),
+)
 def test_any_shape(size, dtype, **options):
     if triton_support.interpreted():
         assert_matches(OP, conv_norm_act, conv_norm_act_ref, make_inputs(size, dtype, **options), dtype)

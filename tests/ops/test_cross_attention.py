@@ -49,11 +49,13 @@ CASES = [  # lengths of queries and keys; dtypes rotate where the axis is not ab
     pytest.param([33, 5], [17, 40], {"head_dim": 640}, torch.float32, id="head-dim-640-13b-released"),
     pytest.param([64, 64], [EXTRACT_33, EXTRACT_31], {}, torch.float32, id="keys-1-mod-32-fp32"),
     pytest.param([64, 64], [EXTRACT_33, EXTRACT_31], {}, torch.float16, id="keys-1-mod-32-fp16"),
-    pytest.param([576, 576], [256, 256], {"heads": 40, "head_dim": 128}, torch.bfloat16, id="13b-inject",
-                 marks=pytest.mark.gpu),
-    pytest.param([256], [128 * 128], {"heads": 8, "head_dim": 640}, torch.float16, id="4096-px-released",
-                 marks=pytest.mark.gpu),
-]  # fmt: skip
+    pytest.param(
+        [576, 576], [256, 256], {"heads": 40, "head_dim": 128}, torch.bfloat16, id="13b-inject", marks=pytest.mark.gpu
+    ),
+    pytest.param(
+        [256], [128 * 128], {"heads": 8, "head_dim": 640}, torch.float16, id="4096-px-released", marks=pytest.mark.gpu
+    ),
+]
 
 
 @pytest.mark.parametrize(("lengths_q", "lengths_k", "options", "dtype"), CASES)

@@ -156,12 +156,14 @@ def test_reasons_why_not():
         cross_attention(**make_inputs([3], [4], torch.float64))
 
     def on_cuda(x):  # what the reasons look at; no such device is needed
-        return SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype, shape=x.shape, numel=x.numel,
-                               element_size=x.element_size)  # fmt: skip
+        return SimpleNamespace(
+            device=torch.device("cuda"), dtype=x.dtype, shape=x.shape, numel=x.numel, element_size=x.element_size
+        )
 
     def reasons(lengths_q, lengths_k, dtype, backward=False):
-        q, k, v, *rest = (on_cuda(x) if isinstance(x, torch.Tensor) else x
-                          for x in make_inputs(lengths_q, lengths_k, dtype).values())  # fmt: skip
+        q, k, v, *rest = (
+            on_cuda(x) if isinstance(x, torch.Tensor) else x for x in make_inputs(lengths_q, lengths_k, dtype).values()
+        )
         arguments = (q, q, q, k, v, q, q, *rest) if backward else (q, k, v, *rest)
         return " ".join(sdpa.unsupported_reasons(*arguments))
 

@@ -241,8 +241,11 @@ def with_gradients(inputs, dout, dlse):
 
 
 @pytest.mark.parametrize("shares", [1, 3])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float16), (80, torch.bfloat16), (272, torch.float16),
-                                                 (32, torch.float32)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(32, torch.float16), (80, torch.bfloat16), (272, torch.float16), (32, torch.float32)],
+    ids=str,
+)
 def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, shares, split, triton_device):
     """Few queries and many, no keys, one, and more than a block of them."""
     split(shares)

@@ -43,9 +43,10 @@ CASES = [
     pytest.param(2, 300, LARGE, id="large"),
     pytest.param(2, 300, {**LARGE, "merge_heads": True}, id="large-merged"),
     pytest.param(1, 256, {"heads": 8, "channels": 640, "dim": 5120}, id="13b-queries", marks=pytest.mark.gpu),
-    pytest.param(2, 256, {"heads": 8, "channels": 5120, "dim": 640, "merge_heads": True}, id="13b-results",
-                 marks=pytest.mark.gpu),
-]  # fmt: skip
+    pytest.param(
+        2, 256, {"heads": 8, "channels": 5120, "dim": 640, "merge_heads": True}, id="13b-results", marks=pytest.mark.gpu
+    ),
+]
 
 
 @pytest.mark.parametrize(("images", "rows", "options"), CASES)
@@ -231,9 +232,13 @@ def test_only_gradients_that_are_wanted():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    images=st.integers(0, 3), heads=st.integers(1, 4), rows=st.integers(0, 400), channels=st.integers(1, 400),
-    dim=st.integers(1, 400), merge_heads=st.booleans(),
-)  # fmt: skip
+    images=st.integers(0, 3),
+    heads=st.integers(1, 4),
+    rows=st.integers(0, 400),
+    channels=st.integers(1, 400),
+    dim=st.integers(1, 400),
+    merge_heads=st.booleans(),
+)
 def test_any_sizes(images, heads, rows, channels, dim, merge_heads):
     sizes = {"heads": heads, "channels": channels, "dim": dim, "merge_heads": merge_heads}
     assert_matches(OP, head_linear, head_linear_ref, make_inputs(images, rows, torch.float32, **sizes), torch.float32)

@@ -11,8 +11,18 @@ import hia_kernels
 from hia_kernels import info
 from hia_kernels.core import backend
 
-OPS = ["condition_queries", "conv_norm_act", "cross_attention", "head_linear", "inject_rows", "latent_attention",
-       "linear", "norm_linear", "row_softmax", "stem"]  # fmt: skip
+OPS = [
+    "condition_queries",
+    "conv_norm_act",
+    "cross_attention",
+    "head_linear",
+    "inject_rows",
+    "latent_attention",
+    "linear",
+    "norm_linear",
+    "row_softmax",
+    "stem",
+]
 
 
 @pytest.fixture
@@ -50,9 +60,12 @@ def test_report_names_every_op_and_backend(monkeypatch):
     assert report["devices"]["cpu"]["threads"] == torch.get_num_threads()
     assert len(report["devices"]["cuda"]) == torch.cuda.device_count()
     assert report["environment"] == {
-        "HIA_BACKEND": "reference", "HIA_DEBUG": None, "HIA_TUNED": None, "HIA_CPU_ISA": None,
+        "HIA_BACKEND": "reference",
+        "HIA_DEBUG": None,
+        "HIA_TUNED": None,
+        "HIA_CPU_ISA": None,
         "in force": "backend reference, debug off, CPU ISA the best there is",
-    }  # fmt: skip
+    }
 
 
 def test_reasons_come_from_the_table(monkeypatch):

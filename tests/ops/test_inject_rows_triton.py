@@ -188,9 +188,12 @@ def test_autocast_leaves_the_residual_stream_in_fp32(route, triton_device):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    tokens=st.integers(1, 90), share=st.floats(0, 1), channels=st.integers(1, 150), dim=st.integers(1, 150),
+    tokens=st.integers(1, 90),
+    share=st.floats(0, 1),
+    channels=st.integers(1, 150),
+    dim=st.integers(1, 150),
     dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+)
 def test_any_shape(tokens, share, channels, dim, dtype):
     inputs = make_inputs(tokens, int(share * tokens), dtype, channels=channels, dim=dim)
     if triton_support.interpreted():

@@ -190,9 +190,7 @@ def test_gathering_first_gives_the_same_bits(route, triton_device):
 
 def test_autocast(triton_device):
     inputs = make_inputs(9, 5, torch.float32, triton_device)
-    assert_autocast(
-        OP, norm_linear, inputs, torch.bfloat16, cast=("x", "weight", "bias"), out_dtype=torch.bfloat16
-    )  # fmt: skip
+    assert_autocast(OP, norm_linear, inputs, torch.bfloat16, cast=("x", "weight", "bias"), out_dtype=torch.bfloat16)
 
 
 def test_reasons(triton_device):
@@ -205,9 +203,12 @@ def test_reasons(triton_device):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    tokens=st.integers(1, 80), rows=st.none() | st.integers(1, 90), channels=st.integers(1, 150),
-    dim=st.integers(1, 150), dtype=st.sampled_from(DTYPES),
-)  # fmt: skip
+    tokens=st.integers(1, 80),
+    rows=st.none() | st.integers(1, 90),
+    channels=st.integers(1, 150),
+    dim=st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_any_shape(tokens, rows, channels, dim, dtype):
     inputs = make_inputs(tokens, rows, dtype, channels=channels, dim=dim)
     if triton_support.interpreted():

@@ -21,19 +21,24 @@ norm_linear_inputs = inputs_of("norm_linear")
 # function, reference, inputs large enough for the native kernel, small ones
 ROWS = {
     "norm_linear": (
-        norm_linear, norm_linear_ref, lambda dtype: norm_linear_inputs(260, 300, dtype, **WIDE),
+        norm_linear,
+        norm_linear_ref,
+        lambda dtype: norm_linear_inputs(260, 300, dtype, **WIDE),
         lambda dtype: norm_linear_inputs(9, 5, dtype),
     ),
     "condition_queries": (
-        condition_queries, condition_queries_ref,
+        condition_queries,
+        condition_queries_ref,
         lambda dtype: condition_queries_inputs(300, 260, dtype, **WIDE),
         lambda dtype: condition_queries_inputs(9, 3, dtype),
     ),
     "inject_rows": (
-        inject_rows, inject_rows_ref, lambda dtype: inject_rows_inputs(300, 260, dtype, **WIDE),
+        inject_rows,
+        inject_rows_ref,
+        lambda dtype: inject_rows_inputs(300, 260, dtype, **WIDE),
         lambda dtype: inject_rows_inputs(9, 5, dtype),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -271,7 +276,11 @@ def test_norm_alone_and_weight_alone():
         return torch.ops.hia.norm_linear_bwd(dout, x, norm_weight, norm_bias, weight, row_idx, eps, list(mask))
 
     every = gradients(True, True, True, True, True)
-    for mask in ((False, True, False, False, False), (True, False, False, False, False),
-                 (False, False, False, True, False), (False, False, False, False, True)):  # fmt: skip
+    for mask in (
+        (False, True, False, False, False),
+        (True, False, False, False, False),
+        (False, False, False, True, False),
+        (False, False, False, False, True),
+    ):
         for wanted, found, expected in zip(mask, gradients(*mask), every, strict=True):
             assert not wanted or torch.equal(found, expected)

@@ -79,9 +79,12 @@ DOUT = st.sampled_from(["as drawn", "transposed"])
 @FEW
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=3),
-    heads=st.integers(1, 3), head_dim=st.sampled_from([16, 48, 144, 320]), dtype=st.sampled_from(DTYPES),
-    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS), dout=DOUT,
-)  # fmt: skip
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 48, 144, 320]),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
+    dout=DOUT,
+)
 def test_cross_attention(lengths, heads, head_dim, dtype, layouts, dout, triton_device):
     """Over a key or few that are alike a gradient is the rounding of a difference that should be zero: not asked."""
     lengths_q, lengths_k = zip(*((q, k + 7 if k else 0) for q, k in lengths), strict=True)
@@ -97,9 +100,11 @@ def test_cross_attention(lengths, heads, head_dim, dtype, layouts, dout, triton_
     lengths=st.lists(
         st.tuples(st.sampled_from([0, 1, 5, 66, 130]), st.integers(0, 2) | st.integers(0, 300)), min_size=2, max_size=3
     ),
-    heads=st.integers(1, 2), head_dim=st.sampled_from(range(16, 97, 16)), dtype=st.sampled_from(DTYPES),
+    heads=st.integers(1, 2),
+    head_dim=st.sampled_from(range(16, 97, 16)),
+    dtype=st.sampled_from(DTYPES),
     share_bytes=st.sampled_from([16, 64, 4096]),
-)  # fmt: skip
+)
 def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype, share_bytes, triton_device):
     """Bit for bit, each sequence in as many shares as its launcher likes; small ones here, for splits of few keys."""
     from hia_kernels.ops.cross_attention import triton_split
@@ -113,9 +118,14 @@ def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype
 
 @FEW
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 700), spread=st.floats(0.1, 100), scale=st.floats(-2, 2),
-    dtype=st.sampled_from(DTYPES), layout=LAYOUTS, dout=DOUT,
-)  # fmt: skip
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 700),
+    spread=st.floats(0.1, 100),
+    scale=st.floats(-2, 2),
+    dtype=st.sampled_from(DTYPES),
+    layout=LAYOUTS,
+    dout=DOUT,
+)
 def test_row_softmax(rows, columns, spread, scale, dtype, layout, dout, triton_device):
     inputs = inputs_of("row_softmax")(rows, columns, dtype, triton_device, spread=spread, scale=scale)
     inputs["scores"] = laid_out(inputs["scores"], layout)
@@ -124,9 +134,12 @@ def test_row_softmax(rows, columns, spread, scale, dtype, layout, dout, triton_d
 
 @FEW
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 700), scale=st.floats(-2, 2), dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 700),
+    scale=st.floats(-2, 2),
+    dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(APART),
-)  # fmt: skip
+)
 def test_row_softmax_in_place(rows, columns, scale, dtype, layout, triton_device):
     """The bits of the other, in the same memory, and nothing beside it."""
     scores = laid_out(inputs_of("row_softmax")(rows, columns, dtype, triton_device)["scores"], layout)
@@ -141,9 +154,15 @@ def test_row_softmax_in_place(rows, columns, scale, dtype, layout, triton_device
 
 @FEW
 @given(
-    tokens=st.integers(1, 30), samples=st.integers(1, 20), channels=st.integers(1, 300), queries=st.integers(1, 70),
-    dim=st.integers(1, 70), dtype=st.sampled_from(DTYPES), layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS), dout=DOUT,
-)  # fmt: skip
+    tokens=st.integers(1, 30),
+    samples=st.integers(1, 20),
+    channels=st.integers(1, 300),
+    queries=st.integers(1, 70),
+    dim=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
+    dout=DOUT,
+)
 def test_condition_queries(tokens, samples, channels, queries, dim, dtype, layouts, dout, triton_device):
     sizes = {"channels": channels, "queries": queries, "dim": dim}
     inputs = inputs_of("condition_queries")(tokens, samples, dtype, triton_device, **sizes)
@@ -155,11 +174,17 @@ def test_condition_queries(tokens, samples, channels, queries, dim, dtype, layou
 @pytest.mark.slow
 @settings(FEW, max_examples=6)
 @given(
-    extra=st.tuples(st.integers(0, 6), st.integers(0, 6)), kernel=st.sampled_from([3, 7]),
-    pool=st.sampled_from([1, 3]), channels=st.sampled_from([1, 3]), out_channels=st.integers(8, 20),
+    extra=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    kernel=st.sampled_from([3, 7]),
+    pool=st.sampled_from([1, 3]),
+    channels=st.sampled_from([1, 3]),
+    out_channels=st.integers(8, 20),
     pixel_dtype=st.sampled_from([torch.uint8, torch.uint16, torch.float32, torch.bfloat16]),
-    dtype=st.sampled_from(DTYPES), layout=LAYOUTS, expanded_dim=st.sampled_from([0, 3]), dout=DOUT,
-)  # fmt: skip
+    dtype=st.sampled_from(DTYPES),
+    layout=LAYOUTS,
+    expanded_dim=st.sampled_from([0, 3]),
+    dout=DOUT,
+)
 def test_stem(extra, kernel, pool, dtype, layout, expanded_dim, dout, triton_device, **options):
     size = tuple(stem_reach(kernel, pool) + more for more in extra)
     images = 2 if (layout, expanded_dim) == ("expanded", 0) else 1

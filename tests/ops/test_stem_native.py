@@ -94,8 +94,11 @@ def test_a_negative_scale_and_a_zero_one():
 
 def test_what_takes_which_backend():
     with hia_kernels.use_backend("auto"):
-        for options, expected in (({"out_channels": 64}, "native"), ({"out_channels": 20}, "cpu"),
-                                  ({"out_channels": 64, "pixel_dtype": torch.float16}, "cpu")):  # fmt: skip
+        for options, expected in (
+            ({"out_channels": 64}, "native"),
+            ({"out_channels": 20}, "cpu"),
+            ({"out_channels": 64, "pixel_dtype": torch.float16}, "cpu"),
+        ):
             stem(**make_inputs((33, 20), F32, **options))
             assert hia_kernels.last_backend(OP) == expected
     refused = [

@@ -111,7 +111,7 @@ FAULTS = {
         "a boundary of the images off by one": replaced(lengths=lambda given: [31, 50]),
         "a token lost": replaced(latent=without("latent", -1)),
     },
-}  # fmt: skip
+}
 
 
 def _without_one_product(out, given):
@@ -313,8 +313,10 @@ def test_a_kink_that_only_one_side_takes_is_no_failure_in_fp32():
 
 def test_sums_in_half_precision_are_seen_in_an_attention():
     """2048 keys, four at a time, added up in bf16: errors that an element may have alone, and not all of them."""
-    q, k, v = (torch.randn(size, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n, size in
-               enumerate((40, 2048, 2048)))  # fmt: skip
+    q, k, v = (
+        torch.randn(size, 64, generator=torch.Generator().manual_seed(n)).bfloat16()
+        for n, size in enumerate((40, 2048, 2048))
+    )
 
     def reference(q, k, v):
         return (torch.softmax(q.float() @ k.float().mT / 8, 1) @ v.float()).to(q.dtype)

@@ -32,8 +32,12 @@ def condition_queries(hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: Ten
     check_dtypes(op, hidden=(hidden, FLOATS), row_idx=(row_idx, torch.int64))
     check_dtypes(op, weight=(weight, hidden.dtype), bias=(bias, hidden.dtype), queries=(queries, hidden.dtype))
     check_shapes(
-        op, hidden=(hidden, "T C"), row_idx=(row_idx, "B"), weight=(weight, "D C"), bias=(bias, "D"),
+        op,
+        hidden=(hidden, "T C"),
+        row_idx=(row_idx, "B"),
+        weight=(weight, "D C"),
+        bias=(bias, "D"),
         queries=(queries, "M D"),
-    )  # fmt: skip
+    )
     check_devices(op, hidden=hidden, row_idx=row_idx, weight=weight, bias=bias, queries=queries)
     return torch.ops.hia.condition_queries(hidden, row_idx, weight, bias, queries)

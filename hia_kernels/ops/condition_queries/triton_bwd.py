@@ -14,9 +14,16 @@ def _condition_queries_bwd_sums_kernel(
     dout_ptr,  # [B, M, D]
     parts_ptr,  # [cdiv(M, BLOCK_M), B, D] fp32, only with HAS_SHIFT: sums over BLOCK_M queries
     dqueries_ptr,  # [M, D], only with HAS_QUERIES: sums over all samples
-    B, M, D, stride_dout_b, stride_dout_m,
-    HAS_SHIFT: tl.constexpr, HAS_QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    B,
+    M,
+    D,
+    stride_dout_b,
+    stride_dout_m,
+    HAS_SHIFT: tl.constexpr,
+    HAS_QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Both sums of dout in one reading; grid = (cdiv(M, BLOCK_M), cdiv(D, BLOCK_D))."""
     pid_m = tl.program_id(0).to(tl.int64)  # int64: B * M * D may exceed 2**31
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -43,9 +50,12 @@ def _condition_queries_bwd_dhidden_kernel(
     drows_ptr,  # [B, C]
     row_idx_ptr,  # [B] int64
     dhidden_ptr,  # [T, C]
-    B, T, C,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    B,
+    T,
+    C,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dhidden[t] = sum of drows[b] where row_idx[b] = t, in order; grid = (cdiv(T, BLOCK_T), cdiv(C, BLOCK_C))."""
     first_t = tl.program_id(0).to(tl.int64) * BLOCK_T  # int64: T * C may exceed 2**31
     offs_t = first_t + tl.arange(0, BLOCK_T)
@@ -74,9 +84,18 @@ def _sums(dout, wants_shift, wants_queries):
     dqueries = torch.empty(M, D, dtype=dout.dtype, device=dout.device) if wants_queries else None
     if M and D and (wants_shift or wants_queries):
         _condition_queries_bwd_sums_kernel[(blocks, triton.cdiv(D, config["BLOCK_D"]))](
-            dout, parts, dqueries, B=B, M=M, D=D, stride_dout_b=dout.stride(0), stride_dout_m=dout.stride(1),
-            HAS_SHIFT=wants_shift, HAS_QUERIES=wants_queries, **config,
-        )  # fmt: skip
+            dout,
+            parts,
+            dqueries,
+            B=B,
+            M=M,
+            D=D,
+            stride_dout_b=dout.stride(0),
+            stride_dout_m=dout.stride(1),
+            HAS_SHIFT=wants_shift,
+            HAS_QUERIES=wants_queries,
+            **config,
+        )
     return None if parts is None else parts.sum(0), dqueries
 
 

@@ -18,10 +18,19 @@ def _condition_queries_fwd_kernel(
     bias_ptr,  # [D], only with HAS_BIAS
     queries_ptr,  # [M, D]
     out_ptr,  # [B, M, D]
-    B, M, C, D, stride_hidden_t, stride_weight_d, stride_queries_m,
-    HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    B,
+    M,
+    C,
+    D,
+    stride_hidden_t,
+    stride_weight_d,
+    stride_queries_m,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):  # fmt: skip
+):
     """out[b] = queries + weight hidden[row_idx[b]] + bias; grid = (cdiv(B, BLOCK_B), cdiv(D, BLOCK_D))."""
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # int64: sizes may exceed 2**31
     first_b = tl.program_id(0) * BLOCK_B  # samples along the axis that may be longer than 65535
@@ -74,8 +83,20 @@ def condition_queries_fwd(hidden, row_idx, weight, bias, queries):
         return out
     config = _config(hidden, B, C, D)
     _condition_queries_fwd_kernel[(triton.cdiv(B, config["BLOCK_B"]), triton.cdiv(D, config["BLOCK_D"]))](
-        hidden, row_idx.contiguous(), weight, None if bias is None else bias.contiguous(), queries, out,
-        B=B, M=M, C=C, D=D, stride_hidden_t=hidden.stride(0), stride_weight_d=weight.stride(0),
-        stride_queries_m=queries.stride(0), HAS_BIAS=bias is not None, **config,
-    )  # fmt: skip
+        hidden,
+        row_idx.contiguous(),
+        weight,
+        None if bias is None else bias.contiguous(),
+        queries,
+        out,
+        B=B,
+        M=M,
+        C=C,
+        D=D,
+        stride_hidden_t=hidden.stride(0),
+        stride_weight_d=weight.stride(0),
+        stride_queries_m=queries.stride(0),
+        HAS_BIAS=bias is not None,
+        **config,
+    )
     return out

@@ -98,9 +98,14 @@ def _geometry(weight: Tensor, stride: int, pad_rows: bool) -> tuple[list[int], l
 
 
 def conv_norm_act_packed(
-    x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None, stride: int, activation: str,
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    activation: str,
     pad_rows: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[N, IH, IW, C] -> [N, OH, OW, OC], the scale folded into ``weight``, which may be packed."""
     geometry = _geometry(weight, stride, pad_rows)
     x_nchw = x.contiguous().permute(0, 3, 1, 2)
@@ -125,9 +130,17 @@ def conv_norm_act_packed_inplace(
     """Writes the result over ``residual``, which is contiguous: a fresh output of this size costs page faults."""
     relu = "relu" if activation == "relu" else None
     torch.ops.mkldnn._convolution_pointwise_.binary(
-        residual.permute(0, 3, 1, 2), x.contiguous().permute(0, 3, 1, 2), weight, shift.to(x.dtype),
-        *_geometry(weight, stride, pad_rows), "add", 1.0, relu, [], None,
-    )  # fmt: skip
+        residual.permute(0, 3, 1, 2),
+        x.contiguous().permute(0, 3, 1, 2),
+        weight,
+        shift.to(x.dtype),
+        *_geometry(weight, stride, pad_rows),
+        "add",
+        1.0,
+        relu,
+        [],
+        None,
+    )
     if activation == "gelu":
         residual.copy_(F.gelu(residual))
 
@@ -160,9 +173,18 @@ def _backward(
     dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int], mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
-        [stride, stride], padding, [1, 1], False, [0, 0], 1, [*mask, False],
-    )  # fmt: skip
+        dz.permute(0, 3, 1, 2),
+        x.permute(0, 3, 1, 2),
+        weight,
+        None,
+        [stride, stride],
+        padding,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [*mask, False],
+    )
     return dx, dweight
 
 

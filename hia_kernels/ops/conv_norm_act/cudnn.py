@@ -72,7 +72,14 @@ def conv_norm_act_fwd(
     # contiguous channels make it PyTorch's channels-last memory format, seen as [N, C, IH, IW]
     x, weight = x.contiguous(), weight.contiguous(memory_format=torch.channels_last)
     y = torch.cudnn_convolution(
-        x.permute(0, 3, 1, 2), weight, padding, [stride, stride], [1, 1], 1,
-        benchmark=False, deterministic=True, allow_tf32=False,
-    )  # fmt: skip
+        x.permute(0, 3, 1, 2),
+        weight,
+        padding,
+        [stride, stride],
+        [1, 1],
+        1,
+        benchmark=False,
+        deterministic=True,
+        allow_tf32=False,
+    )
     return _finish(y.permute(0, 2, 3, 1).contiguous(), scale, shift, residual, activation)

@@ -59,9 +59,13 @@ def conv_norm_act(
     check_dtypes(op, weight=(weight, x.dtype), residual=(residual, x.dtype))
     check_dtypes(op, cast=False, scale=(scale, statistics), shift=(shift, statistics))
     dims = check_shapes(
-        op, x=(x, "N IH IW C"), weight=(weight, "OC C K K"), scale=(scale, "OC"), shift=(shift, "OC"),
+        op,
+        x=(x, "N IH IW C"),
+        weight=(weight, "OC C K K"),
+        scale=(scale, "OC"),
+        shift=(shift, "OC"),
         residual=(residual, "N OH OW OC"),
-    )  # fmt: skip
+    )
     check_devices(op, x=x, weight=weight, scale=scale, shift=shift, residual=residual)
     check_choice(op, "weight's K", dims["K"], (1, 3))
     if dims["IH"] < 1 or dims["IW"] < 1:

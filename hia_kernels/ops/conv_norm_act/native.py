@@ -88,9 +88,15 @@ def kernel_size(weight_shape: torch.Size) -> int:
 
 
 def convolve(
-    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None,
-    stride: int, activation: str, pad_rows: bool,
-) -> Tensor:  # fmt: skip
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    activation: str,
+    pad_rows: bool,
+) -> Tensor:
     """Write ``act(conv(x) + shift + residual)`` to ``out``, which may be ``residual``; ``weight`` is packed."""
     x, relu = x.contiguous(), activation == "relu"
     if weight.shape[2] == POINTS:
@@ -147,9 +153,17 @@ def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: 
 
 
 def conv_norm_act_bwd(
-    dout: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, out: Tensor,
-    stride: int, activation: str, output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    stride: int,
+    activation: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`cpu.conv_norm_act_bwd`, with these convolutions in place of oneDNN's."""
     parts = cpu.Parts(conv_norm_act_fwd, _image_gradient, _weight_gradient)
     return cpu.backward(parts, dout, x, weight, scale, shift, residual, out, stride, activation, output_mask)

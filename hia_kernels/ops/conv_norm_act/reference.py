@@ -63,9 +63,18 @@ def conv_norm_act_bwd_ref(
     if output_mask[0] or output_mask[1]:
         padding = [weight.shape[-1] // 2] * 2
         dx_nchw, dw, _ = torch.ops.aten.convolution_backward(
-            (dz * scale).to(x.dtype).permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None,
-            [stride, stride], padding, [1, 1], False, [0, 0], 1, [output_mask[0], output_mask[1], False],
-        )  # fmt: skip
+            (dz * scale).to(x.dtype).permute(0, 3, 1, 2),
+            x.permute(0, 3, 1, 2),
+            weight,
+            None,
+            [stride, stride],
+            padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [output_mask[0], output_mask[1], False],
+        )
         if output_mask[0]:
             dx = dx_nchw.permute(0, 2, 3, 1).contiguous()
         if output_mask[1]:

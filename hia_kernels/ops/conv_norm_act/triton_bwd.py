@@ -38,13 +38,34 @@ def _conv_norm_act_bwd_kernel(
     dresidual_ptr,  # [N, OH, OW, OC], only with HAS_DRESIDUAL
     dscale_ptr,  # [N * tiles_m, OC] fp32, only with HAS_DSCALE
     dshift_ptr,  # [N * tiles_m, OC] fp32, only with HAS_DSHIFT
-    IH, IW, OW, pixels, tiles_m, C, OC,
-    stride_x_n, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
-    stride_residual_n, stride_residual_h, stride_residual_w,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_DY: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, HAS_DSCALE: tl.constexpr, HAS_DSHIFT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    IH,
+    IW,
+    OW,
+    pixels,
+    tiles_m,
+    C,
+    OC,
+    stride_x_n,
+    stride_x_h,
+    stride_x_w,
+    stride_weight_o,
+    stride_weight_h,
+    stride_weight_w,
+    stride_residual_n,
+    stride_residual_h,
+    stride_residual_w,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr,
+    HAS_DSCALE: tl.constexpr,
+    HAS_DSHIFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Gradient at the convolution's output, a tile's share of the channels' sums; grid as the forward's."""
     n, pid_m, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
     mask_m, mask_oc = offs_m < pixels, offs_oc < OC
@@ -56,10 +77,29 @@ def _conv_norm_act_bwd_kernel(
         oy = offs_m // OW
         ox = offs_m - oy * OW
         y = conv_tile(
-            x_ptr + n * stride_x_n, weight_ptr, oy, ox, mask_m, offs_oc, 0, KERNEL * KERNEL * tl.cdiv(C, BLOCK_C),
-            IH, IW, C, OC, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
-            KERNEL=KERNEL, STRIDE=STRIDE, BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_C=BLOCK_C,
-        )  # fmt: skip
+            x_ptr + n * stride_x_n,
+            weight_ptr,
+            oy,
+            ox,
+            mask_m,
+            offs_oc,
+            0,
+            KERNEL * KERNEL * tl.cdiv(C, BLOCK_C),
+            IH,
+            IW,
+            C,
+            OC,
+            stride_x_h,
+            stride_x_w,
+            stride_weight_o,
+            stride_weight_h,
+            stride_weight_w,
+            KERNEL=KERNEL,
+            STRIDE=STRIDE,
+            BLOCK_M=BLOCK_M,
+            BLOCK_OC=BLOCK_OC,
+            BLOCK_C=BLOCK_C,
+        )
     dz = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_OC]
     if ACTIVATION == "relu":
         out = tl.load(out_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_OC]
@@ -109,12 +149,31 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
     ]
     flags = dict(zip(("HAS_DY", "HAS_DRESIDUAL", "HAS_DSCALE", "HAS_DSHIFT"), wanted, strict=True))
     _conv_norm_act_bwd_kernel[(n * tiles_m * triton.cdiv(oc, config["BLOCK_OC"]),)](
-        dout, x, weight, scale.contiguous(), shift.contiguous(), residual, out, *results,
-        IH=ih, IW=iw, OW=out.shape[2], pixels=pixels, tiles_m=tiles_m, C=c, OC=oc,
-        **strides_of("x", *x.stride()[:3]), **strides_of("weight", weight.stride(0), *weight.stride()[2:], dims="ohw"),
+        dout,
+        x,
+        weight,
+        scale.contiguous(),
+        shift.contiguous(),
+        residual,
+        out,
+        *results,
+        IH=ih,
+        IW=iw,
+        OW=out.shape[2],
+        pixels=pixels,
+        tiles_m=tiles_m,
+        C=c,
+        OC=oc,
+        **strides_of("x", *x.stride()[:3]),
+        **strides_of("weight", weight.stride(0), *weight.stride()[2:], dims="ohw"),
         **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
-        KERNEL=kernel, STRIDE=stride, ACTIVATION=activation, HAS_RESIDUAL=residual is not None, **flags, **config,
-    )  # fmt: skip
+        KERNEL=kernel,
+        STRIDE=stride,
+        ACTIVATION=activation,
+        HAS_RESIDUAL=residual is not None,
+        **flags,
+        **config,
+    )
     dy, dresidual, dscale, dshift = results
     # the second stage; PyTorch's sum has one order
     return dy, *(None if sums is None else sums.sum(0) for sums in (dscale, dshift)), dresidual

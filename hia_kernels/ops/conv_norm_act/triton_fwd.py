@@ -31,11 +31,27 @@ def tile_of(pid, pixels, tiles_m, OC, BLOCK_M: tl.constexpr, BLOCK_OC: tl.conste
 def conv_tile(
     x_ptr,  # [IH, IW, C] of one image
     weight_ptr,  # [OC, C, K, K] with C contiguous
-    oy, ox, mask_m, offs_oc, first, last,  # [BLOCK_M] x 3, [BLOCK_OC], steps of the loop over taps and channels
-    IH, IW, C, OC, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    oy,
+    ox,
+    mask_m,
+    offs_oc,
+    first,
+    last,  # [BLOCK_M] x 3, [BLOCK_OC], steps of the loop over taps and channels
+    IH,
+    IW,
+    C,
+    OC,
+    stride_x_h,
+    stride_x_w,
+    stride_weight_o,
+    stride_weight_h,
+    stride_weight_w,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The convolution's sums [BLOCK_M, BLOCK_OC] fp32, steps ``first`` to ``last``; a step is a tap, BLOCK_C wide."""
     chunks = tl.cdiv(C, BLOCK_C)
     range_c = tl.arange(0, BLOCK_C)
@@ -79,9 +95,7 @@ def normed(acc, scale_ptr, shift_ptr, offs_oc, OC):
 
 
 @triton.jit
-def residual_tile(
-    residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
-):  # fmt: skip
+def residual_tile(residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w):
     """The residual where the tile is, [BLOCK_M, BLOCK_OC] fp32."""
     rows = n * stride_residual_n + oy.to(tl.int64) * stride_residual_h + ox.to(tl.int64) * stride_residual_w
     return tl.load(residual_ptr + rows[:, None] + offs_oc[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -104,12 +118,32 @@ def _conv_norm_act_fwd_kernel(
     shift_ptr,  # [OC] fp32
     residual_ptr,  # [N, OH, OW, OC], only with HAS_RESIDUAL
     out_ptr,  # [N, OH, OW, OC]; with SPLITS > 1 [SPLITS, N, OH, OW, OC] fp32, sums alone
-    IH, IW, OW, pixels, rows, tiles_m, C, OC,  # pixels = OH * OW, rows = N * pixels
-    stride_x_n, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
-    stride_residual_n, stride_residual_h, stride_residual_w,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+    IH,
+    IW,
+    OW,
+    pixels,
+    rows,
+    tiles_m,
+    C,
+    OC,  # pixels = OH * OW, rows = N * pixels
+    stride_x_n,
+    stride_x_h,
+    stride_x_w,
+    stride_weight_o,
+    stride_weight_h,
+    stride_weight_w,
+    stride_residual_n,
+    stride_residual_h,
+    stride_residual_w,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """One tile of an image's output, or a share of its sums; grid = (N * tiles_m * cdiv(OC, BLOCK_OC), SPLITS)."""
     n, _, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
     mask_m = offs_m < pixels
@@ -125,10 +159,29 @@ def _conv_norm_act_fwd_kernel(
         last = tl.minimum(first + share, steps)
         out_ptr += tl.program_id(1).to(tl.int64) * rows * OC
     acc = conv_tile(
-        x_ptr + n * stride_x_n, weight_ptr, oy, ox, mask_m, offs_oc, first, last,
-        IH, IW, C, OC, stride_x_h, stride_x_w, stride_weight_o, stride_weight_h, stride_weight_w,
-        KERNEL=KERNEL, STRIDE=STRIDE, BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
+        x_ptr + n * stride_x_n,
+        weight_ptr,
+        oy,
+        ox,
+        mask_m,
+        offs_oc,
+        first,
+        last,
+        IH,
+        IW,
+        C,
+        OC,
+        stride_x_h,
+        stride_x_w,
+        stride_weight_o,
+        stride_weight_h,
+        stride_weight_w,
+        KERNEL=KERNEL,
+        STRIDE=STRIDE,
+        BLOCK_M=BLOCK_M,
+        BLOCK_OC=BLOCK_OC,
+        BLOCK_C=BLOCK_C,
+    )
     if SPLITS == 1:
         acc = normed(acc, scale_ptr, shift_ptr, offs_oc, OC)
         if HAS_RESIDUAL:
@@ -147,10 +200,20 @@ def _conv_norm_act_reduce_kernel(
     shift_ptr,  # [OC] fp32
     residual_ptr,  # [N, OH, OW, OC], only with HAS_RESIDUAL
     out_ptr,  # [N, OH, OW, OC]
-    OW, pixels, rows, tiles_m, OC, stride_residual_n, stride_residual_h, stride_residual_w,
-    ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+    OW,
+    pixels,
+    rows,
+    tiles_m,
+    OC,
+    stride_residual_n,
+    stride_residual_h,
+    stride_residual_w,
+    ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """Adds the shares in their order, then norm, residual, activation; grid = (N * tiles_m * cdiv(OC, BLOCK_OC),)."""
     n, _, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
     mask = (offs_m < pixels)[:, None] & (offs_oc < OC)[None, :]
@@ -188,10 +251,12 @@ def block_sizes(pixels, c, oc, kernel, itemsize, device):
     before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
     most = 4096 if kernel == 1 and before_hopper else 8192  # elements of a tile that four warps hold
     return {
-        "BLOCK_M": block_m, "BLOCK_OC": block_oc, "BLOCK_C": block_c,
+        "BLOCK_M": block_m,
+        "BLOCK_OC": block_oc,
+        "BLOCK_C": block_c,
         "num_warps": 8 if block_m * block_oc > most else 4,
         "num_stages": 2 if torch.version.hip else max(2, min(4, steps)),
-    }  # fmt: skip
+    }
 
 
 def _steps(c, kernel, block_c):
@@ -236,10 +301,23 @@ def _norm_and_activation(y, out, scale, shift, residual, activation, splits, blo
     pixels = oh * ow
     tiles_m = triton.cdiv(pixels, 32)
     _conv_norm_act_reduce_kernel[(n * tiles_m * triton.cdiv(oc, block_oc),)](
-        y, scale.contiguous(), shift.contiguous(), residual, out, OW=ow, pixels=pixels, rows=n * pixels,
-        tiles_m=tiles_m, OC=oc, **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
-        ACTIVATION=activation, HAS_RESIDUAL=residual is not None, BLOCK_M=32, BLOCK_OC=block_oc, SPLITS=splits,
-    )  # fmt: skip
+        y,
+        scale.contiguous(),
+        shift.contiguous(),
+        residual,
+        out,
+        OW=ow,
+        pixels=pixels,
+        rows=n * pixels,
+        tiles_m=tiles_m,
+        OC=oc,
+        **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
+        ACTIVATION=activation,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_M=32,
+        BLOCK_OC=block_oc,
+        SPLITS=splits,
+    )
     return out
 
 
@@ -268,15 +346,31 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
     target = out if splits == 1 else torch.empty((splits, n, oh, ow, oc), dtype=torch.float32, device=x.device)
     norm = (scale.contiguous(), shift.contiguous(), residual)
     options = {
-        "ACTIVATION": activation, "HAS_RESIDUAL": residual is not None, "OW": ow, "pixels": pixels, "rows": n * pixels,
-        "OC": oc, **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
-    }  # fmt: skip
+        "ACTIVATION": activation,
+        "HAS_RESIDUAL": residual is not None,
+        "OW": ow,
+        "pixels": pixels,
+        "rows": n * pixels,
+        "OC": oc,
+        **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
+    }
     tiles_m = triton.cdiv(pixels, config["BLOCK_M"])
     _conv_norm_act_fwd_kernel[(n * tiles_m * triton.cdiv(oc, block_oc), splits)](
-        x, weight, *norm, target, IH=ih, IW=iw, C=c, tiles_m=tiles_m, KERNEL=kernel, STRIDE=stride, **options,
-        **strides_of("x", *x.stride()[:3]), **strides_of("weight", weight.stride(0), *weight.stride()[2:], dims="ohw"),
+        x,
+        weight,
+        *norm,
+        target,
+        IH=ih,
+        IW=iw,
+        C=c,
+        tiles_m=tiles_m,
+        KERNEL=kernel,
+        STRIDE=stride,
+        **options,
+        **strides_of("x", *x.stride()[:3]),
+        **strides_of("weight", weight.stride(0), *weight.stride()[2:], dims="ohw"),
         **config,
-    )  # fmt: skip
+    )
     if splits > 1:
         _norm_and_activation(target, out, *norm, activation, splits, block_oc)
     return out

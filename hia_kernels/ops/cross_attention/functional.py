@@ -25,9 +25,13 @@ def _checked_scale(
     check_dtypes(op, k=(k, q.dtype), v=(v, q.dtype))
     check_dtypes(op, cu_seqlens_q=(cu_seqlens_q, torch.int32), cu_seqlens_k=(cu_seqlens_k, torch.int32))
     dims = check_shapes(
-        op, q=(q, "Tq H D"), k=(k, "Tk H D"), v=(v, "Tk H D"),
-        cu_seqlens_q=(cu_seqlens_q, "B+1"), cu_seqlens_k=(cu_seqlens_k, "B+1"),
-    )  # fmt: skip
+        op,
+        q=(q, "Tq H D"),
+        k=(k, "Tk H D"),
+        v=(v, "Tk H D"),
+        cu_seqlens_q=(cu_seqlens_q, "B+1"),
+        cu_seqlens_k=(cu_seqlens_k, "B+1"),
+    )
     check_devices(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     head_dim = dims["D"]
     if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:

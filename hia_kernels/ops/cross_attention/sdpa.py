@@ -174,9 +174,15 @@ def _equal_lengths_on_cuda(
 
 
 def cross_attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> Tensor:
     """[Tq, H, D], dtype of ``q``."""
     if q.is_cuda:
         return _equal_lengths_on_cuda(q, k, v, max_seqlen_q, max_seqlen_k, softmax_scale, with_lse=False)[0]
@@ -184,9 +190,15 @@ def cross_attention_sdpa(
 
 
 def cross_attention_with_lse_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor | None]:
     """out [Tq, H, D], lse [H, Tq] fp32."""
     if q.is_cuda:
         return _equal_lengths_on_cuda(q, k, v, max_seqlen_q, max_seqlen_k, softmax_scale, with_lse=True)
@@ -194,9 +206,13 @@ def cross_attention_with_lse_sdpa(
 
 
 def _products_bwd(
-    dout: Tensor, qkv: tuple[Tensor, Tensor, Tensor], stats: tuple[Tensor, Tensor], batch: Rows, softmax_scale: float,
+    dout: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    stats: tuple[Tensor, Tensor],
+    batch: Rows,
+    softmax_scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
-) -> None:  # fmt: skip
+) -> None:
     (q, k, v), (lse, delta), (dq, dk, dv) = qkv, stats, grads
     dtype = _product_dtype(q.dtype)
     for rows_q, rows_k in _singles(batch):
@@ -226,9 +242,19 @@ def _flash_bwd(
 
 
 def cross_attention_bwd_sdpa(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. The flash kernel knows no ``dlse``: where there is one, products serve the call."""
     qkv, dout = (q, k, v), dout.to(q.dtype)
     batches, has_dlse = list(_batches(cu_seqlens_q, cu_seqlens_k)), bool(dlse.any())

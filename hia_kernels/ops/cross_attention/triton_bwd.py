@@ -46,9 +46,17 @@ def _cross_attention_delta_kernel(
     lse_ptr,  # [H, T] fp32
     dlse_ptr,  # [H, T] fp32
     rows_ptr,  # [H, 2, T] fp32: lse * factor, delta
-    tokens, H, factor, stride_dout_t, stride_dout_h, stride_out_t, stride_out_h,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    H,
+    factor,
+    stride_dout_t,
+    stride_dout_h,
+    stride_out_t,
+    stride_out_h,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """What the backward wants to know of each row: delta = sum_d dout * out - dlse; grid = (cdiv(T, BLOCK_T), H)."""
     h = tl.program_id(1).to(tl.int64)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
@@ -68,10 +76,22 @@ def _cross_attention_delta_kernel(
 
 @triton.jit
 def _dq_block(
-    q, dout, k_ptrs, v_ptrs, acc, lse, delta,  # [BLOCK_M, BLOCK_D] x 2, [BLOCK_N, BLOCK_D] x 2, sums, [BLOCK_M] x 2
-    mask_n, offs_d, scale_log2e,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    dout,
+    k_ptrs,
+    v_ptrs,
+    acc,
+    lse,
+    delta,  # [BLOCK_M, BLOCK_D] x 2, [BLOCK_N, BLOCK_D] x 2, sums, [BLOCK_M] x 2
+    mask_n,
+    offs_d,
+    scale_log2e,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """One block of keys; lse is in powers of 2."""
     k = load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
     v = load_rows(v_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
@@ -95,11 +115,30 @@ def _cross_attention_bwd_dq_kernel(
     cu_k_ptr,  # [B + 1]
     dq_ptr,  # [Tq, H, D]
     partial_ptr,  # [splits, Tq, H, D] fp32, only with IS_SPLIT
-    tokens, tiles_m, splits, once, most, H, scale, scale_log2e,  # tokens = Tq; splits of the longest sequence
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
-    D: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr, IS_CARRIED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    tiles_m,
+    splits,
+    once,
+    most,
+    H,
+    scale,
+    scale_log2e,  # tokens = Tq; splits of the longest sequence
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    stride_v_t,
+    stride_v_h,
+    stride_dout_t,
+    stride_dout_h,
+    D: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    LEAST: tl.constexpr,
+    IS_CARRIED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
     pid = tl.program_id(0)
     start_m = pid % tiles_m * BLOCK_M
@@ -134,9 +173,22 @@ def _cross_attention_bwd_dq_kernel(
     for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
         passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
         acc = _dq_block(
-            q, dout, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, lse, delta,
-            offs_n < last - start_n, offs_d, scale_log2e, D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False,
-        )  # fmt: skip
+            q,
+            dout,
+            k_ptr + passed * stride_k_t + offs_k,
+            v_ptr + passed * stride_v_t + offs_v,
+            acc,
+            lse,
+            delta,
+            offs_n < last - start_n,
+            offs_d,
+            scale_log2e,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=False,
+        )
         if IS_CARRIED:
             k_ptr += BLOCK_N * stride_k_t
             v_ptr += BLOCK_N * stride_v_t
@@ -144,10 +196,22 @@ def _cross_attention_bwd_dq_kernel(
     if rest > 0:
         passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
         acc = _dq_block(
-            q, dout, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, lse, delta,
-            offs_n < rest, offs_d, scale_log2e,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True,
-        )  # fmt: skip
+            q,
+            dout,
+            k_ptr + passed * stride_k_t + offs_k,
+            v_ptr + passed * stride_v_t + offs_v,
+            acc,
+            lse,
+            delta,
+            offs_n < rest,
+            offs_d,
+            scale_log2e,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=True,
+        )
 
     offs_dq = start_q * H * D + h * D + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
     mask = mask_m[:, None] & (offs_d < D)[None, :]
@@ -168,10 +232,24 @@ def _cross_attention_bwd_dkv_kernel(
     cu_k_ptr,  # [B + 1]
     dk_ptr,  # [Tk, H, D]
     dv_ptr,  # [Tk, H, D]
-    tokens, tiles_n, H, scale, scale_log2e,  # tokens = Tq
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    tiles_n,
+    H,
+    scale,
+    scale_log2e,  # tokens = Tq
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    stride_v_t,
+    stride_v_h,
+    stride_dout_t,
+    stride_dout_h,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """A block of one sequence's keys, one head, all its queries; scores transposed; grid = (tiles_n * H * B,)."""
     pid = tl.program_id(0)
     start_n = pid % tiles_n * BLOCK_N
@@ -234,9 +312,19 @@ def _rows_stats(dout, out, lse, dlse, factor):
     block_d = triton.next_power_of_2(head_dim)
     block_t = max(1, 4096 // block_d)  # 32 elements a thread
     _cross_attention_delta_kernel[(triton.cdiv(tokens, block_t), heads)](
-        dout, out, lse.contiguous(), dlse.contiguous(), rows, tokens=tokens, H=heads, factor=factor,
-        **strides_of(dout=dout, out=out), D=head_dim, BLOCK_T=block_t, BLOCK_D=block_d,
-    )  # fmt: skip
+        dout,
+        out,
+        lse.contiguous(),
+        dlse.contiguous(),
+        rows,
+        tokens=tokens,
+        H=heads,
+        factor=factor,
+        **strides_of(dout=dout, out=out),
+        D=head_dim,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+    )
     return rows
 
 
@@ -247,9 +335,14 @@ def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, sof
     pairs = (cu_seqlens_q.numel() - 1) * heads
     inputs = (q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k)
     sizes = {
-        "tokens": tokens, "H": heads, "scale": softmax_scale, "scale_log2e": softmax_scale * LOG2E,
-        **strides_of(q=q, k=k, v=v, dout=dout), "D": head_dim, "BLOCK_D": max(16, tuning.bucket(head_dim)),
-    }  # fmt: skip
+        "tokens": tokens,
+        "H": heads,
+        "scale": softmax_scale,
+        "scale_log2e": softmax_scale * LOG2E,
+        **strides_of(q=q, k=k, v=v, dout=dout),
+        "D": head_dim,
+        "BLOCK_D": max(16, tuning.bucket(head_dim)),
+    }
 
     config = _config("dq", DQ_BLOCKS, q)
     tiles_m = triton.cdiv(max_seqlens[0], config["BLOCK_M"])
@@ -257,9 +350,15 @@ def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, sof
     splits = rule.of(max_seqlens[1])
     partial = partial_results(splits, dq)[0]
     _cross_attention_bwd_dq_kernel[(tiles_m * splits * pairs,)](
-        *inputs, dq, partial, tiles_m=tiles_m, IS_CARRIED=is_carried(q.device), **rule.arguments(splits), **sizes,
+        *inputs,
+        dq,
+        partial,
+        tiles_m=tiles_m,
+        IS_CARRIED=is_carried(q.device),
+        **rule.arguments(splits),
+        **sizes,
         **config,
-    )  # fmt: skip
+    )
     if splits > 1:
         combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=False)
 

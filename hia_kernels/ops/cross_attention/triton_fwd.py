@@ -38,10 +38,21 @@ BLOCKS = {
 
 @triton.jit
 def _attend(
-    q, k_ptrs, v_ptrs, acc, top, total,  # [BLOCK_M, BLOCK_D], [BLOCK_N, BLOCK_D] x 2, sums, [BLOCK_M] x 2
-    mask_n, offs_d, scale_log2e,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    k_ptrs,
+    v_ptrs,
+    acc,
+    top,
+    total,  # [BLOCK_M, BLOCK_D], [BLOCK_N, BLOCK_D] x 2, sums, [BLOCK_M] x 2
+    mask_n,
+    offs_d,
+    scale_log2e,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """One block of keys: what was summed so far is rescaled to the new maximum."""
     k = load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
     scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
@@ -69,11 +80,28 @@ def _cross_attention_fwd_kernel(
     partial_ptr,  # [splits, Tq, H, D] fp32, not yet divided by the sum; these three only with IS_SPLIT
     top_ptr,  # [splits, H, Tq] fp32, maxima in powers of 2
     total_ptr,  # [splits, H, Tq] fp32
-    tokens, tiles_m, splits, once, most, H, scale_log2e,  # tokens = Tq; splits of the longest sequence
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr, IS_CARRIED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    tiles_m,
+    splits,
+    once,
+    most,
+    H,
+    scale_log2e,  # tokens = Tq; splits of the longest sequence
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    stride_v_t,
+    stride_v_h,
+    D: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    LEAST: tl.constexpr,
+    IS_CARRIED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
     LN2: tl.constexpr = 0.6931471805599453
     pid = tl.program_id(0)
@@ -106,9 +134,21 @@ def _cross_attention_fwd_kernel(
     for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
         passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
         acc, top, total = _attend(
-            q, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, top, total,
-            offs_n < last - start_n, offs_d, scale_log2e, D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=False,
-        )  # fmt: skip
+            q,
+            k_ptr + passed * stride_k_t + offs_k,
+            v_ptr + passed * stride_v_t + offs_v,
+            acc,
+            top,
+            total,
+            offs_n < last - start_n,
+            offs_d,
+            scale_log2e,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=False,
+        )
         if IS_CARRIED:
             k_ptr += BLOCK_N * stride_k_t
             v_ptr += BLOCK_N * stride_v_t
@@ -116,10 +156,21 @@ def _cross_attention_fwd_kernel(
     if rest > 0:
         passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
         acc, top, total = _attend(
-            q, k_ptr + passed * stride_k_t + offs_k, v_ptr + passed * stride_v_t + offs_v, acc, top, total,
-            offs_n < rest, offs_d, scale_log2e,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, MASKED=True,
-        )  # fmt: skip
+            q,
+            k_ptr + passed * stride_k_t + offs_k,
+            v_ptr + passed * stride_v_t + offs_v,
+            acc,
+            top,
+            total,
+            offs_n < rest,
+            offs_d,
+            scale_log2e,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=True,
+        )
 
     row = h * tokens + start_q + offs_m  # [BLOCK_M]
     offs_out = start_q * H * D + h * D + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
@@ -165,11 +216,27 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     splits = rule.of(max_seqlen_k)
     partial, *stats = partial_results(splits, out)
     _cross_attention_fwd_kernel[(tiles_m * splits * heads * (cu_seqlens_q.numel() - 1),)](
-        q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, partial, *stats, tokens=tokens, tiles_m=tiles_m, H=heads,
-        scale_log2e=softmax_scale * LOG2E, **strides_of(q=q, k=k, v=v), **rule.arguments(splits),
-        D=head_dim, HAS_LSE=lse is not None, IS_CARRIED=is_carried(q.device),
-        BLOCK_D=max(16, tuning.bucket(head_dim)), **config,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        out,
+        lse,
+        partial,
+        *stats,
+        tokens=tokens,
+        tiles_m=tiles_m,
+        H=heads,
+        scale_log2e=softmax_scale * LOG2E,
+        **strides_of(q=q, k=k, v=v),
+        **rule.arguments(splits),
+        D=head_dim,
+        HAS_LSE=lse is not None,
+        IS_CARRIED=is_carried(q.device),
+        BLOCK_D=max(16, tuning.bucket(head_dim)),
+        **config,
+    )
     if splits > 1:
         combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), rule, natural=False)
 

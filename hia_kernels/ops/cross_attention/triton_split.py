@@ -66,10 +66,19 @@ def _cross_attention_combine_kernel(
     lse_ptr,  # [H, T] fp32, only with HAS_LSE
     cu_q_ptr,  # [B + 1], of the result's rows
     cu_k_ptr,  # [B + 1], of what was split
-    tokens, tiles_t, H, once, most,  # tokens = T
-    D: tl.constexpr, LEAST: tl.constexpr, HAS_STATS: tl.constexpr, IS_NATURAL: tl.constexpr, HAS_LSE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    tiles_t,
+    H,
+    once,
+    most,  # tokens = T
+    D: tl.constexpr,
+    LEAST: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    IS_NATURAL: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Adds a sequence's partial results in their order, softmax weighted; grid = (tiles_t * B, H, cdiv(D, BLOCK_D)).
 
     A sequence in one share has none: its rows are written already.
@@ -140,8 +149,12 @@ class Splits(NamedTuple):
     def arguments(self, splits):
         """For a kernel whose grid and partial results are those of ``splits``: one compiled kernel for all batches."""
         return {
-            "splits": splits, "once": self.once, "most": self.most, "LEAST": self.least, "IS_SPLIT": self.most > 1,
-        }  # fmt: skip
+            "splits": splits,
+            "once": self.once,
+            "most": self.most,
+            "LEAST": self.least,
+            "IS_SPLIT": self.most > 1,
+        }
 
 
 def split_rule(q, block_m, slices=1):
@@ -185,13 +198,26 @@ def combine(partial, stats, out, lse, packing, rule, *, natural):
     top, total = (None, None) if stats is None else stats
     block_d = min(128, triton.next_power_of_2(head_dim))
     tiles_t = triton.cdiv(packing[2], 16)
-    _cross_attention_combine_kernel[
-        (tiles_t * (packing[0].numel() - 1), heads, triton.cdiv(head_dim, block_d))
-    ](
-        partial, top, total, out, lse, *packing[:2], tokens=tokens, tiles_t=tiles_t, H=heads, once=rule.once,
-        most=rule.most, D=head_dim, LEAST=rule.least, HAS_STATS=stats is not None, IS_NATURAL=natural,
-        HAS_LSE=lse is not None, BLOCK_T=16, BLOCK_D=block_d,
-    )  # fmt: skip
+    _cross_attention_combine_kernel[(tiles_t * (packing[0].numel() - 1), heads, triton.cdiv(head_dim, block_d))](
+        partial,
+        top,
+        total,
+        out,
+        lse,
+        *packing[:2],
+        tokens=tokens,
+        tiles_t=tiles_t,
+        H=heads,
+        once=rule.once,
+        most=rule.most,
+        D=head_dim,
+        LEAST=rule.least,
+        HAS_STATS=stats is not None,
+        IS_NATURAL=natural,
+        HAS_LSE=lse is not None,
+        BLOCK_T=16,
+        BLOCK_D=block_d,
+    )
 
 
 @cache

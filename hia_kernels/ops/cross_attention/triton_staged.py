@@ -34,9 +34,17 @@ WORKSPACE = 64 * 2**20  # bytes of probabilities held at once, about an H100's L
 
 @triton.jit
 def _rows_product(
-    a_ptr, b_ptr, mask_a, mask_b, stride_a, stride_b,  # first row of each, [BLOCK_A], [BLOCK_B]
-    D: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    mask_a,
+    mask_b,
+    stride_a,
+    stride_b,  # first row of each, [BLOCK_A], [BLOCK_B]
+    D: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """a b^T, [BLOCK_A, BLOCK_B] fp32, from rows of D channels, BLOCK_C at a time."""
     offs_c = tl.arange(0, BLOCK_C)
     a_ptrs = a_ptr + (tl.arange(0, BLOCK_A)[:, None] * stride_a + offs_c[None, :])  # [BLOCK_A, BLOCK_C]
@@ -63,9 +71,20 @@ def _cross_attention_scores_kernel(
     p_ptr,  # [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]; a pair is a sequence and a head
     top_ptr,  # [pairs, tiles_n, tiles_m * BLOCK_M] fp32
     total_ptr,  # [pairs, tiles_n, tiles_m * BLOCK_M] fp32
-    tiles_m, tiles_n, first_pair, H, scale, stride_q_t, stride_q_h, stride_k_t, stride_k_h,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    tiles_m,
+    tiles_n,
+    first_pair,
+    H,
+    scale,
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """A tile of exp(scores) relative to its rows' maxima, 0 beyond the keys; grid = (tiles_m * tiles_n * pairs,)."""
     LOG2E: tl.constexpr = 1.4426950408889634
     tile_m = tl.program_id(0) % tiles_m
@@ -84,8 +103,15 @@ def _cross_attention_scores_kernel(
     scores = _rows_product(
         q_ptr + (start_q + start_m) * stride_q_t + h * stride_q_h,
         k_ptr + (start_k + start_n) * stride_k_t + h * stride_k_h,
-        offs_m < len_q - start_m, mask_n, stride_q_t, stride_k_t, D, BLOCK_M, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+        offs_m < len_q - start_m,
+        mask_n,
+        stride_q_t,
+        stride_k_t,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_C,
+    )
     scores = tl.where(mask_n[None, :], scores * scale, float("-inf"))  # [BLOCK_M, BLOCK_N]
     top = tl.max(scores, axis=1)  # [BLOCK_M]
     p = tl.exp2((scores - finite_or_zero(top)[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
@@ -111,10 +137,25 @@ def _cross_attention_values_kernel(
     partial_ptr,  # [splits, Tq, H, D] fp32, not yet divided by the sum; these three only with IS_SPLIT
     share_top_ptr,  # [splits, H, Tq] fp32, maxima
     share_total_ptr,  # [splits, H, Tq] fp32
-    tokens, tiles_m, tiles_n, splits, once, most, first_pair, H, stride_v_t, stride_v_h,
-    D: tl.constexpr, HAS_LSE: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    tiles_m,
+    tiles_n,
+    splits,
+    once,
+    most,
+    first_pair,
+    H,
+    stride_v_t,
+    stride_v_h,
+    D: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Probabilities times a slice of the values' columns; grid = (cdiv(D, BLOCK_D) * tiles_m * splits * pairs,)."""
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
@@ -193,10 +234,25 @@ def _cross_attention_dscores_kernel(
     cu_k_ptr,  # [B + 1]
     p_ptr,  # [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
     ds_ptr,  # likewise
-    tokens, tiles_m, tiles_n, first_pair, H, scale,  # tokens = Tq
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_dout_t, stride_dout_h,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    tiles_m,
+    tiles_n,
+    first_pair,
+    H,
+    scale,  # tokens = Tq
+    stride_q_t,
+    stride_q_h,
+    stride_k_t,
+    stride_k_h,
+    stride_v_t,
+    stride_v_h,
+    stride_dout_t,
+    stride_dout_h,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """A tile of p and of ds = p * (dout v^T - delta), 0 beyond the ends; grid = (tiles_m * tiles_n * pairs,)."""
     LOG2E: tl.constexpr = 1.4426950408889634
     tile_m = tl.program_id(0) % tiles_m
@@ -215,9 +271,17 @@ def _cross_attention_dscores_kernel(
     start_k += start_n
 
     scores = _rows_product(
-        q_ptr + start_q * stride_q_t + h * stride_q_h, k_ptr + start_k * stride_k_t + h * stride_k_h,
-        mask_m, mask_n, stride_q_t, stride_k_t, D, BLOCK_M, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+        q_ptr + start_q * stride_q_t + h * stride_q_h,
+        k_ptr + start_k * stride_k_t + h * stride_k_h,
+        mask_m,
+        mask_n,
+        stride_q_t,
+        stride_k_t,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_C,
+    )
     rows_ptr += 2 * h * tokens + start_q
     lse = tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]; p = 0 beyond the queries
     p = tl.exp2((scores * scale - lse[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
@@ -229,9 +293,17 @@ def _cross_attention_dscores_kernel(
     tl.store(p_ptr + offset + offs_p, p)
 
     dp = _rows_product(
-        dout_ptr + start_q * stride_dout_t + h * stride_dout_h, v_ptr + start_k * stride_v_t + h * stride_v_h,
-        mask_m, mask_n, stride_dout_t, stride_v_t, D, BLOCK_M, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+        dout_ptr + start_q * stride_dout_t + h * stride_dout_h,
+        v_ptr + start_k * stride_v_t + h * stride_v_h,
+        mask_m,
+        mask_n,
+        stride_dout_t,
+        stride_v_t,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_C,
+    )
     delta = tl.load(rows_ptr + tokens + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
     ds = p.to(tl.float32) * (dp - delta[:, None])
     tl.store(ds_ptr + offset + offs_p, ds.to(ds_ptr.dtype.element_ty))
@@ -245,10 +317,28 @@ def _cross_attention_product_kernel(
     cu_x_ptr,  # [B + 1]
     y_ptr,  # [T, H, D]
     partial_ptr,  # [splits, T, H, D] fp32, only with IS_SPLIT
-    tokens, tiles_r, tiles_m, tiles_n, splits, once, most, first_pair, H, scale, stride_x_t, stride_x_h,  # tokens = T
-    D: tl.constexpr, IS_TRANSPOSED: tl.constexpr, IS_SPLIT: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    tiles_r,
+    tiles_m,
+    tiles_n,
+    splits,
+    once,
+    most,
+    first_pair,
+    H,
+    scale,
+    stride_x_t,
+    stride_x_h,  # tokens = T
+    D: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """y = scale * a x or scale * a^T x, some columns; grid = (cdiv(D, BLOCK_D) * tiles_r * splits * pairs,)."""
     tiles_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tile_d = tl.program_id(0) % tiles_d
@@ -302,15 +392,25 @@ def _blocks(mode, q):
     block_d = max(16, tuning.bucket(q.shape[2]))
     if q.element_size() == 4:
         heuristic = {
-            "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_C": 16, "BLOCK_K": 16, "BLOCK_D": min(64, block_d),
-            "num_warps": 4, "num_stages": 3,
-        }  # fmt: skip
+            "BLOCK_M": 64,
+            "BLOCK_N": 64,
+            "BLOCK_C": 16,
+            "BLOCK_K": 16,
+            "BLOCK_D": min(64, block_d),
+            "num_warps": 4,
+            "num_stages": 3,
+        }
     else:
         large = family_of(q.device) in ("hopper", "blackwell")
         heuristic = {
-            "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 128 if large and mode == "fwd" else 64,
-            "BLOCK_D": min(128, block_d), "num_warps": 8, "num_stages": 3 if large else 2,
-        }  # fmt: skip
+            "BLOCK_M": 128,
+            "BLOCK_N": 128,
+            "BLOCK_C": 64,
+            "BLOCK_K": 128 if large and mode == "fwd" else 64,
+            "BLOCK_D": min(128, block_d),
+            "num_warps": 8,
+            "num_stages": 3 if large else 2,
+        }
     return tuning.pick("cross_attention", tuning_key(f"{mode}-staged", q), q.device, heuristic)
 
 
@@ -345,14 +445,34 @@ def staged_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     sizes = {"tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
     for first_pair, count in chunks:
         _cross_attention_scores_kernel[(tiles_m * tiles_n * count,)](
-            q, k, *cu_seqlens, p, *of_tiles, **sizes, first_pair=first_pair, scale=softmax_scale,
-            **strides_of(q=q, k=k), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
-        )  # fmt: skip
+            q,
+            k,
+            *cu_seqlens,
+            p,
+            *of_tiles,
+            **sizes,
+            first_pair=first_pair,
+            scale=softmax_scale,
+            **strides_of(q=q, k=k),
+            **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
+        )
         _cross_attention_values_kernel[(tiles_d * tiles_m * splits * count,)](
-            p, *of_tiles, v, *cu_seqlens, out, lse, partial, *of_shares, **sizes, first_pair=first_pair,
-            tokens=tokens, HAS_LSE=lse is not None, **rule.arguments(splits),
-            **strides_of(v=v), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
-        )  # fmt: skip
+            p,
+            *of_tiles,
+            v,
+            *cu_seqlens,
+            out,
+            lse,
+            partial,
+            *of_shares,
+            **sizes,
+            first_pair=first_pair,
+            tokens=tokens,
+            HAS_LSE=lse is not None,
+            **rule.arguments(splits),
+            **strides_of(v=v),
+            **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
+        )
     if splits > 1:
         combine(partial, of_shares, out, lse, (*cu_seqlens, max_seqlen_q), rule, natural=True)
 
@@ -376,10 +496,21 @@ def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlen
     for first_pair, count in chunks:
         sizes["first_pair"] = first_pair
         _cross_attention_dscores_kernel[(tiles_m * tiles_n * count,)](
-            q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, p, ds, **sizes, tokens=q.shape[0],
-            scale=softmax_scale, **strides_of(q=q, k=k, v=v, dout=dout),
+            q,
+            k,
+            v,
+            dout,
+            rows_stats,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            p,
+            ds,
+            **sizes,
+            tokens=q.shape[0],
+            scale=softmax_scale,
+            **strides_of(q=q, k=k, v=v, dout=dout),
             **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
-        )  # fmt: skip
+        )
         by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, **rule.arguments(splits)}
         by_keys = {"IS_TRANSPOSED": True, "tiles_r": tiles_n, "BLOCK_R": block_n, **NO_SPLITS.arguments(1)}
         products = (
@@ -389,9 +520,18 @@ def staged_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlen
         )
         for a, x, cu_seqlens_y, cu_seqlens_x, y, scale, by in products:
             _cross_attention_product_kernel[(tiles_d * by["tiles_r"] * by["splits"] * count,)](
-                a, x, cu_seqlens_y, cu_seqlens_x, y, partial, **sizes, **by,
-                tokens=y.shape[0], scale=scale,
-                **strides_of(x=x), **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
-            )  # fmt: skip
+                a,
+                x,
+                cu_seqlens_y,
+                cu_seqlens_x,
+                y,
+                partial,
+                **sizes,
+                **by,
+                tokens=y.shape[0],
+                scale=scale,
+                **strides_of(x=x),
+                **_chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
+            )
     if splits > 1:
         combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=True)

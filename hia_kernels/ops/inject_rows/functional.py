@@ -13,9 +13,13 @@ def _check(op: str, hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor
     check_dtypes(op, hidden=(hidden, FLOATS), row_idx=(row_idx, torch.int64))
     check_dtypes(op, update=(update, hidden.dtype), weight=(weight, hidden.dtype), bias=(bias, hidden.dtype))
     check_shapes(
-        op, hidden=(hidden, "T C"), update=(update, "R D"), weight=(weight, "C D"), bias=(bias, "C"),
+        op,
+        hidden=(hidden, "T C"),
+        update=(update, "R D"),
+        weight=(weight, "C D"),
+        bias=(bias, "C"),
         row_idx=(row_idx, "R"),
-    )  # fmt: skip
+    )
     check_devices(op, hidden=hidden, update=update, weight=weight, bias=bias, row_idx=row_idx)
 
 

@@ -15,9 +15,15 @@ def _inject_rows_bwd_gather_kernel(
     row_idx_ptr,  # [R] int64
     drows_ptr,  # [R, C], only with HAS_ROWS
     sums_ptr,  # [splits, C] fp32, only with HAS_SUMS
-    R, C, rows_each, stride_dout_t,
-    HAS_ROWS: tl.constexpr, HAS_SUMS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    R,
+    C,
+    rows_each,
+    stride_dout_t,
+    HAS_ROWS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """drows = dout[row_idx] and its sums over rows_each rows; grid = (cdiv(C, BLOCK_C), splits)."""
     split = tl.program_id(1).to(tl.int64)  # int64: T * C may exceed 2**31
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -47,14 +53,23 @@ def _gather(dout, row_idx, dtype, wants_rows, wants_sums):
     drows = torch.empty(R if wants_rows else 0, C, dtype=dtype, device=dout.device)
     config = tuning.pick(
         "inject_rows", f"gather-c{tuning.bucket(C)}", dout.device, {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
-    )  # fmt: skip
+    )
     splits = max(1, min(64, triton.cdiv(R, 4 * config["BLOCK_R"])))
     sums = torch.empty(splits, C, device=dout.device) if wants_sums else None
     if C and (wants_rows or wants_sums):
         _inject_rows_bwd_gather_kernel[(triton.cdiv(C, config["BLOCK_C"]), splits)](
-            dout, row_idx.contiguous(), drows, sums, R=R, C=C, rows_each=triton.cdiv(R, splits),
-            stride_dout_t=dout.stride(0), HAS_ROWS=wants_rows, HAS_SUMS=wants_sums, **config,
-        )  # fmt: skip
+            dout,
+            row_idx.contiguous(),
+            drows,
+            sums,
+            R=R,
+            C=C,
+            rows_each=triton.cdiv(R, splits),
+            stride_dout_t=dout.stride(0),
+            HAS_ROWS=wants_rows,
+            HAS_SUMS=wants_sums,
+            **config,
+        )
     return drows if wants_rows else None, None if sums is None else sums.sum(0)
 
 

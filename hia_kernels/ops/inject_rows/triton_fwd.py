@@ -18,10 +18,18 @@ def _inject_rows_fused_kernel(
     bias_ptr,  # [C], only with HAS_BIAS
     row_idx_ptr,  # [R] int64, unique
     hidden_ptr,  # [T, C], read and written
-    R, C, D, stride_update_r, stride_weight_c, stride_hidden_t,
-    HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    R,
+    C,
+    D,
+    stride_update_r,
+    stride_weight_c,
+    stride_hidden_t,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     GROUP_R: tl.constexpr,
-):  # fmt: skip
+):
     """hidden[row_idx] += update weight^T + bias; grid = (cdiv(R, BLOCK_R) * cdiv(C, BLOCK_C),)."""
     # GROUP_R tiles of rows share the weight's tile in L2 before the next column begins
     tiles_r, tiles_c = tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C)
@@ -59,9 +67,12 @@ def _inject_rows_add_kernel(
     projected_ptr,  # [R, C]
     row_idx_ptr,  # [R] int64, unique
     hidden_ptr,  # [T, C], read and written
-    R, C, stride_hidden_t,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    R,
+    C,
+    stride_hidden_t,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """hidden[row_idx] += projected; grid = (cdiv(R, BLOCK_R), cdiv(C, BLOCK_C))."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: T * C may exceed 2**31
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -81,8 +92,12 @@ def _fused_config(update, rows, channels):
         wide = triton.cdiv(rows, 128) * triton.cdiv(channels, 128) >= 128
         block_r, block_c = (128, 128) if wide else (64, 64)
         heuristic = {
-            "BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_D": 64, "num_warps": 8 if wide else 4, "num_stages": 3
-        }  # fmt: skip
+            "BLOCK_R": block_r,
+            "BLOCK_C": block_c,
+            "BLOCK_D": 64,
+            "num_warps": 8 if wide else 4,
+            "num_stages": 3,
+        }
     dtype = str(update.dtype).removeprefix("torch.")
     key = f"fused-r{tuning.bucket(rows)}-c{tuning.bucket(channels)}-{dtype}"
     return tuning.pick("inject_rows", key, update.device, {**heuristic, "GROUP_R": 8})
@@ -98,10 +113,20 @@ def _add_product(hidden, update, weight, bias, row_idx):
     config = _fused_config(update, R, C)
     grid = (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(C, config["BLOCK_C"]),)
     _inject_rows_fused_kernel[grid](
-        update, weight, None if bias is None else bias.contiguous(), row_idx, hidden, R=R, C=C, D=D,
-        stride_update_r=update.stride(0), stride_weight_c=weight.stride(0), stride_hidden_t=hidden.stride(0),
-        HAS_BIAS=bias is not None, **config,
-    )  # fmt: skip
+        update,
+        weight,
+        None if bias is None else bias.contiguous(),
+        row_idx,
+        hidden,
+        R=R,
+        C=C,
+        D=D,
+        stride_update_r=update.stride(0),
+        stride_weight_c=weight.stride(0),
+        stride_hidden_t=hidden.stride(0),
+        HAS_BIAS=bias is not None,
+        **config,
+    )
 
 
 def _add_rows(hidden, projected, row_idx):

@@ -56,9 +56,15 @@ def norm_linear_bwd(
     if wants_norm:
         dy = products.product(dout, weight)  # [R, C]
         drows, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-            dy, normed, normed.shape[1:], mean.zero_(), torch.ones_like(rstd), norm_weight, norm_bias,
+            dy,
+            normed,
+            normed.shape[1:],
+            mean.zero_(),
+            torch.ones_like(rstd),
+            norm_weight,
+            norm_bias,
             [output_mask[0], True, True],
-        )  # fmt: skip
+        )
         del dy, normed
         if output_mask[0]:
             drows.mul_(rstd)

@@ -47,8 +47,13 @@ def norm_linear(
     check_dtypes(op, norm_weight=(norm_weight, statistics), norm_bias=(norm_bias, statistics))
     check_dtypes(op, weight=(weight, x.dtype), bias=(bias, x.dtype), row_idx=(row_idx, torch.int64))
     check_shapes(
-        op, x=(x, "T C"), norm_weight=(norm_weight, "C"), norm_bias=(norm_bias, "C"),
-        weight=(weight, "D C"), bias=(bias, "D"), row_idx=(row_idx, "R"),
-    )  # fmt: skip
+        op,
+        x=(x, "T C"),
+        norm_weight=(norm_weight, "C"),
+        norm_bias=(norm_bias, "C"),
+        weight=(weight, "D C"),
+        bias=(bias, "D"),
+        row_idx=(row_idx, "R"),
+    )
     check_devices(op, x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, row_idx=row_idx)
     return torch.ops.hia.norm_linear(x, norm_weight, norm_bias, weight, bias, row_idx, eps)

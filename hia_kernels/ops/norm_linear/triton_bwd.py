@@ -38,9 +38,14 @@ def _norm_linear_bwd_dx_kernel(
     norm_weight_ptr,  # [C]
     row_idx_ptr,  # [R] int64, only with HAS_IDX
     dx_ptr,  # [T, C]
-    R, C, eps, stride_x_t,
-    HAS_IDX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
+    R,
+    C,
+    eps,
+    stride_x_t,
+    HAS_IDX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
     """One row of x a program: a row named twice has one norm, so its dy are added first; grid = (T,)."""
     row = tl.program_id(0).to(tl.int64)  # int64: T * C may exceed 2**31
     offs_c = tl.arange(0, BLOCK_C)
@@ -72,9 +77,15 @@ def _norm_linear_bwd_dnorm_kernel(
     mean_ptr,  # [R] fp32
     rstd_ptr,  # [R] fp32
     sums_ptr,  # [2, splits, C] fp32: of dy * normed, of dy
-    R, C, rows_each, stride_x_t, stride_sums_part,
-    HAS_IDX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    R,
+    C,
+    rows_each,
+    stride_x_t,
+    stride_sums_part,
+    HAS_IDX: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Sums over rows_each rows; grid = (cdiv(C, BLOCK_C), splits)."""
     split = tl.program_id(1).to(tl.int64)  # int64: R * C may exceed 2**31
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -109,9 +120,20 @@ def _dx(dy, x, norm_weight, row_idx, eps):
     heuristic = {"num_warps": min(16, max(4, block_c // 512))}
     config = tuning.pick("norm_linear", f"dx-c{block_c}", x.device, heuristic)
     _norm_linear_bwd_dx_kernel[(T,)](
-        dy, x, norm_weight.contiguous(), row_idx, dx, R=dy.shape[0], C=C, eps=eps, stride_x_t=x.stride(0),
-        HAS_IDX=row_idx is not None, BLOCK_C=block_c, BLOCK_I=IDX_CHUNK, **config,
-    )  # fmt: skip
+        dy,
+        x,
+        norm_weight.contiguous(),
+        row_idx,
+        dx,
+        R=dy.shape[0],
+        C=C,
+        eps=eps,
+        stride_x_t=x.stride(0),
+        HAS_IDX=row_idx is not None,
+        BLOCK_C=block_c,
+        BLOCK_I=IDX_CHUNK,
+        **config,
+    )
     return dx
 
 
@@ -125,9 +147,20 @@ def _dnorm(dy, x, row_idx, mean, rstd):
     sums = torch.empty(2, splits, C, device=x.device)
     if C:
         _norm_linear_bwd_dnorm_kernel[(triton.cdiv(C, config["BLOCK_C"]), splits)](
-            dy, x, row_idx, mean, rstd, sums, R=R, C=C, rows_each=rows_each, stride_x_t=x.stride(0),
-            stride_sums_part=sums.stride(0), HAS_IDX=row_idx is not None, **config,
-        )  # fmt: skip
+            dy,
+            x,
+            row_idx,
+            mean,
+            rstd,
+            sums,
+            R=R,
+            C=C,
+            rows_each=rows_each,
+            stride_x_t=x.stride(0),
+            stride_sums_part=sums.stride(0),
+            HAS_IDX=row_idx is not None,
+            **config,
+        )
     return sums[0].sum(0), sums[1].sum(0)  # two tensors: results of an op must not share memory
 
 

@@ -22,10 +22,16 @@ def _norm_linear_rows_kernel(
     y_ptr,  # [R, C], only with HAS_Y
     mean_ptr,  # [R] fp32, only with HAS_STATISTICS
     rstd_ptr,  # [R] fp32, only with HAS_STATISTICS
-    R, C, eps, stride_x_t,
-    HAS_IDX: tl.constexpr, HAS_Y: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    R,
+    C,
+    eps,
+    stride_x_t,
+    HAS_IDX: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """y = LayerNorm(x[row_idx]) of whole rows, and its statistics; grid = (cdiv(R, BLOCK_R),)."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: T * C may exceed 2**31
     offs_c = tl.arange(0, BLOCK_C)
@@ -77,10 +83,18 @@ def _norm_linear_fused_kernel(
     bias_ptr,  # [D], only with HAS_BIAS
     row_idx_ptr,  # [R] int64, only with HAS_IDX
     out_ptr,  # [R, D]
-    R, C, D, eps, stride_x_t, stride_weight_d,
-    HAS_BIAS: tl.constexpr, HAS_IDX: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    R,
+    C,
+    D,
+    eps,
+    stride_x_t,
+    stride_weight_d,
+    HAS_BIAS: tl.constexpr,
+    HAS_IDX: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """out = LayerNorm(x[row_idx]) weight^T + bias in one; grid = (cdiv(R, BLOCK_R) * cdiv(D, BLOCK_D),)."""
     tiles_d = tl.cdiv(D, BLOCK_D)  # they run fastest, so that neighbours share rows of x in L2
     pid = tl.program_id(0)  # one axis: the others end at 65,535, and R knows no such end
@@ -127,10 +141,23 @@ def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_
     heuristic = {"BLOCK_R": max(1, min(16, 2048 // block_c)), "num_warps": min(16, max(4, block_c // 1024))}
     config = tuning.pick("norm_linear", f"rows-c{block_c}", x.device, heuristic)
     _norm_linear_rows_kernel[(triton.cdiv(R, config["BLOCK_R"]),)](
-        x, norm_weight.contiguous(), norm_bias.contiguous(), None if row_idx is None else row_idx.contiguous(),
-        y, mean, rstd, R=R, C=C, eps=eps, stride_x_t=x.stride(0),
-        HAS_IDX=row_idx is not None, HAS_Y=wants_y, HAS_STATISTICS=wants_statistics, BLOCK_C=block_c, **config,
-    )  # fmt: skip
+        x,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
+        None if row_idx is None else row_idx.contiguous(),
+        y,
+        mean,
+        rstd,
+        R=R,
+        C=C,
+        eps=eps,
+        stride_x_t=x.stride(0),
+        HAS_IDX=row_idx is not None,
+        HAS_Y=wants_y,
+        HAS_STATISTICS=wants_statistics,
+        BLOCK_C=block_c,
+        **config,
+    )
     return y, mean, rstd
 
 
@@ -155,11 +182,23 @@ def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
         return out.zero_() if bias is None else out.copy_(bias)
     config = _fused_config(x, R, D)
     _norm_linear_fused_kernel[(triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(D, config["BLOCK_D"]),)](
-        x, norm_weight.contiguous(), norm_bias.contiguous(), weight, None if bias is None else bias.contiguous(),
-        None if row_idx is None else row_idx.contiguous(), out,
-        R=R, C=x.shape[1], D=D, eps=eps, stride_x_t=x.stride(0), stride_weight_d=weight.stride(0),
-        HAS_BIAS=bias is not None, HAS_IDX=row_idx is not None, **config,
-    )  # fmt: skip
+        x,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
+        weight,
+        None if bias is None else bias.contiguous(),
+        None if row_idx is None else row_idx.contiguous(),
+        out,
+        R=R,
+        C=x.shape[1],
+        D=D,
+        eps=eps,
+        stride_x_t=x.stride(0),
+        stride_weight_d=weight.stride(0),
+        HAS_BIAS=bias is not None,
+        HAS_IDX=row_idx is not None,
+        **config,
+    )
     return out
 
 

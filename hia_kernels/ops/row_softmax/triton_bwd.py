@@ -18,9 +18,16 @@ def _row_softmax_bwd_kernel(
     p_ptr,  # [R, N]
     dlse_ptr,  # [R] fp32, only with HAS_DLSE
     ds_ptr,  # [R, N]
-    R, N, scale, stride_dp_r, stride_p_r, stride_ds_r,
-    HAS_DLSE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    R,
+    N,
+    scale,
+    stride_dp_r,
+    stride_p_r,
+    stride_ds_r,
+    HAS_DLSE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """ds = scale * p * (dp - sum(p * dp) + dlse), rows of at most BLOCK_N; grid = (cdiv(R, BLOCK_R),)."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: R * N may exceed 2**31
     offs_n = tl.arange(0, BLOCK_N)
@@ -42,9 +49,14 @@ def _row_softmax_long_bwd_kernel(
     p_ptr,  # [R, N]
     dlse_ptr,  # [R] fp32, only with HAS_DLSE
     ds_ptr,  # [R, N]
-    N, scale, stride_dp_r, stride_p_r, stride_ds_r,
-    HAS_DLSE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    N,
+    scale,
+    stride_dp_r,
+    stride_p_r,
+    stride_ds_r,
+    HAS_DLSE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """One row a program, in chunks: once for the sum, once more to write; grid = (R,)."""
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
@@ -78,9 +90,13 @@ def row_softmax_bwd(dp, p, scale, dlse=None):
         return ds
     pointers = (dp, p, None if dlse is None else dlse.float().contiguous(), ds)
     sizes = {
-        "N": N, "scale": scale, "stride_dp_r": dp.stride(0), "stride_p_r": p.stride(0), "stride_ds_r": ds.stride(0),
+        "N": N,
+        "scale": scale,
+        "stride_dp_r": dp.stride(0),
+        "stride_p_r": p.stride(0),
+        "stride_ds_r": ds.stride(0),
         "HAS_DLSE": dlse is not None,
-    }  # fmt: skip
+    }
     key = f"bwd-n{tuning.bucket(N)}"
     if N > WHOLE_ROW:
         config = tuning.pick("row_softmax", key, p.device, {"BLOCK_N": 4096, "num_warps": 8})

@@ -17,9 +17,14 @@ def _row_softmax_fwd_kernel(
     scores_ptr,  # [R, N]
     p_ptr,  # [R, N]; may be scores_ptr
     lse_ptr,  # [R] fp32
-    R, N, scale, stride_scores_r, stride_p_r,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    R,
+    N,
+    scale,
+    stride_scores_r,
+    stride_p_r,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Rows of at most BLOCK_N; grid = (cdiv(R, BLOCK_R),)."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: R * N may exceed 2**31
     offs_n = tl.arange(0, BLOCK_N)
@@ -42,9 +47,12 @@ def _row_softmax_long_fwd_kernel(
     scores_ptr,  # [R, N]
     p_ptr,  # [R, N]; may be scores_ptr
     lse_ptr,  # [R] fp32
-    N, scale, stride_scores_r, stride_p_r,
+    N,
+    scale,
+    stride_scores_r,
+    stride_p_r,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """One row a program, in chunks: once for maximum and sum, once more to write; grid = (R,)."""
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)

@@ -61,13 +61,17 @@ def stem(
     check_dtypes(op, pixels=(pixels, PIXELS), weight=(weight, FLOATS))
     statistics = torch.float64 if weight.dtype == torch.float64 else torch.float32
     check_dtypes(op, cast=False, scale=(scale, statistics), shift=(shift, statistics))
-    check_dtypes(
-        op, cast=False, window=(window, torch.float32), mean=(mean, torch.float32), std=(std, torch.float32)
-    )  # fmt: skip
+    check_dtypes(op, cast=False, window=(window, torch.float32), mean=(mean, torch.float32), std=(std, torch.float32))
     dims = check_shapes(
-        op, pixels=(pixels, "N IH IW CP"), window=(window, "N 2"), mean=(mean, "3"), std=(std, "3"),
-        weight=(weight, "OC 3 K K"), scale=(scale, "OC"), shift=(shift, "OC"),
-    )  # fmt: skip
+        op,
+        pixels=(pixels, "N IH IW CP"),
+        window=(window, "N 2"),
+        mean=(mean, "3"),
+        std=(std, "3"),
+        weight=(weight, "OC 3 K K"),
+        scale=(scale, "OC"),
+        shift=(shift, "OC"),
+    )
     check_devices(op, pixels=pixels, window=window, mean=mean, std=std, weight=weight, scale=scale, shift=shift)
     check_choice(op, "weight's K", dims["K"], (3, 7))
     _check_size(op, pixels, dims["K"], pool)

@@ -51,7 +51,14 @@ def stem_fwd(
     panels = taps.view(-1, OUTPUTS, taps.shape[1]).transpose(1, 2).contiguous()
     out = weight.new_empty(images, *sides, weight.shape[0])
     torch.ops.hia_native.stem(
-        pixels.contiguous(), window.contiguous(), panels, folded.bias, shift.contiguous(), folded.centre,
-        weight.shape[-1], pool == 3, out,
-    )  # fmt: skip
+        pixels.contiguous(),
+        window.contiguous(),
+        panels,
+        folded.bias,
+        shift.contiguous(),
+        folded.centre,
+        weight.shape[-1],
+        pool == 3,
+        out,
+    )
     return out

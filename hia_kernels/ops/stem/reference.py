@@ -77,9 +77,18 @@ def stem_bwd_ref(
     if output_mask[0] or output_mask[1]:
         padding = [weight.shape[-1] // 2] * 2
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            (dz * scale[:, None, None]).to(weight.dtype), x, weight, None,
-            [2, 2], padding, [1, 1], False, [0, 0], 1, [output_mask[0], output_mask[1], False],
-        )  # fmt: skip
+            (dz * scale[:, None, None]).to(weight.dtype),
+            x,
+            weight,
+            None,
+            [2, 2],
+            padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [output_mask[0], output_mask[1], False],
+        )
         if output_mask[0]:
             dpixels = _pixel_gradient(dx, pixels, window, std)
         if output_mask[1]:

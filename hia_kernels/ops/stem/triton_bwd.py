@@ -38,9 +38,16 @@ def _stem_normalise_kernel(
     mean_ptr,  # [3] fp32
     std_ptr,  # [3] fp32
     x_ptr,  # [N, IH, IW, 3]
-    IW, size, tiles, stride_pixels_n, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    IW,
+    size,
+    tiles,
+    stride_pixels_n,
+    stride_pixels_h,
+    stride_pixels_w,
+    stride_pixels_c,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """What the convolution reads; size = IH * IW, grid = (N * tiles,). A grey image's stride_pixels_c is 0."""
     n, offs, iy, ix, inside = _pixel_rows(tl.program_id(0), tiles, size, IW, BLOCK)
     channels = tl.arange(0, 4)[None, :]
@@ -62,9 +69,17 @@ def _stem_dpixels_kernel(
     window_ptr,  # [N, 2] fp32
     std_ptr,  # [3] fp32
     dpixels_ptr,  # [N, IH, IW, CP]
-    IW, size, tiles, stride_pixels_n, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    CP: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    IW,
+    size,
+    tiles,
+    stride_pixels_n,
+    stride_pixels_h,
+    stride_pixels_w,
+    stride_pixels_c,
+    CP: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Through normalisation and window, which passes nothing outside; grid = (N * tiles,)."""
     n, offs, iy, ix, inside = _pixel_rows(tl.program_id(0), tiles, size, IW, BLOCK)
     channels = tl.arange(0, 4)[None, :]
@@ -123,9 +138,19 @@ def _stem_bwd_kernel(
     shift_ptr,  # [OC] fp32
     dy_ptr,  # [N, OH, OW, OC], only with HAS_DY
     sums_ptr,  # [2, N * tiles, OC] fp32: of dz * y, of dz
-    OH, OW, PH, PW, OC, size, tiles, programs,  # size = PH * PW, programs = N * tiles
-    POOL: tl.constexpr, HAS_DY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OC: tl.constexpr,
-):  # fmt: skip
+    OH,
+    OW,
+    PH,
+    PW,
+    OC,
+    size,
+    tiles,
+    programs,  # size = PH * PW, programs = N * tiles
+    POOL: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+):
     """Pool, ReLU and norm backward; grid = (N * tiles, cdiv(OC, BLOCK_OC)).
 
     With the pool, pooled pixel (p, q) writes the convolution's (2p, 2q) to (2p + 1, 2q + 1), which its own window and
@@ -216,9 +241,25 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device) if has_dy else None
     sums = torch.empty((2, n * tiles, oc), dtype=torch.float32, device=y.device)
     _stem_bwd_kernel[(n * tiles, triton.cdiv(oc, block_oc))](
-        dout, y, scale.contiguous(), shift.contiguous(), dy, sums, OH=oh, OW=ow, PH=ph, PW=pw, OC=oc, size=ph * pw,
-        tiles=tiles, programs=n * tiles, POOL=pool, HAS_DY=has_dy, BLOCK_OC=block_oc, **config,
-    )  # fmt: skip
+        dout,
+        y,
+        scale.contiguous(),
+        shift.contiguous(),
+        dy,
+        sums,
+        OH=oh,
+        OW=ow,
+        PH=ph,
+        PW=pw,
+        OC=oc,
+        size=ph * pw,
+        tiles=tiles,
+        programs=n * tiles,
+        POOL=pool,
+        HAS_DY=has_dy,
+        BLOCK_OC=block_oc,
+        **config,
+    )
     return dy, sums.sum(1)  # the second stage; PyTorch's sum has one order
 
 

@@ -37,9 +37,17 @@ def _stem_pack_kernel(
     std_ptr,  # [3] fp32
     scale_ptr,  # [OC] fp32, only with HAS_SIGN
     packed_ptr,  # [2, PLANES, TAPS, OC]
-    OC, stride_weight_o, stride_weight_c, stride_weight_h, stride_weight_w,
-    PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, HAS_SIGN: tl.constexpr, BLOCK_OC: tl.constexpr,
-):  # fmt: skip
+    OC,
+    stride_weight_o,
+    stride_weight_c,
+    stride_weight_h,
+    stride_weight_w,
+    PLANES: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SIGN: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+):
     """Weights by tap, of the upper and of the lower row of a pair; grid = (2, cdiv(OC, BLOCK_OC)).
 
     The last plane: inside a grey image a pixel normalised by the middle channel, x = (p - mean_1) / std_1, stands for
@@ -94,11 +102,32 @@ def _normalised(p, low, high, mean, std, PIXELS: tl.constexpr, IS_FP32: tl.const
 
 @triton.jit
 def _row_pair(
-    pixels_ptr, window_ptr, mean_ptr, std_ptr, packed_ptr, top, left, corner_y, corner_x, at_edge, offs_oc,
-    IH, IW, OC, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    PIXELS: tl.constexpr, CP: tl.constexpr, PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    pixels_ptr,
+    window_ptr,
+    mean_ptr,
+    std_ptr,
+    packed_ptr,
+    top,
+    left,
+    corner_y,
+    corner_x,
+    at_edge,
+    offs_oc,
+    IH,
+    IW,
+    OC,
+    stride_pixels_h,
+    stride_pixels_w,
+    stride_pixels_c,
+    PIXELS: tl.constexpr,
+    CP: tl.constexpr,
+    PLANES: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Two rows of the convolution, each [BLOCK_M, BLOCK_OC] fp32, whose taps begin at ``top``, ``left`` [BLOCK_M].
 
     ``pixels_ptr`` points at (corner_y, corner_x): offsets from there fit 32 bits. A grey image is three equal channels
@@ -166,11 +195,30 @@ def _stem_pool_fwd_kernel(
     scale_ptr,  # [OC] fp32
     shift_ptr,  # [OC] fp32
     out_ptr,  # [N, PH, PW, OC]
-    IH, IW, OH, OW, PH, PW, OC, tiles_r, tiles_q,
-    stride_pixels_n, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    PIXELS: tl.constexpr, CP: tl.constexpr, PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    IH,
+    IW,
+    OH,
+    OW,
+    PH,
+    PW,
+    OC,
+    tiles_r,
+    tiles_q,
+    stride_pixels_n,
+    stride_pixels_h,
+    stride_pixels_w,
+    stride_pixels_c,
+    PIXELS: tl.constexpr,
+    CP: tl.constexpr,
+    PLANES: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """BLOCK_R strips of ROWS pooled rows, BLOCK_Q columns; grid = (N * tiles_r * tiles_q, cdiv(OC, BLOCK_OC)).
 
     A pooled row is a pair of convolution rows and the lower one of the pair above, kept from the step before.
@@ -200,12 +248,32 @@ def _stem_pool_fwd_kernel(
             left = corner_x + 2 * column
             at_edge = rows_at_edge | (left < 0) | (left + 4 * (BLOCK_Q - 1) + KERNEL > IW)
             upper, lower = _row_pair(
-                corner_ptr, window_ptr + 2 * n, mean_ptr, std_ptr, packed_ptr,
-                2 * y - PAD, 2 * x - PAD, corner_y, corner_x, at_edge, offs_oc,
-                IH, IW, OC, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-                PIXELS=PIXELS, CP=CP, PLANES=PLANES, KERNEL=KERNEL, TAPS=TAPS,
-                BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_K=BLOCK_K,
-            )  # fmt: skip
+                corner_ptr,
+                window_ptr + 2 * n,
+                mean_ptr,
+                std_ptr,
+                packed_ptr,
+                2 * y - PAD,
+                2 * x - PAD,
+                corner_y,
+                corner_x,
+                at_edge,
+                offs_oc,
+                IH,
+                IW,
+                OC,
+                stride_pixels_h,
+                stride_pixels_w,
+                stride_pixels_c,
+                PIXELS=PIXELS,
+                CP=CP,
+                PLANES=PLANES,
+                KERNEL=KERNEL,
+                TAPS=TAPS,
+                BLOCK_M=BLOCK_M,
+                BLOCK_OC=BLOCK_OC,
+                BLOCK_K=BLOCK_K,
+            )
             in_columns = (x >= 0) & (x < OW)  # the pool does not see the padding
             upper = tl.where((in_columns & (y >= 0) & (y < OH))[:, None], upper, float("-inf"))
             lower = tl.where((in_columns & (y + 1 >= 0) & (y + 1 < OH))[:, None], lower, float("-inf"))
@@ -229,12 +297,28 @@ def _stem_conv_kernel(
     scale_ptr,  # [OC] fp32, only with HAS_NORM
     shift_ptr,  # [OC] fp32, only with HAS_NORM
     out_ptr,  # [N, OH, OW, OC]
-    IH, IW, OH, OW, OC, tiles_r, tiles_q,
-    stride_pixels_n, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-    PIXELS: tl.constexpr, CP: tl.constexpr, PLANES: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    IH,
+    IW,
+    OH,
+    OW,
+    OC,
+    tiles_r,
+    tiles_q,
+    stride_pixels_n,
+    stride_pixels_h,
+    stride_pixels_w,
+    stride_pixels_c,
+    PIXELS: tl.constexpr,
+    CP: tl.constexpr,
+    PLANES: tl.constexpr,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_OC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """No pool: BLOCK_R pairs of rows, BLOCK_Q columns; without norm and ReLU it is the convolution alone."""
     PAD: tl.constexpr = KERNEL // 2
     BLOCK_M: tl.constexpr = BLOCK_R * BLOCK_Q
@@ -251,12 +335,32 @@ def _stem_conv_kernel(
     at_edge = (corner_y < 0) | (corner_y + 4 * (BLOCK_R - 1) + KERNEL + 2 > IH)
     at_edge = at_edge | (corner_x < 0) | (corner_x + 2 * (BLOCK_Q - 1) + KERNEL > IW)
     upper, lower = _row_pair(
-        corner_ptr, window_ptr + 2 * n, mean_ptr, std_ptr, packed_ptr,
-        2 * y - PAD, 2 * x - PAD, corner_y, corner_x, at_edge, offs_oc,
-        IH, IW, OC, stride_pixels_h, stride_pixels_w, stride_pixels_c,
-        PIXELS=PIXELS, CP=CP, PLANES=PLANES, KERNEL=KERNEL, TAPS=TAPS,
-        BLOCK_M=BLOCK_M, BLOCK_OC=BLOCK_OC, BLOCK_K=BLOCK_K,
-    )  # fmt: skip
+        corner_ptr,
+        window_ptr + 2 * n,
+        mean_ptr,
+        std_ptr,
+        packed_ptr,
+        2 * y - PAD,
+        2 * x - PAD,
+        corner_y,
+        corner_x,
+        at_edge,
+        offs_oc,
+        IH,
+        IW,
+        OC,
+        stride_pixels_h,
+        stride_pixels_w,
+        stride_pixels_c,
+        PIXELS=PIXELS,
+        CP=CP,
+        PLANES=PLANES,
+        KERNEL=KERNEL,
+        TAPS=TAPS,
+        BLOCK_M=BLOCK_M,
+        BLOCK_OC=BLOCK_OC,
+        BLOCK_K=BLOCK_K,
+    )
     if HAS_NORM:
         scale = tl.load(scale_ptr + offs_oc, mask=mask_oc, other=0.0)[None, :]  # [1, BLOCK_OC]
         shift = tl.load(shift_ptr + offs_oc, mask=mask_oc, other=0.0)[None, :]
@@ -287,9 +391,19 @@ def pack_taps(weight, mean, std, sign_of):
     packed = torch.empty((2, PLANES, taps, oc), dtype=weight.dtype, device=weight.device)
     if oc:
         _stem_pack_kernel[(2, triton.cdiv(oc, PACK_OC))](
-            weight, mean.contiguous(), std.contiguous(), None if sign_of is None else sign_of.contiguous(), packed, oc,
-            *weight.stride(), PLANES=PLANES, KERNEL=kernel, TAPS=taps, HAS_SIGN=sign_of is not None, BLOCK_OC=PACK_OC,
-        )  # fmt: skip
+            weight,
+            mean.contiguous(),
+            std.contiguous(),
+            None if sign_of is None else sign_of.contiguous(),
+            packed,
+            oc,
+            *weight.stride(),
+            PLANES=PLANES,
+            KERNEL=kernel,
+            TAPS=taps,
+            HAS_SIGN=sign_of is not None,
+            BLOCK_OC=PACK_OC,
+        )
     return packed
 
 
@@ -339,10 +453,22 @@ def _convolve_packed(pixels, window, mean, std, packed, norm, pool):
     tiles_r = triton.cdiv(ph, config["BLOCK_R"] * config.get("ROWS", 2))
     tiles_q = triton.cdiv(pw, config["BLOCK_Q"])
     options = {
-        "IH": ih, "IW": iw, "OH": oh, "OW": ow, "OC": oc, "tiles_r": tiles_r, "tiles_q": tiles_q, "PIXELS": kind,
-        "CP": channels, "PLANES": PLANES, "KERNEL": kernel, "TAPS": taps, "BLOCK_OC": block_oc, **config,
+        "IH": ih,
+        "IW": iw,
+        "OH": oh,
+        "OW": ow,
+        "OC": oc,
+        "tiles_r": tiles_r,
+        "tiles_q": tiles_q,
+        "PIXELS": kind,
+        "CP": channels,
+        "PLANES": PLANES,
+        "KERNEL": kernel,
+        "TAPS": taps,
+        "BLOCK_OC": block_oc,
+        **config,
         **{f"stride_pixels_{dim}": stride for dim, stride in zip("nhwc", pixels.stride(), strict=True)},
-    }  # fmt: skip
+    }
     pointers = (pixels, window.contiguous(), mean.contiguous(), std.contiguous(), packed, scale, shift, out)
     grid = (n * tiles_r * tiles_q, triton.cdiv(oc, block_oc))
     if pool == 3:

@@ -32,22 +32,48 @@ def make_parser() -> argparse.ArgumentParser:
         "radiographs and are none: no anatomy, no medical test.",
     )
     what = parser.add_argument_group("what to make (one or more)")
-    what.add_argument("--sheet", nargs="?", const="phantom-sheet.png", metavar="FILE", help="draw a contact sheet "
-                      "(default: phantom-sheet.png); questions in English, and in Chinese where a font is at hand, "
-                      "since PIL's own has no Chinese characters")  # fmt: skip
-    what.add_argument("--write", metavar="DIR", help="write --count items into a new or empty folder: PNG images (16 "
-                      "bits for more than 8) and records.jsonl, whole or not at all")  # fmt: skip
-    what.add_argument("--host", metavar="DIR", help="train the tiny LLaVA that answers about large lesions, from "
-                      "--seed, and save it with its processor into a new folder; minutes")  # fmt: skip
+    what.add_argument(
+        "--sheet",
+        nargs="?",
+        const="phantom-sheet.png",
+        metavar="FILE",
+        help="draw a contact sheet "
+        "(default: phantom-sheet.png); questions in English, and in Chinese where a font is at hand, "
+        "since PIL's own has no Chinese characters",
+    )
+    what.add_argument(
+        "--write",
+        metavar="DIR",
+        help="write --count items into a new or empty folder: PNG images (16 "
+        "bits for more than 8) and records.jsonl, whole or not at all",
+    )
+    what.add_argument(
+        "--host",
+        metavar="DIR",
+        help="train the tiny LLaVA that answers about large lesions, from "
+        "--seed, and save it with its processor into a new folder; minutes",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--count", type=int, default=100, metavar="N", help="items to write (default: %(default)s)")
     how.add_argument("--size", type=_size, default=(192, 192), metavar="N|HxW", help="pixels (default: 192)")
     how.add_argument("--bits", type=int, default=12, metavar="B", help="8 to 16 (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="S", help="of everything drawn (default: %(default)s)")
-    how.add_argument("--radius", type=float, nargs=2, default=PhantomConfig.radius, metavar=("LO", "HI"),
-                     help="of the lesions, in pixels at a shorter side of 192 (default: 1.5 3.25)")  # fmt: skip
-    how.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS + EXTRA_TASKS, metavar="TASK",
-                     help=f"to write, in turn: {', '.join(TASKS + EXTRA_TASKS)} (default: the first four)")  # fmt: skip
+    how.add_argument(
+        "--radius",
+        type=float,
+        nargs=2,
+        default=PhantomConfig.radius,
+        metavar=("LO", "HI"),
+        help="of the lesions, in pixels at a shorter side of 192 (default: 1.5 3.25)",
+    )
+    how.add_argument(
+        "--tasks",
+        nargs="+",
+        default=TASKS,
+        choices=TASKS + EXTRA_TASKS,
+        metavar="TASK",
+        help=f"to write, in turn: {', '.join(TASKS + EXTRA_TASKS)} (default: the first four)",
+    )
     how.add_argument("--language", default="en", choices=LANGUAGES, help="to write (default: en)")
     how.add_argument("--font", metavar="FILE", help="a font with Chinese characters, for --sheet")
     return parser

@@ -110,9 +110,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[A-Za-z]+|\S"), "removed", invert=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<image>"], padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
 
 
 def tiny_processor() -> LlavaProcessor:
@@ -120,9 +125,12 @@ def tiny_processor() -> LlavaProcessor:
     size = {"height": VIEW, "width": VIEW}
     images = CLIPImageProcessor(size={"shortest_edge": VIEW}, crop_size=size)
     return LlavaProcessor(
-        images, tiny_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
+        images,
+        tiny_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
 
 
 def build_tiny_host(recipe: TinyHostRecipe | None = None) -> LlavaForConditionalGeneration:
@@ -135,18 +143,34 @@ def build_tiny_host(recipe: TinyHostRecipe | None = None) -> LlavaForConditional
     tokenizer = tiny_tokenizer()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=VIEW,
-        patch_size=PATCH, initializer_range=START,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=VIEW,
+        patch_size=PATCH,
+        initializer_range=START,
+    )
     text = LlamaConfig(
-        hidden_size=recipe.hidden_size, intermediate_size=2 * recipe.hidden_size, num_hidden_layers=recipe.layers,
-        num_attention_heads=4, num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=512,
-        initializer_range=START, **ids,
-    )  # fmt: skip
+        hidden_size=recipe.hidden_size,
+        intermediate_size=2 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        initializer_range=START,
+        **ids,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_select_strategy="default", vision_feature_layer=-1, pad_token_id=3, initializer_range=START,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+        pad_token_id=3,
+        initializer_range=START,
+    )
     with torch.random.fork_rng():  # of GPUs too, which manual_seed would seed
         torch.manual_seed(recipe.seed)
         return LlavaForConditionalGeneration(config).eval()

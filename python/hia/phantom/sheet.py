@@ -15,9 +15,17 @@ from .studies import CHANGES, PhantomConfig, Seed, Study, Visit, check_seed, dra
 
 LARGE = (10.0, 20.0)  # radii that the small view shows too
 VIEW = 42  # pixels a side of the host's view
-CJK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc", "PingFang.ttc",
-    "Hiragino Sans GB.ttc", "msyh.ttc", "simhei.ttf", "DroidSansFallbackFull.ttf",
-)  # fmt: skip
+CJK_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansSC-Regular.otf",
+    "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "msyh.ttc",
+    "simhei.ttf",
+    "DroidSansFallbackFull.ttf",
+)
 
 _TILE, _GAP, _LINE = 256, 8, 15
 _PAPER, _INK, _FAINT, _MARK = (250, 250, 248), (20, 20, 20), (110, 110, 110), (255, 196, 0)

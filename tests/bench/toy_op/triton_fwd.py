@@ -15,9 +15,11 @@ def _row_dot_fwd_kernel(
     x_ptr,  # [R, C]
     y_ptr,  # [R, C]
     out_ptr,  # [R]
-    C, stride_x_r, stride_y_r,
+    C,
+    stride_x_r,
+    stride_y_r,
     BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """One row a program; grid = (R,)."""
     row = tl.program_id(0).to(tl.int64)
     acc = tl.zeros((BLOCK_C,), tl.float32)
@@ -35,7 +37,12 @@ def row_dot_fwd(x: Tensor, y: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
     if out.numel():
         _row_dot_fwd_kernel[x.shape[:1]](
-            x_ptr=x, y_ptr=y, out_ptr=out, C=x.shape[1], stride_x_r=x.stride(0), stride_y_r=y.stride(0),
+            x_ptr=x,
+            y_ptr=y,
+            out_ptr=out,
+            C=x.shape[1],
+            stride_x_r=x.stride(0),
+            stride_y_r=y.stride(0),
             BLOCK_C=BLOCK_C,
-        )  # fmt: skip
+        )
     return out

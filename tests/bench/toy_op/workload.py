@@ -9,8 +9,14 @@ from .functional import row_dot
 from .reference import row_dot_ref
 
 ENTRY = OpEntry(
-    name="row_dot", inputs=inputs, reference=row_dot_ref, function=row_dot,
-    cases=(ShapeCase("large", inputs.Shape(4096, 5120), ("gpu",)),
-           ShapeCase("small", inputs.Shape(33, 100), ("cpu", "quick", "dispatch"))),
-    regression=inputs.Shape(64, 768), trained=("x", "y"),
-)  # fmt: skip
+    name="row_dot",
+    inputs=inputs,
+    reference=row_dot_ref,
+    function=row_dot,
+    cases=(
+        ShapeCase("large", inputs.Shape(4096, 5120), ("gpu",)),
+        ShapeCase("small", inputs.Shape(33, 100), ("cpu", "quick", "dispatch")),
+    ),
+    regression=inputs.Shape(64, 768),
+    trained=("x", "y"),
+)
