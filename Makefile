@@ -36,25 +36,25 @@ native: $(READY) ## compile csrc/ for the interpreter in use; make does it by it
 	$(RUN) setup.py build_ext --inplace
 
 table3: $(READY) ## the paper's Table 3 beside ours; ARGS="--help" shows its options
-	$(RUN) -m bench.table3 $(ARGS)
+	$(RUN) -m bench table3 $(ARGS)
 
 ablation: $(READY) ## the paper's Tables 2 and 4 in small, on phantoms, within an hour; ARGS="--quick" in five minutes
 	$(RUN) -m bench ablation $(ARGS)
 
 bench: $(READY) ## every op beside its peers on the CPU, in at most 10 minutes; ARGS="--help" shows its options
-	$(RUN) -m bench.kernels --device cpu --minutes 9 $(ARGS)
+	$(RUN) -m bench ops --device cpu --minutes 9 $(ARGS)
 
 bench-compare: $(READY) ## this tree against BASE=<rev>, measured together; fails above 10 %
 	@[ -n "$(BASE)" ] || { echo "BASE= must be a revision, got nothing; e.g. make bench-compare BASE=main" >&2; exit 1; }
-	$(RUN) -m bench.compare "$(BASE)" $(ARGS)
+	$(RUN) -m bench compare "$(BASE)" $(ARGS)
 
 report: $(READY) ## Markdown, pictures and an HTML page from bench/results
-	$(RUN) -m bench.report $(ARGS)
+	$(RUN) -m bench report $(ARGS)
 
 # PYTHON defaults to python3 and nothing is installed: the machine brings its torch.
 gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes; OUT=dir
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
-	  "$(or $(strip $(PYTHON)),python3)" -m bench.gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
+	  "$(or $(strip $(PYTHON)),python3)" -m bench gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: $(READY) ## every test this machine can run; ARGS go to pytest; ISA=avx2|plain TIERS=cpu WORKERS=n
 	$(RUN) tests/tiers.py $(if $(TIERS),--tiers $(TIERS)) $(if $(ISA),--isa $(ISA)) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)

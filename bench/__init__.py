@@ -1,1 +1,1 @@
-"""Benchmarks: one file a question. ``python -m bench.table3`` answers the paper's Table 3."""
+"""Benchmarks: one file a question. ``python -m bench table3`` answers the paper's Table 3."""

@@ -26,7 +26,7 @@ def test_options_go_to_every_tier_and_paths_where_they_lead():
     assert arguments_of(COMPILE, "tests/ops/test_stem.py", "-x") is None
     assert arguments_of(COMPILE, "tests/compile/test_limits.py::test_x") == ["tests/compile/test_limits.py::test_x"]
     assert arguments_of(COMPILE, str(tiers.ROOT / "tests" / "ops")) is None
-    assert arguments_of(COMPILE, "bench/test_regression.py") is None
+    assert arguments_of(COMPILE, "bench/compare/test_regression.py") is None
     assert arguments_of(COMPILE, "--deselect", "tests/ops/test_stem.py") == [
         "--deselect",
         "tests/ops/test_stem.py",

@@ -1,4 +1,4 @@
-"""``python -m bench.ablation``; see :mod:`bench.ablation.cli`."""
+"""``python -m bench ablation``; see :mod:`bench.ablation.cli`."""
 
 import sys
 

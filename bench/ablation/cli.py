@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.environment import REPOSITORY, describe, device_name, slug
+from bench.records.environment import REPOSITORY, describe, device_name, slug
 
 from . import report
 from .protocol import QUICK_PROTOCOL, ROWS, START_ROWS, Protocol, Row, row_named

@@ -1,4 +1,4 @@
-"""``python -m bench.ablation.detail``: what of a phantom's lesion is left in the 42 px view of a host.
+"""``python -m bench ablation.detail``: what of a phantom's lesion is left in the 42 px view of a host.
 
 Twice, without any language model: for a matched filter that knows everything but whether the lesion is there, and for a
 small CNN that is trained to say so. The premise of the ablation is that radii of 1.5 to 3.25 are plain at 192 px and
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.environment import REPOSITORY, describe, device_name, slug
+from bench.records.environment import REPOSITORY, describe, device_name, slug
+from hia.images.radiograph import Radiograph
 from hia.phantom import BONES, PhantomConfig, PhantomDataset, draw_study
 from hia.phantom.host import LARGE
-from hia.radiograph import Radiograph
 
 from .workers import write_json
 
@@ -160,7 +160,7 @@ def measure(say: Callable[[str], None], studies: int = 40, lesions: int = 10) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and with --record keep."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ablation.detail", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench ablation.detail", description=__doc__)
     parser.add_argument("--record", action="store_true", help="write bench/results/<device>/phantom_detail.json")
     options = parser.parse_args(argv)
     record = {"environment": describe("cpu", "bench.ablation.detail")}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hia.encoder import Encoder
+from hia.encoder.encoder import Encoder
 
 RADIUS_WEIGHT = 0.05  # of the squared error in pixels beside the cross-entropy
 

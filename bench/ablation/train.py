@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import hia
-from hia.adapter import HiAAdapter
-from hia.encoder import build_encoder
-from hia.extractor import CONDITION_GAIN, unit_variance_
+from hia.encoder.encoder import build_encoder
+from hia.layers.adapter import HiAAdapter
+from hia.layers.extractor import CONDITION_GAIN, unit_variance_
 from hia.phantom import EXTRA_TASKS, PhantomConfig, PhantomDataset
 from hia.phantom.batches import PhantomBatches
 from hia.phantom.host import LARGE, build_tiny_host, hia_processor, save_whole, tiny_host

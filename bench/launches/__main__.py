@@ -1,7 +1,7 @@
-"""Record the launches of Triton kernels on GPUs that aren't there, and compile them: ``python -m bench.launches``.
+"""Record the launches of Triton kernels on GPUs that aren't there, and compile them: ``python -m bench launches``.
 
 Prints what breaks a target's limits. On a machine with such a GPU the compiled kernels are found in Triton's cache when
-they are launched: ``python -m bench.launches --target sm_90 --jobs 16 --fresh`` compiles ahead.
+they are launched: ``python -m bench launches --target sm_90 --jobs 16 --fresh`` compiles ahead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
     names = (*ops(), *composites())
     found = argparse.ArgumentParser(
-        prog="python -m bench.launches",
+        prog="python -m bench launches",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 nothing breaks a limit, 1 something does, 2 wrong arguments or no Triton",

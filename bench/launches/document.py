@@ -91,9 +91,9 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
     lines = [
         "# What the Triton kernels take of a GPU",
         "",
-        f"Recorded and compiled without one by `python -m bench.launches --write`, Triton {triton_version}: every op, "
+        f"Recorded and compiled without one by `python -m bench launches --write`, Triton {triton_version}: every op, "
         "forward and backward, at the GPU's workloads and at shapes beyond them, and every composite of "
-        "`bench.composites`, as each target would launch it. `tests/compile` asserts that nothing "
+        "`bench.providers.layers`, as each target would launch it. `tests/compile` asserts that nothing "
         "spills, shared memory and registers suffice, and products of 16-bit operands are matrix instructions.",
         "",
         "Registers a thread / bytes spilled a thread / KiB of shared memory a block / matrix instruction / buffers of "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import hia_kernels
-from bench.composites import make_weights, our_step
+from bench.providers.layers import make_weights, our_step
 from bench.workloads import (
     Workload,
     composite_entry,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hia.layout import CallLayout, build_layout
+from hia.layers.layout import CallLayout, build_layout
 from hia_kernels.core.draw import Draw
 
 from .cases import IMAGES, LAYERS, TRAINED_IMAGES, ImageCase, LayerCase, halved

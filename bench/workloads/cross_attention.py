@@ -10,7 +10,7 @@ from torch import Tensor
 from hia_kernels.ops.cross_attention import inputs
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref
 
-from ..plain import textbook_attention
+from ..providers.plain import textbook_attention
 from .cases import LAYERS, LayerCase
 from .registry import Edge, OpEntry
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hia.plan import DEEP_PAD
+from hia.layers.plan import DEEP_PAD
 from hia_kernels.ops.latent_attention import inputs
 from hia_kernels.ops.latent_attention.reference import latent_attention_ref
 

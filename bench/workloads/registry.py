@@ -115,7 +115,7 @@ class OpEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class CompositeEntry:
-    """Several steps of the adapter, as :mod:`bench.composites` runs them.
+    """Several steps of the adapter, as :mod:`bench.providers.layers` runs them.
 
     Attributes:
         name: of the composite.
@@ -276,7 +276,7 @@ def gpu_workloads() -> list[Workload]:
 
 
 def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Draw the arguments of an op, by name; of a composite, what :mod:`bench.composites` says it takes.
+    """Draw the arguments of an op, by name; of a composite, what :mod:`bench.providers.layers` says it takes.
 
     Args:
         workload: op or composite, and case.

@@ -1,7 +1,7 @@
 """Block sizes by device: static heuristics in each launcher, and what was measured to be better, by device name.
 
 Nothing here times a kernel. ``tuned/<device>.json`` holds at most one configuration a key, and at most one backend a
-shape; a benchmark writes it (``python -m bench.tune``), launchers read it through :func:`pick`, tables of backends
+shape; a benchmark writes it (``python -m bench tune``), launchers read it through :func:`pick`, tables of backends
 through :func:`measured_backend`, and tests see the heuristics alone.
 """
 

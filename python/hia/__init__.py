@@ -1,14 +1,14 @@
 """HiA: a high-resolution instruction-aware adapter for frozen multimodal LLMs (MICCAI 2024)."""
 
 from .config import HiAConfig
-from .features import ImageFeatures
-from .health import AdapterHealth, Gradient, LayerHealth
-from .images import load_image
-from .model import HiAModel, get_hia_model
-from .probe import LayerProbe, LayerReading, probe_layers
-from .processor import HiABatch, HiAProcessor
-from .radiograph import Radiograph
-from .released import convert_released
+from .images.load import load_image
+from .images.processor import HiABatch, HiAProcessor
+from .images.radiograph import Radiograph
+from .layers.features import ImageFeatures
+from .runtime.health import AdapterHealth, Gradient, LayerHealth
+from .runtime.model import HiAModel, get_hia_model
+from .runtime.probe import LayerProbe, LayerReading, probe_layers
+from .runtime.released import convert_released
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .forms import split_plan
+from .layers.forms import split_plan
 
 NAMED_LAYERS = {"half": 1, "thirds": 2, "quarters": 3}  # number of injections (paper, Table 4)
 ENCODERS = ("resnet50", "strided")
@@ -57,7 +57,7 @@ class HiAConfig:
         gate: "zero_init" (the injection's output projection starts at zero), "tanh" (a learnt scalar that
             starts at 0), or "none" (attaching disturbs the host, as the released code does).
         position: "sincos" adds two-dimensional sines and cosines to the features, so that *where* can be learnt;
-            "none" leaves them a bag of tokens, as the paper and the released code do (:mod:`hia.position`).
+            "none" leaves them a bag of tokens, as the paper and the released code do (:mod:`hia.encoder.position`).
         init: how the projections of both cross-attentions start: "lecun_normal" (unit variance out of unit variance,
             biases zero, the condition's weight a tenth of that), or "pytorch" (``nn.Linear``'s own start).
         query_std: standard deviation the queries start with.
@@ -67,7 +67,7 @@ class HiAConfig:
         high_resolution: False shrinks the adapter's images to the host's resolution, in :class:`hia.HiAProcessor` and
             in the model (paper, Table 2).
         plan: which exact form of the maths runs: "auto" (the cheapest for the sizes of a call), or
-            "<extract>/<inject>" with names of :mod:`hia.plan`, e.g. "textbook/textbook".
+            "<extract>/<inject>" with names of :mod:`hia.layers.plan`, e.g. "textbook/textbook".
         image_mean: per-channel mean of the windowed image (0 to 1) for the encoder.
         image_std: likewise, standard deviation.
     """

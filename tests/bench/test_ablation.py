@@ -22,8 +22,8 @@ from bench.ablation import report, train
 from bench.ablation.pretrain import pretrain, targets
 from bench.ablation.protocol import FULL, ROWS, START_ROWS, Protocol, row_named
 from bench.ablation.train import TEST, TRAIN, Material, build, run, start_parts
-from bench.environment import REPOSITORY
-from hia.extractor import CONDITION_GAIN
+from bench.records.environment import REPOSITORY
+from hia.layers.extractor import CONDITION_GAIN
 from hia.phantom.host import TinyHostRecipe
 
 TINY = Protocol(

@@ -8,8 +8,10 @@ import subprocess
 import pytest
 import torch
 
-from bench import compare, regression, workloads
-from bench.compare import Row
+from bench import workloads
+from bench.compare import regression
+from bench.compare import run as compare
+from bench.compare.run import Row
 
 STUB = '''"""Stands in for the package: each op sleeps."""
 import time
@@ -170,7 +172,7 @@ def test_composites_of_another_checkout_are_refused(tmp_path, monkeypatch):
     import hia
 
     monkeypatch.setattr(hia, "__file__", str(tmp_path / "python" / "hia" / "__init__.py"))
-    with pytest.raises(RuntimeError, match="bench.regression_worker: hia must come from .*, got .*__init__.py"):
+    with pytest.raises(RuntimeError, match="bench.compare.worker: hia must come from .*, got .*__init__.py"):
         regression.make_call("encode")
 
 

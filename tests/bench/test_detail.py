@@ -44,7 +44,7 @@ def test_the_command_prints_and_records_both_tables(monkeypatch, capsys, tmp_pat
     (place,) = tmp_path.rglob("phantom_detail.json")
     record = read_json(place)
     assert record["matched_filter"] == [{"radius": 2.5, "192": [19.2, 2.5 / 192], "42": [4.2, 2.5 / 42]}]
-    assert record["environment"]["command"].startswith("python -m bench.ablation.detail")
+    assert record["environment"]["command"].startswith("python -m bench ablation.detail")
 
 
 def test_help_says_what_it_measures(capsys):

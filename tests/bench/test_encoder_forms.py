@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench import encoder_forms
-from hia import tiling
+from bench.ops import encoder_forms
+from hia.encoder import strips as tiling
 
 
 def test_prints_a_row_a_form(capsys):
@@ -15,7 +15,7 @@ def test_prints_a_row_a_form(capsys):
     text = capsys.readouterr().out
     for form in encoder_forms.FORMS:
         assert f"| 300 | {form} |" in text
-    assert "`python -m bench.encoder_forms" in text and "torch" in text
+    assert "`python -m bench encoder-forms" in text and "torch" in text
 
 
 def test_features_that_differ_fail_the_run(monkeypatch, capsys):

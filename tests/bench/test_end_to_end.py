@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import end_to_end, hosts, images
-from bench import end_to_end_run as run
-from bench.end_to_end_run import Case, Setting, Subject
-from bench.hosts import HostSpec
-from bench.limits import Limits
-from bench.measurement import read_records
+from bench.end_to_end import run as end_to_end
+from bench.end_to_end import subjects as run
+from bench.end_to_end.subjects import Case, Setting, Subject
+from bench.measure.roofline import Limits
+from bench.records.record import read_records
+from bench.table3 import hosts
+from bench.table3.hosts import HostSpec
+from bench.workloads import images
 
 TEXT = {
     **hosts.SMALL_LLM,
@@ -175,7 +177,7 @@ def test_run_writes_every_figure(tiny_run, tmp_path, capsys):
     assert found["decode", "hia"].extra["tokens_per_s"] > 0
     assert found["time_to_first_token", "hia"].percent_of_floor > 0
     assert found["train_step", "hia"].mode == "both"
-    assert found["train_step", "hia"].environment["command"].startswith("python -m bench.end_to_end")
+    assert found["train_step", "hia"].environment["command"].startswith("python -m bench end-to-end")
     assert " x hia" in capsys.readouterr().out
 
     # another run of some of it keeps the rest

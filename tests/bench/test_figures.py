@@ -9,12 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import composites, costs, figures, figures_run, gate, kernels, kernels_args, providers, workloads
-from bench import report as report_module
-from bench.figures import FIGURES, KINDS, Figure, judge
-from bench.measurement import Measurement, read_records, write_records
-from bench.timing import OutOfTime, memory_of, time_limit
-from hia import plan
+from bench import targets as figures
+from bench import workloads
+from bench.measure import accuracy as gate
+from bench.measure import costs
+from bench.measure.timing import OutOfTime, memory_of, time_limit
+from bench.ops import options as kernels_args
+from bench.ops import run as kernels
+from bench.providers import layers as composites
+from bench.providers import registry as providers
+from bench.records.record import Measurement, read_records, write_records
+from bench.report import run as report_module
+from bench.targets import FIGURES, KINDS, Figure, judge
+from bench.targets import run as figures_run
+from hia.layers import plan
 
 OP, CASE = "adapter_layer", "13b-released-896-2img"
 SPEED = Figure("speed", "speedup", OP, CASE, "forward", ("released", "released_compile"), 1.5, 2.0)
@@ -118,7 +126,7 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
     assert "2 met, 0 MISSED" in printed.out
     assert report_module.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "figures-made-up-cpu.md").read_text()
-    assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench.figures" in page
+    assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench targets" in page
 
 
 @pytest.mark.usefixtures("tiny")
@@ -253,7 +261,7 @@ def subject(op, case="tiny-released", dtype=torch.float32):
 
 
 def test_ours_is_prepared_and_a_second_question_has_what_was_kept(monkeypatch):
-    monkeypatch.setattr("hia.extractor.Extractor.gains_from_keys", lambda *_: True)  # tiny keys save nothing
+    monkeypatch.setattr("hia.layers.extractor.Extractor.gains_from_keys", lambda *_: True)  # tiny keys save nothing
     found, given, weights = subject("second_question")
     truth = gate.truth_of(found, given, weights, torch.float32, gradients=False)
     for name, forms in (("hia", "cached_kv/"), ("textbook", "textbook/textbook")):
@@ -365,7 +373,8 @@ def test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone():
 
 
 def test_a_limit_is_no_rival(tmp_path):
-    from bench import report_data, report_markdown
+    from bench.report import data as report_data
+    from bench.report import markdown as report_markdown
 
     rows = [
         row("hia", 2.0, extra={"forms": "a/b", "plan_flops": 10**9, "textbook_flops": 2 * 10**9}),

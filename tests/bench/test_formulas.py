@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from bench import formulas, hosts, images, methods, predict
-from bench.records import FORMULA_TOLERANCE
-from bench.workloads import CASES
-from hia import plan
+from bench.table3 import formulas, hosts, methods, predict
+from bench.table3.rows import FORMULA_TOLERANCE
+from bench.workloads import CASES, images
+from hia.layers import plan
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_sequence_lengths_by_hand():
 def test_the_written_down_configs_are_the_published_ones(ours, name):
     path = images.data_folder() / "configs" / name
     if not path.is_file():
-        pytest.skip(f"{path} is absent: the numbers in bench/hosts.py are not compared with it")
+        pytest.skip(f"{path} is absent: the numbers in bench/table3/hosts.py are not compared with it")
     published = json.loads(path.read_text())
     assert {key: published[key] for key in ours} == ours
 

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from bench import gpu
-from bench.gpu import Step
-from bench.measurement import Measurement, write_records
+from bench.gpu import run as gpu
+from bench.gpu.run import Step
+from bench.records.record import Measurement, write_records
 
 FAKE = ["NVIDIA Fake 9000"]
 
@@ -133,7 +133,7 @@ def test_everything_fits_into_nine_minutes(tmp_path):
 
 
 def test_the_clock_starts_before_torch_is_imported():
-    script = "import sys, bench.gpu; print('torch' in sys.modules)"
+    script = "import sys, bench.gpu.run; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=gpu.child_environment(gpu.REPOSITORY),
@@ -246,7 +246,7 @@ def test_sources_of_the_checkout_come_first(tmp_path):
 
 def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
     assert "nothing was measured" in gpu.furthest_table(tmp_path)[0]
-    environment = {"device": "made up", "command": "python -m bench.kernels", "commit": "0123456789abcdef"}
+    environment = {"device": "made up", "command": "python -m bench ops", "commit": "0123456789abcdef"}
     records = [
         Measurement(
             "op",
@@ -272,7 +272,7 @@ def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
     lines = gpu.furthest_table(tmp_path)
     assert lines[0].startswith("the 10 rows of ours")
     assert [line.split()[-1] for line in lines[2:12]] == [f"px{side}" for side in range(100, 110)]
-    assert "python -m bench.kernels" in lines[12]
+    assert "python -m bench ops" in lines[12]
     assert "0123456789" in lines[12]
 
 
@@ -362,7 +362,7 @@ def test_a_trial_on_the_cpu(tmp_path, capsys):
     for name in ("figures.json", "kernels.json", *(f"logs/{step}.log" for step in results)):
         assert (tmp_path / name).stat().st_size > 0
     assert "the figures and their targets" in printed and "rows of ours furthest from their floor" in printed
-    assert "met" in printed and "python -m bench.kernels --device cpu" in printed
+    assert "met" in printed and "python -m bench ops --device cpu" in printed
 
 
 def test_interpreter_is_the_running_one(tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m bench.kernels``: cases, providers, the gate, records, the command line."""
+"""``python -m bench ops``: cases, providers, the gate, records, the command line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bench.kernels as kernels
-from bench import composites, costs, environment, gate, kernels_args, kernels_output, providers, workloads
-from bench.baselines import peers
-from bench.measurement import Measurement, read_records, write_records
+import bench.ops.run as kernels
+from bench import workloads
+from bench.measure import accuracy as gate
+from bench.measure import costs
+from bench.ops import options as kernels_args
+from bench.ops import output as kernels_output
+from bench.providers import layers as composites
+from bench.providers import peers
+from bench.providers import registry as providers
+from bench.records import environment
+from bench.records.record import Measurement, read_records, write_records
 from hia_kernels.testing import UNIT_ROUNDOFF, rel_rms
 
 RECORD = Measurement(

@@ -1,4 +1,4 @@
-"""``python -m bench.kernels`` cut short: by its end, by a device that fails, by what was there before."""
+"""``python -m bench ops`` cut short: by its end, by a device that fails, by what was there before."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import kernels, kernels_args, kernels_output, providers, workloads
-from bench.measurement import Measurement, read_records, write_records
+from bench import workloads
+from bench.ops import options as kernels_args
+from bench.ops import output as kernels_output
+from bench.ops import run as kernels
+from bench.providers import registry as providers
+from bench.records.record import Measurement, read_records, write_records
 
 RECORD = Measurement(
     "op",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import profiles
+from bench.ops import profile as profiles
 
 
 def test_prints_a_table_of_a_composite(capsys):
@@ -14,7 +14,7 @@ def test_prints_a_table_of_a_composite(capsys):
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == 3 and "| together |" in text
-    assert "hia, both, fp32; " in text and "`python -m bench.profiles" in text
+    assert "hia, both, fp32; " in text and "`python -m bench profile" in text
 
 
 def test_prints_shapes_and_the_backend_of_an_op(capsys):

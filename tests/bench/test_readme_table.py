@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import readme
+from bench.table3 import readme
 
 
 def record() -> dict:
@@ -15,7 +15,7 @@ def record() -> dict:
 
 def test_readme_shows_the_record():
     text = readme.README.read_text()
-    assert readme.table(record()) in text, "README.md is older than its record; run python -m bench.readme"
+    assert readme.table(record()) in text, "README.md is older than its record; run python -m bench readme"
 
 
 def test_the_record_is_of_a_clean_commit_and_passed():

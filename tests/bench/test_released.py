@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import formulas, hosts
-from bench.baselines.released import ReleasedHiA, ReleasedInjection, ReleasedResNet50, build_released
-from bench.tracking import fake_mode, footprint
+from bench.measure.tracking import fake_mode, footprint
+from bench.providers.released import ReleasedHiA, ReleasedInjection, ReleasedResNet50, build_released
+from bench.table3 import formulas, hosts
 
 TINY = hosts.HostSpec(
     "tiny",

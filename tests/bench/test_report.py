@@ -11,8 +11,11 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from bench import report, report_data, report_html, report_markdown
-from bench.measurement import Measurement, read_records, write_records
+from bench.records.record import Measurement, read_records, write_records
+from bench.report import data as report_data
+from bench.report import html as report_html
+from bench.report import markdown as report_markdown
+from bench.report import run as report
 
 ENVIRONMENT = {
     "device": "made-up CPU",
@@ -20,7 +23,7 @@ ENVIRONMENT = {
     "commit": "0123456789abcdef",
     "dirty": True,
     "date": "2026-01-01",
-    "command": "python -m bench.kernels --device cpu",
+    "command": "python -m bench ops --device cpu",
     "limits": {"bandwidth_gb_per_s": 20.0, "gemm_gflop_per_s": {"fp32": 500.0}},
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -138,7 +141,7 @@ def results(tmp_path):
         "tokens": 1212,
     }
     table3 = {
-        "environment": {**ENVIRONMENT, "command": "python -m bench.table3"},
+        "environment": {**ENVIRONMENT, "command": "python -m bench table3"},
         "protocol": {"dtype": "bf16"},
         "rows": [
             row,
@@ -146,7 +149,7 @@ def results(tmp_path):
         ],
     }
     (folder / "table3.json").write_text(json.dumps(table3))
-    judged = {**ENVIRONMENT, "command": "python -m bench.figures", "commit": "fedcba9876543210", "dirty": False}
+    judged = {**ENVIRONMENT, "command": "python -m bench targets", "commit": "fedcba9876543210", "dirty": False}
     write_records(folder / "figures.json", [measurement("encode", "px896", environment=judged)], figures=FIGURES)
     return tmp_path / "results"
 
@@ -245,7 +248,7 @@ def test_a_file_that_is_new_has_no_previous_record(tmp_path):
 
 def test_ceilings_are_the_limits_that_the_runs_measured():
     """Not FLOPs over floors: a floor counts the least FLOPs, a record the textbook's, here ten times as many."""
-    from bench.report_plots import ceilings
+    from bench.report.plots import ceilings
 
     def measured(bandwidth, **rates):
         return {**ENVIRONMENT, "limits": {"bandwidth_gb_per_s": bandwidth, "gemm_gflop_per_s": rates}}
@@ -272,12 +275,11 @@ def test_markdown_tables_print_command_device_and_commit(written):
         section = page.split(f"## {title}\n")[1].split("\n## ")[0]
         expected = title not in ("Changes", "Figures")  # nothing to compare with; a run of their own
         assert (
-            "python -m bench.kernels --device cpu · made-up CPU, 2 threads · 0123456789 with uncommitted changes"
-            in section
+            "python -m bench ops --device cpu · made-up CPU, 2 threads · 0123456789 with uncommitted changes" in section
         ) is expected, title
-    assert "python -m bench.table3" in page.split("## Table 3\n")[1]
+    assert "python -m bench table3" in page.split("## Table 3\n")[1]
     assert (
-        "python -m bench.figures · made-up CPU, 2 threads · fedcba9876 · 2026-01-01"
+        "python -m bench targets · made-up CPU, 2 threads · fedcba9876 · 2026-01-01"
         in page.split("## Figures\n")[1].split("\n## ")[0]
     )
     assert "| **failed**: output: <script>alert(1)</script> \\| rel-RMS" in page
@@ -439,8 +441,8 @@ def test_page_in_a_browser_filters_and_sorts(written, tmp_path):
     for section in ("figures", "standing", "curves", "roofline", "memory", "table3", "changes", "all"):
         assert f'id="section-{section}"' in dom
     assert dom.count('class="chart"') >= 4
-    assert "python -m bench.table3 · made-up CPU" in dom
-    assert "python -m bench.figures · made-up CPU, 2 threads · fedcba9876 · 2026-01-01" in dom
+    assert "python -m bench table3 · made-up CPU" in dom
+    assert "python -m bench targets · made-up CPU, 2 threads · fedcba9876 · 2026-01-01" in dom
     assert "1 met, 1 MISSED, 1 not measured, 0 no target." in dom
     figures = {row[0]: row for row in cells(dom, "figures")}
     assert figures["stem-16bit-memory"][1:] == [

@@ -8,12 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import environment, formulas, images, paper, table3, table3_output
-from bench.measure import Measured, measure_prefill
-from bench.records import Protocol, Report, Row, growth_claim, memory_claim, predicted_row, tracker_claim
-from bench.runs import Case, RunRequest
-from bench.table3_args import parse
-from bench.tracking import Footprint
+from bench.measure.memory import Measured, measure_prefill
+from bench.measure.tracking import Footprint
+from bench.records import environment
+from bench.table3 import formulas, paper
+from bench.table3 import output as table3_output
+from bench.table3 import run as table3
+from bench.table3.options import parse
+from bench.table3.prefill import Case, RunRequest
+from bench.table3.rows import Protocol, Report, Row, growth_claim, memory_claim, predicted_row, tracker_claim
+from bench.workloads import images
 
 ROW_KEYS = {
     "resolution",

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import environment, limits, timing
-from bench.timing import Budget, Samples, interleaved
+from bench.measure import roofline as limits
+from bench.measure import timing
+from bench.measure.timing import Budget, Samples, interleaved
+from bench.records import environment
 
 
 def recording(order, name, cost=0.0):

@@ -9,12 +9,17 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bench import kernels, kernels_args, regression, regression_worker, tune, workloads
+from bench import workloads
+from bench.compare import regression
+from bench.compare import worker as regression_worker
 from bench.launches import limits
 from bench.launches import workloads as launches
 from bench.launches.compile import compile_all
 from bench.launches.device import TARGETS
-from bench.measurement import read_records
+from bench.ops import options as kernels_args
+from bench.ops import run as kernels
+from bench.ops import tune
+from bench.records.record import read_records
 from hia_kernels.core import backend, triton_support
 
 OP = "row_dot"

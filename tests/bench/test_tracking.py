@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench import hosts, methods, predict, runs, tracking
-from bench.measure import process_peak_unavailable
+from bench.measure import tracking
+from bench.measure.memory import process_peak_unavailable
+from bench.table3 import hosts, methods, predict
+from bench.table3 import prefill as runs
 
 KB = 1024  # 256 fp32 numbers
 

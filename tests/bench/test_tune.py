@@ -1,4 +1,4 @@
-"""``python -m bench.tune`` with a fake device, launcher and clock: nothing here needs a GPU."""
+"""``python -m bench tune`` with a fake device, launcher and clock: nothing here needs a GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hia_kernels
-from bench import tune
-from bench.timing import Budget
+from bench.measure.timing import Budget
+from bench.ops import tune
 from bench.workloads.conv_norm_act import resnet50_shapes
 from hia_kernels.core import tuning
 from hia_kernels.ops.conv_norm_act import cpu

@@ -134,7 +134,7 @@ def test_the_page_lists_these_launches(recording):
         for (kernel, described, warps), row in document.rows(recordings).items()
     ]
     found = document.listed(document.PATH.read_text(encoding="utf-8"))
-    assert found == expected, f"{document.PATH.name} is out of date: python -m bench.launches --write"
+    assert found == expected, f"{document.PATH.name} is out of date: python -m bench launches --write"
 
 
 def test_the_page_shows_the_most_that_a_row_takes(launches):

@@ -10,7 +10,7 @@ CLOCKS = (
     Mutant(
         name="gpu-time-read-before-the-end",
         kind="timing without synchronisation",
-        file="bench/timing.py",
+        file="bench/measure/timing.py",
         old="torch.cuda.synchronize()",
         new="pass",
         after="end.record()",
@@ -20,7 +20,7 @@ CLOCKS = (
     Mutant(
         name="gpu-cache-left-warm",
         kind="wrong measure",
-        file="bench/timing.py",
+        file="bench/measure/timing.py",
         old="self._cache.zero_()",
         new="pass",
         tests=(f"{TESTS}/test_timing.py::test_a_repetition_on_cuda_is_cold_and_waited_for",),
@@ -29,7 +29,7 @@ CLOCKS = (
     Mutant(
         name="dispatch-counts-the-kernels-before",
         kind="timing without synchronisation",
-        file="bench/timing.py",
+        file="bench/measure/timing.py",
         old="synchronize(self._device)",
         new="pass",
         after="the device's queue must not fill",
@@ -39,7 +39,7 @@ CLOCKS = (
     Mutant(
         name="first-call-is-no-warm-up",
         kind="wrong measure",
-        file="bench/timing.py",
+        file="bench/measure/timing.py",
         old="if one < SLOW_MS:",
         new="if one < 0:",
         tests=(f"{TESTS}/test_timing.py::test_short_calls_are_repeated_within_a_repetition",),
@@ -48,7 +48,7 @@ CLOCKS = (
     Mutant(
         name="percentiles-are-not-interpolated",
         kind="wrong measure",
-        file="bench/timing.py",
+        file="bench/measure/timing.py",
         old="return ordered[low] + (ordered[high] - ordered[low]) * (place - low)",
         new="return ordered[low]",
         tests=(f"{TESTS}/test_timing.py::test_percentiles",),
@@ -57,7 +57,7 @@ CLOCKS = (
     Mutant(
         name="peak-is-what-is-left",
         kind="wrong measure",
-        file="bench/timing.py",
+        file="bench/measure/timing.py",
         old="highest = max(highest, level)",
         new="highest = level",
         tests=(f"{TESTS}/test_timing.py::test_peak_is_what_the_call_allocates",),
@@ -78,7 +78,7 @@ COUNTS = (
     Mutant(
         name="a-composites-backward-counts-the-forward-too",
         kind="FLOPs counted twice",
-        file="bench/costs.py",
+        file="bench/measure/costs.py",
         old='return both if mode == "both" else both - forward',
         new="return both",
         tests=(f"{TESTS}/test_kernels.py::test_a_composites_passes_add_up",),
@@ -96,7 +96,7 @@ COUNTS = (
     Mutant(
         name="table-counts-attention-twice",
         kind="FLOPs counted twice",
-        file="bench/formulas.py",
+        file="bench/table3/formulas.py",
         old="layer = 2 * tokens * weights + 4 * tokens * tokens * width",
         new="layer = 2 * tokens * weights + 8 * tokens * tokens * width",
         tests=(f"{TESTS}/test_formulas.py::test_formula_is_within_2_percent_of_the_count_on_the_13b_host[baseline]",),
@@ -105,7 +105,7 @@ COUNTS = (
     Mutant(
         name="floor-takes-the-faster-limit",
         kind="wrong measure",
-        file="bench/limits.py",
+        file="bench/measure/roofline.py",
         old="return 1e3 * max(moved",
         new="return 1e3 * min(moved",
         tests=(f"{TESTS}/test_timing.py::test_floor_is_the_slower_of_memory_and_arithmetic",),
@@ -114,7 +114,7 @@ COUNTS = (
     Mutant(
         name="allocations-rounded-down",
         kind="off by one at an edge",
-        file="bench/tracking.py",
+        file="bench/measure/tracking.py",
         old="size = -(-storage.nbytes() // self.granule) * self.granule",
         new="size = storage.nbytes() // self.granule * self.granule",
         tests=(f"{TESTS}/test_tracking.py::test_sizes_are_rounded_up_to_the_granule",),
@@ -123,7 +123,7 @@ COUNTS = (
     Mutant(
         name="views-count-as-memory",
         kind="wrong measure",
-        file="bench/tracking.py",
+        file="bench/measure/tracking.py",
         old="self.live += size - self._sizes.get(key, 0)",
         new="self.live += size",
         tests=(f"{TESTS}/test_tracking.py::test_views_and_in_place_ops_add_nothing",),
@@ -135,7 +135,7 @@ VERDICTS = (
     Mutant(
         name="ratio-is-upside-down",
         kind="wrong measure",
-        file="bench/compare.py",
+        file="bench/compare/run.py",
         old="return [now / base for base, now in",
         new="return [base / now for base, now in",
         tests=(f"{TESTS}/test_compare.py::test_median_of_the_pairs_decides_and_none_may_contradict",),
@@ -144,7 +144,7 @@ VERDICTS = (
     Mutant(
         name="slower-is-called-faster",
         kind="sign",
-        file="bench/compare.py",
+        file="bench/compare/run.py",
         old='word = "slower" if self.ratio > 1 else "faster"',
         new='word = "slower" if self.ratio < 1 else "faster"',
         tests=(f"{TESTS}/test_compare.py::test_median_of_the_pairs_decides_and_none_may_contradict",),
@@ -153,7 +153,7 @@ VERDICTS = (
     Mutant(
         name="uncommitted-changes-are-not-recorded",
         kind="lost state",
-        file="bench/environment.py",
+        file="bench/records/environment.py",
         old='"dirty": dirty(),',
         new='"dirty": None,',
         tests=(f"{TESTS}/test_timing.py::test_anything_else_is",),
@@ -162,7 +162,7 @@ VERDICTS = (
     Mutant(
         name="a-failed-gate-is-timed",
         kind="missing check",
-        file="bench/kernels.py",
+        file="bench/ops/run.py",
         old="if problem is not None:",
         new='if problem == "":',
         after="return refusal(raised, [str(warning.message)",
@@ -210,7 +210,7 @@ VERDICTS = (
     Mutant(
         name="kinks-excuse-any-gradient",
         kind="loosened tolerance",
-        file="bench/gate.py",
+        file="bench/measure/accuracy.py",
         old="comparable = name == KINKED and self.dtype",
         new="comparable = self.dtype",
         tests=(f"{TESTS}/test_figures.py::test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone",),

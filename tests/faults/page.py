@@ -59,7 +59,7 @@ def _row(verdict: Verdict) -> str:
 
 def source_of(root: Path) -> str:
     """Say what is run, on which commit and machine; to be asked before the run, while the tree is what is copied."""
-    from bench.environment import describe
+    from bench.records.environment import describe
 
     found = describe("cpu")
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)

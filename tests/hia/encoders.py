@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import hia
-from hia.encoder import Encoder, build_encoder
-from hia.graphs import GraphCache
+from hia.encoder.cuda_graphs import GraphCache
+from hia.encoder.encoder import Encoder, build_encoder
 from tests.hia.hosts import text_config
 
 WINDOW = torch.tensor([0.0, 255.0])

@@ -45,7 +45,7 @@ def test_saving_twice_leaves_three_files(model, saved):
 def test_an_interrupted_save_keeps_the_old_adapter(model, saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     stir(model, seed=9)
-    monkeypatch.setattr("hia.checkpoint._card", lambda *_: 1 / 0)
+    monkeypatch.setattr("hia.runtime.checkpoint._card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

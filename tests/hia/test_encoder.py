@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hia_kernels
-from hia import tiling
-from hia.images import load_image
+from hia.encoder import strips as tiling
+from hia.images.load import load_image
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
 KINDS = {
@@ -256,7 +256,7 @@ def live_encoder(**changes):
 @pytest.mark.parametrize("changes", [{}, {"encoder": "strided"}], ids=["resnet50", "strided"])
 def test_prepared_weights_do_not_serve_live_statistics(changes, monkeypatch):
     encoder, pixels = live_encoder(**changes), pixels_of(96, 80)
-    monkeypatch.setattr("hia.tiling.LARGE_MAP", 0)  # every map would go through in strips, of statistics of their own
+    monkeypatch.setattr("hia.encoder.strips.LARGE_MAP", 0)  # every map would go in strips, each with its own statistics
     with torch.no_grad():
         expected = encoder(pixels, WINDOW)
         encoder.eval().prepare()

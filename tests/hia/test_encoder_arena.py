@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hia import arena, tiling
+from hia.encoder import strips as tiling
+from hia.encoder import workspace as arena
 from hia_kernels.ops.conv_norm_act import native
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import hia_kernels
-from bench.gate import KINK_SLACK
-from bench.timing import peak_bytes
-from hia import tiling
-from hia.encoder import Encoder
+from bench.measure.accuracy import KINK_SLACK
+from bench.measure.timing import peak_bytes
+from hia.encoder import strips as tiling
+from hia.encoder.encoder import Encoder
 from hia_kernels.testing import GRADIENT_SLACK, UNIT_ROUNDOFF, assert_close, rel_rms
 from tests.hia.encoders import encoder_of, pixels_of, sides_of, without_graphs
 from tests.ops.conftest import triton_device  # noqa: F401
@@ -226,7 +226,7 @@ def test_gradients_are_the_references(dtype, changes):
         exact = gradient_of(copy.deepcopy(encoder).to(EXACT[dtype]), pixels, window)
     found = gradient_of(encoder, pixels, window)
     assert exact.isfinite().all() and exact.any()
-    if dtype == torch.float32:  # a rounding may put an activation on the other side of a kink (bench/gate.py)
+    if dtype == torch.float32:  # a rounding may put an activation on the other side of a kink
         assert rel_rms(found, exact) <= KINK_SLACK * UNIT_ROUNDOFF[dtype] ** 0.5
     else:
         assert_close("gradient", found, exact, plain, dtype=dtype, slack=GRADIENT_SLACK)

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hia_kernels
-from hia import encoder as encoder_module
-from hia import graphs, tiling
-from hia.encoder import Encoder
-from hia.graphs import GraphCache
+from hia.encoder import cuda_graphs as graphs
+from hia.encoder import encoder as encoder_module
+from hia.encoder import strips as tiling
+from hia.encoder.cuda_graphs import GraphCache
+from hia.encoder.encoder import Encoder
 from tests.hia.encoders import WINDOW, encoder_of, pixels_of, sides_of, without_graphs
 
 
@@ -216,10 +217,10 @@ EAGER = {  # context, and the reason given there
     "autocast": (lambda encoder: torch.autocast("cpu", torch.bfloat16), "autocast is on"),
     "compiler": (lambda _: patched("torch.compiler.is_compiling", lambda: True), "torch.compile is tracing"),
     "dispatch-mode": (lambda encoder: FlopCounterMode(display=False), "a dispatch mode is active"),
-    "size": (lambda _: patched("hia.encoder.GROUP_PIXELS", 2079), "there are more than 2079 pixels"),
+    "size": (lambda _: patched("hia.encoder.encoder.GROUP_PIXELS", 2079), "there are more than 2079 pixels"),
     "debugging": (debugging, "HIA_DEBUG=1 reads values"),
     "capturing": (
-        lambda encoder: patched("hia.graphs.capturing", lambda _: True),
+        lambda encoder: patched("hia.encoder.cuda_graphs.capturing", lambda _: True),
         "a graph is being captured",
     ),
     "another-device": (for_cuda, "pixels are a Tensor on cpu"),

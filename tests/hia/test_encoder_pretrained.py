@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.baselines.released import ReleasedResNet50
-from hia.encoder import load_resnet50
+from bench.providers.released import ReleasedResNet50
+from hia.encoder.encoder import load_resnet50
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
 CLASSIFIER = {"fc.weight": torch.zeros(10, 256), "fc.bias": torch.zeros(10)}

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.timing import peak_bytes
-from hia import arena, tiling
+from bench.measure.timing import peak_bytes
+from hia.encoder import strips as tiling
+from hia.encoder import workspace as arena
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
 EXACT = 1e-5  # what a strip may add in fp32; oneDNN adds nothing at most sizes
@@ -81,7 +82,7 @@ def test_a_gigabyte_is_enough_for_large_images(side, dtype):
 
 def encoder_of_width_64():
     import hia
-    from hia.encoder import build_encoder
+    from hia.encoder.encoder import build_encoder
     from tests.hia.hosts import text_config
 
     return build_encoder(hia.HiAConfig.paper(text_config(), num_queries=5, dim=32, num_heads=2)).eval()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hia
-from hia import health
+from hia.runtime import health
 from tests.hia.by_hand import attention_by_hand, cosine_by_hand, entropy_by_hand, rank_by_hand
 from tests.hia.conftest import ONE, TWO, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava, tiny_processor

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import hia
-from hia.images import Radiograph
+from hia.images.load import Radiograph
 
 RNG = np.random.default_rng(0)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import hia
-from hia import layout
-from hia import model as model_module
-from hia.extractor import PackedFeatures
-from hia.features import ImageFeatures
-from hia.hooks import split_layer_output
+from hia.layers import layout
+from hia.layers.extractor import PackedFeatures
+from hia.layers.features import ImageFeatures
+from hia.runtime import model as model_module
+from hia.runtime.hooks import split_layer_output
 from tests.hia.conftest import NONE, ONE, TWO, host_inputs, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava, tiny_processor
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import hia
-from hia.adapter import HiAAdapter
-from hia.encoder import build_encoder
-from hia.extractor import Extractor, PackedFeatures
-from hia.features import ImageFeatures
-from hia.injection import Injection
-from hia.layout import build_layout
+from hia.encoder.encoder import build_encoder
+from hia.layers.adapter import HiAAdapter
+from hia.layers.extractor import Extractor, PackedFeatures
+from hia.layers.features import ImageFeatures
+from hia.layers.injection import Injection
+from hia.layers.layout import build_layout
 from tests.hia.hosts import text_config
 
 DOUBLE = {"rtol": 1e-9, "atol": 1e-9}

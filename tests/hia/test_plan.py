@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import hia
-from hia import injection, plan
-from hia.adapter import HiAAdapter
-from hia.features import ImageFeatures
-from hia.layout import build_layout
+from hia.layers import injection, plan
+from hia.layers.adapter import HiAAdapter
+from hia.layers.features import ImageFeatures
+from hia.layers.layout import build_layout
 from hia_kernels.testing import assert_close
 from tests.hia.hosts import text_config, tiny_llava
 from tests.hia.test_modules import randomised

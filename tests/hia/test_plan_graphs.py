@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 import hia
 import hia_kernels
-from hia import plan
-from hia.features import ImageFeatures
+from hia.layers import plan
+from hia.layers.features import ImageFeatures
 from tests.hia.conftest import ONE, TWO, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llava
 from tests.hia.test_plan import FORMS, adapter_of, available, question

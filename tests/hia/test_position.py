@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import hia
-from hia import tiling
-from hia.extractor import Extractor
-from hia.position import add_position, axis_codes
+from hia.encoder import strips as tiling
+from hia.encoder.position import add_position, axis_codes
+from hia.layers.extractor import Extractor
 from tests.hia.conftest import ONE, random_images
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 from tests.hia.hosts import stir, text_config, tiny_config, tiny_llava

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hia
-from hia.probe import LEAST_INCREASE, LayerProbe, LayerReading
+from hia.runtime.probe import LEAST_INCREASE, LayerProbe, LayerReading
 from tests.hia.conftest import NONE, ONE, TWO, host_inputs, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava
 from tests.hia.test_health import assert_same_state, state_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hia
-from bench.baselines.released import MEAN, STD, ReleasedHiA
+from bench.providers.released import MEAN, STD, ReleasedHiA
 from tests.hia.hosts import tiny_config, tiny_llava
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import hia
-from hia import calibration
-from hia.adapter import HiAAdapter
-from hia.calibration import is_pristine, norms_of
+from hia.encoder import calibration
+from hia.encoder.calibration import is_pristine, norms_of
+from hia.layers.adapter import HiAAdapter
 from tests.hia.conftest import TWO, random_images
 from tests.hia.encoders import distance, encoder_of, pixels_of
 from tests.hia.hosts import text_config, tiny_config, tiny_llava

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hia import textbook
+from hia.layers import direct as textbook
 
 
 def test_cosine_and_rank_of_known_vectors():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..processor import IGNORED, HiABatch, HiAProcessor
+from ..images.processor import IGNORED, HiABatch, HiAProcessor
 from .dataset import PhantomDataset
 from .questions import Question
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..radiograph import Radiograph
+from ..images.radiograph import Radiograph
 from .questions import EXTRA_TASKS, LANGUAGES, TASKS, Question, ask, facts
 from .studies import PhantomConfig, Seed, Study, check_choice, check_seed, draw_study
 

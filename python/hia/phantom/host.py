@@ -37,7 +37,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..config import HiAConfig
-from ..processor import HiAProcessor
+from ..images.processor import HiAProcessor
 from .anatomy import BONES
 from .batches import PhantomBatches
 from .dataset import PhantomDataset

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..radiograph import Radiograph
+from ..images.radiograph import Radiograph
 from .dataset import PhantomDataset
 
 

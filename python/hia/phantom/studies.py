@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..radiograph import Radiograph
+from ..images.radiograph import Radiograph
 from .anatomy import BONES, REFERENCE_SIDE, Form, Texture, add_lesion, bone_thickness, draw_background, draw_texture
 
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")

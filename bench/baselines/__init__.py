@@ -1,1 +1,0 @@
-"""What hia is compared with."""

@@ -1,0 +1,1 @@
+"""Time, memory, accuracy, the device's limits, and what a workload costs."""

@@ -1,0 +1,1 @@
+"""Every op and composite beside its peers and the device's limits."""

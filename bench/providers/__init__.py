@@ -1,0 +1,1 @@
+"""Providers: our functions, every peer, and the port of the released maths."""

@@ -1,0 +1,1 @@
+"""Records of measurements, and the environment they were made in."""

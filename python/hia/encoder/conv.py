@@ -1,0 +1,232 @@
+"""A convolution with its batch-norm: one step of the encoder, from its parameters or from prepared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hia_kernels
+from hia_kernels.ops.conv_norm_act.functional import (
+    PackedConv,
+    conv_norm_act_packed,
+    conv_norm_act_packed_,
+    conv_norm_act_packed_out,
+    pack_conv,
+    packing_reasons,
+)
+from hia_kernels.ops.stem.functional import PackedStem, pack_stem, stem_packing_reasons
+
+from ..layers.prepared import Stamp
+from .cuda_graphs import GraphCache
+from .workspace import Arena, Ends, passing
+
+
+def statistics_dtype(weight: Tensor) -> torch.dtype:
+    """Of the scales and shifts that go with ``weight``."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class FoldedConv(nn.Conv2d):
+    """A convolution's parameters, in ``nn.Conv2d``'s names; its batch-norm is folded when it is applied."""
+
+    def folded(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        """Per-channel scale and shift of the running statistics and of the convolution's bias, fp32 at least."""
+        acc = statistics_dtype(self.weight)
+        scale = norm.weight.to(acc) * torch.rsqrt(norm.running_var.to(acc) + norm.eps)
+        mean = norm.running_mean.to(acc) if self.bias is None else norm.running_mean.to(acc) - self.bias.to(acc)
+        return scale, norm.bias.to(acc) - mean * scale
+
+    def with_live_statistics(self, x: Tensor, norm: nn.Module, residual: Tensor | None, activation: str) -> Tensor:
+        """[N, IH, IW, C] -> [N, OH, OW, OC]: the norm can't be folded before the convolution's output is known."""
+        one = torch.ones(self.out_channels, dtype=statistics_dtype(self.weight), device=self.weight.device)
+        bias = torch.zeros_like(one) if self.bias is None else self.bias.to(one.dtype)
+        y = hia_kernels.conv_norm_act(x, self.weight, one, bias, None, self.stride[0], "none")
+        z = norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        z = z if residual is None else z + residual
+        return (F.relu(z) if activation == "relu" else z).contiguous()
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """One convolution's inference weights.
+
+    Attributes:
+        weight: [OC, C, K, K], channels last where our kernels want it so.
+        scale: [OC] of its norm.
+        shift: [OC] of its norm and bias.
+        packed: both convolution and norm as oneDNN takes them; None where it doesn't serve.
+        stem: the stem's, as the Triton kernels take them; None elsewhere and where they don't serve.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    packed: PackedConv | None
+    stem: PackedStem | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies; on the CPU the weight is the parameter itself."""
+        own = 0 if self.weight.device.type == "cpu" else self.weight.nbytes
+        own += 0 if self.stem is None else self.stem.nbytes
+        return own + self.scale.nbytes + self.shift.nbytes + (0 if self.packed is None else self.packed.nbytes)
+
+
+@dataclass(frozen=True)
+class PreparedEncoder:
+    """What ``Encoder.prepare`` makes: beside the parameters, never in a state_dict.
+
+    Attributes:
+        stamp: versions of the parameters and statistics it was made from.
+        steps: by convolution.
+        constants: mean and std of the stem, on the device.
+        graphs: of the whole encoder with these weights.
+        arena: memory of the activations, on the CPU.
+    """
+
+    stamp: Stamp
+    steps: dict[nn.Module, PreparedStep] = field(repr=False)
+    constants: tuple[Tensor, Tensor] = field(repr=False)
+    graphs: GraphCache = field(default_factory=GraphCache, repr=False)
+    arena: Arena = field(default_factory=Arena, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        constants = sum(tensor.nbytes for tensor in self.constants)
+        return sum(step.nbytes for step in self.steps.values()) + constants + self.graphs.nbytes + self.arena.nbytes
+
+
+@torch.no_grad()
+def prepare_step(
+    conv: FoldedConv, norm: nn.BatchNorm2d, *, pack: bool = True, stem: tuple[Tensor, Tensor, int] | None = None
+) -> PreparedStep:
+    """Fold one norm, and pack the weight where packing serves.
+
+    Args:
+        conv: the convolution.
+        norm: what follows it.
+        pack: whether ``conv_norm_act`` will compute it.
+        stem: mean, std and pool, if it is the stem's.
+    """
+    scale, shift = conv.folded(norm)
+    weight, packed = conv.weight.detach(), None
+    if weight.device.type != "cpu":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    if pack and not packing_reasons(weight):
+        packed = pack_conv(weight, scale, shift, conv.stride[0])
+    if stem is None or stem_packing_reasons(weight):
+        return PreparedStep(weight, scale, shift, packed)
+    mean, std, pool = stem
+    return PreparedStep(weight, scale, shift, packed, pack_stem(weight, mean, std, scale, shift, pool))
+
+
+class Steps:
+    """Computes steps: with prepared weights where there are any, else with the parameters.
+
+    Args:
+        prepared: by convolution.
+        packed: whether packed weights serve now; where they don't, prepared scales and shifts still do.
+        graphs: of the encoder with these weights, if it may use them.
+        arena: memory of the activations, if it may use it.
+    """
+
+    def __init__(
+        self,
+        prepared: Mapping[nn.Module, PreparedStep] | None = None,
+        packed: bool = False,
+        graphs: GraphCache | None = None,
+        arena: Arena | None = None,
+    ):
+        self.prepared, self.packed, self.graphs, self.arena = prepared or {}, packed, graphs, arena
+        self.ends: Ends | None = None
+
+    @contextmanager
+    def within(self, elements: int, dtype: torch.dtype, keep: bool) -> Iterator[None]:
+        """Take activations from the arena in the block, if there is one; :meth:`released` leaves with the result.
+
+        Args:
+            elements: that the units need at most, ``tiling.arena_elements``.
+            dtype: of the activations.
+            keep: whether the memory stays for the next image.
+        """
+        if self.arena is None or not self.packed or not self._all_native():
+            yield
+            return
+        with self.arena.lease(elements, dtype) if keep else passing(elements, dtype) as self.ends:
+            try:
+                yield
+            finally:
+                self.ends = None
+
+    def _all_native(self) -> bool:
+        """Whether every packed convolution writes into what it is given."""
+        return all(step.packed is None or step.packed.is_native() for step in self.prepared.values())
+
+    def moved(self, out: Tensor) -> None:
+        """A unit has finished with its input, and ``out`` is the next one's."""
+        if self.ends is not None:
+            self.ends.moved(out)
+
+    def released(self, out: Tensor) -> Tensor:
+        """``out``, or a copy if it lies in the arena."""
+        return out.clone() if self.ends is not None and self.ends.holds(out) else out
+
+    def folded(self, conv: FoldedConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+        """A convolution's weight, and scale and shift of the norm behind it."""
+        step = self.prepared.get(conv)
+        return (conv.weight, *conv.folded(norm)) if step is None else (step.weight, step.scale, step.shift)
+
+    def __call__(
+        self,
+        conv: FoldedConv,
+        norm: nn.BatchNorm2d,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "relu",
+        pad_rows: bool = True,
+        near: bool = False,
+    ) -> Tensor:
+        """[N, IH, IW, C] -> [N, OH, OW, OC]: convolution, norm, residual, activation.
+
+        Args:
+            conv: the convolution.
+            norm: what follows it.
+            x: its input.
+            residual: is added before the activation, and may be written over: nothing may read it afterwards.
+            activation: "relu" or "none".
+            pad_rows: False where ``x`` is a strip that brings its neighbours' rows.
+            near: where in the arena the result goes, if there is one: next to the unit's input, not to the other end.
+        """
+        step = self.prepared.get(conv)
+        if step is not None and step.packed is not None and self.packed:
+            if residual is None and self.ends is not None:
+                images, height, width, _ = x.shape
+                size = (images, (height - 1) // step.packed.stride + 1, (width - 1) // step.packed.stride + 1)
+                place = self.ends.near if near else self.ends.far
+                return conv_norm_act_packed_out(place((*size, conv.out_channels)), x, step.packed, activation)
+            if residual is None or not residual.is_contiguous():
+                return conv_norm_act_packed(x, step.packed, residual, activation, pad_rows)
+            return conv_norm_act_packed_(residual, x, step.packed, activation, pad_rows)
+        if norm.training:
+            return conv.with_live_statistics(x, norm, residual, activation)
+        weight, scale, shift = self.folded(conv, norm)
+        stride = conv.stride[0]
+        if pad_rows or conv.kernel_size[0] == 1:
+            return hia_kernels.conv_norm_act(x, weight, scale, shift, residual, stride, activation)
+        return _without_padded_rows(x, weight, scale, shift, stride, activation)
+
+
+def _without_padded_rows(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int, activation: str
+) -> Tensor:
+    """A 3 x 3 step of a strip: with the op's padding, less the rows that have seen it."""
+    rows = (x.shape[1] - 3) // stride + 1
+    if stride == 2:  # the op's windows are centred on even rows, the strip's on odd ones
+        x = torch.cat([x.new_zeros(x.shape[0], 1, *x.shape[2:]), x], dim=1)
+    return hia_kernels.conv_norm_act(x, weight, scale, shift, None, stride, activation)[:, 1 : 1 + rows]

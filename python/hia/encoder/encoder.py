@@ -1,0 +1,417 @@
+"""The high-resolution encoder: raw pixels of any size to Z, N tokens of C channels (paper, section 3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hia_kernels
+from hia_kernels.ops.conv_norm_act.functional import packing_reasons
+from hia_kernels.ops.stem.functional import stem_packed, stem_packing_reasons, stem_reach
+
+from ..config import HiAConfig
+from ..layers.prepared import Stamp, stamp_of
+from . import strips as tiling
+from .conv import FoldedConv, PreparedEncoder, Steps, prepare_step
+from .position import add_position
+from .weights import load_resnet50
+
+__all__ = ["Bottleneck", "Encoder", "ResNet50Encoder", "StridedEncoder", "build_encoder", "load_resnet50"]
+
+BLOCKS = (3, 4, 6, 3)  # ResNet-50's bottlenecks a stage
+EXPANSION = 4
+GROUP_PIXELS = 2**22  # images of one size are stacked up to this many pixels; a larger one fills a GPU by itself
+CPU_GROUP_PIXELS = 2**20  # the same on the CPU, in training; beyond, a stack only takes more memory for its temporaries
+
+
+class Bottleneck(nn.Module):
+    """1x1 -> 3x3 -> 1x1 with a residual; the stride is on the 3x3 convolution."""
+
+    def __init__(self, channels: int, width: int, stride: int, bias: bool):
+        super().__init__()
+        out = width * EXPANSION
+        self.stride = stride
+        self.conv1 = FoldedConv(channels, width, 1, bias=bias)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = FoldedConv(width, width, 3, stride=stride, padding=1, bias=bias)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = FoldedConv(width, out, 1, bias=bias)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(FoldedConv(channels, out, 1, stride=stride, bias=bias), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor, step: Steps | None = None) -> Tensor:
+        """[N, H, W, C] -> [N, H', W', 4 * width]; with prepared weights and without ``downsample`` written over x."""
+        step = step or Steps()
+        y = step(self.conv1, self.bn1, x)
+        y = step(self.conv2, self.bn2, y, near=True)
+        residual = x
+        if self.downsample is not None:  # last: the larger of the two is not there yet while conv2 runs
+            residual = step(self.downsample[0], self.downsample[1], x, activation="none")
+            step.moved(residual)
+        return step(self.conv3, self.bn3, y, residual)
+
+    def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
+        """Each convolution and its norm."""
+        yield from ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        if self.downsample is not None:
+            yield self.downsample[0], self.downsample[1]
+
+
+class Encoder(nn.Module):
+    """Raw pixels to features; with running statistics an image's features never depend on its neighbours.
+
+    Subclasses own ``conv1`` (3-channel stem), ``bn1`` and what :meth:`units` lists.
+
+    Attributes:
+        cuda_graphs: whether prepared weights may be used through CUDA graphs, which keep their activations' memory.
+    """
+
+    conv1: FoldedConv
+    bn1: nn.BatchNorm2d
+    pool = 3
+    stem_stride = 4
+    cuda_graphs = True
+
+    def __init__(self, config: HiAConfig):
+        super().__init__()
+        self.channels = config.encoder_channels
+        self.stride = config.encoder_stride
+        self.live_statistics = config.batch_norm == "batch"
+        self.position = config.position
+        self.image_mean, self.image_std = config.image_mean, config.image_std
+        self._prepared: PreparedEncoder | None = None
+        self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not prepared: packed weights can't be copied or saved."""
+        return {**self.__dict__, "_prepared": None, "_constants": {}}
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels an image needs along each axis."""
+        return stem_reach(self.conv1.kernel_size[0], self.pool)
+
+    def halved(self, side: int) -> int:
+        """Features along an axis of so many pixels."""
+        return -(-side // self.stride)
+
+    def reset_parameters(self) -> None:
+        """Kaiming's initialisation of the convolutions; a block's last norm starts at zero.
+
+        The running statistics of an untrained norm scale nothing: sixteen blocks would double the variance sixteen
+        times, and fp16 hosts would overflow.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Batch-norm keeps its running statistics in training unless the config asks for live ones."""
+        super().train(mode)
+        if not self.live_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, pixels: Tensor, window: Tensor, max_activation_bytes: int | None = None) -> Tensor:
+        """Encode one image.
+
+        Args:
+            pixels: [H, W, 1 or 3] uint8, uint16 or float.
+            window: [2] fp32: the pixel values that mean black and white.
+            max_activation_bytes: what activations may take, features included, pixels and weights not; an image that
+                needs more goes through in strips, for inference with running statistics. None: no limit.
+
+        Returns:
+            [H', W', C] features, H' = ceil(H / stride), in the parameters' dtype; with ``position="sincos"`` where each
+            stands is in them.
+
+        Raises:
+            ValueError: the budget can't hold a strip, or gradients or live statistics want the whole image.
+        """
+        tiling.check_budget(max_activation_bytes)
+        return self._encode(pixels[None], window[None], self._steps(), max_activation_bytes)[0]
+
+    def forward_many(
+        self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: int | None = None
+    ) -> list[Tensor]:
+        """Encode images of any sizes: those of one size together, on the CPU only where gradients are recorded.
+
+        Without gradients the CPU takes one after the other: each has the bits that it has alone. With live statistics,
+        images of one size (and kind of pixel) are one batch everywhere: each such group has statistics of its own.
+
+        Args:
+            images: [H, W, 1 or 3] each.
+            windows: [n, 2] fp32.
+            max_activation_bytes: as in :meth:`forward`; for all that is encoded at once.
+
+        Returns:
+            One [H', W', C] map an image, in order; none is padded.
+
+        Raises:
+            ValueError: as :meth:`forward`; not one window an image; a budget that can't hold a group that must be one.
+        """
+        tiling.check_budget(max_activation_bytes)
+        if tuple(windows.shape) != (len(images), 2):
+            raise ValueError(f"hia: windows must have shape [{len(images)}, 2], got {list(windows.shape)}")
+        step = self._steps()
+        maps: dict[int, Tensor] = {}
+        for group in self._groups(images, max_activation_bytes):
+            pixels, window = _stacked(images, group), _stacked(windows, group)
+            maps.update(zip(group, self._encode(pixels, window, step, max_activation_bytes), strict=True))
+        return [maps[index] for index in range(len(images))]
+
+    def prepare(self) -> PreparedEncoder:
+        """Fold the norms and pack the weights for inference: exact to rounding, beside the parameters.
+
+        Used where no gradient is recorded, until a parameter changes.
+        """
+        constants = self._normalisation(self.conv1.weight.device)
+        steps = {self.conv1: prepare_step(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
+        for unit in self.units():
+            steps.update({conv: prepare_step(conv, norm) for conv, norm in unit.pairs()})
+        self.unprepare()
+        self._prepared = PreparedEncoder(self.stamp(), steps, constants)
+        return self._prepared
+
+    def unprepare(self) -> None:
+        """Drop what :meth:`prepare` made."""
+        if self._prepared is not None:
+            self._prepared.graphs.clear()
+        self._prepared = None
+
+    def stamp(self) -> Stamp:
+        """Versions of all parameters and statistics."""
+        return stamp_of([*self.parameters(), *self.buffers()])
+
+    def current(self) -> PreparedEncoder | None:
+        """The prepared weights; dropped, with a warning, once a parameter has changed since they were made."""
+        if self._prepared is not None and self._prepared.stamp != self.stamp():
+            warnings.warn(
+                "hia: parameters have changed since prepare(), so the encoder's weights are dropped; "
+                "call prepare() again",
+                stacklevel=2,
+            )
+            self.unprepare()
+        return self._prepared
+
+    def units(self) -> Sequence[Any]:
+        """List what follows the stem, in order."""
+        raise NotImplementedError("Encoder is abstract: use build_encoder")
+
+    def body(self, x: Tensor, step: Steps | None = None, start: int = 0) -> Tensor:
+        """Run what follows the stem, from unit ``start`` on: [N, H, W, C] -> [N, H', W', C']."""
+        step = step or self._steps()
+        elements = tiling.arena_elements(self.units()[start:], x.shape)
+        with step.within(elements, x.dtype, keep=start == 0):  # behind strips the image is a large one
+            for unit in self.units()[start:]:
+                x = unit(x, step)
+            return step.released(x)
+
+    def stem(self, pixels: Tensor, window: Tensor, step: Steps) -> Tensor:
+        """[N, H, W, CP], [N, 2] -> [N, H / stem_stride, W / stem_stride, width]."""
+        mean, std = self._normalisation(pixels.device)
+        if not self.bn1.training:
+            weight, scale, shift = step.folded(self.conv1, self.bn1)
+            prepared = step.prepared.get(self.conv1)
+            packed = None if prepared is None else prepared.stem
+            if packed is not None and packed.mean is mean and not stem_packing_reasons(weight, pixels):
+                return stem_packed(pixels, window, packed)
+            return hia_kernels.stem(pixels, window, mean, std, weight, scale, shift, self.pool)
+        low, high = window[:, :, None, None, None].unbind(1)
+        x = (((pixels.float() - low) / (high - low)).clamp(0, 1) - mean) / std  # [N, H, W, 3]
+        x = self.conv1.apply_to_stem(x.to(self.conv1.weight.dtype))
+        x = F.relu(self.bn1(x))
+        if self.pool == 3:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        return x.permute(0, 2, 3, 1).contiguous()
+
+    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std on the device; made once, since copying them there makes the host wait."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # not the tensors of a trace
+            return torch.tensor(self.image_mean, device=device), torch.tensor(self.image_std, device=device)
+        key = (device, self.image_mean, self.image_std)
+        if key not in self._constants:
+            with torch.inference_mode(False):  # training saves them for its backward
+                tensors = [torch.tensor(values, device=device) for values in (self.image_mean, self.image_std)]
+            self._constants[key] = (tensors[0], tensors[1])
+        return self._constants[key]
+
+    def takes_live_statistics(self) -> bool:
+        """Tell whether any norm takes the statistics of what it is given."""
+        return self.bn1.training or any(norm.training for unit in self.units() for _, norm in unit.pairs())
+
+    def _steps(self) -> Steps:
+        """With prepared weights, where no gradient is recorded and no norm takes live statistics."""
+        if (
+            self._prepared is None
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.takes_live_statistics()
+        ):
+            return Steps()
+        prepared = self.current()
+        if prepared is None:
+            return Steps()
+        graphs = prepared.graphs if self.cuda_graphs else None
+        return Steps(prepared.steps, not packing_reasons(self.conv1.weight), graphs, prepared.arena)
+
+    def _encode(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
+        """[N, H, W, CP], [N, 2] -> [N, H', W', C], the whole image's, whatever came in strips: positions go on last."""
+        features = self._without_position(pixels, window, step, budget)
+        return features if self.position == "none" else add_position(features)
+
+    def _without_position(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
+        if budget is not None:
+            step.arena = None  # it may be larger than this image's budget
+            images, height, width, _ = pixels.shape
+            rows = tiling.strip_rows(self, height, width, budget // images)
+            if rows is not None:
+                tiling.check_inference(self, pixels, height, width, budget)
+                return tiling.encode_strips(self, pixels, window, step, rows)
+        count, rows = tiling.head(self, *pixels.shape[1:3]) if step.packed and pixels.shape[0] == 1 else (0, 0)
+        if count:  # nothing here may hold a map that the body has done with
+            return self.body(tiling.encode_strips(self, pixels, window, step, rows, count, True), step, count)
+
+        def whole(pixels: Tensor, window: Tensor) -> Tensor:
+            return self.body(self.stem(pixels, window, step), step)
+
+        if step.graphs is None or budget is not None:
+            return whole(pixels, window)
+        return step.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
+
+    def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
+        """Indices of images to encode at once: of one size, and no more than the budget holds."""
+        live, on_cpu = self.takes_live_statistics(), self.conv1.weight.device.type == "cpu"
+        if on_cpu and not live and not torch.is_grad_enabled():
+            return [[index] for index in range(len(images))]
+        alike = of_one_kind(images)
+        if live:  # a limit would decide whose statistics an image sees
+            self._check_live_groups(alike, budget)
+            return list(alike.values())
+        groups = []
+        for (shape, _), members in alike.items():
+            count = max(1, (CPU_GROUP_PIXELS if on_cpu else GROUP_PIXELS) // max(1, shape[0] * shape[1]))
+            if budget is not None:
+                count = max(1, min(count, budget // tiling.activation_bytes(self, *shape[:2])))
+            groups += [members[start : start + count] for start in range(0, len(members), count)]
+        return groups
+
+    def _check_live_groups(self, alike: dict[Any, list[int]], budget: int | None) -> None:
+        for (shape, _), members in alike.items():
+            features = self.halved(shape[0]) * self.halved(shape[1]) * len(members)
+            # SyncBatchNorm's other ranks have features too
+            if features < 2 and not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+                raise ValueError(
+                    f"hia: images of one size must give more than one feature together where batch-norm takes live "
+                    f"statistics, got one of {shape[0]} x {shape[1]} pixels, a feature per {self.stride}"
+                )
+            needed = 0 if budget is None else len(members) * tiling.activation_bytes(self, *shape[:2])
+            if budget is not None and needed > budget:
+                raise ValueError(
+                    f"hia: max_activation_bytes must hold all {len(members)} images of {shape[0]} x {shape[1]} at once "
+                    f"where batch-norm takes live statistics, {needed} bytes, got {budget}"
+                )
+
+
+def of_one_kind(images: Sequence[Tensor]) -> dict[tuple[torch.Size, torch.dtype], list[int]]:
+    """Group the indices of images that can be stacked: by shape and dtype, in order."""
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for index, image in enumerate(images):
+        alike.setdefault((image.shape, image.dtype), []).append(index)
+    return alike
+
+
+def _stacked(tensors: Sequence[Tensor] | Tensor, group: list[int]) -> Tensor:
+    if len(group) == 1:
+        return tensors[group[0]][None]
+    return torch.stack([tensors[index] for index in group])
+
+
+class StemConv(FoldedConv):
+    """The stem's convolution; stride 2, which ``conv_norm_act`` doesn't do for 7 x 7."""
+
+    def apply_to_stem(self, x: Tensor) -> Tensor:
+        """[N, H, W, 3] -> [N, OC, OH, OW], no norm."""
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, stride=2, padding=self.padding)
+
+
+class ResNet50Encoder(Encoder):
+    """ResNet-50 without its classifier; parameter names as in torchvision. Output stride 32, 32 * width channels."""
+
+    def __init__(self, config: HiAConfig):
+        super().__init__(config)
+        width = config.encoder_width
+        self.conv1 = StemConv(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        for stage, blocks in enumerate(BLOCKS):
+            planes = width * 2**stage
+            layer = nn.Sequential()
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layer.append(Bottleneck(channels, planes, stride, config.encoder_bias))
+                channels = planes * EXPANSION
+            self.add_module(f"layer{stage + 1}", layer)
+
+    def units(self) -> list[Bottleneck]:
+        """The sixteen bottlenecks."""
+        return [block for stage in range(len(BLOCKS)) for block in self.get_submodule(f"layer{stage + 1}")]
+
+
+class ConvUnit:
+    """A convolution and its norm, which two lists own."""
+
+    def __init__(self, conv: FoldedConv, norm: nn.BatchNorm2d):
+        self.conv, self.norm, self.stride = conv, norm, conv.stride[0]
+
+    def __call__(self, x: Tensor, step: Steps) -> Tensor:
+        out = step(self.conv, self.norm, x)
+        step.moved(out)
+        return out
+
+    def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
+        """Each convolution and its norm."""
+        yield self.conv, self.norm
+
+
+class StridedEncoder(Encoder):
+    """A 3 x 3 stride-2 stem without pool and four 3 x 3 convolutions of doubling width, all stride 2
+    (output stride 32), or the last with stride 1 (output stride 16)."""
+
+    pool = 1
+    stem_stride = 2
+
+    def __init__(self, config: HiAConfig):
+        super().__init__(config)
+        width = config.encoder_width
+        self.conv1 = StemConv(3, width, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.convs = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        for level in range(1, 5):
+            stride = 1 if level == 4 and config.encoder_stride == 16 else 2
+            channels = width * 2**level
+            self.convs.append(FoldedConv(channels // 2, channels, 3, stride=stride, padding=1, bias=False))
+            self.norms.append(nn.BatchNorm2d(channels))
+
+    def units(self) -> list[ConvUnit]:
+        """The four convolutions."""
+        return [ConvUnit(conv, norm) for conv, norm in zip(self.convs, self.norms, strict=True)]
+
+
+def build_encoder(config: HiAConfig) -> Encoder:
+    """The encoder the config names."""
+    encoder = ResNet50Encoder(config) if config.encoder == "resnet50" else StridedEncoder(config)
+    encoder.reset_parameters()
+    return encoder

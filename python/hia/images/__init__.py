@@ -1,0 +1,1 @@
+"""Radiographs: loading, windows, and the processor that turns them into a model's inputs."""

@@ -1,0 +1,334 @@
+"""Condition and extract: what the instruction asks for, read from the high-resolution features."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hia_kernels
+
+from ..config import HiAConfig
+from . import plan
+from .prepared import PreparedExtractor, Stamp, prepare_extractor, stamp_of
+
+KEY_VALUE_FORMS = ("textbook", "folded", "deep_kv")
+SHARED_FORMS = ("textbook", "absorbed")  # these read the released maths' shared projection as it is
+# h_N is not normed, and its entries are of size 1 and more in trained hosts: at full gain the one vector that all
+# queries get would outweigh what tells them apart.
+CONDITION_GAIN = 0.1
+LARGEST_SIDE = 2**30  # bytes a layer keeps of one set of images without being told to
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a layer makes of images alone, kept for later questions.
+
+    Attributes:
+        kind: "folded": projected and normed features; "kv": keys and values.
+        tokens: [T, D] or [T, 2 * D].
+        stamp: versions of the parameters it was made with.
+    """
+
+    kind: str
+    tokens: Tensor
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class PackedFeatures:
+    """Features of several images, one after the other.
+
+    Attributes:
+        tokens: [T, C] as the encoder gives them, image i in rows cu_seqlens[i]:cu_seqlens[i + 1].
+        cu_seqlens: [n + 1] int32.
+        max_seqlen: tokens of the largest image.
+        lengths: tokens of each image.
+        sides: by decoder layer, what was kept of these images.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+    sides: dict[int, Side] = field(default_factory=dict)
+    _memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device) -> PackedFeatures:
+        """On another device; itself if it is there already."""
+        if self.tokens.device == device:
+            return self
+        sides = {layer: Side(side.kind, side.tokens.to(device), side.stamp) for layer, side in self.sides.items()}
+        # what was made before the layers goes along: one that is run again by checkpointing must not make it anew
+        memo = {name: made.to(device) for name, made in self._memo.items()}
+        tokens, cu_seqlens = self.tokens.to(device), self.cu_seqlens.to(device)
+        return PackedFeatures(tokens, cu_seqlens, self.max_seqlen, self.lengths, sides, memo)
+
+    def shared(self, linear: nn.Linear) -> Tensor:
+        """[T, D1]: the released maths' projection, computed once for all layers that share it."""
+        if "shared" not in self._memo:
+            weight, bias = (p.to(self.tokens.device) for p in (linear.weight, linear.bias))
+            self._memo["shared"] = hia_kernels.linear(self.tokens, weight, bias)
+        return self._memo["shared"]
+
+    def widened(self) -> Tensor:
+        """[T, C + 16]: a column of ones behind the features, then zeros."""
+        if "widened" not in self._memo:
+            pad = self.tokens.new_zeros(self.tokens.shape[0], plan.DEEP_PAD)
+            pad[:, 0] = 1
+            self._memo["widened"] = torch.cat([self.tokens, pad], dim=1)
+        return self._memo["widened"]
+
+
+class Extractor(nn.Module):
+    """Z̄ = CrossAtten(Q + Linear(h_N), Linear(Z)): M learnable queries read one image's features (paper, section 3).
+
+    The conditioned queries are one set per sample, whatever the number of its images. The maths has several exact
+    forms; :mod:`hia.layers.plan` picks one by the sizes of the call, ``HiAConfig.plan`` forces one.
+
+    Args:
+        config: of the adapter.
+        layer: decoder layer it belongs to: the key of sides kept for it.
+        shared: the released maths' projection, owned by the adapter.
+    """
+
+    def __init__(self, config: HiAConfig, layer: int = 0, shared: nn.Linear | None = None):
+        super().__init__()
+        dim = config.dim
+        channels = config.hidden_size if config.shared_projection else config.encoder_channels
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.query_std, self.init, self.residual = config.query_std, config.init, config.query_residual
+        self.layer_index, self.form = layer, plan.split_plan(config.plan)[0]
+        self.sharing = len(config.layer_indices) if config.shared_projection else 0
+        self.hidden_size, self.channels = config.hidden_size, config.encoder_channels
+        self._shared = (shared,)  # in a tuple, or its parameters would be registered here too
+        self._prepared: PreparedExtractor | None = None
+        self.queries = nn.Parameter(torch.empty(config.num_queries, dim))
+        self.condition = nn.Linear(config.hidden_size, dim) if config.instruction_aware else None
+        self.feature_projection = nn.Linear(channels, dim)
+        self.query_norm = nn.LayerNorm(dim)
+        self.feature_norm = nn.LayerNorm(dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise queries and, as ``HiAConfig.init`` says, the projections (norms have reset themselves)."""
+        nn.init.normal_(self.queries, std=self.query_std)
+        if self.init == "lecun_normal":
+            unit_variance_(self.feature_projection, self.q_proj, self.kv_proj, self.out_proj)
+            if self.condition is not None:
+                unit_variance_(self.condition, gain=CONDITION_GAIN)
+
+    def stamp(self) -> Stamp:
+        """Versions of all parameters that keys and values depend on."""
+        modules = (*self._shared, self.feature_projection, self.feature_norm, self.kv_proj)
+        return stamp_of(p for module in modules if module is not None for p in module.parameters())
+
+    def prepare(self) -> PreparedExtractor:
+        """Fold the weights for inference; see :class:`hia.layers.prepared.PreparedExtractor`."""
+        (shared,) = self._shared
+        self._prepared = prepare_extractor(
+            self.feature_projection, shared, self.feature_norm, self.kv_proj, self.stamp()
+        )
+        return self._prepared
+
+    def unprepare(self) -> None:
+        """Drop the folded weights."""
+        self._prepared = None
+
+    def condition_queries(self, hidden: Tensor, instruction_rows: Tensor) -> Tensor:
+        """Eq. 2. hidden [T, D1], instruction_rows [B] -> [B, M, D]; without awareness the queries, B times."""
+        if self.condition is None:
+            return self.queries.expand(instruction_rows.shape[0], -1, -1)
+        return hia_kernels.condition_queries(
+            hidden, instruction_rows, self.condition.weight, self.condition.bias, self.queries
+        )
+
+    def forward(
+        self, hidden: Tensor, instruction_rows: Tensor, features: PackedFeatures, image_to_sample: Tensor
+    ) -> Tensor:
+        """Extract from every image what its sample's instruction asks for.
+
+        Args:
+            hidden: [T, D1] hidden states of the packed tokens.
+            instruction_rows: [B] int64, row of each sample's last instruction token.
+            features: of n images.
+            image_to_sample: [n] int64 in ``[0, B)``.
+
+        Returns:
+            [n * M, D].
+        """
+        conditioned = self.condition_queries(hidden, instruction_rows)  # [B, M, D]
+        batch, num_queries, dim = conditioned.shape
+        q = norm_project(conditioned.reshape(-1, dim), self.query_norm, self.q_proj)  # [B * M, D]
+        q = q.view(batch, num_queries, self.num_heads, self.head_dim)
+        form = self.form_for(features, batch)
+        if form.endswith("absorbed") or form == "cached_folded":
+            out = self._attend_to_latent(q, features, image_to_sample, form)
+        else:
+            out = self._attend(q, features, image_to_sample, form)
+        extracted = hia_kernels.linear(out, self.out_proj.weight, self.out_proj.bias)  # [n * M, D]
+        return extracted + conditioned[image_to_sample].flatten(0, 1) if self.residual else extracted
+
+    def form_for(self, features: PackedFeatures, samples: int) -> str:
+        """The form that a call about these images takes now."""
+        return plan.choose("extract", self.form, self.sizes(features, samples), features.tokens.device.type)
+
+    def reads_shared(self, features: PackedFeatures, samples: int) -> bool:
+        """Whether that form reads :meth:`PackedFeatures.shared`; a folded one goes past it."""
+        return self.sharing > 0 and self.form_for(features, samples) in SHARED_FORMS
+
+    def sizes(self, features: PackedFeatures, samples: int) -> plan.Sizes:
+        """What the plan is made from, for these images."""
+        training = torch.is_grad_enabled()
+        side = None if training else self._kept(features)
+        return plan.Sizes(
+            hidden_size=self.hidden_size,
+            dim=self.num_heads * self.head_dim,
+            heads=self.num_heads,
+            queries=self.queries.shape[0],
+            channels=self.channels,
+            samples=samples,
+            features=features.lengths,
+            sharing=self.sharing,
+            itemsize=features.tokens.element_size(),
+            training=training,
+            prepared=not training and self.current() is not None,
+            cached=() if side is None else (side.kind,),
+        )
+
+    def current(self) -> PreparedExtractor | None:
+        """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""
+        prepared = self._prepared
+        if prepared is None or torch.compiler.is_compiling() or prepared.stamp == self.stamp():
+            return prepared
+        warnings.warn(
+            "hia: parameters have changed since prepare(), so its folded weights are dropped; call prepare() again",
+            stacklevel=2,
+        )
+        self._prepared = None
+        return None
+
+    def image_side(self, features: PackedFeatures, kind: str) -> Side:
+        """What later questions about these images need of them in this layer.
+
+        Args:
+            features: of the images.
+            kind: "folded" or "kv".
+        """
+        if kind == "kv":
+            forms = [form for form in plan.extract_forms(self.sizes(features, 1)) if form.name in KEY_VALUE_FORMS]
+            ceilings = plan.ceilings_of(features.tokens.device.type, features.tokens.element_size())
+            return Side(kind, self._key_values(features, plan.cheapest(forms, ceilings).name), self.stamp())
+        form = "folded" if self.sharing and self.current() is not None else "textbook"
+        return Side(kind, self._normed(self._projected(features, form)), self.stamp())
+
+    def gains_from_keys(self, features: PackedFeatures) -> bool:
+        """Whether a question about these images is cheaper with their keys and values at hand, and they are small."""
+        nbytes = features.tokens.shape[0] * 2 * self.num_heads * self.head_dim * features.tokens.element_size()
+        sizes = dataclasses.replace(self.sizes(features, 1), cached=("kv",))
+        ceilings = plan.ceilings_of(features.tokens.device.type, sizes.itemsize)
+        return nbytes <= LARGEST_SIDE and plan.cheapest(plan.extract_forms(sizes), ceilings).name == "cached_kv"
+
+    def _kept(self, features: PackedFeatures) -> Side | None:
+        side = features.sides.get(self.layer_index)
+        if side is None or torch.compiler.is_compiling() or side.stamp == self.stamp():
+            return side
+        return None
+
+    def _projected(self, features: PackedFeatures, form: str) -> Tensor:
+        """[T, D] before the norm."""
+        (shared,) = self._shared
+        own = self.feature_projection
+        if shared is None:
+            return hia_kernels.linear(features.tokens, own.weight, own.bias)
+        if form in SHARED_FORMS:
+            return hia_kernels.linear(features.shared(shared), own.weight, own.bias)
+        prepared = None if torch.is_grad_enabled() else self.current()
+        if prepared is not None:
+            return hia_kernels.linear(features.tokens, prepared.fold_weight, prepared.fold_bias)
+        shared_weight, shared_bias = (p.to(own.weight.device) for p in (shared.weight, shared.bias))
+        weight = hia_kernels.linear(own.weight, shared_weight.mT)
+        return hia_kernels.linear(features.tokens, weight, own.weight @ shared_bias + own.bias)
+
+    def _normed(self, projected: Tensor) -> Tensor:
+        norm = self.feature_norm
+        return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+    def _deep(self, features: PackedFeatures) -> tuple[Tensor, PreparedExtractor]:
+        """[T, C + 16]: widened features over the deviation of their projection."""
+        prepared = self.current()
+        if prepared is None:
+            raise RuntimeError("hia: the deep forms must have prepare() behind them, got none")
+        wide = features.widened()
+        exact = torch.float64 if wide.dtype == torch.float64 else torch.float32
+        variance = hia_kernels.linear(wide, prepared.root).to(exact).square().sum(-1, keepdim=True)  # [T, 1]
+        return (wide * torch.rsqrt(variance + self.feature_norm.eps)).to(wide.dtype), prepared
+
+    def _key_values(self, features: PackedFeatures, form: str) -> Tensor:
+        """[T, 2 * D]."""
+        if form == "deep_kv":
+            scaled, prepared = self._deep(features)
+            return hia_kernels.linear(scaled, prepared.deep_weight, prepared.deep_bias)
+        return norm_project(self._projected(features, form), self.feature_norm, self.kv_proj)
+
+    def _attend(self, q: Tensor, features: PackedFeatures, image_to_sample: Tensor, form: str) -> Tensor:
+        """q [B, M, H, d] -> [n * M, D]: keys and values of every token, fused attention."""
+        if form == "cached_kv":
+            kv = features.sides[self.layer_index].tokens
+        else:
+            kv = self._key_values(features, form)
+        k, v = kv.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
+        images, num_queries = image_to_sample.shape[0], q.shape[1]
+        q = q[image_to_sample].flatten(0, 1)  # [n * M, H, d]
+        out = hia_kernels.cross_attention(
+            q, k, v, even_cu_seqlens(images, num_queries, q), features.cu_seqlens, num_queries, features.max_seqlen
+        )
+        return out.flatten(1)
+
+    def _attend_to_latent(self, q: Tensor, features: PackedFeatures, image_to_sample: Tensor, form: str) -> Tensor:
+        """q [B, M, H, d] -> [n * M, D]: the projections of keys and values absorbed by queries and results."""
+        dim, heads = self.num_heads * self.head_dim, self.num_heads
+        weight, bias = self.kv_proj.weight, self.kv_proj.bias
+        if form == "deep_absorbed":
+            latent, prepared = self._deep(features)
+            weight, bias = prepared.deep_weight, prepared.deep_bias
+        elif form == "cached_folded":
+            latent = features.sides[self.layer_index].tokens
+        else:
+            latent = self._normed(self._projected(features, form))
+        key_weight, value_weight = weight.view(2, heads, self.head_dim, -1).unbind(0)  # [H, d, E]
+        absorbed = hia_kernels.head_linear(q.transpose(1, 2), key_weight.mT).flatten(1, 2)  # [B, H * M, E]
+        images = image_to_sample.shape[0]
+        absorbed = absorbed.expand(images, -1, -1) if q.shape[0] == 1 else absorbed[image_to_sample]  # [n, H * M, E]
+        out = hia_kernels.latent_attention(absorbed, latent.to(absorbed.dtype), features.lengths, self.head_dim**-0.5)
+        out = out.view(images, heads, -1, out.shape[-1])
+        out = hia_kernels.head_linear(out, value_weight.to(out.dtype), merge_heads=True)  # [n, M, D]
+        return out.flatten(0, 1) + bias[dim:]
+
+
+def unit_variance_(*linears: nn.Linear, gain: float = 1.0) -> None:
+    """Start linears so that inputs of variance 1 give outputs of variance ``gain**2``, with zero biases.
+
+    LeCun's normal start (Efficient BackProp, 1998). ``nn.Linear``'s own is a third of that variance with biases as
+    large as what follows from the input, which makes all queries, keys and visual tokens alike.
+    """
+    for linear in linears:
+        nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
+        nn.init.zeros_(linear.bias)
+
+
+def norm_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, row_idx: Tensor | None = None) -> Tensor:
+    """Linear(LayerNorm(x[row_idx])) of two modules' parameters."""
+    return hia_kernels.norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, row_idx, norm.eps)
+
+
+def even_cu_seqlens(sequences: int, length: int, like: Tensor) -> Tensor:
+    """[sequences + 1] int32: sequences of one length, made on the device of ``like``."""
+    return torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device=like.device)
