@@ -11,7 +11,7 @@ START = (
     Mutant(
         name="columns-added-to-rows",
         kind="wrong index",
-        file=f"{HIA}/position.py",
+        file=f"{HIA}/encoder/position.py",
         old="features[..., half:] += columns",
         new="features[..., :half] += columns",
         tests=(f"{TESTS}/test_position.py::test_rows_and_columns_have_half_the_channels_each",),
@@ -20,7 +20,7 @@ START = (
     Mutant(
         name="positions-from-the-corner",
         kind="off by one at an edge",
-        file=f"{HIA}/position.py",
+        file=f"{HIA}/encoder/position.py",
         old="dtype=exact) + 0.5) / length",
         new="dtype=exact) + 0.0) / length",
         tests=(f"{TESTS}/test_position.py::test_one_place_has_one_code_in_every_resolution",),
@@ -29,7 +29,7 @@ START = (
     Mutant(
         name="no-positions-in-training",
         kind="lost part of a sum",
-        file=f"{HIA}/position.py",
+        file=f"{HIA}/encoder/position.py",
         old="return torch.cat([features[..., :half] + rows, features[..., half:] + columns], dim=-1)",
         new="return features",
         tests=(f"{TESTS}/test_position.py::test_the_encoder_adds_them_last",),
@@ -47,7 +47,7 @@ START = (
     Mutant(
         name="the-instruction-drowns-the-queries",
         kind="wrong measure",
-        file=f"{HIA}/extractor.py",
+        file=f"{HIA}/layers/extractor.py",
         old="unit_variance_(self.condition, gain=CONDITION_GAIN)",
         new="unit_variance_(self.condition)",
         tests=(f"{TESTS}/test_start.py::test_projections_start_at_unit_variance",),
@@ -56,7 +56,7 @@ START = (
     Mutant(
         name="biases-as-large-as-the-signal",
         kind="lost state",
-        file=f"{HIA}/extractor.py",
+        file=f"{HIA}/layers/extractor.py",
         old="nn.init.zeros_(linear.bias)",
         new="nn.init.ones_(linear.bias)",
         tests=(f"{TESTS}/test_start.py::test_projections_start_at_unit_variance",),
@@ -65,7 +65,7 @@ START = (
     Mutant(
         name="residual-without-the-instruction",
         kind="lost residual",
-        file=f"{HIA}/extractor.py",
+        file=f"{HIA}/layers/extractor.py",
         old="extracted + conditioned[image_to_sample].flatten(0, 1)",
         new="extracted + self.queries.repeat(len(image_to_sample), 1)",
         tests=(f"{TESTS}/test_modules.py::test_extractor_is_the_papers_cross_attention",),
@@ -77,7 +77,7 @@ STATISTICS = (
     Mutant(
         name="variance-without-the-means-spread",
         kind="lost part of a sum",
-        file=f"{HIA}/calibration.py",
+        file=f"{HIA}/encoder/calibration.py",
         old="count * (spread + mean.square())",
         new="count * spread",
         tests=(f"{TESTS}/test_start.py::test_calibration_measures_all_pixels",),
@@ -86,7 +86,7 @@ STATISTICS = (
     Mutant(
         name="calibration-leaves-norms-training",
         kind="lost state",
-        file=f"{HIA}/calibration.py",
+        file=f"{HIA}/encoder/calibration.py",
         old="norm.train(training)",
         new="norm.train()",
         tests=(f"{TESTS}/test_start.py::test_calibration_measures_all_pixels",),
@@ -95,7 +95,7 @@ STATISTICS = (
     Mutant(
         name="a-frozen-host-drops-out",
         kind="lost state",
-        file=f"{HIA}/training.py",
+        file=f"{HIA}/runtime/trainer.py",
         old="    base.eval()",
         new="    base.train(training)",
         tests=(f"{TESTS}/test_start.py::test_a_frozen_host_has_no_dropout_in_training",),
@@ -104,7 +104,7 @@ STATISTICS = (
     Mutant(
         name="lora-without-its-dropout",
         kind="lost state",
-        file=f"{HIA}/training.py",
+        file=f"{HIA}/runtime/trainer.py",
         old="                own.train()",
         new="                own.eval()",
         tests=(f"{TESTS}/test_start.py::test_what_is_trained_in_the_host_follows",),
@@ -113,7 +113,7 @@ STATISTICS = (
     Mutant(
         name="checkpointing-switched-off",
         kind="silent fallback",
-        file=f"{HIA}/training.py",
+        file=f"{HIA}/runtime/trainer.py",
         old="module.training = True  # not .train()",
         new="module.training = False  # not .train()",
         tests=(f"{TESTS}/test_start.py::test_checkpointing_still_recomputes",),
@@ -122,7 +122,7 @@ STATISTICS = (
     Mutant(
         name="checkpointing-enabled-later-is-ignored",
         kind="silent fallback",
-        file=f"{HIA}/training.py",
+        file=f"{HIA}/runtime/trainer.py",
         old="""getattr(layer, "gradient_checkpointing", False) and not layer.training for""",
         new="""getattr(layer, "gradient_checkpointing", False) and layer.training for""",
         tests=(f"{TESTS}/test_start.py::test_checkpointing_enabled_on_the_host_after_train",),
@@ -131,7 +131,7 @@ STATISTICS = (
     Mutant(
         name="a-layers-own-dropout-stays-off",
         kind="lost state",
-        file=f"{HIA}/training.py",
+        file=f"{HIA}/runtime/trainer.py",
         old="module.training = True  # DoRA's",
         new="module.training = False  # DoRA's",
         tests=(f"{TESTS}/test_start.py::test_pefts_dropout_is_on_in_training[LoHa]",),
@@ -140,7 +140,7 @@ STATISTICS = (
     Mutant(
         name="the-host-stays-frozen-in-evaluation",
         kind="lost state",
-        file=f"{HIA}/model.py",
+        file=f"{HIA}/runtime/model.py",
         old="                module.training = training",
         new="                module.training = False",
         tests=(f"{TESTS}/test_start.py::test_unload_gives_the_hosts_modes_back",),
@@ -149,7 +149,7 @@ STATISTICS = (
     Mutant(
         name="one-image-is-left-out-of-the-statistics",
         kind="off by one at an edge",
-        file=f"{HIA}/calibration.py",
+        file=f"{HIA}/encoder/calibration.py",
         old="members[len(members) * i // count :",
         new="members[len(members) * i // count + (i > 0) :",
         tests=(f"{TESTS}/test_start.py::test_calibration_takes_a_large_set_in_parts",),
@@ -158,7 +158,7 @@ STATISTICS = (
     Mutant(
         name="encoder-at-the-full-rate",
         kind="wrong measure",
-        file=f"{HIA}/training.py",
+        file=f"{HIA}/runtime/trainer.py",
         old='"encoder": lr * encoder_lr_scale',
         new='"encoder": lr',
         tests=(f"{TESTS}/test_start.py::test_parameter_groups_hold_every_trained_parameter_once",),
@@ -170,7 +170,7 @@ JUDGED = (
     Mutant(
         name="low-resolution-in-name-only",
         kind="silent fallback",
-        file=f"{HIA}/resolution.py",
+        file=f"{HIA}/runtime/resolution.py",
         old="    if config.high_resolution:",
         new="    if config is not None:",
         after="def limited(",
@@ -180,7 +180,7 @@ JUDGED = (
     Mutant(
         name="one-mean-for-all-images",
         kind="wrong index",
-        file=f"{HIA}/probe.py",
+        file=f"{HIA}/runtime/probe.py",
         old="self.images = flat[self.rows]",
         new="self.images = flat[self.rows] * 0",
         tests=(f"{TESTS}/test_probe.py::test_losses_are_the_hosts_own",),

@@ -11,7 +11,7 @@ HOOKS = (
     Mutant(
         name="unload-leaves-a-hook-behind",
         kind="hook left behind",
-        file=f"{HIA}/hooks.py",
+        file=f"{HIA}/runtime/hooks.py",
         old="for handle in self._handles:",
         new="for handle in self._handles[1:]:",
         tests=(f"{TESTS}/test_model.py::test_unload_restores_the_host",),
@@ -20,7 +20,7 @@ HOOKS = (
     Mutant(
         name="an-exception-leaves-the-visit-open",
         kind="hook left behind",
-        file=f"{HIA}/model.py",
+        file=f"{HIA}/runtime/model.py",
         old="self._hooks.visit = self._hooks.call = None",
         new="self._hooks.call = None",
         tests=(f"{TESTS}/test_model.py::test_an_exception_inside_forward_leaves_nothing_behind",),
@@ -29,7 +29,7 @@ HOOKS = (
     Mutant(
         name="hooks-one-layer-too-early",
         kind="wrong index",
-        file=f"{HIA}/hooks.py",
+        file=f"{HIA}/runtime/hooks.py",
         old="host.layers[index].register_forward_hook",
         new="host.layers[index - 1].register_forward_hook",
         tests=(f"{TESTS}/test_model.py::test_only_visual_rows_of_the_chosen_layers_output_change",),
@@ -38,7 +38,7 @@ HOOKS = (
     Mutant(
         name="beams-see-other-samples-images",
         kind="wrong order",
-        file=f"{HIA}/layout.py",
+        file=f"{HIA}/layers/layout.py",
         old="images * copies + copy for images in owned for copy in range(copies)",
         new="images * copies + copy for copy in range(copies) for images in owned",
         tests=(f"{TESTS}/test_generate.py::test_every_beam_sees_its_own_samples_images",),
@@ -50,7 +50,7 @@ WEIGHTS = (
     Mutant(
         name="prepared-weights-outlive-an-update",
         kind="stale cache",
-        file=f"{HIA}/prepared.py",
+        file=f"{HIA}/layers/prepared.py",
         old="p.data_ptr(), p._version, str(p.dtype)",
         new="p.data_ptr(), 0, str(p.dtype)",
         tests=(f"{TESTS}/test_plan.py::test_loading_and_casting_drop_prepared_weights",),
@@ -59,7 +59,7 @@ WEIGHTS = (
     Mutant(
         name="kept-keys-outlive-an-update",
         kind="stale cache",
-        file=f"{HIA}/extractor.py",
+        file=f"{HIA}/layers/extractor.py",
         old="torch.compiler.is_compiling() or side.stamp == self.stamp():",
         new="torch.compiler.is_compiling() or side.stamp:",
         tests=(f"{TESTS}/test_plan.py::test_kept_sides_are_counted_and_used_until_weights_change",),
@@ -68,7 +68,7 @@ WEIGHTS = (
     Mutant(
         name="results-lie-in-the-arena",
         kind="stale cache",
-        file=f"{HIA}/folding.py",
+        file=f"{HIA}/encoder/conv.py",
         old="return out.clone() if self.ends is not None and self.ends.holds(out) else out",
         new="return out",
         tests=(f"{TESTS}/test_encoder_arena.py::test_results_are_the_callers",),
@@ -77,7 +77,7 @@ WEIGHTS = (
     Mutant(
         name="attaching-changes-the-host",
         kind="lost state",
-        file=f"{HIA}/injection.py",
+        file=f"{HIA}/layers/injection.py",
         old="nn.init.zeros_(self.out_proj.bias)",
         new="nn.init.ones_(self.out_proj.bias)",
         tests=(f"{TESTS}/test_model.py::test_attaching_leaves_logits_bit_identical",),
@@ -86,7 +86,7 @@ WEIGHTS = (
     Mutant(
         name="checkpoint-lacks-the-statistics",
         kind="lost state",
-        file=f"{HIA}/checkpoint.py",
+        file=f"{HIA}/runtime/checkpoint.py",
         old="for name, tensor in adapter.state_dict().items()}",
         new="for name, tensor in adapter.named_parameters()}",
         tests=(f"{TESTS}/test_checkpoint.py::test_round_trip",),
@@ -95,7 +95,7 @@ WEIGHTS = (
     Mutant(
         name="a-checkpoint-may-lack-tensors",
         kind="missing check",
-        file=f"{HIA}/checkpoint.py",
+        file=f"{HIA}/runtime/checkpoint.py",
         old="if missing := sorted(set(expected) - set(tensors)):",
         new="if missing := sorted(set(tensors) - set(tensors)):",
         tests=(f"{TESTS}/test_checkpoint.py::test_missing_extra_and_wrong_shaped_tensors_are_listed",),
@@ -107,7 +107,7 @@ INPUTS = (
     Mutant(
         name="instruction-token-from-the-answer",
         kind="wrong index",
-        file=f"{HIA}/processor.py",
+        file=f"{HIA}/images/processor.py",
         old="instruction_index[row] = start + len(prompt) - 1",
         new="instruction_index[row] = start + used - 1",
         tests=(f"{TESTS}/test_training.py::test_training_and_generation_condition_on_the_same_token",),
@@ -116,7 +116,7 @@ INPUTS = (
     Mutant(
         name="padding-on-the-other-side",
         kind="wrong order",
-        file=f"{HIA}/processor.py",
+        file=f"{HIA}/images/processor.py",
         old='start = longest - used if side == "left" else 0',
         new='start = longest - used if side == "right" else 0',
         tests=(f"{TESTS}/test_processor.py::test_padding_lies_on_the_side_asked_for",),
@@ -125,7 +125,7 @@ INPUTS = (
     Mutant(
         name="dicom-window-half-a-pixel-off",
         kind="wrong window",
-        file=f"{HIA}/dicom.py",
+        file=f"{HIA}/images/dicom.py",
         old="return first[0] - 0.5 - half, first[0] - 0.5 + half",
         new="return first[0] - half, first[0] + half",
         tests=(f"{TESTS}/test_images.py::test_dicom_windows",),
@@ -134,7 +134,7 @@ INPUTS = (
     Mutant(
         name="negative-radiograph-shown-as-positive",
         kind="wrong window",
-        file=f"{HIA}/dicom.py",
+        file=f"{HIA}/images/dicom.py",
         old="low, high = high, low",
         new="low, high = low, high",
         tests=(f"{TESTS}/test_images.py::test_dicom_windows",),
@@ -143,7 +143,7 @@ INPUTS = (
     Mutant(
         name="16-bit-image-in-an-8-bit-window",
         kind="wrong window",
-        file=f"{HIA}/images.py",
+        file=f"{HIA}/images/load.py",
         old="if pixels.dtype == torch.uint8:",
         new="if not pixels.is_floating_point():",
         tests=(f"{TESTS}/test_images.py::test_kinds_of_images",),
@@ -155,7 +155,7 @@ ENCODER = (
     Mutant(
         name="strips-see-the-edge-of-their-cut",
         kind="off by one at an edge",
-        file=f"{HIA}/tiling.py",
+        file=f"{HIA}/encoder/strips.py",
         old="above * stride : (stop + STEM_HALO) * stride]",
         new="above * stride : stop * stride]",
         tests=(f"{TESTS}/test_encoder_tiling.py::test_other_dtypes",),
@@ -164,7 +164,7 @@ ENCODER = (
     Mutant(
         name="strips-forget-the-rows-before",
         kind="lost part of a sum",
-        file=f"{HIA}/tiling.py",
+        file=f"{HIA}/encoder/strips.py",
         old="above = _zero_row(parts[0]) if self.kept is None else self.kept",
         new="above = _zero_row(parts[0]) if self.kept is None else torch.zeros_like(self.kept)",
         tests=(f"{TESTS}/test_encoder_tiling.py::test_strips_are_the_whole",),
@@ -173,7 +173,7 @@ ENCODER = (
     Mutant(
         name="batch-norm-learns-from-one-image",
         kind="lost state",
-        file=f"{HIA}/encoder.py",
+        file=f"{HIA}/encoder/encoder.py",
         old="if not self.live_statistics:",
         new="if self.live_statistics:",
         tests=(f"{TESTS}/test_modules.py::test_batch_norm_statistics_stay_in_training_unless_asked",),
