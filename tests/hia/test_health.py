@@ -12,7 +12,7 @@ from torch import nn
 
 import hia
 from hia.runtime import health
-from tests.hia.by_hand import attention_by_hand, cosine_by_hand, entropy_by_hand, rank_by_hand
+from tests.hia.by_hand import layer_by_hand
 from tests.hia.conftest import ONE, TWO, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava, tiny_processor
 
@@ -75,49 +75,6 @@ def healthy_start(model, inputs):
         for norm in norms:
             norm.eval()
     return model
-
-
-@torch.no_grad()
-def layer_by_hand(model, inputs, index):
-    """One image after the other from the host's own hidden states, for the first HiA layer."""
-    plain = model.base_model(
-        **{k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")}, output_hidden_states=True
-    ).hidden_states[index + 1]
-    layer = model.adapter.layer(index)
-    extractor, injection, heads = layer.extractor, layer.injection, layer.extractor.num_heads
-    numbers = {name: [] for name in ("extraction", "injection", "query", "rank", "read", "update")}
-    updates, rows, conditions = [], [], {}
-    for image, features in enumerate(model.encode_images(inputs.high_res_pixels, inputs.windows).maps):
-        sample = int((inputs.image_map == image).any(1).nonzero())
-        queries = extractor.queries
-        if extractor.condition is not None:
-            conditions[sample] = extractor.condition(plain[sample, inputs.instruction_index[sample]])
-            queries = queries + conditions[sample]
-        tokens = features.flatten(0, 1)
-        if model.adapter.feature_projection is not None:
-            tokens = model.adapter.feature_projection(tokens)
-        k, v = extractor.kv_proj(extractor.feature_norm(extractor.feature_projection(tokens))).chunk(2, -1)
-        out, weights = attention_by_hand(extractor.q_proj(extractor.query_norm(queries)), k, v, heads)
-        extracted = extractor.out_proj(out) + (queries if extractor.residual else 0)
-        numbers["extraction"].append(entropy_by_hand(weights))
-        numbers["query"].append(cosine_by_hand(extracted))
-        numbers["rank"].append(rank_by_hand(extracted))
-
-        visual = plain[inputs.image_map == image]
-        k, v = injection.kv_proj(injection.extracted_norm(extracted)).chunk(2, -1)
-        read, weights = attention_by_hand(injection.q_proj(injection.visual_norm(visual)), k, v, heads)
-        update = injection.out_proj(read) * (1 if injection.gate is None else torch.tanh(injection.gate))
-        numbers["injection"].append(entropy_by_hand(weights))
-        numbers["read"].append(cosine_by_hand(read))
-        numbers["update"].append(cosine_by_hand(update))
-        updates.append(update)
-        rows.append(visual)
-    means = {name: sum(values) / len(values) for name, values in numbers.items()}
-    means["ratio"] = float(torch.cat(updates).square().mean().sqrt() / torch.cat(rows).square().mean().sqrt())
-    if conditions:
-        added = torch.stack(list(conditions.values()))
-        means["instruction"] = float((added.square().mean() / extractor.queries.square().mean()).sqrt())
-    return means, torch.cat(updates), torch.cat(rows)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

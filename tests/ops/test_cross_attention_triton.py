@@ -1,6 +1,8 @@
 """The Triton kernels of ``hia::cross_attention``, in the interpreter or on a GPU."""
 
+from importlib import import_module
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,9 +54,8 @@ def forced():
 @pytest.fixture
 def modules():
     """Kernels are imported when first used: after this process has made up its mind about the interpreter."""
-    from hia_kernels.ops.cross_attention import triton_bwd, triton_fwd, triton_split, triton_staged
-
-    return triton_fwd, triton_bwd, triton_staged, triton_split
+    names = ("fwd", "bwd", "split", "unfused", "unfused_fwd", "unfused_bwd")
+    return SimpleNamespace(**{n: import_module(f"hia_kernels.ops.cross_attention.triton_{n}") for n in names})
 
 
 @pytest.fixture
@@ -62,8 +63,8 @@ def split(modules, monkeypatch):
     """Cut every sequence's keys into as many shares as asked for, or as it has keys."""
 
     def into(shares):
-        rule = modules[3].Splits(shares, shares, 1)
-        for module in modules[:3]:
+        rule = modules.split.Splits(shares, shares, 1)
+        for module in (modules.fwd, modules.bwd, modules.unfused_fwd, modules.unfused_bwd):
             monkeypatch.setattr(module, "split_rule", lambda *sizes: rule)
 
     return into
@@ -121,7 +122,7 @@ RULES = [  # heads, head_dim, dtype, block_m, slices: splits of (0, 1, 4095, 614
 def test_number_of_splits(sizes, expected, modules):
     """For a device of 132 multiprocessors, as the interpreter plays: full rounds of programs from one image."""
     heads, head_dim, dtype, block_m, slices = sizes
-    rule = modules[3].split_rule(torch.empty(1, heads, head_dim, dtype=dtype), block_m, slices)
+    rule = modules.split.split_rule(torch.empty(1, heads, head_dim, dtype=dtype), block_m, slices)
     assert tuple(rule.of(length) for length in (0, 1, 4095, 6143, 6144, 16384, 2**20)) == expected
     programs = rule.most * heads * slices * (256 // block_m)
     assert programs >= 132 * 0.9 or rule.most == 16
@@ -130,7 +131,7 @@ def test_number_of_splits(sizes, expected, modules):
 def test_number_of_splits_grows_with_the_keys(modules):
     """Else ``max_seqlen_k`` would not bound it."""
     for rule in ((1, 1, 1), (1, 3, 7), (5, 5, 4), (2, 3, 100)):
-        counts = [modules[3].Splits(*rule).of(length) for length in range(400)]
+        counts = [modules.split.Splits(*rule).of(length) for length in range(400)]
         assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == rule[1]
 
 
@@ -138,18 +139,18 @@ def test_number_of_splits_grows_with_the_keys(modules):
 def test_rows_counted_in_place_of_pointers_carried(shares, split, modules, monkeypatch, triton_device):
     """As AMD's compiler wants it: whole blocks of keys, a rest, and shares that begin in the middle."""
     split(shares)
-    for module in modules[:2]:
+    for module in (modules.fwd, modules.bwd):
         monkeypatch.setattr(module, "is_carried", lambda device: False)
     assert_both_match(make_inputs([7, 3], [300, 17], torch.float16, triton_device, head_dim=16), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_workspace_for_a_few_heads_at_a_time(dtype, modules, monkeypatch, triton_device):
-    staged = modules[2]
-    assert staged._chunks(16, staged.WORKSPACE // 4) == [(0, 4), (4, 4), (8, 4), (12, 4)]
-    assert staged._chunks(3, staged.WORKSPACE * 2) == [(0, 1), (1, 1), (2, 1)]
-    assert staged._chunks(80, 1000) == [(0, 80)]
-    monkeypatch.setattr(staged, "WORKSPACE", 128 * 128 * 4)
+    unfused = modules.unfused
+    assert unfused.chunks_of(16, unfused.WORKSPACE // 4) == [(0, 4), (4, 4), (8, 4), (12, 4)]
+    assert unfused.chunks_of(3, unfused.WORKSPACE * 2) == [(0, 1), (1, 1), (2, 1)]
+    assert unfused.chunks_of(80, 1000) == [(0, 80)]
+    monkeypatch.setattr(unfused, "WORKSPACE", 128 * 128 * 4)
     assert_both_match(make_inputs([7, 3], [9, 40], dtype, triton_device, heads=3, head_dim=272), dtype)
 
 
@@ -177,7 +178,7 @@ def test_any_strides(head_dim, triton_device):
 
 def test_a_huge_row_stride_is_copied(modules):
     x = torch.empty_strided((2, 1, 16), (2**24, 16, 1), device="meta")
-    assert modules[3].readable(x)[0].stride(0) == 16 and modules[3].readable(x[:1])[0] is not None
+    assert modules.split.readable(x)[0].stride(0) == 16 and modules.split.readable(x[:1])[0] is not None
 
 
 def test_negative_and_zero_scale(triton_device):
@@ -261,7 +262,7 @@ def test_packed_is_one_at_a_time_with_the_splits_of_its_own(head_dim, dtype, mod
     """Long enough for one sequence to be split as a launcher chooses, beside some that are not."""
     lengths_q, lengths_k = [7, 1, 3], [9, 4500, 0]
     inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, heads=1, head_dim=16)
-    assert modules[3].split_rule(inputs["q"], 64).of(4500) > 1
+    assert modules.split.split_rule(inputs["q"], 64).of(4500) > 1
     assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 
 
@@ -282,7 +283,7 @@ def test_fp64_is_left_to_the_reference(triton_device):
 
 
 def test_every_head_dim_has_blocks(modules, monkeypatch):
-    fwd, bwd = modules[:2]
+    fwd, bwd = modules.fwd, modules.bwd
     for family, head_dim in product(("amd", "ampere", "hopper", "blackwell"), range(16, 656, 16)):
         monkeypatch.setattr(fwd, "family_of", lambda device, family=family: family)
         q = torch.empty(1, 1, head_dim, dtype=torch.float16)

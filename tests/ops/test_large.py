@@ -59,7 +59,7 @@ def attended(q, k, v, dout, lengths_q, lengths_k):
     return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (8, 640)], ids=["fused", "staged"])
+@pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (8, 640)], ids=["fused", "unfused"])
 def test_cross_attention(heads, head_dim):
     needs(30)
     lq, lk = 16, 1024

@@ -22,7 +22,7 @@ from .triton_split import (
     strides_of,
     tuning_key,
 )
-from .triton_staged import staged_bwd
+from .triton_unfused_bwd import unfused_bwd
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number; M are queries, N keys
 DQ_BLOCKS = {
@@ -377,7 +377,7 @@ def cross_attention_bwd(
     q, k, v, dout, out = readable(q, k, v, dout, out)
     fused = is_fused(q)
     rows = _rows_stats(dout, out, lse, dlse, LOG2E if fused else 1.0)
-    (_fused_bwd if fused else staged_bwd)(
+    (_fused_bwd if fused else unfused_bwd)(
         q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), softmax_scale, grads
     )
     return tuple(grads)

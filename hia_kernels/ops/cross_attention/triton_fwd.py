@@ -23,7 +23,7 @@ from .triton_split import (
     strides_of,
     tuning_key,
 )
-from .triton_staged import staged_fwd
+from .triton_unfused_fwd import unfused_fwd
 
 LOG2E = 1.4426950408889634
 # BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number: as large as the registers allow, and
@@ -249,7 +249,7 @@ def _fill(out, lse, q, k, *rest):
         if lse is not None:
             lse.fill_(float("-inf"))
         return
-    launch = _fused_fwd if is_fused(q) else staged_fwd
+    launch = _fused_fwd if is_fused(q) else unfused_fwd
     launch(*(q, k, *rest, out, lse))
 
 
