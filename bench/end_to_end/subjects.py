@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..measure.memory import CudaPeak, ProcessPeak, process_peak_unavailable
-from ..measure.tracking import held_beside
+from ..measure.footprint import held_beside
+from ..measure.memory import tensors_in, user_meter
 from ..table3 import formulas, methods
 from ..table3.hosts import BASE_RESOLUTION, HostSpec
 from ..workloads.images import ImageSource
@@ -194,7 +193,7 @@ class Subject:
     def own_bytes(self) -> int:
         """Parameters, buffers, folded weights, inputs, kept features: what is alive before the first repetition."""
         tensors: dict[int, int] = {}
-        held = [*self.model.parameters(), *self.model.buffers(), *held_beside(self.model), *_tensors(self.inputs)]
+        held = [*self.model.parameters(), *self.model.buffers(), *held_beside(self.model), *tensors_in(self.inputs)]
         for tensor in held:
             tensors[tensor.data_ptr()] = tensor.nbytes
         features = self.inputs.get("features")
@@ -304,23 +303,13 @@ def training(model: nn.Module, host: nn.Module, checkpointing: bool) -> Iterator
         model.eval()
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def repeat_with_peak(subject: Subject) -> tuple[list[float], int | None]:
     """One repetition's milliseconds, and the bytes it held at most beyond what was there before; None if unknown."""
-    if subject.setting.device == "cuda":
-        meter = CudaPeak()
-        meter.reset()
-        before = torch.cuda.memory_allocated()
-        return subject.repetition(), meter.peak_bytes() - before
-    if process_peak_unavailable() is not None:
+    meter = user_meter(subject.setting.device)  # counts from what is there now
+    if meter is None:
         return subject.repetition(), None
-    process = ProcessPeak()  # counts from what is resident now
-    process.reset()
-    times = subject.repetition()
-    return times, max(0, process.peak_bytes())
+    found = meter.measure(subject.repetition)
+    return found.result, found.peak
 
 
 def flops(provider: str, setting: Setting, case: Case) -> int | None:

@@ -8,7 +8,6 @@ within one repetition.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import statistics
 import threading
@@ -19,9 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on standard error
 
 NOISE = 0.15
 SHORTEST_MS = 0.5  # a repetition on the CPU is at least this long
@@ -171,48 +167,6 @@ def _repeats(call: Callable[[], object], clock: Clock, shortest_ms: float, sampl
         samples.error = error
         return 1
     return max(1, min(1000, math.ceil(shortest_ms / max(one, 1e-4))))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes in torch's allocator above what was alive before a call.
-
-    Attributes:
-        peak: the most during the call.
-        left: alive after it, its result included: of a forward that records gradients, its activations.
-        result: of the call.
-    """
-
-    peak: int
-    left: int
-    result: Any
-
-
-def memory_of(call: Callable[[], Any], device: str) -> Memory:
-    """Of one call. On CUDA by the allocator's own count; on the CPU from the profiler's record of every allocation.
-
-    What a library allocates by itself isn't seen.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before, result)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = call()
-    level = highest = 0
-    memory = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(memory, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        highest = max(highest, level)
-    return Memory(highest, level, result)
-
-
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most bytes alive during the call, as :func:`memory_of` counts them."""
-    return memory_of(call, device).peak
 
 
 class OutOfTime(BaseException):

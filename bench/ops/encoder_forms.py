@@ -20,7 +20,8 @@ from hia.encoder import workspace as arena
 from hia.encoder.encoder import Encoder, build_encoder
 from hia_kernels import use_backend
 
-from ..measure.timing import Budget, cpu_clock, interleaved, memory_of
+from ..measure.memory import memory_of
+from ..measure.timing import Budget, cpu_clock, interleaved
 from ..records import environment
 from ..workloads.images import find_images
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..measure import costs
 from ..measure import roofline as limits
 from ..measure.accuracy import Bound, Truth, backward_call, both_call, dout_like, results_of, truth_of
+from ..measure.memory import memory_of, peak_bytes
 from ..measure.roofline import DTYPES, Limits
 from ..measure.timing import (
     Budget,
@@ -28,8 +29,6 @@ from ..measure.timing import (
     cpu_clock,
     exact_matmuls,
     interleaved,
-    memory_of,
-    peak_bytes,
     synchronize,
     time_limit,
 )

@@ -17,7 +17,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from hia_kernels import use_backend
 
-from ..measure.tracking import real_tensor
+from ..measure.footprint import real_tensor
 from ..providers import released
 from . import hosts
 from .hosts import BASE_RESOLUTION, PATCH, HostSpec, visual_tokens

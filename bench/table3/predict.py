@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..measure.tracking import Footprint, fake_mode, footprint
+from ..measure.footprint import Footprint, fake_mode, footprint
 from . import methods
 from .hosts import HostSpec
 

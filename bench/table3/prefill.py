@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..measure.memory import CudaPeak, Measured, PeakMeter, ProcessPeak, measure_prefill, process_peak_unavailable
+from ..measure.memory import Meter, process_peak_unavailable, user_meter
 from ..records.environment import REPOSITORY
 from ..workloads import images
 from . import hosts, methods
@@ -87,6 +90,81 @@ class RunRequest:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One prefill.
+
+    Attributes:
+        memory_bytes: peak; None where it can't be measured, or the run ran out of memory.
+        memory_kind: how it was measured, or why not.
+        prefill_ms: median of ``times_ms``; None if out of memory.
+        times_ms: every timed run.
+        out_of_memory: torch.OutOfMemoryError was raised.
+    """
+
+    memory_bytes: int | None
+    memory_kind: str
+    prefill_ms: float | None
+    times_ms: tuple[float, ...] = ()
+    out_of_memory: bool = False
+
+
+def measure_prefill(
+    model: nn.Module, inputs: dict[str, Any], meter: Meter | None, *, repeats: int = 3, budget_s: float = 3.0
+) -> Measured:
+    """Measure the peak and the time of a prefill.
+
+    The first run gives the peak. Runs that follow give the time; if the first took longer than ``budget_s``,
+    none follow and it gives both.
+
+    Args:
+        model: in eval mode, on the inputs' device.
+        inputs: its keyword arguments.
+        meter: None measures time only.
+        repeats: timed runs, at most.
+        budget_s: seconds for all timed runs.
+    """
+    run = _timer(model, inputs)
+    try:
+        first, peak = _first(run, meter)
+        times = [first] if first > budget_s * 1e3 else []
+        while not times or (len(times) < repeats and sum(times) + times[-1] <= budget_s * 1e3):
+            times.append(run())
+    except torch.OutOfMemoryError:
+        return Measured(None, "out of memory, provoked", None, (), True)
+    kind = meter.kind if meter is not None else f"not measured: {process_peak_unavailable()}"
+    return Measured(peak, kind, statistics.median(times), tuple(times))
+
+
+def _first(run: Callable[[], float], meter: Meter | None) -> tuple[float, int | None]:
+    if meter is None:
+        return run(), None
+    gc.collect()
+    found = meter.measure(run)
+    return found.result, found.peak
+
+
+def _timer(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], float]:
+    """Make a function that runs one prefill and returns its milliseconds."""
+
+    @torch.no_grad()
+    def on_cpu() -> float:
+        start = time.perf_counter()
+        model(**inputs)
+        return (time.perf_counter() - start) * 1e3
+
+    @torch.no_grad()
+    def on_cuda() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        model(**inputs)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    return on_cuda if inputs["input_ids"].is_cuda else on_cpu
+
+
+@dataclass(frozen=True)
 class RunResult:
     """One case's measurement.
 
@@ -110,7 +188,7 @@ def run_requests(request: RunRequest) -> Iterator[RunResult]:
     text = images.prompt_text(request.text_tokens, spec.image_token).ids
     if request.device == "cpu":
         _warm_up(request.method, dtype)
-    meter = _meter(request.device)
+    meter = user_meter(request.device)
     with torch.device(request.device):
         model = methods.build_model(request.method, spec, dtype, request.cases[0].attention)
     model.requires_grad_(False)
@@ -128,12 +206,6 @@ def run_requests(request: RunRequest) -> Iterator[RunResult]:
         del inputs
 
 
-def _meter(device: str) -> PeakMeter | None:
-    if device == "cuda":
-        return CudaPeak()
-    return None if process_peak_unavailable() else ProcessPeak()
-
-
 def _warm_up(method: str, dtype: torch.dtype) -> None:
     """Run a tiny model once: the code that loads on first use must not count as the measured model's memory."""
     text = {**hosts.SMALL_LLM, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 128}
@@ -147,7 +219,7 @@ def _warm_up(method: str, dtype: torch.dtype) -> None:
 
 
 def _uncapped(
-    model: nn.Module, inputs: dict[str, Any], meter: PeakMeter | None, case: Case, request: RunRequest
+    model: nn.Module, inputs: dict[str, Any], meter: Meter | None, case: Case, request: RunRequest
 ) -> Measured | None:
     if request.device == "cuda" and case.predicted_bytes > USABLE * _device_bytes():
         return None
@@ -157,7 +229,7 @@ def _uncapped(
 
 
 def _capped(
-    model: nn.Module, inputs: dict[str, Any], meter: PeakMeter | None, case: Case, request: RunRequest
+    model: nn.Module, inputs: dict[str, Any], meter: Meter | None, case: Case, request: RunRequest
 ) -> Measured | None:
     cap = request.card_bytes
     if request.device != "cuda" or cap is None or case.predicted_bytes <= cap or cap > _device_bytes():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..measure.tracking import Footprint
+from ..measure.footprint import Footprint
 from . import formulas, paper
 from .hosts import LLAVA_13B, HostSpec
 

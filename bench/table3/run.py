@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..measure.memory import Measured, process_peak_unavailable
+from ..measure.memory import process_peak_unavailable
 from ..records import environment
 from ..workloads import images
 from . import formulas, methods, paper
@@ -29,7 +29,7 @@ from .hosts import LLAVA_13B, SMALL_LLAVA, HostSpec
 from .options import parse
 from .output import console_for, print_report, write_report
 from .predict import Prediction, Task, predict_in_worker, start_worker
-from .prefill import Case, RunRequest, RunResult, run_in_subprocess
+from .prefill import Case, Measured, RunRequest, RunResult, run_in_subprocess
 from .rows import BYTES_PER_GB, DTYPES, Protocol, Report, Row, predicted_row
 
 PROCESSES = 2  # predictions at a time; each needs about 1 GB of memory

@@ -8,6 +8,7 @@ import torch
 from bench.end_to_end import run as end_to_end
 from bench.end_to_end import subjects as run
 from bench.end_to_end.subjects import Case, Setting, Subject
+from bench.measure.memory import Memory
 from bench.measure.roofline import Limits
 from bench.records.record import read_records
 from bench.table3 import hosts
@@ -334,24 +335,15 @@ def test_list_says_why_not(capsys):
 
 def test_peaks_count_what_a_repetition_adds(setting, monkeypatch):
     class Meter:
-        """Counts from what was there when it was made."""
-
-        def reset(self):
-            self.resident = 0
-
-        def peak_bytes(self):
-            return self.resident
-
-    meter = Meter()
+        def measure(self, call):
+            return Memory(64, 0, call())
 
     class Fake:
         def repetition(self):
-            meter.resident += 64
             return [1.0]
 
     Fake.setting = setting
-    monkeypatch.setattr(run, "process_peak_unavailable", lambda: None)
-    monkeypatch.setattr(run, "ProcessPeak", lambda: meter)
+    monkeypatch.setattr(run, "user_meter", lambda _device: Meter())
     assert run.repeat_with_peak(Fake()) == ([1.0], 64)
-    monkeypatch.setattr(run, "process_peak_unavailable", lambda: "no Linux")
+    monkeypatch.setattr(run, "user_meter", lambda _device: None)
     assert run.repeat_with_peak(Fake()) == ([1.0], None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.measure.tracking import fake_mode, footprint
+from bench.measure.footprint import fake_mode, footprint
 from bench.providers.released import ReleasedHiA, ReleasedInjection, ReleasedResNet50, build_released
 from bench.table3 import formulas, hosts
 

@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.measure.memory import Measured, measure_prefill
-from bench.measure.tracking import Footprint
+from bench.measure.footprint import Footprint
 from bench.records import environment
 from bench.table3 import formulas, paper
 from bench.table3 import output as table3_output
 from bench.table3 import run as table3
 from bench.table3.options import parse
-from bench.table3.prefill import Case, RunRequest
+from bench.table3.prefill import Case, Measured, RunRequest, measure_prefill
 from bench.table3.rows import Protocol, Report, Row, growth_claim, memory_claim, predicted_row, tracker_claim
 from bench.workloads import images
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hia_kernels
 from bench.measure.accuracy import KINK_SLACK
-from bench.measure.timing import peak_bytes
+from bench.measure.memory import peak_bytes
 from hia.encoder import strips as tiling
 from hia.encoder.encoder import Encoder
 from hia_kernels.testing import GRADIENT_SLACK, UNIT_ROUNDOFF, assert_close, rel_rms

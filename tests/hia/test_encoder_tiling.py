@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.measure.timing import peak_bytes
+from bench.measure.memory import peak_bytes
 from hia.encoder import strips as tiling
 from hia.encoder import workspace as arena
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of

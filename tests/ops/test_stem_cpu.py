@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hia_kernels
-from bench.measure.timing import peak_bytes
+from bench.measure.memory import peak_bytes
 from hia_kernels import stem
 from hia_kernels.ops.stem import cpu
 from hia_kernels.ops.stem.reference import stem_ref

@@ -1,4 +1,4 @@
-"""The memory tracker on cases that can be counted by hand, and against a really measured peak."""
+"""FLOPs and peaks of models under fake tensors: counted by hand, and against a really measured peak."""
 
 from __future__ import annotations
 
@@ -8,69 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench.measure import tracking
+from bench.measure import footprint as tracking
 from bench.measure.memory import process_peak_unavailable
 from bench.table3 import hosts, methods, predict
 from bench.table3 import prefill as runs
-
-KB = 1024  # 256 fp32 numbers
-
-
-def vector(n: int = 256) -> torch.Tensor:
-    return torch.ones(n)
-
-
-@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
-def test_views_and_in_place_ops_add_nothing(fake):
-    with tracking.fake_mode() if fake else torch.no_grad(), tracking.LiveBytes() as tracker:
-        x = vector()
-        assert tracker.live == KB
-        y = x.view(16, 16).t()[2:]
-        y.add_(1)
-        assert (tracker.live, tracker.peak) == (KB, KB)
-        del x
-        assert tracker.live == KB, "a view keeps the storage alive"
-        del y
-        assert (tracker.live, tracker.peak) == (0, KB)
-
-
-@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
-def test_freed_temporaries_stop_counting(fake):
-    with tracking.fake_mode() if fake else torch.no_grad(), tracking.LiveBytes() as tracker:
-        x = vector()
-        y = (x + 1) * 2  # x, the sum and the product are alive at once
-        assert tracker.peak == 3 * KB
-        assert tracker.live == 2 * KB
-        z = y + 1
-        assert tracker.peak == 3 * KB, "a third tensor again, not a fourth"
-        del x, y, z
-    assert tracker.live == 0
-
-
-def test_copies_count_and_strides_do_not():
-    with torch.no_grad(), tracking.LiveBytes() as tracker:
-        x = vector().expand(4, 256)
-        assert tracker.live == KB
-        y = x.contiguous()
-        assert tracker.live == 5 * KB
-        assert y.shape == x.shape
-
-
-def test_sizes_are_rounded_up_to_the_granule():
-    with torch.no_grad(), tracking.LiveBytes(granule=512) as tracker:
-        x = torch.ones(3)
-        assert tracker.live == 512
-        y = torch.ones(129)
-        assert tracker.live == 512 + 1024
-        del x, y
-
-
-def test_shared_parameters_count_once():
-    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
-    model[1].weight = model[0].weight
-    tracker = tracking.LiveBytes()
-    tracker.track_module(model)
-    assert tracker.live == 16 * 16 * 4
 
 
 def test_footprint_of_two_linears_by_hand():

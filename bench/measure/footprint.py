@@ -1,24 +1,20 @@
 """FLOPs and peak live bytes of a forward pass, from the real modules under fake tensors.
 
-Nothing is computed and no weight exists: a 13B prefill is followed in seconds on any machine. FLOPs come
-from torch's ``FlopCounterMode``; bytes from :class:`LiveBytes`, which follows storages from the op that
-allocates them to the moment Python lets go of them, the way a caching allocator sees them.
+Nothing is computed and no weight exists: a 13B prefill is followed in seconds on any machine. FLOPs come from torch's
+``FlopCounterMode``; bytes from :class:`bench.measure.memory.StorageMeter`.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hia.encoder import strips as tiling
@@ -29,105 +25,10 @@ from hia_kernels import use_backend
 from hia_kernels.ops.conv_norm_act import native
 from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 
+from .memory import StorageMeter, tensors_in
+
 # CUDA's caching allocator hands out multiples of this
 CUDA_GRANULE = 512
-PACKED_ATTENTION = "hia::cross_attention"
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages alive, and remembers the most there were.
-
-    A storage counts from the op that first returns it until it is freed, so views and in-place ops add
-    nothing and temporaries stop counting when their last reference goes. Workspace that a kernel allocates
-    inside itself (cuBLAS, im2col) is not seen.
-
-    Under fake tensors an op of the namespace ``hia`` is replaced by the plain PyTorch function behind it,
-    run under this mode, so that what the implementation allocates inside the op counts too. An op all of
-    whose inputs are real runs for real: token ids and index maps keep their values, so models may read them
-    (masks, placeholder counts) as they do outside.
-
-    Args:
-        granule: bytes; every storage is rounded up to a multiple of it.
-    """
-
-    def __init__(self, granule: int = 1) -> None:
-        super().__init__()
-        self.granule = granule
-        self.live = 0
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def track(self, *tensors: Tensor) -> None:
-        """Start counting the storages of these tensors; those already counted are only measured again."""
-        for tensor in tensors:
-            self._count(tensor.untyped_storage())
-
-    def track_module(self, module: nn.Module) -> None:
-        """Count a module's parameters, buffers, and what else it holds, as ``prepare()`` leaves; shared ones once."""
-        self.track(*module.parameters(), *module.buffers(), *held_beside(module))
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        # a StorageImpl keeps one Python object for as long as it lives, so its identity is the storage's
-        key = id(storage)
-        size = -(-storage.nbytes() // self.granule) * self.granule
-        if key not in self._sizes:
-            weakref.finalize(storage, self._release, key).atexit = False
-        self.live += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
-        self.peak = max(self.peak, self.live)
-
-    def _release(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        inputs = _tensors((args, kwargs))
-        fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)
-        implementation = _implementation(func, args) if fake else None
-        if implementation is not None:
-            with self:
-                out = implementation(*args, **kwargs)
-        elif inputs and not fake:
-            with unset_fake_temporarily():
-                out = func(*args, **kwargs)
-        else:
-            out = func(*args, **kwargs)
-        self.track(*_tensors(out))
-        return out
-
-
-def _implementation(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """The plain PyTorch function behind an op of ours; None for any other op, and where it can't run."""
-    if getattr(func, "namespace", "") != "hia":
-        return None
-    from hia_kernels.core.backend import reference_implementation
-
-    reference = reference_implementation(func)
-    if reference is None or not func._schema.name.startswith(PACKED_ATTENTION):
-        return reference
-    packing = _even_packing(func, args)
-    if packing is None:
-        return None
-    return lambda *_args, **_kwargs: reference(*packing)
-
-
-def _even_packing(func: Any, args: tuple[Any, ...]) -> list[Any] | None:
-    """The op's arguments with real values in cu_seqlens, which fake tensors lack and the reference reads.
-
-    They follow from the shapes when all sequences are equally long, as a benchmark's are; otherwise None,
-    and the op's fake, which allocates the output alone, has to do.
-    """
-    names = [argument.name for argument in func._schema.arguments]
-    values = dict(zip(names, args, strict=False))
-    for side, tensor in (("q", values["q"]), ("k", values["k"])):
-        length, sequences = values[f"max_seqlen_{side}"], values[f"cu_seqlens_{side}"].shape[0] - 1
-        if tensor.shape[0] != length * sequences:
-            return None
-        with unset_fake_temporarily():
-            values[f"cu_seqlens_{side}"] = torch.tensor([length * b for b in range(sequences + 1)], dtype=torch.int32)
-    return [values[name] for name in names]
 
 
 class CudaKernels(TorchFunctionMode):
@@ -178,7 +79,7 @@ def _cuda_attention(
 
 @contextmanager
 def planning_for(device: str) -> Iterator[None]:
-    """Inside the block our adapter plans for this type of device, whatever its fake tensors say."""
+    """Make our adapter plan for this type of device inside the block, whatever its fake tensors say."""
     choose = plan.choose
     plan.choose = lambda part, forced, sizes, _device: choose(part, forced, sizes, device)
     try:
@@ -189,7 +90,7 @@ def planning_for(device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one forward pass costs.
+    """The cost of one forward pass.
 
     Attributes:
         flops: 2 per multiply-add, as FlopCounterMode counts: matrix products and convolutions alone,
@@ -207,13 +108,13 @@ class Footprint:
 
 @contextmanager
 def fake_mode() -> Iterator[FakeTensorMode]:
-    """Build modules and inputs inside: they get shapes and dtypes, but no memory and no values."""
+    """Build modules and inputs inside the block: they get shapes and dtypes, but no memory and no values."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
 
 def real_tensor(values: Any, dtype: torch.dtype) -> Tensor:
-    """A tensor that has values inside :func:`fake_mode` too, for what the models read: token ids, maps, indices."""
+    """Make a tensor with values, inside :func:`fake_mode` too: for what the models read (token ids, maps, indices)."""
     with unset_fake_temporarily():
         return torch.tensor(values, dtype=dtype)
 
@@ -228,32 +129,32 @@ def footprint(
         inputs: its keyword arguments; their tensors count as alive throughout.
         cuda: take the turns of :class:`CudaKernels` and round to the CUDA allocator's granule.
         count_flops: False saves a fifth of the time, and ``flops`` is 0.
-        granule: bytes; see :class:`LiveBytes`. None means the device's.
+        granule: bytes; see :class:`StorageMeter`. None means the device's.
     """
-    tracker = LiveBytes(granule or (CUDA_GRANULE if cuda else 1))
-    tracker.track_module(model)
-    weight_bytes = tracker.live
-    tracker.track(*_tensors(inputs))
-    if not cuda:
-        tracker.live += kept_bytes(model, inputs.get("high_res_pixels", ()))
+    meter = StorageMeter(granule or (CUDA_GRANULE if cuda else 1))
+    meter.track(*model.parameters(), *model.buffers(), *held_beside(model))
+    weight_bytes = meter.live
+    meter.track(*tensors_in(inputs))
     counter = FlopCounterMode(display=False)
-    # forced, or our encoder would lay fake weights out for oneDNN
-    with torch.no_grad(), use_backend("reference"), ExitStack() as stack:
-        stack.enter_context(tracker)
-        if count_flops:
-            stack.enter_context(counter)
-        if cuda:
-            stack.enter_context(CudaKernels())
-            stack.enter_context(planning_for("cuda"))
-        output = model(**inputs)
-    del output
+
+    def forward() -> None:
+        # forced, or our encoder would lay fake weights out for oneDNN
+        with torch.no_grad(), use_backend("reference"), ExitStack() as stack:
+            if count_flops:
+                stack.enter_context(counter)
+            if cuda:
+                stack.enter_context(CudaKernels())
+                stack.enter_context(planning_for("cuda"))
+            model(**inputs)
+
+    peak = meter.measure(forward).peak + (0 if cuda else kept_bytes(model, inputs.get("high_res_pixels", ())))
     by_op = counter.get_flop_counts().get("Global", {}) if count_flops else {}
     flops_by_op = {str(op): int(count) for op, count in by_op.items()}
-    return Footprint(sum(flops_by_op.values()), flops_by_op, tracker.peak, weight_bytes)
+    return Footprint(sum(flops_by_op.values()), flops_by_op, peak, weight_bytes)
 
 
 def held_beside(module: nn.Module) -> list[Tensor]:
-    """Tensors in the modules' attributes, in containers and dataclasses too, that no module has registered.
+    """List tensors in the modules' attributes, in containers and dataclasses too, that no module has registered.
 
     Those on the meta device, which nothing but a frozen parameter's old self can be here, take no memory.
     """
@@ -262,8 +163,11 @@ def held_beside(module: nn.Module) -> list[Tensor]:
 
 
 def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
-    """What a prepared encoder keeps on a CPU once it has run: a copy of every weight but the stem's, as the native
-    kernels or oneDNN lay it out, and the memory of its activations. Fake weights are never packed."""
+    """Count what a prepared encoder keeps on a CPU once it has run.
+
+    That is a copy of every weight but the stem's, as the native kernels or oneDNN lay it out, and the memory of its
+    activations. Fake weights are never packed.
+    """
     total = 0
     for module in model.modules():
         prepared = module.current() if isinstance(module, Encoder) else None
@@ -303,7 +207,3 @@ def _inside(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for item in fields(value):
             yield from _inside(getattr(value, item.name, None))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
