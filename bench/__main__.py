@@ -1,46 +1,57 @@
-"""``python -m bench <command>``: runs the module behind a command."""
+"""``python -m bench <command>``: the only entry of the benchmarks, their reports and what compiles the kernels."""
 
 from __future__ import annotations
 
-import difflib
-import runpy
+import importlib
 import sys
+from collections.abc import Sequence
 
-COMMANDS = {
-    "ablation": ("bench.ablation", "the paper's Tables 2 and 4 in small: what each part of the adapter is worth"),
-    "ablation.detail": ("bench.ablation.detail", "what of a lesion is left in a host's small view"),
-    "compare": ("bench.compare.run", "two revisions measured together"),
-    "deep-forms": ("bench.ops.deep_forms", "how exact the absorbed forms are in half precision"),
-    "encoder-forms": ("bench.ops.encoder_forms", "ways to run the prepared encoder on the CPU"),
-    "end-to-end": ("bench.end_to_end.run", "time to first token, second question, decode, training step, memory"),
-    "targets": ("bench.targets", "the ratios this project is held to, each with its target and verdict"),
-    "gpu": ("bench.gpu.run", "GPU tests, then every benchmark"),
-    "launches": ("bench.launches", "what the Triton kernels launch, compiled without a GPU"),
-    "ops": ("bench.ops.run", "every op beside its peers"),
-    "profile": ("bench.ops.profile", "where the time of one call goes"),
-    "readme": ("bench.table3.readme", "Table 3 in README.md, from its record"),
-    "report": ("bench.report.run", "Markdown, pictures and a page from the records"),
-    "table3": ("bench.table3.run", "the paper's Table 3 beside ours"),
-    "tune": ("bench.ops.tune", "the kernels' tile sizes"),
-}
+import typer
+
+from bench import cli
+
+MEASURE, JUDGE, INSIDE = "Measure", "Compare and report", "Look inside"
+APP = cli.application(
+    "Benchmarks of the ops and the adapter, beside their peers and the device's limits. Results go to `out/<device>`, "
+    "which git ignores; with `--record` to `bench/results/<device>`."
+)
 
 
-def main() -> None:
-    """Run the command that the first argument names."""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-        print("usage: python -m bench <command> [options]\n\n" + "\n".join(lines))
-        sys.exit(0)
-    name = sys.argv[1].replace("_", "-")
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        print(f"bench: the command must be among {', '.join(COMMANDS)}, got {sys.argv[1]!r}{hint}", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [f"python -m bench {name}", *sys.argv[2:]]
-    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=False)
+def _passed_on(name: str, module: str, panel: str, text: str) -> None:
+    """Register a command whose module still parses its own arguments."""
+
+    def command(ctx: typer.Context) -> int:
+        return importlib.import_module(module).main(list(ctx.args)) or 0
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    APP.command(name, help=text, rich_help_panel=panel, add_help_option=False, context_settings=settings)(command)
+
+
+_passed_on("ops", "bench.ops.run", MEASURE, "Every op beside its peers.")
+_passed_on("targets", "bench.targets.run", MEASURE, "The ratios this project is held to, each with its verdict.")
+_passed_on("end-to-end", "bench.end_to_end.run", MEASURE, "First token, second question, decode, training, memory.")
+_passed_on("table3", "bench.table3.run", MEASURE, "The paper's Table 3 beside ours.")
+_passed_on("ablation", "bench.ablation.cli", MEASURE, "The paper's Tables 2 and 4 in small.")
+_passed_on("ablation.detail", "bench.ablation.detail", MEASURE, "What of a lesion is left in a host's small view.")
+_passed_on("gpu", "bench.gpu.run", MEASURE, "GPU tests, then every benchmark.")
+_passed_on("tune", "bench.ops.tune", MEASURE, "The kernels' tile sizes.")
+_passed_on("compare", "bench.compare.run", JUDGE, "Two revisions measured together.")
+_passed_on("report", "bench.report.run", JUDGE, "Markdown, pictures and a page from the records.")
+_passed_on("readme", "bench.table3.readme", JUDGE, "Table 3 in README.md, from its record.")
+_passed_on("profile", "bench.ops.profile", INSIDE, "Where the time of one call goes.")
+_passed_on("encoder-forms", "bench.ops.encoder_forms", INSIDE, "Ways to run the prepared encoder on the CPU.")
+_passed_on("deep-forms", "bench.ops.deep_forms", INSIDE, "How exact the absorbed forms are in half precision.")
+_passed_on("launches", "bench.launches.run", INSIDE, "What the Triton kernels launch, compiled without a GPU.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name.
+
+    Returns:
+        Its exit code; 2 where an option isn't allowed.
+    """
+    return cli.run(APP, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

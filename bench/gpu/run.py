@@ -172,12 +172,13 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         *TEST_FOLDERS,
         *(f"--ignore={name}" for name in unimportable_tests()),
     )
-    figures = ("-m", "bench.targets", *where, "--add")
-    kernels = ("-m", "bench.ops.run", *where, "--minutes", MINUTES)
-    end_to_end = ("-m", "bench.end_to_end.run", *where, "--deadline", SECONDS, "--batch", "1", "--resolutions")
+    figures = ("-m", "bench", "targets", *where, "--add")
+    kernels = ("-m", "bench", "ops", *where, "--minutes", MINUTES)
+    end_to_end = ("-m", "bench", "end-to-end", *where, "--deadline", SECONDS, "--batch", "1", "--resolutions")
     table3 = (
         "-m",
-        "bench.table3.run",
+        "bench",
+        "table3",
         *where,
         "--methods",
         "baseline",

@@ -6,22 +6,22 @@ import datetime
 import os
 import platform
 import re
+import shlex
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "hia-kernels")
 REPOSITORY = Path(__file__).resolve().parents[2]
 # what the benchmarks write themselves: an earlier step's records don't make a later step's code another one
 OUTPUTS = ("bench/results", "docs/benchmarks")
+SHORT = 12  # characters of a commit
+typed: list[str] = []  # the arguments of the command that is running; bench.cli sets them
 
 
 def cpu_name() -> str:
-    """The CPU's model name, or the machine type where the system doesn't tell."""
+    """Return the CPU's model name, or the machine type where the system doesn't tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -31,22 +31,33 @@ def cpu_name() -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name for "cuda", else the CPU's."""
-    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    """Return the GPU's name for "cuda", else the CPU's."""
+    if device != "cuda":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def slug(name: str) -> str:
-    """A folder name: lower case, letters and digits joined by hyphens."""
+    """Return a folder's name: lower case, letters and digits joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def describe(device: str, module: str = "bench.table3.run") -> dict[str, Any]:
-    """Everything one needs to judge or repeat a number.
+def command() -> str:
+    """Return the command that is running, as it was typed."""
+    return shlex.join(["python", "-m", "bench", *typed])
+
+
+def describe(device: str, module: str = "") -> dict[str, Any]:
+    """Return everything one needs to judge or repeat a number.
 
     Args:
         device: "cpu" or "cuda".
-        module: that was run, for the command.
+        module: ignored; callers that still name one are about to change.
     """
+    import torch
+
     environment: dict[str, Any] = {
         "device": device_name(device),
         "cpu": cpu_name(),
@@ -56,9 +67,9 @@ def describe(device: str, module: str = "bench.table3.run") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": git_or_none("rev-parse", "HEAD"),
         "dirty": dirty(),
-        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device == "cuda":
@@ -69,13 +80,17 @@ def describe(device: str, module: str = "bench.table3.run") -> dict[str, Any]:
 
 
 def dirty() -> bool | None:
-    """Whether the checkout differs from its commit, what the benchmarks write left out; None outside a repository."""
-    status = _git("status", "--porcelain", "--", ".", *(f":(exclude){folder}" for folder in OUTPUTS))
+    """Tell whether the checkout differs from its commit, leaving out what the benchmarks write.
+
+    Returns:
+        None outside a repository.
+    """
+    status = git_or_none("status", "--porcelain", "--", ".", *(f":(exclude){folder}" for folder in OUTPUTS))
     return None if status is None else bool(status)
 
 
 def _gpu_facts(properties: Any) -> dict[str, Any]:
-    """Driver and power limit in watts, by nvidia-smi; None for what it doesn't say."""
+    """Ask nvidia-smi for driver and power limit in watts; None for what it doesn't say."""
     device = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
     command = ["nvidia-smi", "-i", device, "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits"]
     try:
@@ -101,11 +116,35 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """The command's output; None outside a repository, without git, or before the first commit."""
-    command = ["git", "-C", str(REPOSITORY), *arguments]
+def git(*arguments: str, root: Path | None = None) -> str:
+    """Run git and return its output, without the white space around it.
+
+    Args:
+        arguments: of the command.
+        root: of a repository; None takes this one.
+
+    Raises:
+        RuntimeError: it failed, or isn't there; with what it says.
+    """
+    command = ["git", "-C", str(root or REPOSITORY), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"git {' '.join(arguments)}: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+def git_or_none(*arguments: str, root: Path | None = None) -> str | None:
+    """Return what :func:`git` does; None outside a repository, without git, or before the first commit."""
+    try:
+        return git(*arguments, root=root)
+    except RuntimeError:
+        return None
+
+
+def commit_of(environment: dict[str, Any]) -> str:
+    """Name the commit of a record's environment in a line of text, and whether there were changes."""
+    commit = str(environment.get("commit") or "unknown")[:SHORT]
+    return f"{commit} with uncommitted changes" if environment.get("dirty") else commit

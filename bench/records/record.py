@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .devices import DEVICES
+from .files import read_json, write_json
+
 LEVELS = ("op", "composite", "end_to_end")
 MODES = ("forward", "backward", "both", "dispatch")
-DEVICES = ("cpu", "cuda")
 STATUSES = ("ok", "failed", "unavailable")
 FORMAT = 1
 
@@ -158,31 +157,18 @@ def write_records(path: str | Path, records: Iterable[Measurement], **beside: An
             environments.append(row["environment"])
         rows.append({**row, "environment": environments.index(row["environment"])})
     content = {"format": FORMAT, "environments": environments, "records": rows, **beside}
-    text = json.dumps(content, indent=1, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        Path(temporary).chmod(0o644)  # mkstemp's files are the owner's alone
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    return write_json(path, content)
 
 
 def read_records(path: str | Path) -> list[Measurement]:
-    """What :func:`write_records` wrote.
+    """Read what :func:`write_records` wrote.
 
     Raises:
         ValueError: no such file's content; names the file and the record.
         OSError: unreadable.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"read_records: {path} must be a JSON file, got: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"read_records: {path} must hold an object of format {FORMAT}, got {found!r}")

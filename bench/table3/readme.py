@@ -86,7 +86,7 @@ def updated(readme: str, record: dict[str, Any]) -> str:
     return before + block(record) + rest.split(END, 1)[1]
 
 
-def main() -> None:
+def main(_arguments: object = None) -> None:
     """The command."""
     text = updated(README.read_text(), json.loads(RECORD.read_text()))
     scratch = README.with_suffix(".tmp")

@@ -248,7 +248,7 @@ def test_only_whole_tables_are_recorded(tmp_path, monkeypatch, told_runs, capsys
     assert command.main(words) == 0
     (written,) = {path.parent for path in (tmp_path / "repository").rglob("ablation.*")}
     assert sorted(path.name for path in written.iterdir()) == ["ablation.json", "ablation.md", "ablation.png"]
-    assert "`python -m bench ablation" in (written / "ablation.md").read_text()
+    assert "`python -m bench" in (written / "ablation.md").read_text()
 
 
 def test_a_damaged_cache_says_what_to_delete(tmp_path):

@@ -179,4 +179,4 @@ def test_composites_of_another_checkout_are_refused(tmp_path, monkeypatch):
 def test_the_small_set_is_no_part_of_make_test():
     collected = (compare.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert 'testpaths = ["tests"]' in collected
-    assert (compare.REPOSITORY / "bench" / "test_regression.py").exists()
+    assert (compare.REPOSITORY / "bench" / "compare" / "test_regression.py").exists()

@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from bench.launches import __main__ as command
 from bench.launches import compile as compiler
 from bench.launches import document
+from bench.launches import run as command
 from bench.launches.compile import Resources, compile_all, key_of, store, stored
 from bench.launches.device import TARGETS
 from bench.launches.workloads import record
