@@ -21,6 +21,7 @@ import torch
 from . import __version__
 from .core import backend, settings
 
+VARIABLES = ("HIA_BACKEND", *settings.CHOICES)
 PACKAGES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers", "transformers": "transformers"}
 
 
@@ -97,16 +98,29 @@ def devices() -> dict[str, Any]:
 
 
 def op_backends(table: backend.BackendTable) -> dict[str, list[str]]:
-    """For every backend's name, why it can't run this op here; an empty list where it can."""
-    rows = {row.name: row for row in table.backends}
+    """List for each row of the table, by its name, why it can't run here; an empty list where it can."""
     reasons = {}
-    for name in backend.BACKEND_NAMES[1:]:  # all but "auto"
-        if name not in rows:
-            reasons[name] = [backend.missing_reason(table, name)]
-            continue
-        found = _probe(rows[name].unavailable_reasons)
-        reasons[name] = [found] if isinstance(found, str) else found
+    for row in table.backends:
+        found = _probe(row.unavailable_reasons)
+        reasons[row.name] = [found] if isinstance(found, str) else list(found)
     return reasons
+
+
+def forcing(name: str) -> dict[str, list[str]]:
+    """List what forcing a backend means, op by op.
+
+    Returns:
+        ``forced``: the ops that have a row of that name; ``auto``: the others; ``backward by auto``: those of the
+        first whose row computes no gradients.
+    """
+    found: dict[str, list[str]] = {"forced": [], "auto": [], "backward by auto": []}
+    for op, table in sorted(backend.TABLES.items()):
+        row = table.row(name)
+        found["auto" if row is None else "forced"].append(op)
+        gradients = {function for one in table.backends for function in one.functions if function.endswith("_bwd")}
+        if row is not None and gradients - set(row.functions):
+            found["backward by auto"].append(op)
+    return found
 
 
 def collect() -> dict[str, Any]:
@@ -114,16 +128,19 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "devices": devices(),
-        "environment": {name: os.environ.get(name) for name in settings.CHOICES} | {"in force": _probe(_in_force)},
+        "environment": {name: os.environ.get(name) for name in VARIABLES} | {"in force": _probe(_in_force)},
         "ops": {op: op_backends(table) for op, table in sorted(backend.TABLES.items())},
+        "forcing": {name: forcing(name) for name in backend.backend_names()[1:]},  # all but "auto"
     }
 
 
 def _in_force() -> str:
     for name in settings.CHOICES:
         settings.read(name)
-    isa = settings.read("HIA_CPU_ISA") or "the best there is"
-    return f"backend {backend.requested_backend()}, debug {'on' if backend.debug_enabled() else 'off'}, CPU ISA {isa}"
+    wanted, isa = backend.requested_backend(), settings.read("HIA_CPU_ISA") or "the best there is"
+    left = [] if wanted == backend.AUTO else forcing(wanted)["auto"]
+    others = f" ({', '.join(left)}: auto)" if left else ""
+    return f"backend {wanted}{others}, debug {'on' if backend.debug_enabled() else 'off'}, CPU ISA {isa}"
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -145,6 +162,10 @@ def _text(report: dict[str, Any]) -> str:
         for name, why in reasons.items():
             by_reason.setdefault("no: " + "; ".join(why) if why else "available", []).append(name)
         lines += [f"  {', '.join(names):<13} {verdict}" for verdict, names in by_reason.items()]
+    lines.append("forcing a backend: ops without a row of that name run auto")
+    for name, found in report["forcing"].items():
+        others = [f"{how}: {', '.join(ops)}" for how, ops in found.items() if ops and how != "forced"]
+        lines.append(f"  {name:<13} {'; '.join(others) if others else 'every op has it'}")
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hia_kernels.core import backend, tuning
+from hia_kernels.core import backend, registration, tuning
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 GIB = 2**30
@@ -154,7 +154,7 @@ class _Ops(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         table = next(table for table in backend.TABLES.values() if any(name in row.functions for row in table.backends))
         with self, self.devices:  # an op may call another one
-            return table.select(name, *args)(*args, **kwargs)
+            return table.select(name, registration.bind(name, args, kwargs))(*args, **kwargs)
 
 
 class _Generator(torch.Generator):

@@ -1,48 +1,66 @@
-"""Which implementation of an op runs: one table per op, in order of preference.
+"""The dispatcher: which implementation of an op runs, by one table per op, in order of preference.
 
-torch picks the device; within a device the first backend of the op's table that can run is taken.
-``HIA_BACKEND`` (or :func:`use_backend`) forces one; a forced backend that can't run raises with every
-reason, and nothing falls back in silence.
+torch picks the device; within a device the first backend of the op's table that can run is taken. ``HIA_BACKEND`` (or
+:func:`use_backend`) forces one for every op that has a row of that name. A forced row that can't run a call raises with
+every reason; an op without such a row runs ``auto``. :func:`last_backend` tells what served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from . import settings
-from .settings import BACKEND_NAMES
 
-_forced: list[str] = []  # a stack: use_backend nests
-_last: dict[str, str] = {}
+AUTO = "auto"
+REFERENCE = "reference"
+BACKWARD = "_bwd"  # how the names of the functions that take gradients back end
 
 
-def _never(*_args: Any) -> list[str]:
+def _never(*_args: Any, **_arguments: Any) -> list[str]:
     return []
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op.
+    """One implementation of an op: a row of its table.
+
+    Reasons are asked for with the function's name and the arguments of the call by the names of its schema, defaults
+    included.
 
     Attributes:
-        name: one of :data:`BACKEND_NAMES`.
-        functions: for every ``torch.ops.hia`` function of the op, by its name, the Python function behind it.
-        unsupported_reasons: why these inputs can't run here; empty if they can. Called with the op's arguments.
+        name: of the row, e.g. "triton".
+        functions: for every function of the op, by its name in ``torch.ops.hia``, the Python function behind it.
+            A row may also have functions that are not registered: what the table is asked beside calls, as the
+            layout that weights should have.
+        unsupported_reasons: ``(function, **arguments)`` -> why these inputs can't run here; empty if they can.
         unavailable_reasons: why this machine can't run it at all (a missing package, no such device).
-        slower_reasons: why a later row is faster for these inputs, which this one could serve; asked for ``auto``
-            alone, so forcing the backend runs it all the same. Called with the op's arguments.
+        slower_reasons: ``(function, **arguments)`` -> why a later row is faster for these inputs, which this one could
+            serve; asked for ``auto`` alone, so forcing the backend runs it all the same.
+        forced_functions: those that run in place of ``functions`` where the backend is forced: a row that takes the
+            large parts of a call alone takes all of them then.
     """
 
     name: str
-    functions: dict[str, Callable[..., Any]]
+    functions: Mapping[str, Callable[..., Any]]
     unsupported_reasons: Callable[..., list[str]] = _never
     unavailable_reasons: Callable[[], list[str]] = _never
     slower_reasons: Callable[..., list[str]] = _never
+    forced_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def refusals(self, function: str, arguments: Mapping[str, Any], *, forced: bool) -> list[str]:
+        """List why the row doesn't serve a call; empty if it does."""
+        if function not in self.functions:
+            return [f"has no {function}"]
+        reasons = self.unavailable_reasons() or self.unsupported_reasons(function, **arguments)
+        return reasons if reasons or forced else self.slower_reasons(function, **arguments)
 
 
 @dataclass
@@ -52,35 +70,62 @@ class BackendTable:
     op: str
     backends: list[Backend] = field(default_factory=list)
 
-    def select(self, function: str, *args: Any) -> Callable[..., Any]:
-        """The implementation of ``function`` for these arguments.
+    def row(self, name: str) -> Backend | None:
+        """Return the row of that name, if there is one."""
+        return next((backend for backend in self.backends if backend.name == name), None)
+
+    def forced(self, function: str) -> str | None:
+        """Return the name of the row that is forced on a function; None where ``auto`` chooses.
+
+        Forcing leaves an op without such a row to ``auto``, and a gradient that the row does not compute.
+        """
+        wanted = requested_backend()
+        row = None if wanted == AUTO else self.row(wanted)
+        if row is None or (function.endswith(BACKWARD) and function not in row.functions):
+            return None
+        return wanted
+
+    def find(self, function: str, arguments: Mapping[str, Any]) -> tuple[Backend | None, list[str]]:
+        """Find the row that serves a call now, without calling it.
+
+        Args:
+            function: of the op, in some row's ``functions``.
+            arguments: of the call, by name.
+
+        Returns:
+            The row and why no earlier one serves, or None and why none does.
+
+        Raises:
+            ValueError: ``HIA_BACKEND`` or ``HIA_CPU_ISA`` is none of its choices.
+        """
+        forced = self.forced(function)
+        settings.read("HIA_CPU_ISA")  # a misspelt one is an error for every op, like a misspelt backend
+        rejected: list[str] = []
+        for backend in self.backends:
+            if forced is not None and backend.name != forced:
+                continue
+            reasons = backend.refusals(function, arguments, forced=forced is not None)
+            if not reasons:
+                return backend, rejected
+            rejected += [f"{backend.name}: {reason}" for reason in reasons]
+        return None, rejected
+
+    def select(self, function: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+        """Return the implementation of ``function`` for these arguments, and note who serves.
 
         Raises:
             ValueError: ``HIA_BACKEND`` or ``HIA_CPU_ISA`` is none of its choices.
             NotImplementedError: the forced backend can't run; lists every reason.
         """
-        wanted = requested_backend()
-        settings.read("HIA_CPU_ISA")  # a misspelt one is an error for every op, like a misspelt backend
-        rejected: list[str] = []
-        for backend in self.backends:
-            if wanted not in ("auto", backend.name):
-                continue
-            reasons = self._reasons(backend, function, *args)
-            if not reasons and wanted == "auto":
-                reasons = backend.slower_reasons(*args)
-            if not reasons:
-                _last[self.op] = backend.name
-                return backend.functions[function]
-            rejected += [f"{backend.name}: {reason}" for reason in reasons]
-        if not rejected:
-            rejected = [f"{wanted}: {missing_reason(self, wanted)}"]
-        raise NotImplementedError(f"hia::{self.op}: HIA_BACKEND={wanted} can't run this call: " + "; ".join(rejected))
-
-    @staticmethod
-    def _reasons(backend: Backend, function: str, *args: Any) -> list[str]:
-        if function not in backend.functions:
-            return [f"has no {function}"]
-        return backend.unavailable_reasons() or backend.unsupported_reasons(*args)
+        backend, rejected = self.find(function, arguments)
+        if backend is None:
+            wanted = self.forced(function) or AUTO
+            message = f"hia::{self.op}: HIA_BACKEND={wanted} can't run this call: " + "; ".join(rejected)
+            raise NotImplementedError(message)
+        _note(self.op, backend.name)
+        if backend.forced_functions and self.forced(function) is not None:
+            return backend.forced_functions[function]
+        return backend.functions[function]
 
 
 TABLES: dict[str, BackendTable] = {}
@@ -93,46 +138,113 @@ def register_table(op: str, *backends: Backend) -> BackendTable:
     return table
 
 
-def missing_reason(table: BackendTable, name: str) -> str:
-    """Why ``name`` has no row in the table."""
-    listed = ", ".join(backend.name for backend in table.backends)
-    return f"no implementation of {table.op} in this version (there is: {listed})"
+def backend_names() -> tuple[str, ...]:
+    """List what may be forced: ``auto``, and every name that some op's table has a row of."""
+    return (AUTO, *sorted({row.name for table in TABLES.values() for row in table.backends}))
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One ``use_backend`` block that has been entered; told from others by its identity."""
+
+    name: str
+
+
+# Values are never changed in place: a task that copies its parent's context must not see what happens there later.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("hia_backend_blocks", default=())
+# By op, a list of one name: a backward pass writes into its caller's, see _note.
+_served: ContextVar[Mapping[str, list[str]]] = ContextVar("hia_backend_served", default=MappingProxyType({}))
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _caller_of_backward(variable: ContextVar[Any]) -> Any:
+    """Return a variable's value where ``backward()`` was called; None if that can't be told.
+
+    Autograd runs the gradients of CUDA tensors on threads of its own, and those of compiled functions in a copy of the
+    caller's context, which PyTorch keeps for them.
+    """
+    if not _in_backward() or not torch._C._is_key_in_tls("context"):
+        return None
+    return torch._C._get_obj_in_tls("context").get(variable)
+
+
+def _forcing_blocks() -> tuple[_Block, ...]:
+    return _blocks.get() or _caller_of_backward(_blocks) or ()
+
+
+def _note(op: str, name: str) -> None:
+    """Keep who served ``op``, for :func:`last_backend`."""
+    if _in_backward():
+        cell = (_caller_of_backward(_served) or _served.get()).get(op)
+        if cell is not None:
+            cell[0] = name
+            return
+    _served.set({**_served.get(), op: [name]})
+
+
+def block_backend() -> str | None:
+    """Return what the innermost :func:`use_backend` block forces; None outside of any."""
+    blocks = _forcing_blocks()
+    return blocks[-1].name if blocks else None
 
 
 def requested_backend() -> str:
-    """The forced backend's name, or ``auto``."""
-    return _forced[-1] if _forced else settings.read("HIA_BACKEND")
+    """Return the forced backend's name, or ``auto``.
+
+    Raises:
+        ValueError: ``HIA_BACKEND`` is none of its choices.
+    """
+    name = block_backend()
+    if name is not None:
+        return name
+    return settings.read("HIA_BACKEND", backend_names()) if os.environ.get("HIA_BACKEND") else AUTO
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside a ``with`` block; stronger than ``HIA_BACKEND``.
 
+    It holds for this thread or task (``contextvars``), and for the gradients of what is computed inside, unless
+    ``backward`` is called in another block. Blocks may end in any order: each takes away itself alone. A generator
+    shares its caller's context, so a block that it is suspended in holds for the caller too, until the generator goes
+    on or is closed.
+
+    Args:
+        name: of a backend, in any case; "auto" or "" forces none. Ops without a row of that name run ``auto``.
+
     Raises:
-        ValueError: no backend has that name.
+        ValueError: no op has a backend of that name.
     """
-    if name not in BACKEND_NAMES:
-        raise ValueError(f"use_backend: name must be one of {', '.join(BACKEND_NAMES)}, got {name!r}")
-    _forced.append(name)
+    chosen = settings.normalised(name) or AUTO
+    if chosen not in backend_names():
+        raise ValueError(f"use_backend: name must be one of {', '.join(backend_names())}, got {name!r}")
+    block = _Block(chosen)
+    _blocks.set((*_blocks.get(), block))
     try:
         yield
     finally:
-        _forced.pop()
+        _blocks.set(tuple(one for one in _blocks.get() if one is not block))
 
 
 def last_backend(op: str) -> str | None:
-    """The backend that served the op's latest call in this process; None before the first. For tests and debugging.
+    """Return the backend that served the op's latest call in this thread or task; None before the first.
+
+    A backward pass counts where ``backward`` was called, whatever thread it ran on. For tests and debugging.
 
     Raises:
         ValueError: no such op.
     """
     if op not in TABLES:
         raise ValueError(f"last_backend: op must be one of {', '.join(sorted(TABLES))}, got {op!r}")
-    return _last.get(op)
+    cell = _served.get().get(op)
+    return None if cell is None else cell[0]
 
 
 def reference_implementation(overload: torch._ops.OpOverload) -> Callable[..., Any] | None:
-    """The plain PyTorch function behind a ``torch.ops.hia`` overload, or None for any other op.
+    """Return the plain PyTorch function behind a ``torch.ops.hia`` overload, or None for any other op.
 
     Lets a tracer (fake tensors, memory tracking) see what the unfused implementation allocates.
     """
@@ -140,12 +252,12 @@ def reference_implementation(overload: torch._ops.OpOverload) -> Callable[..., A
     if namespace != "hia":
         return None
     for table in TABLES.values():
-        for backend in table.backends:
-            if backend.name == "reference" and function in backend.functions:
-                return backend.functions[function]
+        row = table.row(REFERENCE)
+        if row is not None and function in row.functions:
+            return row.functions[function]
     return None
 
 
 def debug_enabled() -> bool:
-    """``HIA_DEBUG=1``: check values too, even where that makes the host wait for the device."""
+    """Return whether values are checked even where that makes the host wait for the device: ``HIA_DEBUG=1``."""
     return settings.read("HIA_DEBUG") == "1"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def unavailable_reasons() -> list[str]:
-    """Why there is no cuBLAS on this machine."""
+    """Return why there is no cuBLAS on this machine."""
     return [] if torch.cuda.is_available() else ["no CUDA device that torch can see"]
 
 
-def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
-    """Why it can't serve a call whose tensors are where the first is."""
-    return [] if first.device.type == "cuda" else [f"tensors must be on a CUDA device, got {first.device}"]
+def unsupported_reasons(function: str, x: Tensor, **rest: Any) -> list[str]:
+    """Return why it can't serve a call whose tensors are where ``x`` is."""
+    return [] if x.device.type == "cuda" else [f"tensors must be on a CUDA device, got {x.device}"]

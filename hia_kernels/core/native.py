@@ -6,6 +6,7 @@ of these private functions; the ops' tables ask :func:`unavailable_reasons` and 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -35,14 +36,14 @@ for _schema in _SCHEMAS:
 
 
 def library() -> Path | None:
-    """The extension's file; None before it was built."""
+    """Return the extension's file; None before it was built."""
     found = Path(__file__).resolve().parents[1].glob("_native*.so")
     return max(found, key=lambda path: path.stat().st_mtime, default=None)  # the one that was built last
 
 
 @cache
 def unavailable_reasons() -> tuple[str, ...]:
-    """Why the extension can't serve; empty if it can. Loads it on first use."""
+    """Return why the extension can't serve; empty if it can. Loads it on first use."""
     path = library()
     if path is None:
         return (f"the native extension is not built: {BUILD}",)
@@ -56,12 +57,24 @@ def unavailable_reasons() -> tuple[str, ...]:
     return ()
 
 
+def _best_cpu_isa(asked: str) -> str:
+    """Return the instructions that the extension takes, "" for none; it reads the variable at its first use."""
+    given = os.environ.get("HIA_CPU_ISA")
+    if given is None or given == asked:
+        return torch.ops.hia_native.cpu_isa()
+    os.environ["HIA_CPU_ISA"] = asked  # as it spells it
+    try:
+        return torch.ops.hia_native.cpu_isa()
+    finally:
+        os.environ["HIA_CPU_ISA"] = given
+
+
 @cache
 def _cpu_reasons(asked: str) -> tuple[str, ...]:
     if asked == "none":
         return ("HIA_CPU_ISA=none turns the native kernels off",)
     reasons = unavailable_reasons()
-    if reasons or torch.ops.hia_native.cpu_isa():
+    if reasons or _best_cpu_isa(asked):
         return reasons
     if asked:
         raise RuntimeError(f"HIA_CPU_ISA={asked} asks for instructions that this processor does not have")
@@ -69,7 +82,7 @@ def _cpu_reasons(asked: str) -> tuple[str, ...]:
 
 
 def cpu_unavailable_reasons() -> list[str]:
-    """Why its CPU kernels can't serve here.
+    """Return why its CPU kernels can't serve here.
 
     Raises:
         ValueError: ``HIA_CPU_ISA`` is none of its choices.

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 
 from . import autocast
-from .backend import BackendTable
+from .backend import BackendTable, block_backend, use_backend
 
 
 def define(name: str, schema: str) -> None:
     """Declare ``hia::name``; implementations come separately, so importing needs no compiler."""
     torch.library.define(f"hia::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@cache
+def _signature(name: str) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Return names and defaults of the arguments of ``hia::name``."""
+    arguments = overload(name)._schema.arguments
+    return tuple(argument.name for argument in arguments), tuple(argument.default_value for argument in arguments)
+
+
+def bind(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the arguments of a call of ``hia::name`` by the names of its schema, defaults filled in."""
+    names, defaults = _signature(name)
+    given = args if len(args) == len(names) else (*args, *defaults[len(args) :])  # the dispatcher leaves defaults out
+    arguments = dict(zip(names, given, strict=True))
+    if kwargs:
+        arguments.update(kwargs)
+    return arguments
 
 
 def implement(name: str, table: BackendTable, check: Callable[..., None] | None = None) -> None:
@@ -22,13 +40,15 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
     Args:
         name: the op's function.
         table: its backends.
-        check: looks at values, which fake tensors don't have; runs before the backend is chosen.
+        check: looks at values, which fake tensors don't have; runs before the backend is chosen, with the arguments
+            by name.
     """
 
     def run(*args: Any) -> Any:
+        arguments = bind(name, args)
         if check is not None:
-            check(*args)
-        function = table.select(name, *args)
+            check(**arguments)
+        function = table.select(name, arguments)
         if not autocast.is_anywhere_enabled():
             return function(*args)
         # what the op was given is in the right dtype; a backward run inside the region must not be cast again
@@ -36,6 +56,28 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
             return function(*args)
 
     torch.library.impl(f"hia::{name}", "default")(run)
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give ``hia::name`` gradients, by what its forward's ``use_backend`` block forced if ``backward`` is in none.
+
+    Args:
+        name: the op's function.
+        backward: as :func:`torch.library.register_autograd` takes it.
+        setup_context: likewise.
+    """
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.forced_backend = block_backend()
+        setup_context(ctx, inputs, output)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        if ctx.forced_backend is None or block_backend() is not None:
+            return backward(ctx, *grads)
+        with use_backend(ctx.forced_backend):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"hia::{name}", run, setup_context=setup)
 
 
 def refuse_double_backward(op: str, name: str) -> None:
@@ -48,5 +90,5 @@ def refuse_double_backward(op: str, name: str) -> None:
 
 
 def overload(name: str) -> torch._ops.OpOverload:
-    """``torch.ops.hia.<name>.default``."""
+    """Return ``torch.ops.hia.<name>.default``."""
     return getattr(torch.ops.hia, name).default

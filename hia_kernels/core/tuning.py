@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import settings
-from .settings import BACKEND_NAMES
+from .backend import backend_names
 
 FOLDER = Path(__file__).with_name("tuned")
 Config = Mapping[str, int]  # meta-parameters of a launch: BLOCK_*, num_warps, num_stages
@@ -51,7 +51,7 @@ def stored_backends(slug: str) -> dict[str, str]:
         ValueError: the file is damaged.
     """
     found = _read(slug, "backends")
-    unknown = sorted({str(name) for name in found.values()} - set(BACKEND_NAMES))
+    unknown = sorted({str(name) for name in found.values()} - set(backend_names()))
     if unknown:
         path = FOLDER / f"{slug}.json"
         raise ValueError(f"hia_kernels.tuning: {path} must name backends, got: {', '.join(unknown)}")

@@ -213,7 +213,7 @@ VERDICTS = (
         file="hia_kernels/core/settings.py",
         old="if value not in choices:",
         new="if value is choices:",
-        tests=("tests/ops/test_core.py::TestSettings::test_an_unknown_value_raises",),
+        tests=("tests/ops/test_dispatch.py::TestSettings::test_an_unknown_value_raises",),
         why="a misspelt HIA_CPU_ISA turns the native kernels off without a word",
     ),
     Mutant(

@@ -142,36 +142,41 @@ def test_the_file_of_the_device_decides(tmp_path, monkeypatch):
     content = {"configurations": {}, "backends": {f"{OP}/k3s1-px128-c16-oc24-float32": "cudnn"}}
     (tmp_path / "fake-9000.json").write_text(json.dumps(content))
     tuning.stored_backends.cache_clear()
-    forward = tuple(make_inputs((9, 12), torch.float32).values())
-    backward = (torch.empty(2, 9, 12, 24), *forward[:5], torch.empty(2, 9, 12, 24), 1, "relu", [True] * 5)
-    for arguments in (forward, backward):
-        assert cudnn.slower_reasons(*arguments) == []
-    small = tuple(make_inputs((5, 4), torch.float32).values())
-    assert cudnn.slower_reasons(*small) == ["nothing was measured at k3s1-px32-c16-oc24-float32"]
+    forward = make_inputs((9, 12), torch.float32)
+    backward = {
+        "dout": torch.empty(2, 9, 12, 24),
+        **forward,
+        "out": torch.empty(2, 9, 12, 24),
+        "output_mask": [True] * 5,
+    }
+    assert cudnn.slower_reasons(OP, **forward) == cudnn.slower_reasons(f"{OP}_bwd", **backward) == []
+    assert cudnn.slower_reasons(OP, **make_inputs((5, 4), torch.float32)) == [
+        "nothing was measured at k3s1-px32-c16-oc24-float32"
+    ]
     tuning.stored_backends.cache_clear()
 
 
 def test_a_slower_one_says_so(monkeypatch):
     monkeypatch.setattr(tuning, "measured_backend", lambda *_: "triton")
-    arguments = tuple(make_inputs((9, 12), torch.float32).values())
-    assert cudnn.slower_reasons(*arguments) == ["triton was faster at k3s1-px128-c16-oc24-float32"]
+    found = cudnn.slower_reasons(OP, **make_inputs((9, 12), torch.float32))
+    assert found == ["triton was faster at k3s1-px128-c16-oc24-float32"]
 
 
 def test_reasons(monkeypatch):
     monkeypatch.setattr(triton_support, "device_reasons", lambda tensor: [])
-    shift, weight = torch.empty(64, device="meta"), torch.empty(64, 1, 1, 1, device="meta")
+    weight = torch.empty(64, 1, 1, 1, device="meta")
     large = torch.empty(2**11, 2**10, 2**10, 1, device="meta")
-    found = cudnn.unsupported_reasons(large, weight, shift, shift, None, 2, "relu")
+    found = cudnn.unsupported_reasons(OP, x=large, weight=weight, stride=2)
     assert found == [
         "x must have at most 2147483647 elements, got 2147483648",
         "the result must have at most 2147483647 elements, got 34359738368",
     ]
     none = torch.empty(2, 3, 3, 0, device="meta")
-    arguments = (none, none.permute(0, 3, 1, 2), shift, shift, None, 1, "relu")
-    assert cudnn.unsupported_reasons(*arguments) == ["x must have channels, got 0"]
+    found = cudnn.unsupported_reasons(OP, x=none, weight=none.permute(0, 3, 1, 2), stride=1)
+    assert found == ["x must have channels, got 0"]
     monkeypatch.undo()
-    inputs = tuple(make_inputs((4, 3), torch.float64).values())
-    assert "float64 is left to the reference" in cudnn.unsupported_reasons(*inputs)
+    inputs = make_inputs((4, 3), torch.float64)
+    assert "float64 is left to the reference" in cudnn.unsupported_reasons(OP, **inputs)
 
 
 def test_unavailable_reasons(monkeypatch):

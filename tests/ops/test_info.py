@@ -45,12 +45,11 @@ def test_report_names_every_op_and_backend(monkeypatch):
     report = info.collect()
     assert list(report["ops"]) == OPS
     for reasons in report["ops"].values():
-        assert list(reasons) == list(backend.BACKEND_NAMES[1:])
-        assert reasons["reference"] == [] and reasons["xformers"]
-    missing = "no implementation of stem in this version (there is: triton, native, cpu, reference)"
-    assert report["ops"]["stem"]["xformers"] == [missing]
-    missing = "no implementation of norm_linear in this version (there is: triton, cublas, cpu, reference)"
-    assert report["ops"]["norm_linear"]["cudnn"] == [missing]
+        assert reasons["reference"] == []
+    assert {op: list(reasons) for op, reasons in report["ops"].items()} == {
+        op: [row.name for row in table.backends] for op, table in backend.TABLES.items()
+    }
+    assert list(report["ops"]["stem"]) == ["triton", "native", "cpu", "reference"]
     assert report["ops"]["norm_linear"]["cublas"] == report["ops"]["norm_linear"]["triton"]
     assert report["ops"]["inject_rows"]["cublas"] == report["ops"]["inject_rows"]["triton"]
     if not torch.backends.cudnn.is_available():
@@ -66,6 +65,23 @@ def test_report_names_every_op_and_backend(monkeypatch):
         "HIA_CPU_ISA": None,
         "in force": "backend reference, debug off, CPU ISA the best there is",
     }
+
+
+def test_what_forcing_a_backend_means(monkeypatch):
+    """For every name that a row has: the ops that obey, and those that run auto."""
+    found = info.collect()["forcing"]
+    assert list(found) == list(backend.backend_names()[1:])
+    for name, ops in found.items():
+        assert sorted(ops["forced"] + ops["auto"]) == OPS
+        assert ops["forced"] == [op for op in OPS if backend.TABLES[op].row(name)]
+    assert found["reference"] == {"forced": OPS, "auto": [], "backward by auto": []}
+    assert "row_softmax" in found["cpu"]["auto"] and "stem" in found["native"]["backward by auto"]
+    lines = info._text(info.collect()).splitlines()
+    assert "  reference     every op has it" in lines
+    (line,) = (line for line in lines if line.startswith("  cpu           auto: "))
+    assert line.endswith("row_softmax")
+    monkeypatch.setenv("HIA_BACKEND", " CPU")
+    assert info._in_force().startswith(f"backend cpu ({', '.join(found['cpu']['auto'])}: auto), debug off")
 
 
 def test_reasons_come_from_the_table(monkeypatch):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hia_kernels import inject_rows, inject_rows_, last_backend, use_backend
-from hia_kernels.core import triton_support
+from hia_kernels.core import registration, triton_support
 from hia_kernels.ops.inject_rows import library
 from hia_kernels.ops.inject_rows.reference import inject_rows_ref
 from hia_kernels.testing import analysed, assert_close
@@ -82,7 +82,7 @@ def test_which_row_of_the_table(function, triton_device, monkeypatch):
             torch.empty(shape, dtype=dtype, device="meta") for shape in ((rows, channels), (rows, dim), (channels, dim))
         )
         rest = ([True] * 3,) if function.endswith("bwd") else (None, None)
-        library.BACKENDS.select(function, hidden, update, weight, *rest)
+        library.BACKENDS.select(function, registration.bind(function, (hidden, update, weight, *rest)))
         return last_backend(OP)
 
     with use_backend("auto"):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hia_kernels import last_backend, norm_linear, use_backend
-from hia_kernels.core import triton_support
+from hia_kernels.core import registration, triton_support
 from hia_kernels.ops.norm_linear import library
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
 from hia_kernels.testing import analysed, assert_close
@@ -82,7 +82,8 @@ def test_which_row_of_the_table(backward, triton_device, monkeypatch):
             arguments = (x.new_empty(rows, dim), x, *norm, weight, row_idx, 1e-5, [True] * 5)
         else:
             arguments = (x, *norm, weight, None, row_idx, 1e-5)
-        library.BACKENDS.select(f"{OP}_bwd" if backward else OP, *arguments)
+        name = f"{OP}_bwd" if backward else OP
+        library.BACKENDS.select(name, registration.bind(name, arguments))
         return last_backend(OP)
 
     with use_backend("auto"):

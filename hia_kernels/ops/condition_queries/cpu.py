@@ -9,9 +9,9 @@ from torch import Tensor
 from ...core import products
 
 
-def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
-    """Hidden states, or the incoming gradient in the backward: one dtype."""
-    return products.unsupported_reasons(first)
+def unsupported_reasons(function: str, hidden: Tensor, **rest: Any) -> list[str]:
+    """Return why a call can't be served; its tensors are of one dtype."""
+    return products.unsupported_reasons(hidden)
 
 
 def condition_queries_fwd(

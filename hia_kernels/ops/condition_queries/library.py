@@ -22,8 +22,8 @@ registration.define(
 _TRITON = "hia_kernels.ops.condition_queries.triton"
 
 
-def _triton_unsupported(first, *rest):
-    return triton_support.device_reasons(first)  # hidden, or dout in the backward: one dtype
+def _triton_unsupported(function, hidden, **rest):
+    return triton_support.device_reasons(hidden)
 
 
 BACKENDS = register_table(
@@ -49,7 +49,7 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(hidden, row_idx, weight, bias, queries):
+def _check_values(hidden, row_idx, **rest):
     varlen.check_row_idx("condition_queries", "row_idx", row_idx, hidden.shape[0], unique=False)
 
 
@@ -82,7 +82,7 @@ def _backward(ctx, dout):
     return dhidden, None, dweight, dbias, dqueries
 
 
-torch.library.register_autograd("hia::condition_queries", _backward, setup_context=_setup_context)
+registration.differentiate("condition_queries", _backward, _setup_context)
 registration.refuse_double_backward("condition_queries", "condition_queries_bwd")
 autocast.register_autocast(registration.overload("condition_queries"), cast=("hidden", "weight", "bias", "queries"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core import products
 
+PACKED = ("conv_norm_act_packed", "conv_norm_act_packed_", "conv_norm_act_packed_out")  # functions of a packed weight
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
 LONGEST_SUM = (
     3 * 2**10
@@ -28,22 +29,17 @@ def unavailable_reasons() -> list[str]:
     return [] if torch.backends.mkldnn.is_available() else ["torch was built without oneDNN"]
 
 
-def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
-    """``first`` is an image, a residual or the incoming gradient; the packed functions' arguments end in a bool.
+def unsupported_reasons(function: str, x: Tensor, weight: Tensor, **rest: Any) -> list[str]:
+    """Return why a call of any of the op's functions can't be served.
 
     bf16 is for packed weights alone: to round a weight again after scaling it flips more of ReLU's decisions than the
     gradients' bound has room for.
     """
-    if isinstance(rest[-1], bool):
-        if packed_weight((first, *rest)).dim() == 3:
+    if function in PACKED:
+        if weight.dim() == 3:
             return ["the weight is packed for the native kernels"]
-        return packing_unsupported_reasons(first)
-    return _reasons(first, (torch.float32,))
-
-
-def packed_weight(args: Sequence[Any]) -> Tensor:
-    """Among the arguments of ``conv_norm_act_packed`` (x, weight, ...), or of its other forms (out, x, weight, ...)."""
-    return args[1] if args[2].dim() == 1 else args[2]  # the shift is behind the weight
+        return packing_unsupported_reasons(x)
+    return _reasons(x, (torch.float32,))
 
 
 def packing_unsupported_reasons(tensor: Tensor) -> list[str]:

@@ -18,7 +18,7 @@ _finish = triton_support.lazy("hia_kernels.ops.conv_norm_act.triton_fwd", "finis
 
 
 def unavailable_reasons() -> list[str]:
-    """Why this machine has no cuDNN, or not what goes with it."""
+    """Return why this machine has no cuDNN, or not what goes with it."""
     found = triton_support.unavailable_reasons()  # the last pass and the backward are Triton's
     if torch.version.hip or not torch.backends.cudnn.is_available():
         found.append("this build of torch has no cuDNN")
@@ -27,14 +27,8 @@ def unavailable_reasons() -> list[str]:
     return found
 
 
-def _convolution_of(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
-    """x, weight, stride, of the forward's arguments or the backward's, which begin with dout."""
-    return (args[0], args[1], args[5]) if len(args) == 7 else (args[1], args[2], args[7])
-
-
-def unsupported_reasons(*args: Any) -> list[str]:
-    """Why these inputs can't run."""
-    x, weight, stride = _convolution_of(args)
+def unsupported_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
+    """Return why these inputs can't run."""
     found = triton_support.device_reasons(x)
     n, ih, iw, c = x.shape
     out = n * ((ih - 1) // stride + 1) * ((iw - 1) // stride + 1) * weight.shape[0]
@@ -47,15 +41,14 @@ def unsupported_reasons(*args: Any) -> list[str]:
 
 
 def backend_key(x: Tensor, weight: Tensor, stride: int) -> str:
-    """What a measurement of the backends holds for: sizes of one image, so that no neighbour changes its bits."""
+    """Return what a measurement of backends holds for: sizes of one image, so that no neighbour changes its bits."""
     pixels = ((x.shape[1] - 1) // stride + 1) * ((x.shape[2] - 1) // stride + 1)
     sizes = f"px{tuning.bucket(pixels)}-c{weight.shape[1]}-oc{weight.shape[0]}"
     return f"k{weight.shape[2]}s{stride}-{sizes}-{str(x.dtype).removeprefix('torch.')}"
 
 
-def slower_reasons(*args: Any) -> list[str]:
-    """Why ``auto`` takes the next row: unless it was measured to be the slower one at this shape, on this device."""
-    x, weight, stride = _convolution_of(args)
+def slower_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
+    """Return why ``auto`` takes the next row: unless it was measured to be slower at this shape, on this device."""
     key = backend_key(x, weight, stride)
     best = tuning.measured_backend(OP, key, x.device)
     return [] if best == "cudnn" else [f"{best} was faster at {key}" if best else f"nothing was measured at {key}"]

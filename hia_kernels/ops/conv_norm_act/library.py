@@ -36,8 +36,8 @@ registration.define(
 _TRITON = "hia_kernels.ops.conv_norm_act.triton"
 
 
-def _triton_unsupported(first, *rest):
-    return triton_support.device_reasons(first)  # x, or dout, which has its dtype
+def _triton_unsupported(function, x, **rest):
+    return triton_support.device_reasons(x)
 
 
 _BACKWARD = {"conv_norm_act_bwd": triton_support.lazy(f"{_TRITON}_bwd", "conv_norm_act_bwd")}
@@ -134,7 +134,7 @@ def _backward(ctx, dout):
     return (*(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None)
 
 
-torch.library.register_autograd("hia::conv_norm_act", _backward, setup_context=_setup_context)
+registration.differentiate("conv_norm_act", _backward, _setup_context)
 registration.refuse_double_backward("conv_norm_act", "conv_norm_act_bwd")
 autocast.register_autocast(registration.overload("conv_norm_act"), cast=("x", "weight", "residual"))
 

@@ -37,26 +37,23 @@ def is_winograd(weight: Tensor, stride: int) -> bool:
     return weight.shape[-1] == 3 and stride == 1
 
 
-def unsupported_reasons(*args: Any) -> list[str]:
-    """Of the arguments of any of the op's functions."""
-    if isinstance(args[-1], bool):
-        return [] if cpu.packed_weight(args).dim() == 3 else ["the weight is not packed for the native kernels"]
-    if isinstance(args[-1], str):
-        return packing_unsupported_reasons(args[1])
-    weight, stride = args[2], args[-3]  # the backward: dout, x, weight, ..., stride, activation, mask
+def unsupported_reasons(function: str, weight: Tensor, stride: int, **rest: Any) -> list[str]:
+    """Return why a call of any of the op's functions can't be served."""
+    if function in cpu.PACKED:
+        return [] if weight.dim() == 3 else ["the weight is not packed for the native kernels"]
     found = packing_unsupported_reasons(weight)
-    if not is_winograd(weight, stride):
+    if function == "conv_norm_act_bwd" and not is_winograd(weight, stride):
         found.append("gradients are for 3 x 3 with stride 1")
     return found
 
 
-def slower_reasons(*args: Any) -> list[str]:
-    """Why oneDNN is faster; a packed weight has its transform behind it."""
-    if isinstance(args[-1], bool):
+def slower_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
+    """Return why oneDNN is faster; a packed weight has its transform behind it."""
+    if function in cpu.PACKED:
         return []
-    if isinstance(args[-1], str) and not is_winograd(args[1], args[-2]):
+    if not is_winograd(weight, stride):
         return ["the direct form is oneDNN's, and packing its weight for one call costs more"]
-    images, height, width, _ = args[0].shape  # the image's and the gradient's are one
+    images, height, width, _ = x.shape  # with stride 1 the gradient's too
     tiles = images * ((height + 1) // 2) * ((width + 1) // 2)
     return [] if tiles >= FEWEST_TILES else [f"{tiles} tiles don't pay for transforming the weight"]
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
-from . import sdpa
+from . import cpu, sdpa
 from .reference import cross_attention_bwd_ref, cross_attention_ref, cross_attention_with_lse_ref
 
 _PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale"
@@ -22,8 +22,8 @@ registration.define(
 _TRITON = "hia_kernels.ops.cross_attention.triton"
 
 
-def _triton_unsupported(first, *rest):
-    return triton_support.device_reasons(first)  # q, or dout, which has its dtype
+def _triton_unsupported(function, q, **rest):
+    return triton_support.device_reasons(q)
 
 
 BACKENDS = register_table(
@@ -41,11 +41,20 @@ BACKENDS = register_table(
     Backend(
         "sdpa",
         {
-            "cross_attention": sdpa.cross_attention_sdpa,
-            "cross_attention_with_lse": sdpa.cross_attention_with_lse_sdpa,
-            "cross_attention_bwd": sdpa.cross_attention_bwd_sdpa,
+            "cross_attention": sdpa.cross_attention_fwd,
+            "cross_attention_with_lse": sdpa.cross_attention_with_lse_fwd,
         },
         sdpa.unsupported_reasons,
+        sdpa.unavailable_reasons,
+    ),
+    Backend(
+        "cpu",
+        {
+            "cross_attention": cpu.cross_attention_fwd,
+            "cross_attention_with_lse": cpu.cross_attention_with_lse_fwd,
+            "cross_attention_bwd": cpu.cross_attention_bwd,
+        },
+        cpu.unsupported_reasons,
     ),
     Backend(
         "reference",
@@ -58,7 +67,7 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
+def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **rest):
     varlen.check_cu_seqlens("cross_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     varlen.check_cu_seqlens("cross_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
 
@@ -110,8 +119,8 @@ def _lse_backward(ctx, dout, dlse):
     return (*grads, None, None, None, None, None)
 
 
-torch.library.register_autograd("hia::cross_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("hia::cross_attention_with_lse", _lse_backward, setup_context=_lse_setup_context)
+registration.differentiate("cross_attention", _backward, _setup_context)
+registration.differentiate("cross_attention_with_lse", _lse_backward, _lse_setup_context)
 registration.refuse_double_backward("cross_attention", "cross_attention_bwd")
 for _name in ("cross_attention", "cross_attention_with_lse"):
     autocast.register_autocast(registration.overload(_name), cast=("q", "k", "v"))

@@ -11,9 +11,9 @@ from ...core import products
 from .reference import by_head
 
 
-def unsupported_reasons(first: Tensor, *rest: Any) -> list[str]:
-    """x, or the incoming gradient in the backward: one dtype."""
-    return products.unsupported_reasons(first)
+def unsupported_reasons(function: str, x: Tensor, **rest: Any) -> list[str]:
+    """Return why a call can't be served; its tensors are of one dtype."""
+    return products.unsupported_reasons(x)
 
 
 def head_linear_fwd(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:

@@ -27,8 +27,8 @@ _BATCHED: dict[str, Callable[..., Any]] = {
 }
 
 
-def _triton_unsupported(first, *rest):
-    return triton_support.device_reasons(first)
+def _triton_unsupported(function, x, **rest):
+    return triton_support.device_reasons(x)
 
 
 BACKENDS = register_table(
@@ -71,7 +71,7 @@ def _backward(ctx, dout):
     return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None
 
 
-torch.library.register_autograd("hia::head_linear", _backward, setup_context=_setup_context)
+registration.differentiate("head_linear", _backward, _setup_context)
 registration.refuse_double_backward("head_linear", "head_linear_bwd")
 autocast.register_autocast(registration.overload("head_linear"), cast=("x", "weight"))
 

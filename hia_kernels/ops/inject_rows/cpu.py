@@ -10,9 +10,12 @@ from torch import Tensor
 from ...core import products
 
 
-def unsupported_reasons(first: Tensor, update: Tensor, *rest: Any) -> list[str]:
-    """Hidden states, or the incoming gradient in the backward; either may be wider than ``update``."""
-    return products.unsupported_reasons(first, update)
+def unsupported_reasons(
+    function: str, update: Tensor, hidden: Tensor | None = None, dout: Tensor | None = None, **rest: Any
+) -> list[str]:
+    """Return why a call can't be served; hidden states and their gradient may be wider than ``update``."""
+    stream = dout if hidden is None else hidden
+    return products.unsupported_reasons(update if stream is None else stream, update)
 
 
 def inject_rows_fwd(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:

@@ -27,18 +27,17 @@ FUSED_FLOPS = 2**33
 FUSED_FLOPS_FP32 = 2**28  # without matrix instructions our product is far behind cuBLAS's
 
 
-def _triton_unsupported(first, update, *rest):
-    # hidden, or dout in the backward: either may be wider than update
-    return triton_support.device_reasons(first)
+def _triton_unsupported(function, hidden=None, dout=None, **rest):
+    return triton_support.device_reasons(dout if hidden is None else hidden)  # may be wider than the update
 
 
 def fused_is_slower(rows, channels, dim, dtype):
-    """Why cuBLAS before an addition is taken to be faster than one kernel, by sizes alone."""
+    """Return why cuBLAS before an addition is taken to be faster than one kernel, by sizes alone."""
     flops, most = 2 * rows * channels * dim, FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
     return [f"the product is {flops} FLOPs, more than {most}: cublas is the better at it"] if flops > most else []
 
 
-def _fused_slower(first, update, weight, *rest):
+def _fused_slower(function, update, weight, **rest):
     return fused_is_slower(update.shape[0], weight.shape[0], weight.shape[1], update.dtype)
 
 
@@ -86,7 +85,7 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(hidden, update, weight, bias, row_idx):
+def _check_values(hidden, row_idx, **rest):
     varlen.check_row_idx("inject_rows", "row_idx", row_idx, hidden.shape[0], unique=True)
 
 
@@ -124,7 +123,7 @@ def _backward(ctx, dout):
     return dout, dupdate, dweight, dbias, None
 
 
-torch.library.register_autograd("hia::inject_rows", _backward, setup_context=_setup_context)
+registration.differentiate("inject_rows", _backward, _setup_context)
 registration.refuse_double_backward("inject_rows", "inject_rows_bwd")
 # hidden keeps its dtype: it is the residual stream, which autocast leaves in fp32.
 for _name in ("inject_rows", "inject_rows_"):

@@ -28,12 +28,12 @@ _BLOCKED: dict[str, Callable[..., Any]] = {
 }
 
 
-def _triton_unsupported(first, second, *rest):
-    return triton_support.device_reasons(second)  # q of the forward, q of the backward's arguments: one device
+def _triton_unsupported(function, q, **rest):
+    return triton_support.device_reasons(q)
 
 
-def _cpu_unsupported(first, second, *rest):
-    return [] if second.device.type == "cpu" else [f"tensors must be on the CPU, got {second.device}"]
+def _cpu_unsupported(function, q, **rest):
+    return [] if q.device.type == "cpu" else [f"tensors must be on the CPU, got {q.device}"]
 
 
 BACKENDS = register_table(
@@ -68,7 +68,7 @@ def _backward(ctx, dout, _dlse):
     return dq, dlatent, None, None
 
 
-torch.library.register_autograd("hia::latent_attention", _backward, setup_context=_setup_context)
+registration.differentiate("latent_attention", _backward, _setup_context)
 registration.refuse_double_backward("latent_attention", "latent_attention_bwd")
 autocast.register_autocast(registration.overload("latent_attention"), cast=("q", "latent"))
 

@@ -21,8 +21,8 @@ registration.define(
 _PLAIN: dict[str, Callable[..., Any]] = {"linear": linear_ref, "linear_bwd": linear_bwd_ref}
 
 
-def _triton_unsupported(first, *rest):
-    return triton_support.device_reasons(first)
+def _triton_unsupported(function, x, **rest):
+    return triton_support.device_reasons(x)
 
 
 BACKENDS = register_table(
@@ -63,7 +63,7 @@ def _backward(ctx, dout):
     return tuple(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
 
 
-torch.library.register_autograd("hia::linear", _backward, setup_context=_setup_context)
+registration.differentiate("linear", _backward, _setup_context)
 registration.refuse_double_backward("linear", "linear_bwd")
 autocast.register_autocast(registration.overload("linear"), cast=("x", "weight", "bias"))
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ...core import products
 
 
-def unsupported_reasons(first: Tensor, second: Tensor, *rest: Any) -> list[str]:
-    """x and its norm's weight forward, the incoming gradient and x backward."""
-    return products.unsupported_reasons(first, second)
+def unsupported_reasons(function: str, x: Tensor, norm_weight: Tensor, **rest: Any) -> list[str]:
+    """Return why a call can't be served; its other tensors are of these dtypes."""
+    return products.unsupported_reasons(x, norm_weight)
 
 
 def norm_linear_fwd(

@@ -30,16 +30,15 @@ FUSED_FLOPS = 2**32
 FUSED_FLOPS_FP32 = 2**28  # without matrix instructions our product is far behind cuBLAS's
 
 
-def _triton_unsupported(first, second, *rest):
-    # x and norm_weight forward, dout and x backward: the second ends in C either way
-    reasons = triton_support.device_reasons(first)
-    if second.shape[-1] > _MOST_CHANNELS:
-        reasons.append(f"channels must be at most {_MOST_CHANNELS}, got {second.shape[-1]}")
+def _triton_unsupported(function, x, **rest):
+    reasons = triton_support.device_reasons(x)
+    if x.shape[1] > _MOST_CHANNELS:
+        reasons.append(f"channels must be at most {_MOST_CHANNELS}, got {x.shape[1]}")
     return reasons
 
 
 def fused_is_slower(rows, channels, dim, dtype):
-    """Why cuBLAS behind a norm is taken to be faster than one kernel, by sizes alone."""
+    """Return why cuBLAS behind a norm is taken to be faster than one kernel, by sizes alone."""
     found = []
     panel = min(rows, FUSED_ROWS) * channels * dtype.itemsize
     if panel > FUSED_PANEL:
@@ -50,12 +49,9 @@ def fused_is_slower(rows, channels, dim, dtype):
     return found
 
 
-def _fused_slower(first, second, *rest):
-    if len(rest) == 6:  # backward: dout [R, D], x [T, C]
-        return fused_is_slower(first.shape[0], second.shape[1], first.shape[1], second.dtype)
-    weight, row_idx = rest[1], rest[3]
-    rows = first.shape[0] if row_idx is None else row_idx.shape[0]
-    return fused_is_slower(rows, first.shape[1], weight.shape[0], first.dtype)
+def _fused_slower(function, x, weight, row_idx, **rest):
+    rows = x.shape[0] if row_idx is None else row_idx.shape[0]
+    return fused_is_slower(rows, x.shape[1], weight.shape[0], x.dtype)
 
 
 _BACKWARD = {"norm_linear_bwd": triton_support.lazy(f"{_TRITON}_bwd", "norm_linear_bwd")}  # of both: cuBLAS's products
@@ -83,7 +79,7 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
+def _check_values(x, row_idx, **rest):
     if row_idx is not None:
         varlen.check_row_idx("norm_linear", "row_idx", row_idx, x.shape[0], unique=False)
 
@@ -122,7 +118,7 @@ def _backward(ctx, dout):
     return (*(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None)
 
 
-torch.library.register_autograd("hia::norm_linear", _backward, setup_context=_setup_context)
+registration.differentiate("norm_linear", _backward, _setup_context)
 registration.refuse_double_backward("norm_linear", "norm_linear_bwd")
 autocast.register_autocast(registration.overload("norm_linear"), cast=("x", "weight", "bias"))
 

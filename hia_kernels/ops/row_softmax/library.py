@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ...core import registration, triton_support
@@ -17,9 +16,8 @@ registration.define("row_softmax_bwd", "(Tensor dp, Tensor p, float scale, Tenso
 _TRITON = "hia_kernels.ops.row_softmax.triton"
 
 
-def _triton_unsupported(first, second, *rest):
-    # forward: scores and a float; backward: dp, which may be wider than p, and p
-    return triton_support.device_reasons(second if isinstance(second, Tensor) else first)
+def _triton_unsupported(function, scores=None, p=None, **rest):
+    return triton_support.device_reasons(p if scores is None else scores)  # p: dp may be wider
 
 
 BACKENDS = register_table(
@@ -78,7 +76,7 @@ def _backward(ctx, dp, dlse):
     return dscores.to(ctx.scores_dtype), None, None
 
 
-torch.library.register_autograd("hia::row_softmax", _backward, setup_context=_setup_context)
+registration.differentiate("row_softmax", _backward, _setup_context)
 registration.refuse_double_backward("row_softmax", "row_softmax_bwd")
 
 

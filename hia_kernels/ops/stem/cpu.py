@@ -8,6 +8,7 @@ an image of ones, which is a constant except along the border, where the padding
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,16 @@ def unavailable_reasons() -> list[str]:
     return [] if torch.backends.mkldnn.is_available() else ["torch was built without oneDNN"]
 
 
-def unsupported_reasons(*args: Any) -> list[str]:
-    """Of the forward's arguments, eight, or of the backward's: dout, the same, the output mask, perhaps the output."""
-    backward = len(args) > 8
-    weight, found = args[5 if backward else 4], []
+def unsupported_reasons(
+    function: str, weight: Tensor, output_mask: Sequence[bool] | None = None, **rest: Any
+) -> list[str]:
+    """Return why a call can't be served; the backward alone has an ``output_mask``."""
+    found = []
     if weight.device.type != "cpu":
         found.append(f"tensors must be on the CPU, got {weight.device}")
     if weight.dtype == torch.float64:
         found.append("float64 is left to the reference")
-    if backward and args[9][0]:
+    if output_mask is not None and output_mask[0]:
         found.append("the pixels' gradient is left to the reference")
     return found
 

@@ -24,13 +24,12 @@ _TRITON = "hia_kernels.ops.stem.triton"
 _FAR = 2**22  # elements; within a program's tile the Triton kernels count in 32 bits
 
 
-def _triton_unsupported(*args):
-    # pixels, window, mean, std, weight, ...; the backward has dout before them
-    return triton_reasons(*((args[1], args[5]) if args[1].dim() == 4 else (args[0], args[4])))
+def _triton_unsupported(function, pixels, weight=None, taps=None, **rest):
+    return triton_reasons(pixels, taps if weight is None else weight)
 
 
 def triton_reasons(pixels, weight):
-    """Why the Triton kernels can't serve these pixels with this weight, packed or not."""
+    """Return why the Triton kernels can't serve these pixels with this weight, packed or not."""
     found = triton_support.device_reasons(pixels)
     if weight.dtype == torch.float64 and pixels.dtype != torch.float64:
         found += triton_support.device_reasons(weight)
@@ -60,7 +59,7 @@ BACKENDS = register_table(
 pack_taps = triton_support.lazy(f"{_TRITON}_fwd", "pack_taps")
 
 
-def _check_values(pixels, window, *rest):
+def _check_values(window, **rest):
     if not varlen.check_values_now(window):
         return
     for image, (low, high) in enumerate(window.tolist()):
@@ -119,7 +118,7 @@ def _backward(ctx, dout):
     return dpixels, None, None, None, dweight, dscale, dshift, None
 
 
-torch.library.register_autograd("hia::stem", _backward, setup_context=_setup_context)
+registration.differentiate("stem", _backward, _setup_context)
 registration.refuse_double_backward("stem", "stem_bwd")
 # Not the pixels: they are normalised in fp32 before anything is rounded.
 autocast.register_autocast(registration.overload("stem"), cast=("weight",))

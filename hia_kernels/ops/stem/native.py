@@ -18,9 +18,8 @@ PIXELS = (torch.uint8, torch.uint16, torch.float32)
 unavailable_reasons = native.cpu_unavailable_reasons
 
 
-def unsupported_reasons(*args: Any) -> list[str]:
-    """Of the forward's arguments: pixels, window, mean, std, weight, ..."""
-    pixels, weight = args[0], args[4]
+def unsupported_reasons(function: str, pixels: Tensor, weight: Tensor, **rest: Any) -> list[str]:
+    """Return why a call can't be served."""
     found = []
     if weight.device.type != "cpu":
         found.append(f"tensors must be on the CPU, got {weight.device}")

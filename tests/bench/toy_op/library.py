@@ -13,7 +13,7 @@ from .reference import row_dot_ref
 registration.define("row_dot", "(Tensor x, Tensor y) -> Tensor")
 
 
-def _triton_unsupported(x, y):
+def _triton_unsupported(function, x, y):
     return triton_support.device_reasons(x)
 
 
@@ -44,7 +44,7 @@ def _backward(ctx, dout):
     return dout[:, None] * y, dout[:, None] * x
 
 
-torch.library.register_autograd("hia::row_dot", _backward, setup_context=_setup_context)
+registration.differentiate("row_dot", _backward, _setup_context)
 
 
 @register_flop_formula(torch.ops.hia.row_dot)

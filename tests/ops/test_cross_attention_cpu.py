@@ -7,7 +7,7 @@ import torch
 
 from hia_kernels import cross_attention, cross_attention_with_lse, last_backend, use_backend
 from hia_kernels.core import triton_support
-from hia_kernels.ops.cross_attention import sdpa
+from hia_kernels.ops.cross_attention import cpu, library, sdpa
 from hia_kernels.ops.cross_attention.inputs import packing
 from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref as backward_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross_attention_with_lse_ref
@@ -36,7 +36,7 @@ CASES = [  # dtypes rotate where the axis is not about precision
 
 @pytest.fixture(autouse=True)
 def forced():
-    with use_backend("sdpa"):
+    with use_backend("cpu"):
         yield
 
 
@@ -44,7 +44,7 @@ def assert_both_match(inputs, dtype):
     """lse with a gradient of its own, and without one, which another kernel may serve."""
     assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, dtype)
     assert_matches(OP, cross_attention, cross_attention_ref, inputs, dtype)
-    assert last_backend(OP) == "sdpa"
+    assert last_backend(OP) == "cpu"
 
 
 @pytest.mark.parametrize(("lengths_q", "lengths_k", "options", "dtype"), CASES)
@@ -54,14 +54,14 @@ def test_matches_reference(lengths_q, lengths_k, options, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_too_many_scores_to_hold_are_left_to_flash(dtype, monkeypatch):
-    monkeypatch.setattr(sdpa, "MANY_SCORES", 0)
+    monkeypatch.setattr(cpu, "MANY_SCORES", 0)
     assert_both_match(make_inputs([7, 7, 2], [9, 9, 30], dtype, head_dim=256), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_heads_in_groups_and_no_products_in_bf16(dtype, monkeypatch):
-    monkeypatch.setattr(sdpa, "GROUP_SCORES", 7 * 30 * 2 // torch.get_num_threads())
-    monkeypatch.setattr(sdpa, "_product_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr(cpu, "GROUP_SCORES", 7 * 30 * 2 // torch.get_num_threads())
+    monkeypatch.setattr(cpu, "_product_dtype", lambda dtype: torch.float32)
     assert_both_match(make_inputs([7, 3], [30, 4], dtype, heads=5), dtype)
 
 
@@ -70,11 +70,11 @@ def test_what_serves_which_shape(monkeypatch):
     many_keys, many_scores = (1, slice(0, 256), slice(0, 3136)), (1, slice(0, 8192), slice(0, 8192))
     narrow, wide = torch.empty(1, 1, 128), torch.empty(1, 1, 640)
     for native in (False, True):
-        monkeypatch.setattr(sdpa, "_product_dtype", lambda dtype, native=native: dtype if native else torch.float32)
-        assert sdpa._flash_wins(narrow, batch) and not sdpa._flash_wins(narrow, many_keys)
-        assert sdpa._flash_wins(narrow.bfloat16(), batch) != native
-        assert not sdpa._flash_wins(wide, batch) and sdpa._flash_wins(wide, many_scores)
-        assert not sdpa._flash_wins(narrow, no_keys)
+        monkeypatch.setattr(cpu, "_product_dtype", lambda dtype, native=native: dtype if native else torch.float32)
+        assert cpu._flash_wins(narrow, batch) and not cpu._flash_wins(narrow, many_keys)
+        assert cpu._flash_wins(narrow.bfloat16(), batch) != native
+        assert not cpu._flash_wins(wide, batch) and cpu._flash_wins(wide, many_scores)
+        assert not cpu._flash_wins(narrow, no_keys)
 
 
 @pytest.mark.parametrize("head_dim", [32, 144])
@@ -146,31 +146,36 @@ def test_packed_is_a_loop_over_samples(lengths, dtype):
 def test_it_is_what_the_cpu_uses():
     with use_backend("auto"):
         cross_attention(**make_inputs([3], [4], torch.bfloat16))
-        assert last_backend(OP) == "sdpa"
+        assert last_backend(OP) == "cpu"
         cross_attention(**make_inputs([3], [4], torch.float64))
         assert last_backend(OP) == "reference"
 
 
 def test_reasons_why_not():
-    with pytest.raises(NotImplementedError, match="sdpa: float64 is left to the reference"):
+    with pytest.raises(NotImplementedError, match="cpu: float64 is left to the reference"):
         cross_attention(**make_inputs([3], [4], torch.float64))
 
-    def on_cuda(x):  # what the reasons look at; no such device is needed
+    meta = make_inputs([3], [4], torch.float32, "meta")
+    assert cpu.unsupported_reasons(OP, **meta) == ["tensors must be on the CPU, got meta"]
+
+
+def test_reasons_why_not_sdpa():
+    """On CUDA, behind Triton, without gradients: what the reasons look at, without such a device."""
+
+    def on_cuda(x):
         return SimpleNamespace(
             device=torch.device("cuda"), dtype=x.dtype, shape=x.shape, numel=x.numel, element_size=x.element_size
         )
 
-    def reasons(lengths_q, lengths_k, dtype, backward=False):
-        q, k, v, *rest = (
-            on_cuda(x) if isinstance(x, torch.Tensor) else x for x in make_inputs(lengths_q, lengths_k, dtype).values()
-        )
-        arguments = (q, q, q, k, v, q, q, *rest) if backward else (q, k, v, *rest)
-        return " ".join(sdpa.unsupported_reasons(*arguments))
+    def reasons(lengths_q, lengths_k, dtype):
+        inputs = make_inputs(lengths_q, lengths_k, dtype).items()
+        found = {name: on_cuda(x) if isinstance(x, torch.Tensor) else x for name, x in inputs}
+        return " ".join(sdpa.unsupported_reasons(OP, **found))
 
     assert not reasons([3, 3], [4, 4], torch.float16)
     for lengths in (([3, 2], [4, 4]), ([3, 3], [4, 1]), ([], [])):
         assert "must have max_seqlen_q queries and max_seqlen_k keys" in reasons(*lengths, torch.float16)
     assert "must be float16 or bfloat16, got float32" in reasons([3, 3], [4, 4], torch.float32)
-    assert "takes no gradient of lse" in reasons([3, 3], [4, 4], torch.float16, backward=True)
-    meta = make_inputs([3], [4], torch.float32, "meta")
-    assert sdpa.unsupported_reasons(*meta.values()) == ["tensors must be on the CPU or a CUDA device, got meta"]
+    here = make_inputs([3], [4], torch.float16)
+    assert sdpa.unsupported_reasons(OP, **here) == ["tensors must be on a CUDA device, got cpu"]
+    assert f"{OP}_bwd" not in library.BACKENDS.row("sdpa").functions

@@ -1,0 +1,245 @@
+"""``cross_attention`` on the CPU, out of PyTorch's own kernels: matrix products around a softmax, or its flash kernel.
+
+Values are free to read here, so each sequence is served by what was measured to be faster for its shape
+(docs/cross_attention.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLASH_HEAD_DIM, FLASH_KEYS = 128, 1024  # up to them the flash kernel is faster in fp32
+MANY_SCORES = 2**24  # a head's scores in fp32 take 64 MiB: beyond it flash, which keeps none
+GROUP_SCORES = 2**20  # scores of the heads that a thread works on together: 4 MiB, which caches hold
+
+Rows = tuple[int, slice, slice]  # sequences of equal lengths, their queries, their keys
+
+
+def unsupported_reasons(function: str, q: Tensor, **rest: Any) -> list[str]:
+    """Return why a call can't be served; its tensors are of one device and dtype."""
+    found = [] if q.device.type == "cpu" else [f"tensors must be on the CPU, got {q.device}"]
+    return [*found, "float64 is left to the reference"] if q.dtype == torch.float64 else found
+
+
+def _batches(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[Rows]:
+    """Neighbours of equal lengths together: one call of the flash kernel serves them."""
+    starts = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
+    lengths = [(end_q - q, end_k - k) for (q, k), (end_q, end_k) in pairwise(starts)]
+    first = 0
+    for _, equal in groupby(lengths):
+        count = len(list(equal))
+        (q, k), (end_q, end_k) = starts[first], starts[first + count]
+        yield count, slice(q, end_q), slice(k, end_k)
+        first += count
+
+
+def _batched(x: Tensor, count: int, rows: slice) -> Tensor:
+    """[count, H, L, D] fp32: the flash kernel's backward in fp16 takes 30 times as long."""
+    x = x[rows].unflatten(0, (count, (rows.stop - rows.start) // count)).transpose(1, 2).float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[count, H, L, D] -> [count * L, H, D], without a copy if the heads lie as they should."""
+    return x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+
+
+def _singles(batch: Rows) -> Iterator[tuple[slice, slice]]:
+    """The batch's sequences one by one."""
+    count, rows_q, rows_k = batch
+    length_q, length_k = ((rows.stop - rows.start) // count for rows in (rows_q, rows_k))
+    for i in range(count):
+        start_q, start_k = rows_q.start + i * length_q, rows_k.start + i * length_k
+        yield slice(start_q, start_q + length_q), slice(start_k, start_k + length_k)
+
+
+def _scores_of(batch: Rows) -> tuple[int, int]:
+    """Length of a sequence's keys, number of a head's scores."""
+    count, rows_q, rows_k = batch
+    length_k = (rows_k.stop - rows_k.start) // count
+    return length_k, (rows_q.stop - rows_q.start) // count * length_k
+
+
+def _flash_wins(q: Tensor, batch: Rows) -> bool:
+    length_k, scores = _scores_of(batch)
+    if scores == 0 or scores > MANY_SCORES:
+        return scores > 0
+    small = q.shape[2] <= FLASH_HEAD_DIM and length_k <= FLASH_KEYS
+    return small and _product_dtype(q.dtype) == torch.float32
+
+
+def _head_groups(heads: int, scores: int) -> Iterator[slice]:
+    share = max(1, GROUP_SCORES * torch.get_num_threads() // scores)
+    return (slice(first, min(first + share, heads)) for first in range(0, heads, share))
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the products whose operand is p or ds: bf16 where the CPU multiplies it, which halves their time."""
+    native = torch.backends.mkldnn.enabled and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return dtype if dtype == torch.bfloat16 and native else torch.float32
+
+
+def _heads_first(x: Tensor, rows: slice, heads: slice) -> Tensor:
+    return x[rows, heads].transpose(0, 1)  # [heads, L, D]
+
+
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * a b of [heads, ., .]."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b of [heads, ., .], where it lies: a fresh product costs a copy and its pages."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
+
+
+def _products_fwd(
+    q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: float, out: Tensor, lse: Tensor | None
+) -> None:
+    dtype = _product_dtype(q.dtype)
+    for rows_q, rows_k in _singles(batch):
+        for heads in _head_groups(q.shape[1], _scores_of(batch)[1]):
+            q_h, k_h = _heads_first(q, rows_q, heads).float(), _heads_first(k, rows_k, heads).float()
+            p = _product(q_h, k_h.mT, softmax_scale)  # [heads, Lq, Lk], scores for now
+            top = None if lse is None else p.amax(-1)
+            torch.softmax(p, -1, out=p)
+            if lse is not None:  # the largest probability is 1 / sum(exp(scores - top))
+                lse[heads, rows_q] = top - p.amax(-1).log_()
+            _product_into(_heads_first(out, rows_q, heads), p.to(dtype), _heads_first(v, rows_k, heads).to(dtype))
+
+
+def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    count, rows_q, rows_k = batch
+    triple = _batched(q, count, rows_q), _batched(k, count, rows_k), _batched(v, count, rows_k)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*triple, scale=softmax_scale)
+    return _packed(out, q.dtype), lse.transpose(0, 1).flatten(1).contiguous()  # [H, count * Lq]
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
+    if len(batches) == 1 and _flash_wins(q, batches[0]):
+        return _flash_fwd(q, k, v, batches[0], softmax_scale)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[1], q.shape[0]) if with_lse else None
+    for batch in batches:
+        _, rows_q, rows_k = batch
+        if rows_k.start == rows_k.stop:
+            out[rows_q] = 0
+            if lse is not None:
+                lse[:, rows_q] = float("-inf")
+        elif _flash_wins(q, batch):
+            out[rows_q], sums = _flash_fwd(q, k, v, batch, softmax_scale)
+            if lse is not None:
+                lse[:, rows_q] = sums
+        elif rows_q.start < rows_q.stop:
+            _products_fwd(q, k, v, batch, softmax_scale, out, lse)
+    return out, lse
+
+
+def cross_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> Tensor:
+    """Return out [Tq, H, D], dtype of ``q``."""
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, with_lse=False)[0]
+
+
+def cross_attention_with_lse_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Return out [Tq, H, D], lse [H, Tq] fp32."""
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, with_lse=True)
+
+
+def _products_bwd(
+    dout: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    stats: tuple[Tensor, Tensor],
+    batch: Rows,
+    softmax_scale: float,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    (q, k, v), (lse, delta), (dq, dk, dv) = qkv, stats, grads
+    dtype = _product_dtype(q.dtype)
+    for rows_q, rows_k in _singles(batch):
+        for heads in _head_groups(q.shape[1], _scores_of(batch)[1]):
+            q_h, k_h = _heads_first(q, rows_q, heads), _heads_first(k, rows_k, heads)
+            v_h, do_h = _heads_first(v, rows_k, heads).float(), _heads_first(dout, rows_q, heads).to(q.dtype)
+            lse_h, delta_h = lse[heads, rows_q, None], delta[heads, rows_q, None]  # [heads, Lq, 1]
+            p = torch.baddbmm(lse_h, q_h.float(), k_h.float().mT, beta=-1, alpha=softmax_scale).exp_()
+            _product_into(_heads_first(dv, rows_k, heads), p.to(dtype).mT, do_h.to(dtype))
+            ds = torch.baddbmm(delta_h, do_h.float(), v_h.mT, beta=-1)  # [heads, Lq, Lk]
+            ds = ds.mul_(p).mul_(softmax_scale).to(dtype)
+            _product_into(_heads_first(dq, rows_q, heads), ds, k_h.to(dtype))
+            _product_into(_heads_first(dk, rows_k, heads), ds.mT, q_h.to(dtype))
+
+
+def _flash_bwd(
+    dout: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, batch: Rows, softmax_scale: float
+) -> list[Tensor]:
+    count, rows_q, rows_k = batch
+    owners = (rows_q, rows_k, rows_k)
+    triple = [_batched(x, count, rows) for x, rows in zip(qkv, owners, strict=True)]
+    sums = lse[:, rows_q].unflatten(1, (count, -1)).transpose(0, 1)  # [count, H, Lq]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _batched(dout, count, rows_q), *triple, _batched(out, count, rows_q), sums, 0.0, False, scale=softmax_scale
+    )
+    return [_packed(grad, x.dtype) for grad, x in zip(grads, qkv, strict=True)]
+
+
+def cross_attention_bwd(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v. The flash kernel knows no ``dlse``: where there is one, products serve the call."""
+    qkv, dout = (q, k, v), dout.to(q.dtype)
+    batches, has_dlse = list(_batches(cu_seqlens_q, cu_seqlens_k)), bool(dlse.any())
+    if len(batches) == 1 and not has_dlse and _flash_wins(q, batches[0]):
+        dq, dk, dv = _flash_bwd(dout, qkv, out, lse, batches[0], softmax_scale)
+        return dq, dk, dv
+    delta = (dout.float() * out.float()).sum(-1).T - dlse  # [H, Tq]
+    dq, dk, dv = grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in qkv)
+    for batch in batches:
+        _, rows_q, rows_k = batch
+        if rows_q.start == rows_q.stop or rows_k.start == rows_k.stop:
+            dq[rows_q], dk[rows_k], dv[rows_k] = 0, 0, 0
+        elif not has_dlse and _flash_wins(q, batch):
+            dq[rows_q], dk[rows_k], dv[rows_k] = _flash_bwd(dout, qkv, out, lse, batch, softmax_scale)
+        else:
+            _products_bwd(dout, qkv, (lse, delta), batch, softmax_scale, grads)
+    return dq, dk, dv
