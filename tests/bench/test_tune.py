@@ -161,8 +161,8 @@ def test_a_backend_that_is_wrong_or_missing_does_not_race(rivals, monkeypatch):
     assert race({"reference": 2.0, "cpu": 1.0})[0] is None
     monkeypatch.setattr(tune.hia_kernels, "conv_norm_act", original)
     assert race({"reference": 2.0, "cpu": 1.0})[0] == SMALL_KEY
-    monkeypatch.setitem(tune.RIVALS, "conv_norm_act", ("reference", "flash_attn"))
-    name, tuned = race({"reference": 2.0, "flash_attn": 1.0})
+    monkeypatch.setitem(tune.RIVALS, "conv_norm_act", ("reference", "cudnn"))
+    name, tuned = race({"reference": 2.0, "cudnn": 1.0})
     assert name is None and tuned.backends == {}
 
 
