@@ -72,9 +72,10 @@ test-transformers: $(READY) ## tests/hia against each of VERSIONS="4.57.6 5.0.0 
 	done; \
 	if [ -n "$$failed" ]; then echo "failed with transformers:$$failed"; exit 1; fi
 
-lint: $(READY) ## ruff, mypy and the house rules
+lint: $(READY) ## ruff, import-linter, mypy and the house rules
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -c "from importlinter import cli; cli.lint_imports_command()" --no-cache --no-logo
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_repository.py
 
