@@ -371,9 +371,9 @@ class Run:
         p20, p50, p80 = (samples.percentile(percent) for percent in (20, 50, 80))
         own, moved = subject.own_bytes(), subject.least_bytes()
         counted = flops(subject.provider, self.setting, case)
-        floor = None if case.op == "train_step" else self.limits.floor_ms(counted or 0, moved, self.options.dtype)
-        if case.op == "second_question":  # without its FLOPs there is no floor
-            floor = None
+        roofline = None if case.op == "train_step" else self.limits.roofline_ms(counted or 0, moved, self.options.dtype)
+        if case.op == "second_question":  # without its FLOPs there is no roofline
+            roofline = None
         extra = self._extra(case, subject.provider) | {
             "prompt_tokens": subject.tokens,
             "model_bytes": own,
@@ -401,8 +401,8 @@ class Run:
             len(times),
             counted,
             moved,
-            floor,
-            None if floor is None else 100 * floor / p50,
+            roofline,
+            None if roofline is None else 100 * roofline / p50,
             peak,
             extra,
             self.environment,

@@ -39,7 +39,7 @@ TEST_PACKAGES = ("pytest", "transformers", "safetensors", "numpy", "PIL")
 HOST_PACKAGES = ("transformers", "safetensors", "numpy", "PIL")
 TEST_FOLDERS = ("tests/ops", "tests/hia")
 OWN = ("bench", "hia", "hia_kernels", "tests")
-TRIAL_FIGURES = ("attention-*-784-forward",)  # what a CPU does in seconds
+TRIAL_TARGETS = ("attention-*-784-forward",)  # what a CPU does in seconds
 FURTHEST = 10
 SECONDS, MINUTES = "{seconds}", "{minutes}"
 MARGIN_S = 15.0  # for a step to start and to finish what it is at
@@ -172,7 +172,7 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         *TEST_FOLDERS,
         *(f"--ignore={name}" for name in unimportable_tests()),
     )
-    figures = ("-m", "bench", "targets", *where, "--add")
+    targets = ("-m", "bench", "targets", *where, "--add")
     kernels = ("-m", "bench", "ops", *where, "--minutes", MINUTES)
     end_to_end = ("-m", "bench", "end-to-end", *where, "--deadline", SECONDS, "--batch", "1", "--resolutions")
     table3 = (
@@ -190,7 +190,7 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         "sdpa",
     )
     if device == "cpu":
-        figures += ("--quick", "--only", *TRIAL_FIGURES)
+        targets += ("--quick", "--only", *TRIAL_TARGETS)
         kernels += ("--quick",)
         end_to_end += ("448", "--repeats", "2", "--budget", "1")
     else:
@@ -200,13 +200,13 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         Step("info", ("-m", "hia_kernels.info"), 40),
         Step("build", ("setup.py", "build_ext", "--inplace"), 120, skip=build_skip),
         Step("tests", tests, 100, needs=TEST_PACKAGES, without=("hypothesis",)),
-        Step("figures", (*figures, "--no-compile", "--minutes", MINUTES), 160, needs=measuring),
+        Step("targets", (*targets, "--no-compile", "--minutes", MINUTES), 160, needs=measuring),
         Step("kernels", kernels, 120, needs=measuring),
         Step("end_to_end", end_to_end, 100, needs=HOST_PACKAGES),
         Step("table3", table3, 70, needs=measuring, without=("matplotlib",)),
         Step(
             "compiled",
-            (*figures, "--compiled", "--compile-minutes", "1", "--minutes", MINUTES),
+            (*targets, "--compiled", "--compile-minutes", "1", "--minutes", MINUTES),
             300,
             needs=measuring,
             skip=None if device == "cuda" else "a trial compiles nothing",
@@ -420,8 +420,8 @@ def fresh_records(path: Path, since: datetime.datetime | None) -> list[Measureme
 
 
 def furthest_table(out: Path, since: datetime.datetime | None = None) -> list[str]:
-    """The ten rows of ours furthest from their floor, from whatever records of this run there are."""
-    from ..report.data import furthest_from_floor, sources
+    """The ten rows of ours furthest from their roofline, from whatever records of this run there are."""
+    from ..report.data import furthest_from_roofline, sources
 
     records, problems = [], []
     for name in ("kernels.json", "end_to_end.json"):
@@ -429,37 +429,37 @@ def furthest_table(out: Path, since: datetime.datetime | None = None) -> list[st
             records += fresh_records(out / name, since)
         except (ValueError, OSError, KeyError) as error:
             problems.append(f"{out / name} can't be read: {error}")
-    rows = furthest_from_floor(records, FURTHEST)
+    rows = furthest_from_roofline(records, FURTHEST)
     if not rows:
-        return [*problems, "furthest from their floor: nothing was measured that has a floor"]
+        return [*problems, "furthest from their roofline: nothing was measured that has a roofline"]
     lines = [
-        f"the {len(rows)} rows of ours furthest from their floor",
-        f"{'% of floor':>10} {'p50 ms':>10} {'floor ms':>10}  {'op':<20} {'mode':<9} {'dtype':<5} case",
+        f"the {len(rows)} rows of ours furthest from their roofline",
+        f"{'% of roofline':>10} {'p50 ms':>10} {'roofline ms':>10}  {'op':<20} {'mode':<9} {'dtype':<5} case",
     ]
     for row in rows:
         lines.append(
-            f"{row.percent_of_floor:10.1f} {row.p50_ms:10.4f} {row.floor_ms or 0:10.4f}  {row.op:<20} "
+            f"{row.percent_of_roofline:10.1f} {row.p50_ms:10.4f} {row.roofline_ms or 0:10.4f}  {row.op:<20} "
             f"{row.mode:<9} {row.dtype:<5} {row.case}" + ("  noisy" if row.noisy else "")
         )
     return [*problems, *lines, *sources(rows)]
 
 
 def verdict_table(out: Path, device: str, since: datetime.datetime | None = None) -> list[str]:
-    """Every figure that the project is held to, judged by this run's records alone."""
-    path = out / "figures.json"
+    """Every target that the project is held to, judged by this run's records alone."""
+    path = out / "targets.json"
     try:
         records = fresh_records(path, since)
     except (ValueError, OSError, KeyError) as error:
         return [f"{path} can't be read: {error}"]
     if not records:
-        return ["figures: none was measured"]
+        return ["targets: none was measured"]
+    from ..records.targets import TARGETS, judge
     from ..report.data import sources
-    from ..targets import FIGURES, judge
 
-    stored = {one["name"]: one for one in json.loads(path.read_text(encoding="utf-8")).get("figures", [])}
+    stored = {one["name"]: one for one in json.loads(path.read_text(encoding="utf-8")).get("targets", [])}
     known = {name: one for name, one in stored.items() if one["kind"] == "flops"}  # by formula: they need no record
-    found = [known[one.name] if one.name in known else judge(one, records, device).to_dict() for one in FIGURES]
-    lines = ["the figures and their targets", f"{'verdict':<12} {'measured':>8} {'target':>8}  {'figure':<36} note"]
+    found = [known[one.name] if one.name in known else judge(one, records, device).to_dict() for one in TARGETS]
+    lines = ["the targets", f"{'verdict':<12} {'measured':>8} {'target':>8}  {'name':<36} note"]
     for one in found:
         measured, target = (f"{one[name]:.2f}" if one[name] is not None else "-" for name in ("ratio", "target"))
         lines.append(f"{one['verdict']:<12} {measured:>8} {target:>8}  {one['name']:<36} {one['note']}")

@@ -1,7 +1,7 @@
 """FLOPs and bytes of a workload: of the mathematics as it is written down, whatever a provider does instead.
 
 An op's are its own ``inputs.py``'s. A composite's mathematics has cheaper exact forms; :func:`least_flops` is of the
-cheapest, and what its floor is made of.
+cheapest, and what its roofline is made of.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def flops(workload: Workload, inputs: Inputs, weights: dict[str, Tensor] | None,
 
 
 def least_flops(workload: Workload, textbook: int, itemsize: int) -> int:
-    """Of the cheapest exact form known, which a floor must not be above; ``textbook`` where there is one form only.
+    """Of the cheapest exact form known, which a roofline must not be above; ``textbook`` where there is one form only.
 
     Args:
         workload: op or composite.

@@ -30,7 +30,7 @@ class Limits:
     bandwidth: float
     rates: dict[str, float] = field(default_factory=dict)
 
-    def floor_ms(self, flops: int, moved: int, dtype: str) -> float:
+    def roofline_ms(self, flops: int, moved: int, dtype: str) -> float:
         """max(bytes / bandwidth, FLOPs / rate), milliseconds."""
         return 1e3 * max(moved / self.bandwidth, flops / self.rates[dtype])
 

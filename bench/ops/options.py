@@ -15,13 +15,13 @@ import torch
 from ..measure.roofline import DTYPES
 from ..providers.registry import Provider, all_providers
 from ..records.record import MODES
-from ..targets import FIGURES
+from ..records.targets import TARGETS
 from ..workloads import CASES, FIRST, CompositeEntry, Workload, composites, in_set, ops, workloads
 
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_DTYPES = {"cpu": ("fp32",), "cuda": ("bf16",)}
 FILTERS = ("op", "case", "provider", "mode", "dtype", "set")
-SETS = ("cpu", "gpu", "quick", "figures")
+SETS = ("cpu", "gpu", "quick", "targets")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     chosen.add_argument(
         "--set",
         metavar="NAME",
-        help="cpu, gpu or quick: what a run without --case takes there; figures: of bench/figures",
+        help="cpu, gpu or quick: what a run without --case takes there; targets: those of python -m bench targets",
     )
     chosen.add_argument("--provider", action="append", metavar="NAME", help="who is measured (default: all)")
     chosen.add_argument(
@@ -191,8 +191,8 @@ def plan(options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
 
 def _default_plan(found: list[Workload], options: argparse.Namespace) -> list[tuple[Workload, tuple[str, ...]]]:
     """The set asked for, else the device's with a tiny shape of every op for the cost of dispatch."""
-    if options.set == "figures":
-        wanted = [(one.workload, one.mode) for one in FIGURES if one.mode]
+    if options.set == "targets":
+        wanted = [(one.workload, one.mode) for one in TARGETS if one.mode]
         kept = [(workload, [mode for mode in options.mode if (workload, mode) in wanted]) for workload in found]
         return [(workload, tuple(modes)) for workload, modes in kept]
     device_set = options.set or ("quick" if options.quick else "gpu" if options.device == "cuda" else "cpu")

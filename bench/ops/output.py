@@ -120,32 +120,32 @@ def print_list(
 def print_report(
     records: Sequence[Measurement], limits: Limits | None, left_out: Sequence[str], console: Console
 ) -> None:
-    """A table of everything, why the rest is missing, and the rows furthest from their floor."""
+    """A table of everything, why the rest is missing, and the rows furthest from their roofline."""
     if limits is not None:
         rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits.rates.items())
         console.print(f"limits measured in this run: copy {limits.bandwidth / 1e9:,.1f} GB/s, products {rates}")
     shown = [record for record in records if record.status != "unavailable"]
     if shown:
-        console.print(_table("p50 by provider; the floor is max(bytes / bandwidth, FLOPs / rate)", shown))
+        console.print(_table("p50 by provider; the roofline is max(bytes / bandwidth, FLOPs / rate)", shown))
     for line in unavailable_lines(records):
         console.print(f"unavailable  {line}", highlight=False, markup=False, soft_wrap=True)
     for line in left_out:
         console.print(f"not measured, out of time: {line}", highlight=False, markup=False, soft_wrap=True)
     far = furthest(records)
     if far:
-        console.print(_table("furthest from their floor: the fastest provider of each workload", far))
+        console.print(_table("furthest from their roofline: the fastest provider of each workload", far))
 
 
 def furthest(records: Sequence[Measurement], count: int = FURTHEST) -> list[Measurement]:
-    """Of each workload the fastest row; of those the ones with the lowest share of their floor."""
+    """Of each workload the fastest row; of those the ones with the lowest share of their roofline."""
     best: dict[tuple[str, ...], Measurement] = {}
     for record in records:
-        if record.status != "ok" or record.percent_of_floor is None or record.extra.get("limit"):
+        if record.status != "ok" or record.percent_of_roofline is None or record.extra.get("limit"):
             continue
         key = (record.op, record.case, record.mode, record.dtype)
         if key not in best or record.p50_ms < best[key].p50_ms:
             best[key] = record
-    return sorted(best.values(), key=lambda record: record.percent_of_floor)[:count]
+    return sorted(best.values(), key=lambda record: record.percent_of_roofline)[:count]
 
 
 def unavailable_lines(records: Sequence[Measurement]) -> list[str]:
@@ -176,7 +176,7 @@ def _table(title: str, records: Sequence[Measurement]) -> Table:
     table = Table(title=title, title_justify="left", pad_edge=False)
     for name in ("op", "case", "mode", "dtype", "provider"):
         table.add_column(name, overflow="fold")
-    for name in ("p20", "p50 ms", "p80", "floor", "% floor", "GFLOP/s", "GB/s", "peak MB"):
+    for name in ("p20", "p50 ms", "p80", "roofline", "% roofline", "GFLOP/s", "GB/s", "peak MB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for record in records:
@@ -199,12 +199,12 @@ def _escaped(text: str | None) -> str:
 
 def _numbers(record: Measurement) -> tuple[str, ...]:
     seconds = record.p50_ms / 1e3
-    share = "" if record.percent_of_floor is None else f"{record.percent_of_floor:.0f}"
-    floor = "" if record.floor_ms is None else _milliseconds(record.floor_ms)
+    share = "" if record.percent_of_roofline is None else f"{record.percent_of_roofline:.0f}"
+    roofline = "" if record.roofline_ms is None else _milliseconds(record.roofline_ms)
     peak = "" if record.peak_bytes is None else f"{record.peak_bytes / 1e6:,.1f}"
     times = (_milliseconds(time) for time in (record.p20_ms, record.p50_ms, record.p80_ms))
     rates = (f"{record.flops / seconds / 1e9:,.1f}", f"{record.bytes / seconds / 1e9:,.1f}")
-    return (*times, floor, share, *rates, peak)
+    return (*times, roofline, share, *rates, peak)
 
 
 def _milliseconds(value: float) -> str:

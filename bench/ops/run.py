@@ -451,7 +451,7 @@ def record_times(
         return
     p20, p50, p80 = (samples.percentile(percent) for percent in (20, 50, 80))
     least = costs.least_flops(workload, flops, DTYPES[dtype].itemsize)
-    floor = run.limits.floor_ms(least, moved, dtype)
+    roofline = run.limits.roofline_ms(least, moved, dtype)
     dispatch = mode == "dispatch"  # the device's limits say nothing about the CPU's work before a call
     known = {
         "error": contender.error,
@@ -476,8 +476,8 @@ def record_times(
         bytes=moved,
         peak_bytes=contender.peak,
         extra=extra,
-        floor_ms=None if dispatch else floor,
-        percent_of_floor=None if dispatch else 100 * floor / p50,
+        roofline_ms=None if dispatch else roofline,
+        percent_of_roofline=None if dispatch else 100 * roofline / p50,
     )
 
 

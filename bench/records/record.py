@@ -15,6 +15,7 @@ LEVELS = ("op", "composite", "end_to_end")
 MODES = ("forward", "backward", "both", "dispatch")
 STATUSES = ("ok", "failed", "unavailable")
 FORMAT = 1
+RENAMED = {"floor_ms": "roofline_ms", "percent_of_floor": "percent_of_roofline"}  # fields of earlier revisions' records
 
 _CHOICES = {"level": LEVELS, "mode": MODES, "device": DEVICES, "status": STATUSES}
 _STRINGS = ("op", "case", "provider", "dtype")
@@ -44,8 +45,8 @@ class Measurement:
         repeats: timed repetitions.
         flops: of the mathematics, 2 a multiply-add, whatever the provider does; None if unknown.
         bytes: what must at least move: inputs read and outputs written once; None if unknown.
-        floor_ms: max(bytes / bandwidth, FLOPs / rate) by the device's limits measured in the same run.
-        percent_of_floor: 100 * floor_ms / p50_ms; 100 is the limit. Above it, data stayed in a cache.
+        roofline_ms: max(bytes / bandwidth, FLOPs / rate) by the device's limits measured in the same run.
+        percent_of_roofline: 100 * roofline_ms / p50_ms; 100 is the limit. Above it, data stayed in a cache.
         peak_bytes: allocated during one call above what was allocated before it; None if unknown.
         extra: anything else, e.g. "tokens_per_s", "backend" or "error" (relative RMS).
         environment: of :func:`bench.records.environment.describe`.
@@ -67,8 +68,8 @@ class Measurement:
     repeats: int = 0
     flops: int | None = None
     bytes: int | None = None
-    floor_ms: float | None = None
-    percent_of_floor: float | None = None
+    roofline_ms: float | None = None
+    percent_of_roofline: float | None = None
     peak_bytes: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +82,7 @@ class Measurement:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"Measurement: {name} must be a name, got {value!r}")
-        for name in (*_TIMES, "floor_ms", "percent_of_floor"):
+        for name in (*_TIMES, "roofline_ms", "percent_of_roofline"):
             _check_number(name, getattr(self, name), whole=False)
         for name in _COUNTS:
             _check_number(name, getattr(self, name), whole=True)
@@ -179,7 +180,8 @@ def read_records(path: str | Path) -> list[Measurement]:
     for number, row in enumerate(rows):
         try:
             index = row["environment"]
-            found.append(Measurement.from_dict({**row, "environment": environments[index]}))
+            values = {RENAMED.get(name, name): value for name, value in row.items()}
+            found.append(Measurement.from_dict({**values, "environment": environments[index]}))
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"read_records: {path}, record {number}: {error}") from error
     return found

@@ -17,7 +17,7 @@ from ..records.record import Measurement, read_records
 
 OURS = "hia"
 FILES = ("kernels.json", "end_to_end.json")
-FIGURE = ("name", "kind", "where", "target", "ratio", "verdict", "note")  # of a verdict of bench.targets
+VERDICT = ("name", "kind", "where", "target", "ratio", "verdict", "note")  # of a verdict of bench.targets
 CHANGED = 0.05  # a median that moved less counts as unchanged
 SIDE = re.compile(r"(?<![0-9a-z])(?:px)?(\d{3,4})(?:px)?(?=[-:]|$)")
 SHORT = 10  # characters of a commit
@@ -81,8 +81,8 @@ class Results:
         slug: its folder's name.
         records: of kernels.json and end_to_end.json.
         table3: of table3.json; None where there is none.
-        figures: verdicts of figures.json, and
-        figure_records: what they were made from.
+        targets: verdicts of targets.json, and
+        target_records: what they were made from.
         changes: against the previous record.
         previous: what that is, in words.
     """
@@ -90,15 +90,15 @@ class Results:
     slug: str
     records: list[Measurement] = field(default_factory=list)
     table3: dict[str, Any] | None = None
-    figures: list[dict[str, Any]] = field(default_factory=list)
-    figure_records: list[Measurement] = field(default_factory=list)
+    targets: list[dict[str, Any]] = field(default_factory=list)
+    target_records: list[Measurement] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     previous: str = "nothing: there is no previous record"
 
     @property
     def device(self) -> str:
         """The device's name."""
-        environments = [record.environment for record in (*self.records, *self.figure_records)]
+        environments = [record.environment for record in (*self.records, *self.target_records)]
         if self.table3 is not None:
             environments.append(self.table3.get("environment", {}))
         return next((str(e["device"]) for e in environments if e.get("device")), self.slug)
@@ -115,25 +115,25 @@ def load(folder: Path) -> Results:
         if (folder / name).exists():
             results.records += read_records(folder / name)
     results.table3 = _json(folder / "table3.json")
-    path = folder / "figures.json"
+    path = folder / "targets.json"
     if path.exists():
-        results.figure_records = read_records(path)
-        results.figures = _figures(path)
+        results.target_records = read_records(path)
+        results.targets = _targets(path)
     return results
 
 
-def _figures(path: Path) -> list[dict[str, Any]]:
+def _targets(path: Path) -> list[dict[str, Any]]:
     """The verdicts beside a file's records; none in a file that another command wrote.
 
     Raises:
         ValueError: one without what the tables show.
     """
-    found = (_json(path) or {}).get("figures", [])
+    found = (_json(path) or {}).get("targets", [])
     for one in found if isinstance(found, list) else [found]:
-        missing = [name for name in FIGURE if not isinstance(one, dict) or name not in one]
+        missing = [name for name in VERDICT if not isinstance(one, dict) or name not in one]
         if missing:
             raise ValueError(
-                f"bench.report.run: each of {path}'s figures must have {', '.join(FIGURE)}, got no {', '.join(missing)}"
+                f"bench.report: each of {path}'s targets must have {', '.join(VERDICT)}, got no {', '.join(missing)}"
             )
     return list(found)
 
@@ -226,10 +226,10 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
-def furthest_from_floor(records: Iterable[Measurement], count: int = 10, provider: str = OURS) -> list[Measurement]:
-    """The rows of ours with the least percentage of their floor."""
-    known = [r for r in records if r.provider == provider and r.status == "ok" and r.percent_of_floor is not None]
-    return sorted(known, key=lambda record: record.percent_of_floor or 0.0)[:count]
+def furthest_from_roofline(records: Iterable[Measurement], count: int = 10, provider: str = OURS) -> list[Measurement]:
+    """The rows of ours with the least percentage of their roofline."""
+    known = [r for r in records if r.provider == provider and r.status == "ok" and r.percent_of_roofline is not None]
+    return sorted(known, key=lambda record: record.percent_of_roofline or 0.0)[:count]
 
 
 def sources(records: Iterable[Measurement]) -> list[str]:
@@ -277,17 +277,19 @@ def previous_records(path: Path, revision: str | None, root: Path = REPOSITORY) 
     except ValueError:
         return [], "nothing: the records are not in the repository"
     wanted = [revision] if revision else (_git("log", "-n", "20", "--format=%H", "--", name, root=root) or "").split()
-    now = path.read_text(encoding="utf-8")
+    now = read_records(path)
     if revision and _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", root=root) is None:
         raise ValueError(f"--previous: must be a revision of this repository, got {revision!r}")
     for commit in wanted:
         text = _git("show", f"{commit}:{name}", root=root)
-        if text is None or (text == now and not revision):
+        if text is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             old = Path(folder) / path.name
             old.write_text(text, encoding="utf-8")
-            return read_records(old), f"{name} of {commit[:SHORT]}"
+            found = read_records(old)
+        if revision or found != now:  # what was only written in another form is no other record
+            return found, f"{name} of {commit[:SHORT]}"
     return [], f"nothing: {name} is new since {revision}" if revision else "nothing: there is no previous record"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.record import Measurement
-from ..targets import cells
+from ..records.targets import cells
 from .data import Results, family_of, note_of, side_of, source_line, sources, standings, total_bytes
 from .plots import ceilings
 
@@ -36,8 +36,8 @@ def row_of(record: Measurement) -> dict[str, Any]:
         "repeats": record.repeats,
         "flops": record.flops,
         "bytes": record.bytes,
-        "floor": record.floor_ms,
-        "pof": record.percent_of_floor,
+        "floor": record.roofline_ms,
+        "pof": record.percent_of_roofline,
         "peak": total_bytes(record),
         "tps": record.extra.get("tokens_per_s"),
         "source": source_line(record.environment),
@@ -81,17 +81,17 @@ def device_of(results: Results) -> dict[str, Any]:
         "previous": results.previous,
         "ceilings": limits,
         "table3": _table3(results.table3),
-        "figures": _figures(results),
+        "targets": _targets(results),
     }
 
 
-def _figures(results: Results) -> dict[str, Any]:
+def _targets(results: Results) -> dict[str, Any]:
     """The table of ``bench.targets`` by its own headings, and the bare ratio to sort by."""
-    header, rows = cells(results.figures)
+    header, rows = cells(results.targets)
     named = [dict(zip(header, row, strict=True)) for row in rows]
-    for row, figure in zip(named, results.figures, strict=True):
-        row["ratio"] = figure["ratio"]
-    return {"rows": named, "sources": sources(results.figure_records)}
+    for row, target in zip(named, results.targets, strict=True):
+        row["ratio"] = target["ratio"]
+    return {"rows": named, "sources": sources(results.target_records)}
 
 
 def _table3(record: dict[str, Any] | None) -> dict[str, Any] | None:

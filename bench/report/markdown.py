@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..records.record import Measurement
-from ..targets import cells
+from ..records.targets import cells
 from .data import (
     Change,
     Results,
     Standing,
     beside_limits,
-    furthest_from_floor,
+    furthest_from_roofline,
     note_of,
     side_of,
     source_line,
@@ -36,7 +36,7 @@ TEXT_COLUMNS = {
     "method",
     "host",
     "forms",
-    "figure",
+    "target",
     "workload",
     "ratio of",
 }
@@ -118,7 +118,19 @@ def change_cells(changes: Sequence[Change]) -> Cells:
 
 def kernel_cells(records: Sequence[Measurement]) -> Cells:
     """Every measurement of ops and composites."""
-    header = ["op", "case", "provider", "mode", "dtype", "p20 ms", "p50 ms", "p80 ms", "% of floor", "peak MB", "note"]
+    header = [
+        "op",
+        "case",
+        "provider",
+        "mode",
+        "dtype",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "% of roofline",
+        "peak MB",
+        "note",
+    ]
     rows = []
     for record in records:
         peak = None if record.peak_bytes is None else record.peak_bytes / 1e6
@@ -133,7 +145,7 @@ def kernel_cells(records: Sequence[Measurement]) -> Cells:
                 number(record.p20_ms),
                 number(record.p50_ms),
                 number(record.p80_ms),
-                number(record.percent_of_floor),
+                number(record.percent_of_roofline),
                 number(peak),
                 f"**{record.status}**: {note}" if record.status == "failed" else note,
             ]
@@ -166,12 +178,12 @@ def end_to_end_cells(records: Sequence[Measurement]) -> Cells:
     return header, rows
 
 
-def floor_cells(records: Sequence[Measurement]) -> Cells:
-    """The rows furthest from their floor."""
-    header = ["op", "case", "mode", "dtype", "p50 ms", "floor ms", "% of floor"]
+def roofline_cells(records: Sequence[Measurement]) -> Cells:
+    """The rows furthest from their roofline."""
+    header = ["op", "case", "mode", "dtype", "p50 ms", "roofline ms", "% of roofline"]
     return header, [
-        [r.op, r.case, r.mode, r.dtype, number(r.p50_ms), number(r.floor_ms), number(r.percent_of_floor)]
-        for r in furthest_from_floor(records)
+        [r.op, r.case, r.mode, r.dtype, number(r.p50_ms), number(r.roofline_ms), number(r.percent_of_roofline)]
+        for r in furthest_from_roofline(records)
     ]
 
 
@@ -198,16 +210,16 @@ def limit_cells(records: Sequence[Measurement]) -> Cells:
     return header, rows
 
 
-def figure_lines(results: Results) -> list[str]:
-    """The figures the project is held to: target, measured, verdict, note, and how many are met."""
-    counts = {word: sum(one["verdict"] == word for one in results.figures) for word in VERDICTS}
+def target_lines(results: Results) -> list[str]:
+    """What the project is held to: ratio, measured, verdict, note, and how many are met."""
+    counts = {word: sum(one["verdict"] == word for one in results.targets) for word in VERDICTS}
     tally = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return [f"{tally}.", "", *table(cells(results.figures)), *source_lines(results.figure_records)]
+    return [f"{tally}.", "", *table(cells(results.targets)), *source_lines(results.target_records)]
 
 
-def figures_page(results: Results) -> str:
-    """The figures alone, on one device."""
-    lines = [f"# Figures on {results.device}", "", *figure_lines(results)]
+def targets_page(results: Results) -> str:
+    """The targets alone, on one device."""
+    lines = [f"# Targets on {results.device}", "", *target_lines(results)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -250,8 +262,8 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     whole = [record for record in results.records if record.level == "end_to_end"]
     lines = [f"# {results.device}", ""]
     lines += [f"![{name.rsplit('.', 1)[0].replace('-', ' ')}]({name})" for name in pictures] + [""]
-    if results.figures:
-        lines += ["## Figures", "", *figure_lines(results)]
+    if results.targets:
+        lines += ["## Targets", "", *target_lines(results)]
     lines += [
         "## Ours beside the others",
         "",
@@ -270,8 +282,8 @@ def page(results: Results, pictures: Sequence[str]) -> str:
                 *table(limit_cells(kernels)),
                 *source_lines(kernels),
             ]
-        if furthest_from_floor(kernels):
-            lines += ["## Furthest from the floor", "", *table(floor_cells(kernels)), *source_lines(kernels)]
+        if furthest_from_roofline(kernels):
+            lines += ["## Furthest from the roofline", "", *table(roofline_cells(kernels)), *source_lines(kernels)]
         lines += ["## Ops and composites", "", *table(kernel_cells(kernels)), *source_lines(kernels)]
     if whole:
         whole = sorted(whole, key=lambda record: (record.op, record.extra.get("batch", 1), side_of(record) or 0))

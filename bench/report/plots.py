@@ -117,7 +117,7 @@ def draw_roofline(records: Sequence[Measurement], path: Path) -> bool:
 def ceilings(records: Sequence[Measurement]) -> list[tuple[float, float, str]]:
     """(bytes per second, FLOPs per second, dtype) as the runs behind the records measured them.
 
-    Of several runs the best: a limit is what the device can do. A run that measured none has no line; floors are
+    Of several runs the best: a limit is what the device can do. A run that measured none has no line; rooflines are
     no help there, since they count the least FLOPs that do the job and a record's FLOPs are the textbook's.
     """
     found: dict[str, tuple[float, float]] = {}

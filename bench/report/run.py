@@ -1,6 +1,6 @@
 """Records -> Markdown, PNG and one self-contained HTML page: ``python -m bench report``.
 
-Reads ``bench/results/<device>/{kernels,end_to_end,table3,figures}.json`` and measures nothing.
+Reads ``bench/results/<device>/{kernels,end_to_end,table3,targets}.json`` and measures nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..table3.output import write_file
 from ..table3.plot import plotting_unavailable
 from .data import Results, add_changes, load
 from .html import render
-from .markdown import figures_page, page
+from .markdown import page, targets_page
 
 DEFAULT_RESULTS = REPOSITORY / "bench" / "results"
 DEFAULT_OUT = REPOSITORY / "docs" / "benchmarks"
@@ -97,8 +97,8 @@ def write_all(devices: list[Results], out: Path) -> list[Path]:
             pictures = draw_all(results.records, out, results.slug)
             written += [out / name for name in pictures]
         written.append(write_text(out / f"{results.slug}.md", page(results, pictures)))
-        if results.figures:
-            written.append(write_text(out / f"figures-{results.slug}.md", figures_page(results)))
+        if results.targets:
+            written.append(write_text(out / f"targets-{results.slug}.md", targets_page(results)))
     written.append(write_text(out / "index.html", render(devices)))
     return written
 

@@ -1,4 +1,4 @@
-"""The command ``python -m bench targets``: measures the figures' workloads, judges them, writes the record."""
+"""The command ``python -m bench targets``: measures the targets' workloads, judges them, writes the record."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from ..ops.run import OVER, Run, measure_workload, start
 from ..providers.registry import all_providers
 from ..records import environment
 from ..records.record import Measurement, write_records
+from ..records.targets import KINDS, OURS, TARGETS, Target, Verdict, cells, importance
 from ..workloads import Workload
-from . import FIGURES, KINDS, OURS, Figure, Verdict, cells, importance, judge
+from .verdicts import judge
 
-FILE = "figures.json"
+FILE = "targets.json"
 SECONDS = {"cpu": 6.0, "cuda": 0.5}  # of repetitions, for each provider of a workload in a mode
 AT_LEAST = 3  # repetitions; the slowest calls take a minute
 COMPILE_MINUTES = {"cpu": 15.0, "cuda": 12.0}
@@ -30,18 +31,18 @@ COLOURS = {"met": "green", "MISSED": "red", "not measured": "yellow", "no target
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Checked flags; ``figures`` among them.
+    """Checked flags; ``targets`` among them.
 
     Raises:
         SystemExit: a value that isn't allowed.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bench targets",
-        description="The figures the project is held to, measured and judged. A missed target is a result, not an "
+        description="The ratios the project is held to, measured and judged. A missed target is a result, not an "
         "error: exit code 1 only if something failed, 130 after Ctrl-C.",
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, or auto (default)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=["*"], help="these figures, or patterns of names")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=["*"], help="these targets, or patterns of names")
     compiling = parser.add_mutually_exclusive_group()
     compiling.add_argument("--no-compile", action="store_true", help="leave out whoever compiles")
     compiling.add_argument("--compiled", action="store_true", help="only workloads that somebody compiles")
@@ -56,16 +57,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=float, metavar="M", help="begin nothing new after that long; the least important come last"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"of {FILE} (default, for all figures: bench/results/<device>)"
+        "--out", type=Path, metavar="DIR", help=f"of {FILE} (default, for all targets: bench/results/<device>)"
     )
     parser.add_argument("--add", action="store_true", help="keep what the file holds and this run has no row for")
     add_resume(parser)
-    parser.add_argument("--list", action="store_true", help="print the figures and their targets, and exit")
+    parser.add_argument("--list", action="store_true", help="print the targets, and exit")
     parser.add_argument("--quick", action="store_true", help="a few repetitions, as a smoke test")
     options = parser.parse_args(arguments)
     try:
         (options.device,) = names("--device", [options.device], DEVICES)
-        chosen = names("--only", options.only, tuple(figure.name for figure in FIGURES))
+        chosen = names("--only", options.only, tuple(target.name for target in TARGETS))
         for flag in ("minutes", "compile_minutes"):
             value = getattr(options, flag)
             if value is not None and not value > 0:
@@ -77,19 +78,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     options.dtype = DEFAULT_DTYPES[options.device]
-    options.filtered = len(chosen) < len(FIGURES) or options.quick or options.compiled
-    options.figures = [figure for figure in FIGURES if figure.name in chosen]
+    options.filtered = len(chosen) < len(TARGETS) or options.quick or options.compiled
+    options.targets = [target for target in TARGETS if target.name in chosen]
     return options
 
 
-def grouped(figures: Sequence[Figure]) -> dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]]:
+def grouped(targets: Sequence[Target]) -> dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Modes and providers of each workload, the most important first."""
     found: dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-    for figure in sorted((one for one in figures if one.mode), key=lambda one: importance(one.workload)):
-        modes, providers = found.get(figure.workload, ((), (OURS,)))
-        found[figure.workload] = (
-            tuple(dict.fromkeys((*modes, figure.mode))),
-            tuple(dict.fromkeys((*providers, *figure.against))),
+    for target in sorted((one for one in targets if one.mode), key=lambda one: importance(one.workload)):
+        modes, providers = found.get(target.workload, ((), (OURS,)))
+        found[target.workload] = (
+            tuple(dict.fromkeys((*modes, target.mode))),
+            tuple(dict.fromkeys((*providers, *target.against))),
         )
     return found
 
@@ -123,11 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     console = console_for(sys.stdout)
     if options.list:
-        for figure in options.figures:
-            what, sense = KINDS[figure.kind]
+        for target in options.targets:
+            what, sense = KINDS[target.kind]
             print(
-                f"{figure.name}  {figure.op} {figure.case} {figure.mode}  {what} ({', '.join(figure.against)}) "
-                f"{sense} cpu {figure.cpu or '-'}, cuda {figure.cuda or '-'}"
+                f"{target.name}  {target.op} {target.case} {target.mode}  {what} ({', '.join(target.against)}) "
+                f"{sense} cpu {target.cpu or '-'}, cuda {target.cuda or '-'}"
             )
         return 0
     progress = Progress()
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failure = run.failure if run is not None else None
     found = merged(kept, records)
     save(path, found, options.device)
-    print_table([judge(figure, found, options.device) for figure in options.figures], console)
+    print_table([judge(target, found, options.device) for target in options.targets], console)
     written = [path] if path is not None else []
     print_end(interrupted, run, written, progress.seconds, console)
     if interrupted:
@@ -166,15 +167,15 @@ def measure(options: Any, run: Run, progress: Progress) -> Iterator[None]:
     """Pauses after each workload."""
     run.seconds, run.at_least = SECONDS[options.device], AT_LEAST
     run.compile_seconds = 60 * (options.compile_minutes or COMPILE_MINUTES[options.device])
-    everyone, workloads = all_providers(), grouped(options.figures)
+    everyone, workloads = all_providers(), grouped(options.targets)
     for run.task, (workload, (modes, providers)) in enumerate(workloads.items()):
         progress.task(f"{run.task + 1}/{len(workloads)} {workload.op} {workload.name}")
         chosen = options.resume.providers(run.task, [everyone[name] for name in everyone if name in providers])
         run.providers = [one for one in chosen if not (one.compiles and options.no_compile)]
         if not run.providers or (options.compiled and not any(one.compiles for one in chosen)):
             continue
-        own_floor = any(one.kind == "floor" and one.workload == workload for one in options.figures if one.mode)
-        if options.no_compile and len(run.providers) == 1 and not own_floor:
+        own_roofline = any(one.kind == "roofline" and one.workload == workload for one in options.targets if one.mode)
+        if options.no_compile and len(run.providers) == 1 and not own_roofline:
             progress("not begun: whom it is compared with compiles")
             continue
         reason = run.stopped()
@@ -187,7 +188,7 @@ def measure(options: Any, run: Run, progress: Progress) -> Iterator[None]:
 
 
 def output_path(options: Any, device: str) -> Path | None:
-    """A run of some figures is no record of the device unless a place is named."""
+    """A run of some targets is no record of the device unless a place is named."""
     folder = options.out
     if folder is None and not options.filtered:
         folder = environment.REPOSITORY / "bench" / "results" / environment.slug(device)
@@ -195,18 +196,18 @@ def output_path(options: Any, device: str) -> Path | None:
 
 
 def save(path: Path | None, records: Sequence[Measurement], device: str) -> None:
-    """The records, and every figure judged by them."""
+    """The records, and every target judged by them."""
     if path is not None and records:
-        verdicts = [judge(figure, records, device).to_dict() for figure in FIGURES]
-        write_records(path, records, figures=verdicts)
+        verdicts = [judge(target, records, device).to_dict() for target in TARGETS]
+        write_records(path, records, targets=verdicts)
 
 
 def print_table(verdicts: Sequence[Verdict], console: Any) -> None:
-    """Figure, target, ratio, verdict."""
+    """Print target, ratio and verdict."""
     header, rows = cells([one.to_dict() for one in verdicts])
-    table = Table(title="figures", title_justify="left", pad_edge=False)
+    table = Table(title="targets", title_justify="left", pad_edge=False)
     for name in header:
-        table.add_column(name, overflow="fold", justify="right" if name in ("target", "measured") else "left")
+        table.add_column(name, overflow="fold", justify="right" if name in ("must be", "measured") else "left")
     for one, row in zip(verdicts, rows, strict=True):
         table.add_row(*(cell.replace("[", "\\[") for cell in row), style=COLOURS[one.verdict])
     console.print(table)

@@ -176,7 +176,7 @@ def test_run_writes_every_figure(tiny_run, tmp_path, capsys):
         assert record.status == ("ok" if offered else "unavailable"), f"{op} {provider}: {record.reason}"
         assert record.extra["resolution_seen"] == (336 if provider == "plain" else 224)
     assert found["decode", "hia"].extra["tokens_per_s"] > 0
-    assert found["time_to_first_token", "hia"].percent_of_floor > 0
+    assert found["time_to_first_token", "hia"].percent_of_roofline > 0
     assert found["train_step", "hia"].mode == "both"
     assert found["train_step", "hia"].environment["command"].startswith("python -m bench end-to-end")
     assert " x hia" in capsys.readouterr().out

@@ -23,14 +23,14 @@ def nothing_missing(_packages):
 
 def test_order_and_commands(tmp_path):
     steps = gpu.plan("cuda", FAKE, tmp_path, None)
-    order = ["info", "build", "tests", "figures", "kernels", "end_to_end", "table3", "compiled"]
+    order = ["info", "build", "tests", "targets", "kernels", "end_to_end", "table3", "compiled"]
     assert [step.name for step in steps] == order
     commands = {step.name: " ".join(step.command) for step in steps}
     assert commands["build"] == "setup.py build_ext --inplace"
     assert "-m gpu" in commands["tests"]
-    assert commands["figures"].endswith("--add --no-compile --minutes {minutes}")
+    assert commands["targets"].endswith("--add --no-compile --minutes {minutes}")
     assert "--add --compiled --compile-minutes 1 --minutes {minutes}" in commands["compiled"]
-    names = {"figures": "targets", "kernels": "ops", "end_to_end": "end-to-end", "table3": "table3"}
+    names = {"targets": "targets", "kernels": "ops", "end_to_end": "end-to-end", "table3": "table3"}
     for step, name in names.items():
         assert f"-m bench {name} --device cuda --out {tmp_path}" in commands[step]
     assert not any("pip" in command for command in commands.values()), "nothing is installed"
@@ -262,8 +262,8 @@ def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
             1.0,
             1.0,
             1.0,
-            floor_ms=share / 100,
-            percent_of_floor=share,
+            roofline_ms=share / 100,
+            percent_of_roofline=share,
             environment=environment,
         )
         for provider in ("hia", "eager")
@@ -292,8 +292,8 @@ def measured(case, date, provider="hia", p50=1.0):
         p50,
         p50,
         p50,
-        floor_ms=0.5,
-        percent_of_floor=50 / p50,
+        roofline_ms=0.5,
+        percent_of_roofline=50 / p50,
         environment=where,
     )
 
@@ -311,7 +311,7 @@ def test_the_tables_are_of_this_run_alone(tmp_path):
 
 
 def test_verdicts_are_of_this_run_alone(tmp_path):
-    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["figures: none was measured"]
+    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["targets: none was measured"]
     stored = [
         {
             "name": "table3-flops-896",
@@ -324,16 +324,16 @@ def test_verdicts_are_of_this_run_alone(tmp_path):
         }
     ]
     rows = [measured("px2048-16bit", AFTER), measured("px2048-16bit", AFTER, "eager_rgb", 4.0)]
-    write_records(tmp_path / "figures.json", rows, figures=stored)
+    write_records(tmp_path / "targets.json", rows, targets=stored)
     lines = gpu.verdict_table(tmp_path, "cuda", SINCE)
     (line,) = [line for line in lines if " stem-16bit " in line]
     assert line.split()[:3] == ["MISSED", "4.00", "5.00"] and line.endswith("hia 1 ms, eager_rgb 4 ms")
     assert any(line.endswith("as stored") for line in lines)
     assert any("1 MISSED" in line and "not measured" in line for line in lines)
-    write_records(tmp_path / "figures.json", [measured("px2048-16bit", BEFORE)], figures=stored)
-    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["figures: none was measured"]
-    (tmp_path / "figures.json").write_text("[")
-    assert "figures.json can't be read" in gpu.verdict_table(tmp_path, "cuda", SINCE)[0]
+    write_records(tmp_path / "targets.json", [measured("px2048-16bit", BEFORE)], targets=stored)
+    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["targets: none was measured"]
+    (tmp_path / "targets.json").write_text("[")
+    assert "targets.json can't be read" in gpu.verdict_table(tmp_path, "cuda", SINCE)[0]
 
 
 def test_ctrl_c_ends_with_the_tables(tmp_path, monkeypatch, capsys):
@@ -350,7 +350,7 @@ def test_ctrl_c_ends_with_the_tables(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_trial_on_the_cpu(tmp_path, capsys):
     """The steps for real, as far as a CPU goes: their commands are accepted, their records become the tables."""
-    steps = ["info", "tests", "figures", "kernels", "compiled"]
+    steps = ["info", "tests", "targets", "kernels", "compiled"]
     began = time.monotonic()
     code = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "105", "--only", *steps])
     printed = capsys.readouterr().out
@@ -359,10 +359,10 @@ def test_a_trial_on_the_cpu(tmp_path, capsys):
     results = {entry["name"]: entry for entry in json.loads((tmp_path / "gpu.json").read_text())}
     assert list(results) == steps and results.pop("compiled")["status"] == "left out"
     assert {entry["status"] for entry in results.values()} <= {"ok", "out of time"}, printed
-    assert results["figures"]["status"] == "ok", printed
-    for name in ("figures.json", "kernels.json", *(f"logs/{step}.log" for step in results)):
+    assert results["targets"]["status"] == "ok", printed
+    for name in ("targets.json", "kernels.json", *(f"logs/{step}.log" for step in results)):
         assert (tmp_path / name).stat().st_size > 0
-    assert "the figures and their targets" in printed and "rows of ours furthest from their floor" in printed
+    assert "the targets" in printed and "rows of ours furthest from their roofline" in printed
     assert "met" in printed and "python -m bench ops --device cpu" in printed
 
 

@@ -38,8 +38,8 @@ RECORD = Measurement(
     repeats=5,
     flops=10,
     bytes=20,
-    floor_ms=0.5,
-    percent_of_floor=25.0,
+    roofline_ms=0.5,
+    percent_of_roofline=25.0,
     peak_bytes=7,
     extra={"error": 1e-7},
     environment={"device": "a CPU", "commit": None, "dirty": False},
@@ -232,7 +232,7 @@ def test_a_peer_that_fails_is_a_red_row_and_absence_a_reason(tmp_path, capsys):
     found = {record.provider: record for record in read_records(path)}
     assert found["hia"].status == "ok" and found["hia"].extra["backend"] == "cpu"
     assert found["hia"].p20_ms <= found["hia"].p50_ms <= found["hia"].p80_ms
-    assert found["hia"].percent_of_floor == pytest.approx(100 * found["hia"].floor_ms / found["hia"].p50_ms)
+    assert found["hia"].percent_of_roofline == pytest.approx(100 * found["hia"].roofline_ms / found["hia"].p50_ms)
     assert found["wrong"].status == "failed" and found["wrong"].p50_ms is None
     assert re.match(r"beyond the tolerance: out0: \d+ of \d+ elements beyond", found["wrong"].reason)
     assert found["raises"].reason == "RuntimeError: a broken package"
@@ -280,7 +280,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     assert kernels.main([*arguments, "--provider", "hia,eager", "--out", str(tmp_path)]) == 130
     found = read_records(tmp_path / "kernels.json")
     assert {(record.case, record.provider) for record in found} == {("tiny:extract", "hia"), ("tiny:extract", "eager")}
-    assert all(record.mode == "dispatch" and record.floor_ms is None for record in found)
+    assert all(record.mode == "dispatch" and record.roofline_ms is None for record in found)
     assert "interrupted" in capsys.readouterr().out
 
 
@@ -411,8 +411,8 @@ def test_ours_has_no_input_to_refuse(monkeypatch):
 
 
 def test_furthest_takes_the_fastest_provider_of_each_workload():
-    slow = replace(RECORD, provider="eager", p20_ms=9.0, p50_ms=9.0, p80_ms=9.0, percent_of_floor=1.0)
-    other = replace(RECORD, case="px448", percent_of_floor=10.0)
+    slow = replace(RECORD, provider="eager", p20_ms=9.0, p50_ms=9.0, p80_ms=9.0, percent_of_roofline=1.0)
+    other = replace(RECORD, case="px448", percent_of_roofline=10.0)
     assert kernels_output.furthest([slow, RECORD, other]) == [other, RECORD]
 
 

@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROVIDERS = {"hia": 1.0, "eager": 2.0, "compile": 0.5}
-FIGURES = [
+TARGETS = [
     {
         "name": "encode-896",
         "kind": "speedup",
@@ -68,8 +68,8 @@ def measurement(op="stem", case="13b-448-2img", provider="hia", p50=1.0, **more)
         "repeats": 9,
         "flops": 10**9,
         "bytes": 10**7,
-        "floor_ms": 0.1,
-        "percent_of_floor": 10 / p50,
+        "roofline_ms": 0.1,
+        "percent_of_roofline": 10 / p50,
         "peak_bytes": 10**6,
     }
     fields["environment"] = ENVIRONMENT
@@ -150,7 +150,7 @@ def results(tmp_path):
     }
     (folder / "table3.json").write_text(json.dumps(table3))
     judged = {**ENVIRONMENT, "command": "python -m bench targets", "commit": "fedcba9876543210", "dirty": False}
-    write_records(folder / "figures.json", [measurement("encode", "px896", environment=judged)], figures=FIGURES)
+    write_records(folder / "targets.json", [measurement("encode", "px896", environment=judged)], targets=TARGETS)
     return tmp_path / "results"
 
 
@@ -247,14 +247,14 @@ def test_a_file_that_is_new_has_no_previous_record(tmp_path):
 
 
 def test_ceilings_are_the_limits_that_the_runs_measured():
-    """Not FLOPs over floors: a floor counts the least FLOPs, a record the textbook's, here ten times as many."""
+    """Not FLOPs over rooflines: a roofline counts the least FLOPs, a record the textbook's, here ten times as many."""
     from bench.report.plots import ceilings
 
     def measured(bandwidth, **rates):
         return {**ENVIRONMENT, "limits": {"bandwidth_gb_per_s": bandwidth, "gemm_gflop_per_s": rates}}
 
     rows = [
-        measurement(flops=10**12, bytes=10**7, floor_ms=200.0, environment=measured(20.0, fp32=500.0)),
+        measurement(flops=10**12, bytes=10**7, roofline_ms=200.0, environment=measured(20.0, fp32=500.0)),
         measurement(op="extract", environment=measured(25.0, fp32=450.0, bf16=900.0)),
         measurement(op="norm_linear", environment={"device": "made-up CPU"}),
     ]
@@ -265,22 +265,22 @@ def test_ceilings_are_the_limits_that_the_runs_measured():
 def test_markdown_tables_print_command_device_and_commit(written):
     page = (written / "made-up-cpu.md").read_text()
     for title in (
-        "Figures",
+        "Targets",
         "Ours beside the others",
         "Changes",
-        "Furthest from the floor",
+        "Furthest from the roofline",
         "Ops and composites",
         "End to end",
     ):
         section = page.split(f"## {title}\n")[1].split("\n## ")[0]
-        expected = title not in ("Changes", "Figures")  # nothing to compare with; a run of their own
+        expected = title not in ("Changes", "Targets")  # nothing to compare with; a run of their own
         assert (
             "python -m bench ops --device cpu · made-up CPU, 2 threads · 0123456789 with uncommitted changes" in section
         ) is expected, title
     assert "python -m bench table3" in page.split("## Table 3\n")[1]
     assert (
         "python -m bench targets · made-up CPU, 2 threads · fedcba9876 · 2026-01-01"
-        in page.split("## Figures\n")[1].split("\n## ")[0]
+        in page.split("## Targets\n")[1].split("\n## ")[0]
     )
     assert "| **failed**: output: <script>alert(1)</script> \\| rel-RMS" in page
     assert "| hia | fp32 | 80.0 | 1.00 | 12.5 | 2.00 |" in page
@@ -288,22 +288,22 @@ def test_markdown_tables_print_command_device_and_commit(written):
     assert len({width for width in widths if width > 10}) == 1
 
 
-def test_figures_are_in_the_markdown(written):
-    for name in ("made-up-cpu.md", "figures-made-up-cpu.md"):
+def test_targets_are_in_the_markdown(written):
+    for name in ("made-up-cpu.md", "targets-made-up-cpu.md"):
         page = (written / name).read_text()
         assert "1 met, 1 MISSED, 1 not measured." in page
-        assert "| figure | workload | ratio of | target | measured | verdict | note |" in page
+        assert "| target | workload | ratio of | must be | measured | verdict | note |" in page
         assert "| encode-896 | encode px896 forward | their time / ours | >= 2.5 | 2.75 | met | hia 4 ms, " in page
         assert "| <= 0.25 | 0.50 | MISSED | hia 50 MB, eager_rgb 100 MB |" in page
         assert "| >= 1.3 | - | not measured | compile: a <b>made-up</b> \\| reason |" in page
 
 
-def test_figures_without_a_verdict_are_no_file_of_ours(results, capsys, tmp_path):
-    path = results / "made-up-cpu" / "figures.json"
-    stripped = [{name: value for name, value in FIGURES[0].items() if name != "verdict"}]
-    write_records(path, [measurement()], figures=stripped)
+def test_targets_without_a_verdict_are_no_file_of_ours(results, capsys, tmp_path):
+    path = results / "made-up-cpu" / "targets.json"
+    stripped = [{name: value for name, value in TARGETS[0].items() if name != "verdict"}]
+    write_records(path, [measurement()], targets=stripped)
     assert report.main(["--results", str(results), "--out", str(tmp_path / "out")]) == 2
-    assert re.search(r"each of .*figures.json's figures must have name, .*, got no verdict", capsys.readouterr().err)
+    assert re.search(r"each of .*targets.json's targets must have name, .*, got no verdict", capsys.readouterr().err)
 
 
 def test_pictures(written):
@@ -318,7 +318,7 @@ def test_no_matplotlib_is_said_and_the_rest_is_written(results, tmp_path, monkey
     assert report.main(["--results", str(results), "--out", str(tmp_path / "out")]) == 0
     assert "no pictures: matplotlib is not installed" in capsys.readouterr().err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["figures-made-up-cpu.md", "index.html", "made-up-cpu.md"]
+    assert names == ["index.html", "made-up-cpu.md", "targets-made-up-cpu.md"]
 
 
 class Page(HTMLParser):
@@ -438,14 +438,14 @@ def test_page_in_a_browser_filters_and_sorts(written, tmp_path):
     assert {row[2] for row in rows} == {"hia"}
     assert 'aria-sort="descending"' in dom
     assert f"3 of {len(records())} rows" in dom
-    for section in ("figures", "standing", "curves", "roofline", "memory", "table3", "changes", "all"):
+    for section in ("targets", "standing", "curves", "roofline", "memory", "table3", "changes", "all"):
         assert f'id="section-{section}"' in dom
     assert dom.count('class="chart"') >= 4
     assert "python -m bench table3 · made-up CPU" in dom
     assert "python -m bench targets · made-up CPU, 2 threads · fedcba9876 · 2026-01-01" in dom
     assert "1 met, 1 MISSED, 1 not measured, 0 no target." in dom
-    figures = {row[0]: row for row in cells(dom, "figures")}
-    assert figures["stem-16bit-memory"][1:] == [
+    targets = {row[0]: row for row in cells(dom, "targets")}
+    assert targets["stem-16bit-memory"][1:] == [
         "stem px2048-16bit forward",
         "our peak memory / theirs",
         "&lt;= 0.25",
@@ -453,7 +453,7 @@ def test_page_in_a_browser_filters_and_sorts(written, tmp_path):
         "MISSED",
         "hia 50 MB, eager_rgb 100 MB",
     ]
-    assert figures["encode-2048-compile"][4:] == ["-", "not measured", "compile: a &lt;b&gt;made-up&lt;/b&gt; | reason"]
+    assert targets["encode-2048-compile"][4:] == ["-", "not measured", "compile: a &lt;b&gt;made-up&lt;/b&gt; | reason"]
 
     dom, console = opened(written / "index.html", "all.status=failed", tmp_path)
     assert console == ""

@@ -99,10 +99,10 @@ def test_tf32_is_off_inside_and_restored():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def test_floor_is_the_slower_of_memory_and_arithmetic():
+def test_roofline_is_the_slower_of_memory_and_arithmetic():
     found = limits.Limits(bandwidth=1e9, rates={"fp32": 1e12})
-    assert found.floor_ms(flops=10**9, moved=10**7, dtype="fp32") == pytest.approx(10.0)
-    assert found.floor_ms(flops=10**11, moved=10**7, dtype="fp32") == pytest.approx(100.0)
+    assert found.roofline_ms(flops=10**9, moved=10**7, dtype="fp32") == pytest.approx(10.0)
+    assert found.roofline_ms(flops=10**11, moved=10**7, dtype="fp32") == pytest.approx(100.0)
     assert found.to_dict() == {"bandwidth_gb_per_s": 1.0, "gemm_gflop_per_s": {"fp32": 1000.0}}
 
 

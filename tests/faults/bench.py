@@ -91,7 +91,7 @@ COUNTS = (
         old="read, out = itemsize * rows * channels + parameters + index",
         new="read, out = itemsize * shape.tokens * channels + parameters + index",
         tests=(f"{TESTS}/test_kernels.py::test_gathering_reads_the_rows_that_are_named",),
-        why="a floor holds rows that nobody reads, and ops seem to beat the memory",
+        why="a roofline holds rows that nobody reads, and ops seem to beat the memory",
     ),
     Mutant(
         name="table-counts-attention-twice",
@@ -103,12 +103,12 @@ COUNTS = (
         why="Table 3's FLOPs are not those of the model that runs",
     ),
     Mutant(
-        name="floor-takes-the-faster-limit",
+        name="roofline-takes-the-faster-limit",
         kind="wrong measure",
         file="bench/measure/roofline.py",
         old="return 1e3 * max(moved",
         new="return 1e3 * min(moved",
-        tests=(f"{TESTS}/test_timing.py::test_floor_is_the_slower_of_memory_and_arithmetic",),
+        tests=(f"{TESTS}/test_timing.py::test_roofline_is_the_slower_of_memory_and_arithmetic",),
         why="no op ever seems to be near its limit",
     ),
     Mutant(
@@ -222,7 +222,7 @@ VERDICTS = (
         file="bench/measure/accuracy.py",
         old="comparable = name == KINKED and self.dtype",
         new="comparable = self.dtype",
-        tests=(f"{TESTS}/test_figures.py::test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone",),
+        tests=(f"{TESTS}/test_targets.py::test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone",),
         why="what is let through where ReLUs flip is let through everywhere",
     ),
 )

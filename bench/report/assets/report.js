@@ -184,7 +184,7 @@ function richest(rows, key, options) {
 
 const describe = (row) => [`${row.provider}: ${number(row.p50)} ms (p20 ${number(row.p20)}, p80 ${number(row.p80)})`,
   `${row.op}, ${row.case}, ${row.mode}, ${row.dtype}`,
-  row.pof === null ? "" : `${number(row.pof)} % of the floor`,
+  row.pof === null ? "" : `${number(row.pof)} % of the roofline`,
   row.peak === null ? "" : `${number(row.peak / 1e9)} GB at most`, row.noisy ? "noisy" : ""].filter(Boolean).join("\n");
 
 function bySide(rows, names, value, low, high, yLabel, label) {
@@ -267,15 +267,15 @@ function section(id, title, about, ...content) {
   return el("section", { id: "section-" + id, "aria-labelledby": "h-" + id }, el("h2", { id: "h-" + id }, title), el("p", {}, about), ...content);
 }
 
-function figures(device) {
-  const { rows, sources: lines } = device.figures;
-  const about = "What the project is held to: each figure is a ratio of two measurements of one workload, taken in turns in one run. A missed target is a result like any other.";
-  if (!rows.length) return section("figures", "Figures", about, el("p", { class: "empty" }, "No figures were recorded on this device."));
+function targets(device) {
+  const { rows, sources: lines } = device.targets;
+  const about = "What the project is held to: each is a ratio of two measurements of one workload, taken in turns in one run. A missed target is a result like any other.";
+  if (!rows.length) return section("targets", "Targets", about, el("p", { class: "empty" }, "No targets were recorded on this device."));
   const tone = (verdict) => ({ met: "good", MISSED: "bad", "not measured": "warn" })[verdict] ?? "";
-  const columns = [text("figure"), text("workload", "workload", { wrap: true }), text("ratio of", "ratio of", { wrap: true }), value("target", "target", { show: (v) => v }),
+  const columns = [text("target"), text("workload", "workload", { wrap: true }), text("ratio of", "ratio of", { wrap: true }), value("must be", "must be", { show: (v) => v }),
     value("ratio", "measured", { show: (v, row) => row.measured }), text("verdict", "verdict", { tone }), text("note", "note", { wrap: true })];
   const counts = ["met", "MISSED", "not measured", "no target"].map((word) => `${rows.filter((row) => row.verdict === word).length} ${word}`).join(", ");
-  return section("figures", "Figures", `${about} ${counts}.`, sortable("figures", "Figures and their targets", columns, rows, { facets: ["verdict"] }),
+  return section("targets", "Targets", `${about} ${counts}.`, sortable("targets", "Targets", columns, rows, { facets: ["verdict"] }),
     sources(lines.map((source) => ({ source }))));
 }
 
@@ -365,7 +365,7 @@ function everything(device) {
   // as many columns as a window of 1280 pixels holds: the level is a filter alone, the status a part of the note
   const tps = device.rows.some((row) => row.tps) ? [value("tps", "tokens/s")] : [];
   const columns = [text("op", "op", { show: foldable }), text("case", "case", { fold: true }), text("provider", "provider", { show: foldable }), text("mode"), text("dtype"),
-    value("p50", "p50 ms"), value("p20", "p20 \u2013 p80", { show: (v, row) => (v === null ? "\u2013" : `${number(v)} \u2013 ${number(row.p80)}`) }), value("floor", "floor ms"), value("pof", "% of floor"),
+    value("p50", "p50 ms"), value("p20", "p20 \u2013 p80", { show: (v, row) => (v === null ? "\u2013" : `${number(v)} \u2013 ${number(row.p80)}`) }), value("floor", "roofline ms"), value("pof", "% of roofline"),
     value("gflops", "GFLOP/s"), value("gbs", "GB/s"), value("peak", "peak MB", { show: bytes(1e6) }), ...tps, value("repeats", "runs"),
     text("note", "note", { wrap: true, tone: (v, row) => (row.status === "failed" ? "bad" : row.noisy ? "warn" : "") })];
   const rows = device.rows.map((row) => ({ ...row, note: row.status === "ok" ? row.reason ?? "" : `${row.status}: ${row.reason}`,
@@ -379,7 +379,7 @@ function show() {
   const main = document.getElementById("main");
   document.getElementById("made").textContent = device ? `${device.name} · ${device.rows.length} measurements · report of ${DATA.made}` : DATA.made;
   if (!device) return main.replaceChildren(section("none", "Nothing measured yet", "Run make bench, then make report."));
-  main.replaceChildren(figures(device), standing(device), curves(device), roofline(device), memory(device), table3(device), changes(device), everything(device));
+  main.replaceChildren(targets(device), standing(device), curves(device), roofline(device), memory(device), table3(device), changes(device), everything(device));
 }
 
 const picker = document.getElementById("device");

@@ -1,4 +1,4 @@
-"""The figures, their targets and verdicts; the providers, costs and limits they need."""
+"""The targets and their verdicts; the providers, costs and limits they need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import targets as figures
 from bench import workloads
 from bench.measure import accuracy as gate
 from bench.measure import costs
@@ -19,14 +18,16 @@ from bench.ops import options as kernels_args
 from bench.ops import run as kernels
 from bench.providers import layers as composites
 from bench.providers import registry as providers
+from bench.records import targets as catalogue
 from bench.records.record import Measurement, read_records, write_records
+from bench.records.targets import KINDS, TARGETS, Target
 from bench.report import run as report_module
-from bench.targets import FIGURES, KINDS, Figure, judge
-from bench.targets import run as figures_run
+from bench.targets import run as targets_run
+from bench.targets.verdicts import judge
 from hia.layers import plan
 
 OP, CASE = "adapter_layer", "13b-released-896-2img"
-SPEED = Figure("speed", "speedup", OP, CASE, "forward", ("released", "released_compile"), 1.5, 2.0)
+SPEED = Target("speed", "speedup", OP, CASE, "forward", ("released", "released_compile"), 1.5, 2.0)
 
 
 def row(provider, p50=1.0, status="ok", **more) -> Measurement:
@@ -34,27 +35,27 @@ def row(provider, p50=1.0, status="ok", **more) -> Measurement:
     return Measurement("composite", OP, CASE, provider, "forward", "fp32", "cpu", status, **{**times, **more})
 
 
-def test_figures_name_what_exists():
-    assert len({figure.name for figure in FIGURES}) == len(FIGURES)
+def test_targets_name_what_exists():
+    assert len({target.name for target in TARGETS}) == len(TARGETS)
     known = providers.all_providers()
-    for figure in FIGURES:
-        assert figure.kind in KINDS
-        if not figure.mode:
+    for target in TARGETS:
+        assert target.kind in KINDS
+        if not target.mode:
             continue
-        workload = figure.workload
-        assert workload in workloads.workloads(figure.op), figure.name
-        assert kernels_args.modes_of(workload, (figure.mode,)) == (figure.mode,)
-        assert all(known[name].serves(workload) for name in figure.against), figure.name
+        workload = target.workload
+        assert workload in workloads.workloads(target.op), target.name
+        assert kernels_args.modes_of(workload, (target.mode,)) == (target.mode,)
+        assert all(known[name].serves(workload) for name in target.against), target.name
 
 
 def test_targets_are_those_agreed():
-    targets = {figure.name: (figure.cpu, figure.cuda) for figure in FIGURES}
+    targets = {target.name: (target.cpu, target.cuda) for target in TARGETS}
     assert targets["layer-896"] == (1.5, 2.0) and targets["layer-896-compile"] == (1.3, 1.5)
     assert targets["layer-1792"] == (2.0, 2.0) and targets["layer-4096"] == (2.2, 3.0)
     assert targets["second-question-896"] == (2.0, 2.5) and targets["layer-896-gemms"] == (1.2, 1.25)
     assert targets["attention-128-16384-backward"] == (None, 1.0)
     assert targets["attention-640-12544-forward"] == (1.0, 2.0)
-    assert targets["encode-896-floor"] == (0.85, 0.6) and targets["stem-16bit"] == (3.0, 5.0)
+    assert targets["encode-896-roofline"] == (0.85, 0.6) and targets["stem-16bit"] == (3.0, 5.0)
 
 
 def test_the_best_of_the_others_counts():
@@ -69,12 +70,12 @@ def test_the_best_of_the_others_counts():
 
 def test_memory_and_floor():
     rows = [
-        row("hia", peak_bytes=30, percent_of_floor=86.0, extra={"activation_bytes": 4}),
+        row("hia", peak_bytes=30, percent_of_roofline=86.0, extra={"activation_bytes": 4}),
         row("released", peak_bytes=100, extra={"activation_bytes": 10}),
     ]
     assert judge(replace(SPEED, kind="peak", cpu=0.25), rows, "cpu").ratio == pytest.approx(0.3)
     assert judge(replace(SPEED, kind="activations", cpu=0.45), rows, "cpu").verdict == "met"
-    assert judge(replace(SPEED, kind="floor", cpu=0.85, against=()), rows, "cpu").verdict == "met"
+    assert judge(replace(SPEED, kind="roofline", cpu=0.85, against=()), rows, "cpu").verdict == "met"
 
 
 def test_what_was_not_measured_says_why():
@@ -87,7 +88,7 @@ def test_what_was_not_measured_says_why():
 
 
 def test_flops_of_the_layers_meet_their_targets():
-    found = {figure.name: judge(figure, [], "cuda") for figure in FIGURES if figure.kind == "flops"}
+    found = {target.name: judge(target, [], "cuda") for target in TARGETS if target.kind == "flops"}
     assert found["table3-flops-896"].verdict == found["table3-flops-4096"].verdict == "met"
     assert "0.617 and 1.01 TFLOPs" in found["table3-flops-896"].note
 
@@ -95,14 +96,14 @@ def test_flops_of_the_layers_meet_their_targets():
 @pytest.fixture
 def tiny(monkeypatch):
     chosen = (
-        Figure(
+        Target(
             "tiny", "speedup", "second_question", "tiny-released", "forward", ("released", "released_compile"), 1e-6
         ),
-        Figure("tiny-gemms", "overhead", "second_question", "tiny-released", "forward", ("gemms",), 1e6),
-        Figure("step", "activations", "adapter_train_step", "tiny-released", "both", ("released",), 1e6),
+        Target("tiny-gemms", "overhead", "second_question", "tiny-released", "forward", ("gemms",), 1e6),
+        Target("step", "activations", "adapter_train_step", "tiny-released", "both", ("released",), 1e6),
     )
-    for module in (figures, figures_run):
-        monkeypatch.setattr(module, "FIGURES", chosen)
+    for module in (catalogue, targets_run):
+        monkeypatch.setattr(module, "TARGETS", chosen)
     return chosen
 
 
@@ -110,9 +111,9 @@ def tiny(monkeypatch):
 def test_run_judges_writes_and_is_reported(tmp_path, capsys):
     folder = tmp_path / "results" / "made-up-cpu"
     arguments = ["--device", "cpu", "--quick", "--no-compile", "--out", str(folder)]
-    assert figures_run.main([*arguments, "--only", "tiny*"]) == 0
-    assert figures_run.main([*arguments, "--only", "step", "--add"]) == 0
-    records = read_records(folder / "figures.json")
+    assert targets_run.main([*arguments, "--only", "tiny*"]) == 0
+    assert targets_run.main([*arguments, "--only", "step", "--add"]) == 0
+    records = read_records(folder / "targets.json")
     assert {(record.op, record.provider) for record in records} == {
         ("second_question", "hia"),
         ("second_question", "gemms"),
@@ -120,14 +121,14 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
         ("adapter_train_step", "hia"),
         ("adapter_train_step", "released"),
     }
-    verdicts = {one["name"]: one for one in json.loads((folder / "figures.json").read_text())["figures"]}
+    verdicts = {one["name"]: one for one in json.loads((folder / "targets.json").read_text())["targets"]}
     assert {one["verdict"] for one in verdicts.values()} == {"met"}
     printed = capsys.readouterr()
     assert "second_question tiny-released: checking released" in printed.err
     assert "2 met, 0 MISSED" in printed.out
     assert report_module.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]) == 0
-    page = (tmp_path / "out" / "figures-made-up-cpu.md").read_text()
-    assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench targets" in page
+    page = (tmp_path / "out" / "targets-made-up-cpu.md").read_text()
+    assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench" in page
 
 
 @pytest.mark.usefixtures("tiny")
@@ -139,20 +140,20 @@ def test_a_second_run_adds_by_provider(tmp_path, capsys):
         row("released", 4.0, environment={"date": "yesterday"}),
     ]
     old = [replace(one, op="second_question", case="tiny-released") for one in old]
-    write_records(tmp_path / "figures.json", old)
+    write_records(tmp_path / "targets.json", old)
     arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--only", "tiny-gemms"]
-    assert figures_run.main([*arguments, "--add"]) == 0
-    found = {one.provider: one for one in read_records(tmp_path / "figures.json")}
+    assert targets_run.main([*arguments, "--add"]) == 0
+    found = {one.provider: one for one in read_records(tmp_path / "targets.json")}
     assert set(found) == {"hia", "textbook", "released", "gemms"}
     assert found["released"] == old[2] and found["hia"] != old[0]
-    verdicts = {one["name"]: one for one in json.loads((tmp_path / "figures.json").read_text())["figures"]}
+    verdicts = {one["name"]: one for one in json.loads((tmp_path / "targets.json").read_text())["targets"]}
     assert "in two runs" not in verdicts["tiny-gemms"]["note"]
     assert (
         verdicts["tiny"]["note"].endswith("released yesterday") and "; in two runs: hia 20" in verdicts["tiny"]["note"]
     )
-    (tmp_path / "figures.json").write_text("[")
-    assert figures_run.main([*arguments, "--add"]) == 2
-    assert f"--out: {tmp_path / 'figures.json'} must hold the records" in capsys.readouterr().err
+    (tmp_path / "targets.json").write_text("[")
+    assert targets_run.main([*arguments, "--add"]) == 2
+    assert f"--out: {tmp_path / 'targets.json'} must hold the records" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
@@ -160,22 +161,22 @@ def test_only_what_compiles_or_only_what_does_not(tmp_path, capsys, monkeypatch)
     def note(run, workload, *_rest):
         asked.append((workload.op, [provider.name for provider in run.providers]))
 
-    monkeypatch.setattr(figures_run, "measure_workload", note)
+    monkeypatch.setattr(targets_run, "measure_workload", note)
     asked = []
     quick = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
-    figures_run.main([*quick, "--compiled"])
+    targets_run.main([*quick, "--compiled"])
     assert asked == [("second_question", ["hia", "gemms", "released", "released_compile"])], "all of it, in turns"
-    monkeypatch.setattr(figures_run, "FIGURES", (replace(figures.FIGURES[0], against=("released_compile",)),))
+    monkeypatch.setattr(targets_run, "TARGETS", (replace(catalogue.TARGETS[0], against=("released_compile",)),))
     asked.clear()
-    figures_run.main([*quick, "--no-compile"])
+    targets_run.main([*quick, "--no-compile"])
     assert not asked and "not begun: whom it is compared with compiles" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        figures_run.main([*quick, "--no-compile", "--compiled"])
+        targets_run.main([*quick, "--no-compile", "--compiled"])
     assert "not allowed with" in capsys.readouterr().err
 
 
 def test_a_deadline_cuts_the_least_important():
-    found = [(one.op, one.name) for one in figures_run.grouped(FIGURES)]
+    found = [(one.op, one.name) for one in targets_run.grouped(TARGETS)]
     attention = [f"{kind}-896:extract" for kind in ("13b-released", "7b-released", "13b")]  # heads of 640, 512, 128
     assert found[:7] == [
         ("adapter_layer", CASE),
@@ -191,23 +192,23 @@ def test_a_deadline_cuts_the_least_important():
 
 @pytest.mark.usefixtures("tiny")
 def test_nothing_begins_when_the_time_is_over(tmp_path, capsys):
-    assert figures_run.main(["--device", "cpu", "--quick", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
+    assert targets_run.main(["--device", "cpu", "--quick", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert printed.err.count("not begun: the time is over") == 2 and "3 not measured" in printed.out
-    assert not (tmp_path / "figures.json").exists()
+    assert not (tmp_path / "targets.json").exists()
 
 
 @pytest.mark.usefixtures("tiny")
 def test_ctrl_c_keeps_the_workload_it_was_at(tmp_path, monkeypatch):
-    measure = figures_run.measure_workload
+    measure = targets_run.measure_workload
 
     def interrupted(run, *rest):
         measure(run, *rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(figures_run, "measure_workload", interrupted)
-    assert figures_run.main(["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]) == 130
-    assert {one.op for one in read_records(tmp_path / "figures.json")} == {"second_question"}
+    monkeypatch.setattr(targets_run, "measure_workload", interrupted)
+    assert targets_run.main(["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]) == 130
+    assert {one.op for one in read_records(tmp_path / "targets.json")} == {"second_question"}
 
 
 @pytest.mark.usefixtures("tiny")
@@ -219,21 +220,21 @@ def test_a_fresh_run_goes_on_where_the_device_failed(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(kernels, "synchronize", synchronize)
     arguments = ["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]
-    assert figures_run.main(arguments) == 1
+    assert targets_run.main(arguments) == 1
     assert "with --resume 0:hia goes on" in capsys.readouterr().out
     monkeypatch.setattr(kernels, "synchronize", before)
-    assert figures_run.main([*arguments, "--resume", "0:hia"]) == 0
-    found = {(one.op, one.provider): one.status for one in read_records(tmp_path / "figures.json")}
+    assert targets_run.main([*arguments, "--resume", "0:hia"]) == 0
+    found = {(one.op, one.provider): one.status for one in read_records(tmp_path / "targets.json")}
     assert found.pop(("second_question", "hia")) == "failed" and set(found.values()) == {"ok"}
     assert len(found) == 4
 
 
 @pytest.mark.usefixtures("tiny")
-def test_some_figures_are_no_record_of_the_device():
-    options = figures_run.parse(["--device", "cpu", "--only", "step"])
-    assert figures_run.output_path(options, "A CPU") is None
-    whole = figures_run.output_path(figures_run.parse(["--device", "cpu"]), "A CPU")
-    assert whole.parts[-4:] == ("bench", "results", "a-cpu", "figures.json")
+def test_some_targets_are_no_record_of_the_device():
+    options = targets_run.parse(["--device", "cpu", "--only", "step"])
+    assert targets_run.output_path(options, "A CPU") is None
+    whole = targets_run.output_path(targets_run.parse(["--device", "cpu"]), "A CPU")
+    assert whole.parts[-4:] == ("bench", "results", "a-cpu", "targets.json")
 
 
 def test_bad_flags(capsys):
@@ -242,17 +243,17 @@ def test_bad_flags(capsys):
         (["--minutes", "0"], "more than 0"),
     ):
         with pytest.raises(SystemExit):
-            figures_run.main(["--device", "cpu", *arguments])
+            targets_run.main(["--device", "cpu", *arguments])
         assert message in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_the_set_of_the_suite_is_the_figures(capsys):
-    assert kernels.main(["--device", "cpu", "--set", "figures", "--list"]) == 0
+def test_the_set_of_the_suite_is_the_targets(capsys):
+    assert kernels.main(["--device", "cpu", "--set", "targets", "--list"]) == 0
     listed = {tuple(line.split("  ")[:2]) for line in capsys.readouterr().out.splitlines() if line.count("  ") > 2}
-    assert listed == {(figure.op, figure.case) for figure in FIGURES if figure.mode}
+    assert listed == {(target.op, target.case) for target in TARGETS if target.mode}
     with pytest.raises(SystemExit):
-        kernels.main(["--device", "cpu", "--set", "figure"])
-    assert "did you mean figures" in capsys.readouterr().err
+        kernels.main(["--device", "cpu", "--set", "target"])
+    assert "did you mean targets" in capsys.readouterr().err
 
 
 def subject(op, case="tiny-released", dtype=torch.float32):
@@ -410,11 +411,11 @@ def test_compiling_too_long_is_a_reason(tmp_path, monkeypatch):
         def bind(self, *args, **kwargs):
             time.sleep(5)
 
-    monkeypatch.setattr(figures_run, "all_providers", lambda: {"hia": providers.Ours(), "eager": Slow()})
-    chosen = (Figure("slow", "speedup", "stem", "px-tiny", "forward", ("eager",), 1.0),)
-    for module in (figures, figures_run):
-        monkeypatch.setattr(module, "FIGURES", chosen)
+    monkeypatch.setattr(targets_run, "all_providers", lambda: {"hia": providers.Ours(), "eager": Slow()})
+    chosen = (Target("slow", "speedup", "stem", "px-tiny", "forward", ("eager",), 1.0),)
+    for module in (catalogue, targets_run):
+        monkeypatch.setattr(module, "TARGETS", chosen)
     arguments = ["--device", "cpu", "--quick", "--compile-minutes", "0.001", "--out", str(tmp_path)]
-    assert figures_run.main(arguments) == 0
-    (verdict,) = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert targets_run.main(arguments) == 0
+    (verdict,) = json.loads((tmp_path / "targets.json").read_text())["targets"]
     assert verdict["verdict"] == "not measured" and "compiling took more than the 0 s" in verdict["note"]
