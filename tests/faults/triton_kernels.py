@@ -33,7 +33,7 @@ ATTENTION = (
         name="attention-forward-keeps-the-old-maximum",
         kind="lost part of a sum",
         file=f"{OPS}/cross_attention/triton_fwd.py",
-        old="acc = dot(p.to(v.dtype), v, acc * decay[:, None])",
+        old="acc = dot(p.to(v.dtype), v, acc * alpha[:, None])",
         new="acc = dot(p.to(v.dtype), v, acc)",
         tests=(
             f"{TESTS}/test_cross_attention_triton.py::test_matches_reference[several-blocks-of-queries-and-keys-fp16]",
@@ -41,12 +41,12 @@ ATTENTION = (
         why="what was summed before a larger score came is not rescaled",
     ),
     Kernel(
-        name="attention-shares-lose-the-last-keys",
+        name="attention-splits-lose-the-last-keys",
         kind="off by one at an edge",
         file=f"{OPS}/cross_attention/triton_split.py",
-        old="share = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK",
-        new="share = tl.cdiv(length, BLOCK) // splits * BLOCK",
-        tests=(f"{TESTS}/test_cross_attention_triton.py::test_shares_without_keys_change_no_bit[64]",),
+        old="keys_per_split = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK",
+        new="keys_per_split = tl.cdiv(length, BLOCK) // splits * BLOCK",
+        tests=(f"{TESTS}/test_cross_attention_triton.py::test_splits_without_keys_change_no_bit[64]",),
         why="blocks of keys that the splits do not divide are never read",
     ),
     Kernel(

@@ -60,12 +60,12 @@ def modules():
 
 @pytest.fixture
 def split(modules, monkeypatch):
-    """Cut every sequence's keys into as many shares as asked for, or as it has keys."""
+    """Cut every sequence's keys into as many splits as asked for, or as it has keys."""
 
-    def into(shares):
-        rule = modules.split.Splits(shares, shares, 1)
+    def into(splits):
+        heuristic = modules.split.SplitHeuristic(splits, splits, 1)
         for module in (modules.fwd, modules.bwd, modules.unfused_fwd, modules.unfused_bwd):
-            monkeypatch.setattr(module, "split_rule", lambda *sizes: rule)
+            monkeypatch.setattr(module, "split_heuristic", lambda *sizes: heuristic)
 
     return into
 
@@ -88,7 +88,7 @@ def test_matches_reference(lengths_q, lengths_k, options, dtype, triton_device):
     ("head_dim", "dtype"), [(32, torch.float32), (80, torch.bfloat16), (272, torch.float16)], ids=str
 )
 def test_splits_of_the_keys(head_dim, dtype, split, triton_device):
-    """More shares than some sequences have blocks of keys; none at all has keys for some."""
+    """Cut into more splits than some sequences have blocks of keys, and one sequence without keys."""
     inputs = make_inputs([7, 5, 2], [9, 300, 0], dtype, triton_device, head_dim=head_dim, heads=1)
     split(3)
     assert_both_match(inputs, dtype)
@@ -96,13 +96,13 @@ def test_splits_of_the_keys(head_dim, dtype, split, triton_device):
 
 
 @pytest.mark.parametrize("head_dim", [64, 272])
-def test_shares_without_keys_change_no_bit(head_dim, split, triton_device):
+def test_splits_without_keys_change_no_bit(head_dim, split, triton_device):
     """So neither does a generous max_seqlen, which bounds the number of splits."""
     inputs = make_inputs([7, 5], [9, 20], torch.float16, triton_device, head_dim=head_dim)
     results = []
-    for shares in (1, 4):
-        split(shares)
-        results.append(forward_backward(OP, cross_attention_with_lse, {**inputs, "max_seqlen_k": 200 * shares}))
+    for splits in (1, 4):
+        split(splits)
+        results.append(forward_backward(OP, cross_attention_with_lse, {**inputs, "max_seqlen_k": 200 * splits}))
     assert all(torch.equal(x, y) for x, y in zip(results[0].values(), results[1].values(), strict=True))
 
 
@@ -122,23 +122,23 @@ RULES = [  # heads, head_dim, dtype, block_m, slices: splits of (0, 1, 4095, 614
 def test_number_of_splits(sizes, expected, modules):
     """For a device of 132 multiprocessors, as the interpreter plays: full rounds of programs from one image."""
     heads, head_dim, dtype, block_m, slices = sizes
-    rule = modules.split.split_rule(torch.empty(1, heads, head_dim, dtype=dtype), block_m, slices)
-    assert tuple(rule.of(length) for length in (0, 1, 4095, 6143, 6144, 16384, 2**20)) == expected
-    programs = rule.most * heads * slices * (256 // block_m)
-    assert programs >= 132 * 0.9 or rule.most == 16
+    heuristic = modules.split.split_heuristic(torch.empty(1, heads, head_dim, dtype=dtype), block_m, slices)
+    assert tuple(heuristic.count(length) for length in (0, 1, 4095, 6143, 6144, 16384, 2**20)) == expected
+    programs = heuristic.max_splits * heads * slices * (256 // block_m)
+    assert programs >= 132 * 0.9 or heuristic.max_splits == 16
 
 
 def test_number_of_splits_grows_with_the_keys(modules):
     """Else ``max_seqlen_k`` would not bound it."""
-    for rule in ((1, 1, 1), (1, 3, 7), (5, 5, 4), (2, 3, 100)):
-        counts = [modules.split.Splits(*rule).of(length) for length in range(400)]
-        assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == rule[1]
+    for sizes in ((1, 1, 1), (1, 3, 7), (5, 5, 4), (2, 3, 100)):
+        counts = [modules.split.SplitHeuristic(*sizes).count(length) for length in range(400)]
+        assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == sizes[1]
 
 
-@pytest.mark.parametrize("shares", [1, 3])
-def test_rows_counted_in_place_of_pointers_carried(shares, split, modules, monkeypatch, triton_device):
-    """As AMD's compiler wants it: whole blocks of keys, a rest, and shares that begin in the middle."""
-    split(shares)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_pointers_computed_in_place_of_loop_carried(splits, split, modules, monkeypatch, triton_device):
+    """Compute pointers from rows, as AMD's compiler needs it: whole blocks of keys, a rest, splits from the middle."""
+    split(splits)
     for module in (modules.fwd, modules.bwd):
         monkeypatch.setattr(module, "is_carried", lambda device: False)
     assert_both_match(make_inputs([7, 3], [300, 17], torch.float16, triton_device, head_dim=16), torch.float16)
@@ -147,9 +147,9 @@ def test_rows_counted_in_place_of_pointers_carried(shares, split, modules, monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_workspace_for_a_few_heads_at_a_time(dtype, modules, monkeypatch, triton_device):
     unfused = modules.unfused
-    assert unfused.chunks_of(16, unfused.WORKSPACE // 4) == [(0, 4), (4, 4), (8, 4), (12, 4)]
-    assert unfused.chunks_of(3, unfused.WORKSPACE * 2) == [(0, 1), (1, 1), (2, 1)]
-    assert unfused.chunks_of(80, 1000) == [(0, 80)]
+    assert unfused.workspace_chunks(16, unfused.WORKSPACE // 4) == [(0, 4), (4, 4), (8, 4), (12, 4)]
+    assert unfused.workspace_chunks(3, unfused.WORKSPACE * 2) == [(0, 1), (1, 1), (2, 1)]
+    assert unfused.workspace_chunks(80, 1000) == [(0, 80)]
     monkeypatch.setattr(unfused, "WORKSPACE", 128 * 128 * 4)
     assert_both_match(make_inputs([7, 3], [9, 40], dtype, triton_device, heads=3, head_dim=272), dtype)
 
@@ -178,7 +178,7 @@ def test_any_strides(head_dim, triton_device):
 
 def test_a_huge_row_stride_is_copied(modules):
     x = torch.empty_strided((2, 1, 16), (2**24, 16, 1), device="meta")
-    assert modules.split.readable(x)[0].stride(0) == 16 and modules.split.readable(x[:1])[0] is not None
+    assert modules.split.row_contiguous(x)[0].stride(0) == 16 and modules.split.row_contiguous(x[:1])[0] is not None
 
 
 def test_negative_and_zero_scale(triton_device):
@@ -241,15 +241,15 @@ def with_gradients(inputs, dout, dlse):
     return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
 
 
-@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [(32, torch.float16), (80, torch.bfloat16), (272, torch.float16), (32, torch.float32)],
     ids=str,
 )
-def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, shares, split, triton_device):
+def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, splits, split, triton_device):
     """Few queries and many, no keys, one, and more than a block of them."""
-    split(shares)
+    split(splits)
     lengths_q, lengths_k = [7, 0, 70, 1, 3], [9, 30, 300, 0, 1]
     inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, head_dim=head_dim)
     assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
@@ -262,7 +262,7 @@ def test_packed_is_one_at_a_time_with_the_splits_of_its_own(head_dim, dtype, mod
     """Long enough for one sequence to be split as a launcher chooses, beside some that are not."""
     lengths_q, lengths_k = [7, 1, 3], [9, 4500, 0]
     inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, heads=1, head_dim=16)
-    assert modules.split.split_rule(inputs["q"], 64).of(4500) > 1
+    assert modules.split.split_heuristic(inputs["q"], 64).count(4500) > 1
     assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 
 

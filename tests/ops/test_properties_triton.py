@@ -112,7 +112,7 @@ def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype
     lengths_q, lengths_k = zip(*lengths, strict=True)
     inputs = inputs_of("cross_attention")(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_split, "SHARE_BYTES", share_bytes)
+        patch.setattr(triton_split, "MIN_SPLIT_BYTES", share_bytes)
         assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 
 

@@ -1,4 +1,9 @@
-"""Triton backward of ``cross_attention``: probabilities computed again, by queries and by keys; no atomics."""
+"""Triton backward of ``cross_attention``: p recomputed from the saved log-sum-exp (Dao 2023, algorithm 2), no atomics.
+
+dq is summed by blocks of queries and dk, dv by blocks of keys, in two kernels, so that every sum has one order;
+algorithm 2 has one loop over keys and adds to dq with atomics. Wider heads and fp32 are served by
+``triton_unfused_bwd``.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +16,20 @@ from ...core.triton_math import dot
 from .triton_fwd import LOG2E, blocks_of, is_fused
 from .triton_split import (
     combine,
+    count_splits,
     is_carried,
     load_rows,
     partial_results,
-    readable,
+    row_contiguous,
     sequence_of,
-    share_of,
-    split_rule,
-    splits_of,
+    split_bounds,
+    split_heuristic,
     strides_of,
     tuning_key,
 )
 from .triton_unfused_bwd import unfused_bwd
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number; M are queries, N keys
+# BLOCK_M, BLOCK_N, num_warps, num_stages for head_dim up to the key; M are queries, N keys
 DQ_BLOCKS = {
     "amd": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
     "ampere": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
@@ -45,8 +50,8 @@ def _cross_attention_delta_kernel(
     out_ptr,  # [T, H, D]
     lse_ptr,  # [H, T] fp32
     dlse_ptr,  # [H, T] fp32
-    rows_ptr,  # [H, 2, T] fp32: lse * factor, delta
-    tokens,
+    lse_delta_ptr,  # [H, 2, T] fp32: lse * factor, delta
+    tokens,  # T
     H,
     factor,
     stride_dout_t,
@@ -57,7 +62,7 @@ def _cross_attention_delta_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What the backward wants to know of each row: delta = sum_d dout * out - dlse; grid = (cdiv(T, BLOCK_T), H)."""
+    """Store each row's scaled lse and delta = sum_d dout * out - dlse; grid = (cdiv(T, BLOCK_T), H)."""
     h = tl.program_id(1).to(tl.int64)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
     offs_d = tl.arange(0, BLOCK_D)
@@ -70,21 +75,21 @@ def _cross_attention_delta_kernel(
     delta = tl.sum(dout * tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32), axis=1)  # [BLOCK_T]
     delta -= tl.load(dlse_ptr + h * tokens + offs_t, mask=mask_t, other=0.0)
     lse = tl.load(lse_ptr + h * tokens + offs_t, mask=mask_t, other=0.0)  # [BLOCK_T]
-    tl.store(rows_ptr + 2 * h * tokens + offs_t, lse * factor, mask=mask_t)
-    tl.store(rows_ptr + (2 * h + 1) * tokens + offs_t, delta, mask=mask_t)
+    tl.store(lse_delta_ptr + 2 * h * tokens + offs_t, lse * factor, mask=mask_t)
+    tl.store(lse_delta_ptr + (2 * h + 1) * tokens + offs_t, delta, mask=mask_t)
 
 
 @triton.jit
 def _dq_block(
-    q,
-    dout,
-    k_ptrs,
-    v_ptrs,
-    acc,
-    lse,
-    delta,  # [BLOCK_M, BLOCK_D] x 2, [BLOCK_N, BLOCK_D] x 2, sums, [BLOCK_M] x 2
-    mask_n,
-    offs_d,
+    q,  # [BLOCK_M, BLOCK_D]
+    dout,  # [BLOCK_M, BLOCK_D]
+    k_ptrs,  # [BLOCK_N, BLOCK_D]
+    v_ptrs,  # [BLOCK_N, BLOCK_D]
+    acc,  # [BLOCK_M, BLOCK_D] fp32
+    lse,  # [BLOCK_M], times log2(e)
+    delta,  # [BLOCK_M]
+    mask_n,  # [BLOCK_N]
+    offs_d,  # [BLOCK_D]
     scale_log2e,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,7 +97,7 @@ def _dq_block(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys; lse is in powers of 2."""
+    """Add one block of keys to dq."""
     k = load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
     v = load_rows(v_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
     scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
@@ -104,25 +109,25 @@ def _dq_block(
     return dot(ds.to(k.dtype), k, acc)
 
 
-@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "splits", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "grid_splits", "num_splits", "max_splits"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
     v_ptr,  # [Tk, H, D]
     dout_ptr,  # [Tq, H, D]
-    rows_ptr,  # [H, 2, Tq] fp32: lse in powers of 2, delta
+    lse_delta_ptr,  # [H, 2, Tq] fp32: lse * log2(e), delta
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
     dq_ptr,  # [Tq, H, D]
-    partial_ptr,  # [splits, Tq, H, D] fp32, only with IS_SPLIT
-    tokens,
+    partial_ptr,  # [grid_splits, Tq, H, D] fp32, only with IS_SPLIT
+    tokens,  # Tq
     tiles_m,
-    splits,
-    once,
-    most,
+    grid_splits,  # of the longest sequence
+    num_splits,
+    max_splits,
     H,
     scale,
-    scale_log2e,  # tokens = Tq; splits of the longest sequence
+    scale_log2e,
     stride_q_t,
     stride_q_h,
     stride_k_t,
@@ -133,21 +138,24 @@ def _cross_attention_bwd_dq_kernel(
     stride_dout_h,
     D: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    LEAST: tl.constexpr,
+    MIN_KEYS_PER_SPLIT: tl.constexpr,
     IS_CARRIED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
+    """Compute dq of a block of one sequence's queries, one head, over a split of its keys.
+
+    grid = (tiles_m * grid_splits * H * B,).
+    """
     pid = tl.program_id(0)
     start_m = pid % tiles_m * BLOCK_M
-    split = pid // tiles_m % splits
-    h = (pid // (tiles_m * splits) % H).to(tl.int64)
-    b = pid // (tiles_m * splits * H)
+    split = pid // tiles_m % grid_splits
+    h = (pid // (tiles_m * grid_splits) % H).to(tl.int64)
+    b = pid // (tiles_m * grid_splits * H)
     start_q, len_q = sequence_of(cu_q_ptr, b)
     start_k, len_k = sequence_of(cu_k_ptr, b)
-    own_splits = splits_of(len_k, once, most, LEAST) if IS_SPLIT else 1
+    own_splits = count_splits(len_k, num_splits, max_splits, MIN_KEYS_PER_SPLIT) if IS_SPLIT else 1
     if (start_m >= len_q) | (split >= own_splits):
         return
     offs_m = tl.arange(0, BLOCK_M)
@@ -158,13 +166,13 @@ def _cross_attention_bwd_dq_kernel(
 
     q_ptr += start_q * stride_q_t + h * stride_q_h
     dout_ptr += start_q * stride_dout_t + h * stride_dout_h
-    rows_ptr += 2 * h * tokens + start_q
+    lse_delta_ptr += 2 * h * tokens + start_q
     q = load_rows(q_ptr + (offs_m[:, None] * stride_q_t + offs_d[None, :]), mask_m, offs_d, D, BLOCK_D)
     dout = load_rows(dout_ptr + (offs_m[:, None] * stride_dout_t + offs_d[None, :]), mask_m, offs_d, D, BLOCK_D)
-    lse = tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]
-    delta = tl.load(rows_ptr + tokens + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+    lse = tl.load(lse_delta_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]
+    delta = tl.load(lse_delta_ptr + tokens + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
 
-    first, last = share_of(split, own_splits, len_k, BLOCK_N)
+    first, last = split_bounds(split, own_splits, len_k, BLOCK_N)
     k_ptr += (start_k + first) * stride_k_t + h * stride_k_h
     v_ptr += (start_k + first) * stride_v_t + h * stride_v_h
     offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
@@ -227,16 +235,16 @@ def _cross_attention_bwd_dkv_kernel(
     k_ptr,  # [Tk, H, D]
     v_ptr,  # [Tk, H, D]
     dout_ptr,  # [Tq, H, D]
-    rows_ptr,  # [H, 2, Tq] fp32: lse in powers of 2, delta
+    lse_delta_ptr,  # [H, 2, Tq] fp32: lse * log2(e), delta
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
     dk_ptr,  # [Tk, H, D]
     dv_ptr,  # [Tk, H, D]
-    tokens,
+    tokens,  # Tq
     tiles_n,
     H,
     scale,
-    scale_log2e,  # tokens = Tq
+    scale_log2e,
     stride_q_t,
     stride_q_h,
     stride_k_t,
@@ -250,7 +258,7 @@ def _cross_attention_bwd_dkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of one sequence's keys, one head, all its queries; scores transposed; grid = (tiles_n * H * B,)."""
+    """Compute dk and dv of a block of one sequence's keys, one head, scores transposed; grid = (tiles_n * H * B,)."""
     pid = tl.program_id(0)
     start_n = pid % tiles_n * BLOCK_N
     h = (pid // tiles_n % H).to(tl.int64)
@@ -273,7 +281,7 @@ def _cross_attention_bwd_dkv_kernel(
     dout_ptr += start_q * stride_dout_t + h * stride_dout_h
     offs_q = offs_m[:, None] * stride_q_t + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
     offs_dout = offs_m[:, None] * stride_dout_t + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
-    rows_ptr += 2 * h * tokens + start_q
+    lse_delta_ptr += 2 * h * tokens + start_q
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -281,13 +289,13 @@ def _cross_attention_bwd_dkv_kernel(
         mask_m = start_m + offs_m < len_q
         q = load_rows(q_ptr + offs_q, mask_m, offs_d, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
         dout = load_rows(dout_ptr + offs_dout, mask_m, offs_d, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        # both products at once: one runs while the other's exponentials do
+        # both products first: one runs during the other's exponentials
         scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
         dp = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
-        lse = tl.load(rows_ptr + start_m + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]
+        lse = tl.load(lse_delta_ptr + start_m + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]
         p = tl.exp2(scores * scale_log2e - lse[None, :])  # [BLOCK_N, BLOCK_M]; 0 beyond the queries
         dv = dot(p.to(dout.dtype), dout, dv)
-        delta = tl.load(rows_ptr + tokens + start_m + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+        delta = tl.load(lse_delta_ptr + tokens + start_m + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
         ds = p * (dp - delta[None, :])
         dk = dot(ds.to(q.dtype), q, dk)
         q_ptr += BLOCK_M * stride_q_t
@@ -305,18 +313,18 @@ def _config(mode, table, q):
     return tuning.pick("cross_attention", tuning_key(mode, q), q.device, heuristic)
 
 
-def _rows_stats(dout, out, lse, dlse, factor):
-    """lse * factor and delta, [H, 2, Tq] fp32."""
+def _lse_and_delta(dout, out, lse, dlse, factor):
+    """Return lse * factor and delta, [H, 2, Tq] fp32."""
     tokens, heads, head_dim = dout.shape
-    rows = torch.empty((heads, 2, tokens), dtype=torch.float32, device=dout.device)
+    lse_delta = torch.empty((heads, 2, tokens), dtype=torch.float32, device=dout.device)
     block_d = triton.next_power_of_2(head_dim)
     block_t = max(1, 4096 // block_d)  # 32 elements a thread
     _cross_attention_delta_kernel[(triton.cdiv(tokens, block_t), heads)](
-        dout,
-        out,
-        lse.contiguous(),
-        dlse.contiguous(),
-        rows,
+        dout_ptr=dout,
+        out_ptr=out,
+        lse_ptr=lse.contiguous(),
+        dlse_ptr=dlse.contiguous(),
+        lse_delta_ptr=lse_delta,
         tokens=tokens,
         H=heads,
         factor=factor,
@@ -325,16 +333,22 @@ def _rows_stats(dout, out, lse, dlse, factor):
         BLOCK_T=block_t,
         BLOCK_D=block_d,
     )
-    return rows
+    return lse_delta
 
 
-def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
+def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
     """Fill ``grads``, those of q, k, v."""
     dq, dk, dv = grads
     tokens, heads, head_dim = q.shape
-    pairs = (cu_seqlens_q.numel() - 1) * heads
-    inputs = (q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k)
-    sizes = {
+    batch_heads = (cu_seqlens_q.numel() - 1) * heads
+    options = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "dout_ptr": dout,
+        "lse_delta_ptr": lse_delta,
+        "cu_q_ptr": cu_seqlens_q,
+        "cu_k_ptr": cu_seqlens_k,
         "tokens": tokens,
         "H": heads,
         "scale": softmax_scale,
@@ -346,38 +360,39 @@ def _fused_bwd(q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, max_seqlens, sof
 
     config = _config("dq", DQ_BLOCKS, q)
     tiles_m = triton.cdiv(max_seqlens[0], config["BLOCK_M"])
-    rule = split_rule(q, config["BLOCK_M"])
-    splits = rule.of(max_seqlens[1])
+    heuristic = split_heuristic(q, config["BLOCK_M"])
+    splits = heuristic.count(max_seqlens[1])
     partial = partial_results(splits, dq)[0]
-    _cross_attention_bwd_dq_kernel[(tiles_m * splits * pairs,)](
-        *inputs,
-        dq,
-        partial,
+    _cross_attention_bwd_dq_kernel[(tiles_m * splits * batch_heads,)](
+        dq_ptr=dq,
+        partial_ptr=partial,
         tiles_m=tiles_m,
         IS_CARRIED=is_carried(q.device),
-        **rule.arguments(splits),
-        **sizes,
+        **heuristic.arguments(splits),
+        **options,
         **config,
     )
     if splits > 1:
-        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=False)
+        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), heuristic, natural=False)
 
     config = _config("dkv", DKV_BLOCKS, q)
     tiles_n = triton.cdiv(max_seqlens[1], config["BLOCK_N"])
-    _cross_attention_bwd_dkv_kernel[(tiles_n * pairs,)](*inputs, dk, dv, tiles_n=tiles_n, **sizes, **config)
+    _cross_attention_bwd_dkv_kernel[(tiles_n * batch_heads,)](
+        dk_ptr=dk, dv_ptr=dv, tiles_n=tiles_n, **options, **config
+    )
 
 
 def cross_attention_bwd(
     dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
 ):
-    """Gradients of q, k, v."""
+    """Return the gradients of q, k, v."""
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     if q.numel() == 0 or k.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    q, k, v, dout, out = readable(q, k, v, dout, out)
+    q, k, v, dout, out = row_contiguous(q, k, v, dout, out)
     fused = is_fused(q)
-    rows = _rows_stats(dout, out, lse, dlse, LOG2E if fused else 1.0)
+    lse_delta = _lse_and_delta(dout, out, lse, dlse, LOG2E if fused else 1.0)
     (_fused_bwd if fused else unfused_bwd)(
-        q, k, v, dout, rows, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), softmax_scale, grads
+        q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), softmax_scale, grads
     )
     return tuple(grads)

@@ -1,4 +1,9 @@
-"""Triton forward of ``cross_attention``: scores stay in registers, keys pass by in blocks."""
+"""Triton forward of ``cross_attention``: FlashAttention-2 (Dao 2023, algorithm 1) over packed sequences, with split-KV.
+
+Scores stay in registers, blocks of keys are visited in order, and the sums are rescaled when a row's maximum grows
+(online softmax, Milakov and Gimelshein 2018); they are divided once, at the end. Wider heads and fp32 are served by
+``triton_unfused_fwd``.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +15,24 @@ from ...core import tuning
 from ...core.triton_math import dot
 from .triton_split import (
     combine,
+    count_splits,
     family_of,
     finite_or_zero,
     is_carried,
     load_rows,
     partial_results,
-    readable,
+    row_contiguous,
     sequence_of,
-    share_of,
-    split_rule,
-    splits_of,
+    split_bounds,
+    split_heuristic,
     strides_of,
     tuning_key,
 )
 from .triton_unfused_fwd import unfused_fwd
 
 LOG2E = 1.4426950408889634
-# BLOCK_M, BLOCK_N, num_warps, num_stages by head_dim up to the first number: as large as the registers allow, and
-# nothing that follows the batch: another order of sums would give a sequence other bits
+# BLOCK_M, BLOCK_N, num_warps, num_stages for head_dim up to the key: as large as the registers allow, and independent
+# of the batch, because a sum in another order would change a sequence's bits
 BLOCKS = {
     "amd": {128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
     "ampere": {32: (128, 64, 8, 2), 128: (128, 64, 8, 3)},
@@ -38,14 +43,14 @@ BLOCKS = {
 
 @triton.jit
 def _attend(
-    q,
-    k_ptrs,
-    v_ptrs,
-    acc,
-    top,
-    total,  # [BLOCK_M, BLOCK_D], [BLOCK_N, BLOCK_D] x 2, sums, [BLOCK_M] x 2
-    mask_n,
-    offs_d,
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptrs,  # [BLOCK_N, BLOCK_D]
+    v_ptrs,  # [BLOCK_N, BLOCK_D]
+    acc,  # [BLOCK_M, BLOCK_D] fp32
+    m_i,  # [BLOCK_M] fp32, maxima of scores * log2(e)
+    l_i,  # [BLOCK_M] fp32
+    mask_n,  # [BLOCK_N]
+    offs_d,  # [BLOCK_D]
     scale_log2e,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -53,22 +58,22 @@ def _attend(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys: what was summed so far is rescaled to the new maximum."""
+    """Add one block of keys, the sums so far rescaled to the new maximum."""
     k = load_rows(k_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
     scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     seen = tl.where(mask_n[None, :], scores, float("-inf")) if MASKED else scores
-    new_top = tl.maximum(top, tl.max(seen, axis=1) * scale_log2e)  # [BLOCK_M]
-    shift = finite_or_zero(new_top)
+    m_new = tl.maximum(m_i, tl.max(seen, axis=1) * scale_log2e)  # [BLOCK_M]
+    shift = finite_or_zero(m_new)
     p = tl.exp2(scores * scale_log2e - shift[:, None])  # [BLOCK_M, BLOCK_N]
     if MASKED:
         p = tl.where(mask_n[None, :], p, 0.0)
-    decay = tl.exp2(top - shift)  # [BLOCK_M]
+    alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
     v = load_rows(v_ptrs, mask_n, offs_d, D, BLOCK_D, MASKED)
-    acc = dot(p.to(v.dtype), v, acc * decay[:, None])
-    return acc, new_top, total * decay + tl.sum(p, axis=1)
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, m_new, l_i * alpha + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "splits", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "grid_splits", "num_splits", "max_splits"])
 def _cross_attention_fwd_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -77,16 +82,16 @@ def _cross_attention_fwd_kernel(
     cu_k_ptr,  # [B + 1]
     out_ptr,  # [Tq, H, D]
     lse_ptr,  # [H, Tq] fp32, only with HAS_LSE
-    partial_ptr,  # [splits, Tq, H, D] fp32, not yet divided by the sum; these three only with IS_SPLIT
-    top_ptr,  # [splits, H, Tq] fp32, maxima in powers of 2
-    total_ptr,  # [splits, H, Tq] fp32
-    tokens,
+    partial_ptr,  # [grid_splits, Tq, H, D] fp32, not divided by the sum yet, only with IS_SPLIT
+    partial_m_ptr,  # [grid_splits, H, Tq] fp32, only with IS_SPLIT: maxima of scores * log2(e)
+    partial_l_ptr,  # [grid_splits, H, Tq] fp32, only with IS_SPLIT: sums
+    tokens,  # Tq
     tiles_m,
-    splits,
-    once,
-    most,
+    grid_splits,  # of the longest sequence
+    num_splits,
+    max_splits,
     H,
-    scale_log2e,  # tokens = Tq; splits of the longest sequence
+    scale_log2e,
     stride_q_t,
     stride_q_h,
     stride_k_t,
@@ -96,22 +101,25 @@ def _cross_attention_fwd_kernel(
     D: tl.constexpr,
     HAS_LSE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    LEAST: tl.constexpr,
+    MIN_KEYS_PER_SPLIT: tl.constexpr,
     IS_CARRIED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A block of one sequence's queries, one head, a share of the keys; grid = (tiles_m * splits * H * B,)."""
+    """Attend from a block of one sequence's queries to a split of its keys, one head.
+
+    grid = (tiles_m * grid_splits * H * B,).
+    """
     LN2: tl.constexpr = 0.6931471805599453
     pid = tl.program_id(0)
     start_m = pid % tiles_m * BLOCK_M
-    split = pid // tiles_m % splits
-    h = (pid // (tiles_m * splits) % H).to(tl.int64)
-    b = pid // (tiles_m * splits * H)
+    split = pid // tiles_m % grid_splits
+    h = (pid // (tiles_m * grid_splits) % H).to(tl.int64)
+    b = pid // (tiles_m * grid_splits * H)
     start_q, len_q = sequence_of(cu_q_ptr, b)
     start_k, len_k = sequence_of(cu_k_ptr, b)
-    own_splits = splits_of(len_k, once, most, LEAST) if IS_SPLIT else 1
+    own_splits = count_splits(len_k, num_splits, max_splits, MIN_KEYS_PER_SPLIT) if IS_SPLIT else 1
     if (start_m >= len_q) | (split >= own_splits):
         return
     offs_m = tl.arange(0, BLOCK_M)
@@ -122,24 +130,24 @@ def _cross_attention_fwd_kernel(
 
     q_ptr += start_q * stride_q_t + h * stride_q_h
     q = load_rows(q_ptr + (offs_m[:, None] * stride_q_t + offs_d[None, :]), mask_m, offs_d, D, BLOCK_D)
-    first, last = share_of(split, own_splits, len_k, BLOCK_N)
+    first, last = split_bounds(split, own_splits, len_k, BLOCK_N)
     k_ptr += (start_k + first) * stride_k_t + h * stride_k_h
     v_ptr += (start_k + first) * stride_v_t + h * stride_v_h
-    offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]; int32, see rows_contiguous
+    offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]; int32, see row_contiguous
     offs_v = offs_n[:, None] * stride_v_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
     for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
         passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
-        acc, top, total = _attend(
+        acc, m_i, l_i = _attend(
             q,
             k_ptr + passed * stride_k_t + offs_k,
             v_ptr + passed * stride_v_t + offs_v,
             acc,
-            top,
-            total,
+            m_i,
+            l_i,
             offs_n < last - start_n,
             offs_d,
             scale_log2e,
@@ -155,13 +163,13 @@ def _cross_attention_fwd_kernel(
     rest = tl.maximum(last - first, 0) % BLOCK_N
     if rest > 0:
         passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
-        acc, top, total = _attend(
+        acc, m_i, l_i = _attend(
             q,
             k_ptr + passed * stride_k_t + offs_k,
             v_ptr + passed * stride_v_t + offs_v,
             acc,
-            top,
-            total,
+            m_i,
+            l_i,
             offs_n < rest,
             offs_d,
             scale_log2e,
@@ -176,24 +184,24 @@ def _cross_attention_fwd_kernel(
     offs_out = start_q * H * D + h * D + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     if own_splits > 1:
-        before = tl.cast(split, tl.int64) * H * tokens  # rows of the shares before
-        tl.store(top_ptr + before + row, top, mask=mask_m)
-        tl.store(total_ptr + before + row, total, mask=mask_m)
+        before = tl.cast(split, tl.int64) * H * tokens  # rows of the splits before
+        tl.store(partial_m_ptr + before + row, m_i, mask=mask_m)
+        tl.store(partial_l_ptr + before + row, l_i, mask=mask_m)
         tl.store(partial_ptr + before * D + offs_out, acc, mask=mask)
     else:
-        total = tl.where(total == 0.0, 1.0, total)
+        l_i = tl.where(l_i == 0.0, 1.0, l_i)
         if HAS_LSE:
-            tl.store(lse_ptr + row, (top + tl.log2(total)) * LN2, mask=mask_m)
-        tl.store(out_ptr + offs_out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(lse_ptr + row, (m_i + tl.log2(l_i)) * LN2, mask=mask_m)
+        tl.store(out_ptr + offs_out, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def is_fused(q):
-    """Whether a block of the head fits beside its accumulators; products of fp32 operands take too many registers."""
+    """Say whether a block of the head fits beside its accumulators; fp32 products would take too many registers."""
     return q.element_size() == 2 and q.shape[2] <= max(BLOCKS[family_of(q.device)])
 
 
 def blocks_of(table, q):
-    """Of a table like ``BLOCKS``: the entry for this device and head_dim."""
+    """Return the entry of a table like ``BLOCKS`` for this device and head_dim."""
     sizes = table[family_of(q.device)]
     return sizes[min(limit for limit in sizes if q.shape[2] <= limit)]
 
@@ -208,29 +216,30 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     """Fill ``out`` and, if it is not None, ``lse``."""
     if softmax_scale < 0:  # the kernel takes a row's maximum before it scales
         q, softmax_scale = -q, -softmax_scale
-    q, k, v = readable(q, k, v)
+    q, k, v = row_contiguous(q, k, v)
     tokens, heads, head_dim = q.shape
     config = _config(q)
     tiles_m = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
-    rule = split_rule(q, config["BLOCK_M"])
-    splits = rule.of(max_seqlen_k)
-    partial, *stats = partial_results(splits, out)
+    heuristic = split_heuristic(q, config["BLOCK_M"])
+    splits = heuristic.count(max_seqlen_k)
+    partial, partial_m, partial_l = partial_results(splits, out)
     _cross_attention_fwd_kernel[(tiles_m * splits * heads * (cu_seqlens_q.numel() - 1),)](
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        out,
-        lse,
-        partial,
-        *stats,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        cu_q_ptr=cu_seqlens_q,
+        cu_k_ptr=cu_seqlens_k,
+        out_ptr=out,
+        lse_ptr=lse,
+        partial_ptr=partial,
+        partial_m_ptr=partial_m,
+        partial_l_ptr=partial_l,
         tokens=tokens,
         tiles_m=tiles_m,
         H=heads,
         scale_log2e=softmax_scale * LOG2E,
         **strides_of(q=q, k=k, v=v),
-        **rule.arguments(splits),
+        **heuristic.arguments(splits),
         D=head_dim,
         HAS_LSE=lse is not None,
         IS_CARRIED=is_carried(q.device),
@@ -238,10 +247,12 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
         **config,
     )
     if splits > 1:
-        combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), rule, natural=False)
+        stats = (partial_m, partial_l)
+        combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), heuristic, natural=False)
 
 
 def _fill(out, lse, q, k, *rest):
+    """Fill ``out`` and, if it is not None, ``lse``, by the fused or the unfused kernels."""
     if out.numel() == 0:
         return
     if k.numel() == 0:
@@ -254,14 +265,14 @@ def _fill(out, lse, q, k, *rest):
 
 
 def cross_attention_fwd(q, *rest):
-    """[Tq, H, D], dtype of ``q``."""
+    """Return out, [Tq, H, D] of the dtype of ``q``."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _fill(out, None, q, *rest)
     return out
 
 
 def cross_attention_with_lse_fwd(q, *rest):
-    """out [Tq, H, D], lse [H, Tq] fp32."""
+    """Return out, [Tq, H, D], and lse, [H, Tq] fp32."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     _fill(out, lse, q, *rest)

@@ -1,4 +1,9 @@
-"""What the Triton kernels share: their packing, the device's size, and splits of the keys that are added up again."""
+"""Parts that the Triton kernels of ``cross_attention`` share: packing, the device's size, split-KV and its combination.
+
+Splitting the keys of few queries over many programs and combining the partial results by their log-sum-exp is
+Flash-Decoding's scheme (Dao, Haziza, Massa and Sizov 2023); the rescaled sums are those of online softmax (Milakov and
+Gimelshein 2018). Here partial results keep maximum and sum apart, and are divided once, after the combination.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +14,37 @@ import torch
 import triton
 import triton.language as tl
 
-LARGE_SHARED = 200 * 1024  # bytes a block may have: 227 KiB on Hopper and Blackwell, 163 or 99 KiB on others
+LARGE_SHARED = 200 * 1024  # bytes of shared memory a block: Hopper and Blackwell have 227 KiB, others 163 or 99 KiB
 MAX_SPLITS = 16
-QUERIES = 256  # what a sequence is taken to have where its splits are chosen: those of an image in HiA
-SHARE_BYTES = 4096  # a channel of a share's keys, at least: its partial result then moves 1/4 of what its keys do
+TYPICAL_QUERIES = 256  # queries assumed of a sequence when its splits are chosen: an image's in HiA
+MIN_SPLIT_BYTES = 4096  # of keys in a split, per channel: its partial result then moves 1/4 of what its keys do
 
 
 @triton.jit
 def sequence_of(cu_seqlens_ptr, b):
-    """First packed row (int64: it is multiplied by strides) and length of sequence b."""
+    """Return the first packed row (int64: it is multiplied by strides) and the length of sequence b."""
     start = tl.load(cu_seqlens_ptr + b)
     return start.to(tl.int64), tl.load(cu_seqlens_ptr + b + 1) - start
 
 
 @triton.jit
-def splits_of(length, once, most, LEAST: tl.constexpr):
-    """Into how many shares a sequence of that many keys is cut: ``Splits.of`` on the device."""
-    wanted = length // LEAST
-    return tl.maximum(tl.where(wanted < most, tl.minimum(wanted, once), most), 1)
+def count_splits(length, num_splits, max_splits, MIN_KEYS_PER_SPLIT: tl.constexpr):
+    """Count the splits of a sequence of ``length`` keys: ``SplitHeuristic.count`` on the device."""
+    wanted = length // MIN_KEYS_PER_SPLIT
+    return tl.maximum(tl.where(wanted < max_splits, tl.minimum(wanted, num_splits), max_splits), 1)
 
 
 @triton.jit
-def share_of(split, splits, length, BLOCK: tl.constexpr):
-    """The share of a sequence that a split works on: first row, end. Empty if there are fewer blocks than splits."""
-    share = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
-    first = split * share
-    return first, tl.minimum(first + share, length)
+def split_bounds(split, splits, length, BLOCK: tl.constexpr):
+    """Return the first key of a split and the end of its keys; empty if there are fewer blocks than splits."""
+    keys_per_split = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
+    first = split * keys_per_split
+    return first, tl.minimum(first + keys_per_split, length)
 
 
 @triton.jit
 def load_rows(ptrs, mask, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr = True):
-    """[rows, BLOCK_D]; zero where ``mask`` [rows] is false (it is not looked at unless MASKED) and beyond D."""
+    """Load [rows, BLOCK_D]: zeros where ``mask`` [rows] is false (ignored unless MASKED) and beyond D."""
     if MASKED:
         if D == BLOCK_D:
             return tl.load(ptrs, mask=mask[:, None], other=0.0)
@@ -52,43 +57,43 @@ def load_rows(ptrs, mask, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED
 
 
 @triton.jit
-def finite_or_zero(top):
-    """A row whose scores are all -inf, or that has none, is shifted by 0: its sum is 0, not NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
+def finite_or_zero(m_i):
+    """Return the maximum that a row's scores are shifted by: 0 where all are -inf, whose sum is then 0, not NaN."""
+    return tl.where(m_i == float("-inf"), 0.0, m_i)
 
 
-@triton.jit(do_not_specialize=["H", "tokens", "tiles_t", "once", "most"])
+@triton.jit(do_not_specialize=["H", "tokens", "tiles_t", "num_splits", "max_splits"])
 def _cross_attention_combine_kernel(
     partial_ptr,  # [splits, T, H, D] fp32
-    top_ptr,  # [splits, H, T] fp32, only with HAS_STATS; IS_NATURAL or in powers of 2
-    total_ptr,  # [splits, H, T] fp32, only with HAS_STATS
+    partial_m_ptr,  # [splits, H, T] fp32, only with HAS_STATS: maxima of scores, times log2(e) unless IS_NATURAL
+    partial_l_ptr,  # [splits, H, T] fp32, only with HAS_STATS: sums of exponentials
     out_ptr,  # [T, H, D]
     lse_ptr,  # [H, T] fp32, only with HAS_LSE
     cu_q_ptr,  # [B + 1], of the result's rows
     cu_k_ptr,  # [B + 1], of what was split
-    tokens,
+    tokens,  # T
     tiles_t,
     H,
-    once,
-    most,  # tokens = T
+    num_splits,
+    max_splits,
     D: tl.constexpr,
-    LEAST: tl.constexpr,
+    MIN_KEYS_PER_SPLIT: tl.constexpr,
     HAS_STATS: tl.constexpr,
     IS_NATURAL: tl.constexpr,
     HAS_LSE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds a sequence's partial results in their order, softmax weighted; grid = (tiles_t * B, H, cdiv(D, BLOCK_D)).
+    """Combine a sequence's partial results in their order, by log-sum-exp; grid = (tiles_t * B, H, cdiv(D, BLOCK_D)).
 
-    A sequence in one share has none: its rows are written already.
+    A sequence in one split has none: its rows are already written.
     """
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
     start_t = tl.program_id(0) % tiles_t * BLOCK_T
     start_q, len_q = sequence_of(cu_q_ptr, tl.program_id(0) // tiles_t)
     _, len_k = sequence_of(cu_k_ptr, tl.program_id(0) // tiles_t)
-    splits = splits_of(len_k, once, most, LEAST)
+    splits = count_splits(len_k, num_splits, max_splits, MIN_KEYS_PER_SPLIT)
     if (start_t >= len_q) | (splits == 1):
         return
     h = tl.program_id(1).to(tl.int64)
@@ -100,81 +105,88 @@ def _cross_attention_combine_kernel(
     stride_partial = tl.cast(tokens, tl.int64) * H * D
     stride_stats = tl.cast(tokens, tl.int64) * H
 
-    top = tl.full((BLOCK_T,), float("-inf"), tl.float32)  # [BLOCK_T]
+    m_i = tl.full((BLOCK_T,), float("-inf"), tl.float32)  # [BLOCK_T]
     if HAS_STATS:
         for split in range(splits):
-            one = tl.load(top_ptr + split * stride_stats + h * tokens + offs_t, mask=mask_t, other=float("-inf"))
-            top = tl.maximum(top, one)
-    shift = finite_or_zero(top)
+            m_split = tl.load(
+                partial_m_ptr + split * stride_stats + h * tokens + offs_t, mask=mask_t, other=float("-inf")
+            )
+            m_i = tl.maximum(m_i, m_split)
+    shift = finite_or_zero(m_i)
 
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_T,), tl.float32)  # [BLOCK_T]
+    l_i = tl.zeros((BLOCK_T,), tl.float32)  # [BLOCK_T]
     for split in range(splits):
         partial = tl.load(partial_ptr + split * stride_partial + offsets, mask=mask, other=0.0)
         if HAS_STATS:
-            at = split * stride_stats + h * tokens + offs_t
-            below = tl.load(top_ptr + at, mask=mask_t, other=float("-inf")) - shift  # [BLOCK_T]
-            weight = tl.exp2(below * LOG2E if IS_NATURAL else below)
-            total += weight * tl.load(total_ptr + at, mask=mask_t, other=0.0)
-            partial *= weight[:, None]
+            offs_stats = split * stride_stats + h * tokens + offs_t  # [BLOCK_T]
+            exponent = tl.load(partial_m_ptr + offs_stats, mask=mask_t, other=float("-inf")) - shift  # [BLOCK_T]
+            alpha = tl.exp2(exponent * LOG2E if IS_NATURAL else exponent)
+            l_i += alpha * tl.load(partial_l_ptr + offs_stats, mask=mask_t, other=0.0)
+            partial *= alpha[:, None]
         acc += partial
     if HAS_STATS:
-        total = tl.where(total == 0.0, 1.0, total)
-        acc /= total[:, None]
+        l_i = tl.where(l_i == 0.0, 1.0, l_i)
+        acc /= l_i[:, None]
         if HAS_LSE:
             mask_lse = mask_t & (tl.program_id(2) == 0)
-            lse = top + tl.log2(total) * LN2 if IS_NATURAL else (top + tl.log2(total)) * LN2
+            lse = m_i + tl.log2(l_i) * LN2 if IS_NATURAL else (m_i + tl.log2(l_i)) * LN2
             tl.store(lse_ptr + h * tokens + offs_t, lse, mask=mask_lse)
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-class Splits(NamedTuple):
-    """How sequences are cut along the keys, each by its own length and nothing else of the batch.
+class SplitHeuristic(NamedTuple):
+    """Rule that cuts a sequence along its keys by its own length, and by nothing else of the batch.
 
     Attributes:
-        once: splits that give each multiprocessor one program at most.
-        most: splits of a sequence that is long enough for them; either ``once`` or 3, see :func:`split_rule`.
-        least: keys of a share.
+        num_splits: splits at which each multiprocessor has at most one program.
+        max_splits: splits of a sequence that is long enough: ``num_splits``, or 3 (see :func:`split_heuristic`).
+        min_keys_per_split: keys that a split has at least.
     """
 
-    once: int
-    most: int
-    least: int
+    num_splits: int
+    max_splits: int
+    min_keys_per_split: int
 
-    def of(self, length):
-        """Of a sequence of ``length`` keys; grows with it, so that of ``max_seqlen_k`` bounds all."""
-        wanted = length // self.least
-        return max(1, self.most if wanted >= self.most else min(wanted, self.once))
+    def count(self, length):
+        """Count the splits of ``length`` keys. The count grows with the length: that of ``max_seqlen_k`` bounds all."""
+        wanted = length // self.min_keys_per_split
+        return max(1, self.max_splits if wanted >= self.max_splits else min(wanted, self.num_splits))
 
-    def arguments(self, splits):
-        """For a kernel whose grid and partial results are those of ``splits``: one compiled kernel for all batches."""
+    def arguments(self, grid_splits):
+        """Return the arguments of a kernel whose grid and partial results are those of ``grid_splits``.
+
+        One compiled kernel serves all batches.
+        """
         return {
-            "splits": splits,
-            "once": self.once,
-            "most": self.most,
-            "LEAST": self.least,
-            "IS_SPLIT": self.most > 1,
+            "grid_splits": grid_splits,
+            "num_splits": self.num_splits,
+            "max_splits": self.max_splits,
+            "MIN_KEYS_PER_SPLIT": self.min_keys_per_split,
+            "IS_SPLIT": self.max_splits > 1,
         }
 
 
-def split_rule(q, block_m, slices=1):
-    """Splits that fill the device from one sequence of ``QUERIES`` queries, whatever it is packed with.
+def split_heuristic(q, block_m, slices=1):
+    """Return the splits that fill the device from one sequence of ``TYPICAL_QUERIES`` queries, however it is packed.
 
     Args:
         q: [Tq, H, D].
         block_m: queries a program.
         slices: programs that share a block of queries.
     """
-    programs = triton.cdiv(QUERIES, block_m) * q.shape[1] * slices
-    places = _multiprocessors(q.device)
-    once = max(1, min(MAX_SPLITS, places // programs))
-    # two do not fit, three fill two rounds: 2/3 of the time of one. Two rounds of more would gain 1/5 at most.
-    most = 3 if 2 * programs > places and 3 * programs <= 2 * places else once
-    return Splits(once, most, SHARE_BYTES // q.element_size())
+    programs = triton.cdiv(TYPICAL_QUERIES, block_m) * q.shape[1] * slices
+    multiprocessors = _multiprocessors(q.device)
+    num_splits = max(1, min(MAX_SPLITS, multiprocessors // programs))
+    # where two do not fit, three make two waves of programs: 2/3 of the time of one. Two waves of more splits would
+    # gain 1/5 at most.
+    fills_two_waves = 2 * programs > multiprocessors and 3 * programs <= 2 * multiprocessors
+    max_splits = 3 if fills_two_waves else num_splits
+    return SplitHeuristic(num_splits, max_splits, MIN_SPLIT_BYTES // q.element_size())
 
 
 def partial_results(splits, out):
-    """[splits, T, H, D] and twice [splits, H, T], fp32, for an ``out`` of [T, H, D]; empty for one split."""
+    """Allocate [splits, T, H, D] and twice [splits, H, T], fp32, for an ``out`` of [T, H, D]; empty for one split."""
     if splits == 1:
         return (torch.empty(0, dtype=torch.float32, device=out.device),) * 3
     tokens, heads = out.shape[:2]
@@ -182,36 +194,38 @@ def partial_results(splits, out):
     return tuple(torch.empty((splits, *shape), dtype=torch.float32, device=out.device) for shape in shapes)
 
 
-def combine(partial, stats, out, lse, packing, rule, *, natural):
-    """Fill the rows of ``out``, and of ``lse`` if there is one, that were not written for being in several shares.
+def combine(partial, stats, out, lse, packing, heuristic, *, natural):
+    """Fill the rows of ``out``, and of ``lse`` if there is one, whose sequence was cut into several splits.
 
     Args:
         partial: [splits, T, H, D] fp32.
-        stats: their maxima and sums, [splits, H, T] each, or None: they are added as they are.
+        stats: maxima and sums of the partial results, [splits, H, T] each; None adds them unweighted.
         out: [T, H, D].
         lse: [H, T], or None.
         packing: cu_seqlens of rows and of keys, and the longest sequence of rows.
-        rule: of the splits.
-        natural: the maxima are scores, not powers of 2.
+        heuristic: the splits'.
+        natural: whether maxima are of scores, not of scores * log2(e).
     """
     tokens, heads, head_dim = out.shape
-    top, total = (None, None) if stats is None else stats
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q = packing
+    partial_m, partial_l = (None, None) if stats is None else stats
     block_d = min(128, triton.next_power_of_2(head_dim))
-    tiles_t = triton.cdiv(packing[2], 16)
-    _cross_attention_combine_kernel[(tiles_t * (packing[0].numel() - 1), heads, triton.cdiv(head_dim, block_d))](
-        partial,
-        top,
-        total,
-        out,
-        lse,
-        *packing[:2],
+    tiles_t = triton.cdiv(max_seqlen_q, 16)
+    _cross_attention_combine_kernel[(tiles_t * (cu_seqlens_q.numel() - 1), heads, triton.cdiv(head_dim, block_d))](
+        partial_ptr=partial,
+        partial_m_ptr=partial_m,
+        partial_l_ptr=partial_l,
+        out_ptr=out,
+        lse_ptr=lse,
+        cu_q_ptr=cu_seqlens_q,
+        cu_k_ptr=cu_seqlens_k,
         tokens=tokens,
         tiles_t=tiles_t,
         H=heads,
-        once=rule.once,
-        most=rule.most,
+        num_splits=heuristic.num_splits,
+        max_splits=heuristic.max_splits,
         D=head_dim,
-        LEAST=rule.least,
+        MIN_KEYS_PER_SPLIT=heuristic.min_keys_per_split,
         HAS_STATS=stats is not None,
         IS_NATURAL=natural,
         HAS_LSE=lse is not None,
@@ -233,14 +247,19 @@ def _properties(index):
 
 
 def family_of(device):
-    """Whose block sizes fit: "amd", "ampere" (little shared memory, so consumer Ada and Blackwell too), "hopper",
-    "blackwell". The interpreter plays a Hopper."""
+    """Name the family whose block sizes fit a device: "amd", "ampere", "hopper" or "blackwell".
+
+    "ampere" has little shared memory: consumer Ada and Blackwell count as it. The interpreter counts as "hopper".
+    """
     return "hopper" if device.type != "cuda" else _properties(_index(device))[0]
 
 
 def is_carried(device):
-    """Whether a loop over shared keys may carry their pointers: on AMD Triton 3.6 stops at buffer loads of such ones
-    (triton-lang/triton#10701); elsewhere a row counted anew costs registers that the kernels don't have."""
+    """Say whether the loop over a split's keys carries its pointers, in place of computing them from the row.
+
+    On AMD, Triton 3.6 fails at buffer loads through loop-carried pointers (triton-lang/triton#10701); elsewhere
+    computing them costs registers that the kernels do not have.
+    """
     return family_of(device) != "amd"
 
 
@@ -252,16 +271,16 @@ def _index(device):
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def readable(*tensors):
-    """Kernels read rows of contiguous channels, at 32-bit offsets within a block; whatever else is copied."""
+def row_contiguous(*tensors):
+    """Return the tensors as kernels read them: contiguous channels, 32-bit offsets in a block; others are copied."""
     return [x if x.stride(-1) == 1 and x.stride(0) < 2**24 else x.contiguous() for x in tensors]
 
 
 def strides_of(**tensors):
-    """Keyword arguments ``stride_<name>_t`` and ``stride_<name>_h``."""
+    """Return the keyword arguments ``stride_<name>_t`` and ``stride_<name>_h``."""
     return {f"stride_{name}_{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("th")}
 
 
 def tuning_key(mode, q):
-    """What a measured configuration depends on: nothing of the batch, whose sequences would change bits together."""
+    """Name what a tuned configuration depends on: nothing of the batch, or packing would change a sequence's bits."""
     return f"{mode}-d{q.shape[2]}-{str(q.dtype).removeprefix('torch.')}"

@@ -1,8 +1,8 @@
-"""What both passes of ``cross_attention`` share for wide heads and for fp32: attention whose probabilities are stored.
+"""Parts that both passes of ``cross_attention`` share for wide heads and for fp32: attention that stores p.
 
-A block of head_dim 640 has accumulators and operands beyond a multiprocessor's registers and shared memory, and
-scores computed again for every slice of columns would multiply the work. Few queries make the probabilities
-smaller than the keys: they are written once, for a few heads at a time, and read where they are needed.
+A block of head_dim 640 needs accumulators and operands beyond a multiprocessor's registers and shared memory, and
+recomputing the scores for every slice of columns would multiply the work. With few queries the probabilities are
+smaller than the keys: they are written once, for a few heads at a time, and read by plain matrix products.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from ...core import tuning
 from ...core.triton_math import dot
 from .triton_split import family_of, tuning_key
 
-WORKSPACE = 64 * 2**20  # bytes of probabilities held at once, about an H100's L2; one head's are held in any case
+WORKSPACE = 64 * 2**20  # bytes of probabilities stored at once, about an H100's L2; at least one head's are
 
 
 @triton.jit
 def rows_product(
-    a_ptr,
-    b_ptr,
-    mask_a,
-    mask_b,
+    a_ptr,  # first row
+    b_ptr,  # first row
+    mask_a,  # [BLOCK_A]
+    mask_b,  # [BLOCK_B]
     stride_a,
-    stride_b,  # first row of each, [BLOCK_A], [BLOCK_B]
+    stride_b,
     D: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """a b^T, [BLOCK_A, BLOCK_B] fp32, from rows of D channels, BLOCK_C at a time."""
+    """Compute a b^T, [BLOCK_A, BLOCK_B] fp32, of rows of D channels, BLOCK_C at a time."""
     offs_c = tl.arange(0, BLOCK_C)
     a_ptrs = a_ptr + (tl.arange(0, BLOCK_A)[:, None] * stride_a + offs_c[None, :])  # [BLOCK_A, BLOCK_C]
     b_ptrs = b_ptr + (tl.arange(0, BLOCK_B)[:, None] * stride_b + offs_c[None, :])  # [BLOCK_B, BLOCK_C]
@@ -48,9 +48,9 @@ def rows_product(
 
 
 def block_sizes(mode, q):
-    """Tiles of the products: fp32 has no matrix instructions, so smaller ones and a short inner dimension.
+    """Return the tiles of a pass's products; fp32 has no matrix instructions, hence smaller ones.
 
-    Nothing that follows the batch: another order of sums would give a sequence other bits.
+    They do not depend on the batch: a sum in another order would change a sequence's bits.
     """
     block_d = max(16, tuning.bucket(q.shape[2]))
     if q.element_size() == 4:
@@ -77,12 +77,13 @@ def block_sizes(mode, q):
     return tuning.pick("cross_attention", tuning_key(f"{mode}-unfused", q), q.device, heuristic)
 
 
-def chosen(config, *names):
+def launch_options(config, *names):
+    """Select the named block sizes of a configuration, with its warps and stages."""
     return {name: config[name] for name in (*names, "num_warps", "num_stages")}
 
 
-def chunks_of(pairs, pair_bytes):
-    """First and number of pairs, a workspace at a time, as even as they come."""
-    chunks = max(1, min(pairs, triton.cdiv(pairs * pair_bytes, WORKSPACE)))
-    share = triton.cdiv(pairs, chunks)
-    return [(first, min(share, pairs - first)) for first in range(0, pairs, share)]
+def workspace_chunks(batch_heads, batch_head_bytes):
+    """Divide the heads of all sequences evenly into chunks that fit the workspace: (first, count) of each."""
+    chunks = max(1, min(batch_heads, triton.cdiv(batch_heads * batch_head_bytes, WORKSPACE)))
+    chunk = triton.cdiv(batch_heads, chunks)
+    return [(first, min(chunk, batch_heads - first)) for first in range(0, batch_heads, chunk)]

@@ -1,4 +1,8 @@
-"""Triton backward of ``cross_attention`` for wide heads and for fp32: dscores, then one product kernel, three times."""
+"""Triton backward of ``cross_attention`` for wide heads and for fp32: p and ds by tiles, then three products.
+
+p is recomputed from the saved log-sum-exp, as in FlashAttention's backward (Dao et al. 2022, section 3.1 and appendix
+B.2), but stored, together with ds = p * (dp - delta).
+"""
 
 from __future__ import annotations
 
@@ -7,37 +11,37 @@ import triton.language as tl
 
 from ...core.triton_math import dot
 from .triton_split import (
-    Splits,
+    SplitHeuristic,
     combine,
+    count_splits,
     partial_results,
     sequence_of,
-    share_of,
-    split_rule,
-    splits_of,
+    split_bounds,
+    split_heuristic,
     strides_of,
 )
-from .triton_unfused import block_sizes, chosen, chunks_of, rows_product
+from .triton_unfused import block_sizes, launch_options, rows_product, workspace_chunks
 
-NO_SPLITS = Splits(once=1, most=1, least=1)
+NO_SPLITS = SplitHeuristic(num_splits=1, max_splits=1, min_keys_per_split=1)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "tiles_n", "first_pair"])
+@triton.jit(do_not_specialize=["tokens", "tiles_m", "tiles_n", "first_batch_head"])
 def _cross_attention_dscores_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
     v_ptr,  # [Tk, H, D]
     dout_ptr,  # [Tq, H, D]
-    rows_ptr,  # [H, 2, Tq] fp32: lse, delta
+    lse_delta_ptr,  # [H, 2, Tq] fp32: lse, delta
     cu_q_ptr,  # [B + 1]
     cu_k_ptr,  # [B + 1]
-    p_ptr,  # [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
-    ds_ptr,  # likewise
-    tokens,
+    p_ptr,  # [batch_heads, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
+    ds_ptr,  # [batch_heads, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
+    tokens,  # Tq
     tiles_m,
     tiles_n,
-    first_pair,
+    first_batch_head,
     H,
-    scale,  # tokens = Tq
+    scale,
     stride_q_t,
     stride_q_h,
     stride_k_t,
@@ -51,14 +55,17 @@ def _cross_attention_dscores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of p and of ds = p * (dout v^T - delta), 0 beyond the ends; grid = (tiles_m * tiles_n * pairs,)."""
+    """Store a tile of p and of ds = p * (dout v^T - delta), 0 beyond the ends.
+
+    grid = (tiles_m * tiles_n * batch_heads,).
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     tile_m = tl.program_id(0) % tiles_m
     tile_n = tl.program_id(0) // tiles_m % tiles_n
-    pair = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    start_q, len_q = sequence_of(cu_q_ptr, (first_pair + pair) // H)
-    start_k, len_k = sequence_of(cu_k_ptr, (first_pair + pair) // H)
-    h = (first_pair + pair) % H
+    batch_head = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    start_q, len_q = sequence_of(cu_q_ptr, (first_batch_head + batch_head) // H)
+    start_k, len_k = sequence_of(cu_k_ptr, (first_batch_head + batch_head) // H)
+    h = (first_batch_head + batch_head) % H
     start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     if (start_m >= len_q) | (start_n >= len_k):
         return
@@ -80,12 +87,12 @@ def _cross_attention_dscores_kernel(
         BLOCK_N,
         BLOCK_C,
     )
-    rows_ptr += 2 * h * tokens + start_q
-    lse = tl.load(rows_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]; p = 0 beyond the queries
+    lse_delta_ptr += 2 * h * tokens + start_q
+    lse = tl.load(lse_delta_ptr + offs_m, mask=mask_m, other=float("inf"))  # [BLOCK_M]; p = 0 beyond the queries
     p = tl.exp2((scores * scale - lse[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
     p = tl.where(mask_n[None, :], p, 0.0)
     columns = tiles_n * BLOCK_N
-    offset = (pair * (tiles_m * BLOCK_M) + start_m) * columns + start_n
+    offset = (batch_head * (tiles_m * BLOCK_M) + start_m) * columns + start_n
     offs_p = offs_m[:, None] * columns + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
     p = p.to(p_ptr.dtype.element_ty)
     tl.store(p_ptr + offset + offs_p, p)
@@ -102,52 +109,66 @@ def _cross_attention_dscores_kernel(
         BLOCK_N,
         BLOCK_C,
     )
-    delta = tl.load(rows_ptr + tokens + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
+    delta = tl.load(lse_delta_ptr + tokens + offs_m, mask=mask_m, other=0.0)  # [BLOCK_M]
     ds = p.to(tl.float32) * (dp - delta[:, None])
     tl.store(ds_ptr + offset + offs_p, ds.to(ds_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_r", "tiles_m", "tiles_n", "splits", "once", "most", "first_pair"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "tiles_r",
+        "tiles_m",
+        "tiles_n",
+        "grid_splits",
+        "num_splits",
+        "max_splits",
+        "first_batch_head",
+    ]
+)
 def _cross_attention_product_kernel(
-    a_ptr,  # p or ds, [pairs, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
+    a_ptr,  # p or ds, [batch_heads, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
     x_ptr,  # [Tx, H, D]: k for dq; with IS_TRANSPOSED q for dk, dout for dv
     cu_y_ptr,  # [B + 1], of the result's rows
     cu_x_ptr,  # [B + 1]
     y_ptr,  # [T, H, D]
-    partial_ptr,  # [splits, T, H, D] fp32, only with IS_SPLIT
-    tokens,
+    partial_ptr,  # [grid_splits, T, H, D] fp32, only with IS_SPLIT
+    tokens,  # T
     tiles_r,
     tiles_m,
     tiles_n,
-    splits,
-    once,
-    most,
-    first_pair,
+    grid_splits,  # of the longest sequence
+    num_splits,
+    max_splits,
+    first_batch_head,
     H,
     scale,
     stride_x_t,
-    stride_x_h,  # tokens = T
+    stride_x_h,
     D: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    LEAST: tl.constexpr,
+    MIN_KEYS_PER_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y = scale * a x or scale * a^T x, some columns; grid = (cdiv(D, BLOCK_D) * tiles_r * splits * pairs,)."""
+    """Compute some columns of y = scale * a x, or of scale * a^T x with IS_TRANSPOSED.
+
+    grid = (cdiv(D, BLOCK_D) * tiles_r * grid_splits * batch_heads,).
+    """
     tiles_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tile_d = tl.program_id(0) % tiles_d
     pid = tl.program_id(0) // tiles_d
     start_r = pid % tiles_r * BLOCK_R
-    split = pid // tiles_r % splits
-    pair = (pid // (tiles_r * splits)).to(tl.int64)
-    start_y, len_y = sequence_of(cu_y_ptr, (first_pair + pair) // H)
-    start_x, len_x = sequence_of(cu_x_ptr, (first_pair + pair) // H)
-    h = (first_pair + pair) % H
-    own_splits = splits_of(len_x, once, most, LEAST) if IS_SPLIT else 1
+    split = pid // tiles_r % grid_splits
+    batch_head = (pid // (tiles_r * grid_splits)).to(tl.int64)
+    start_y, len_y = sequence_of(cu_y_ptr, (first_batch_head + batch_head) // H)
+    start_x, len_x = sequence_of(cu_x_ptr, (first_batch_head + batch_head) // H)
+    h = (first_batch_head + batch_head) % H
+    own_splits = count_splits(len_x, num_splits, max_splits, MIN_KEYS_PER_SPLIT) if IS_SPLIT else 1
     if (start_r >= len_y) | (split >= own_splits):
         return
     offs_r = tl.arange(0, BLOCK_R)
@@ -155,9 +176,9 @@ def _cross_attention_product_kernel(
     offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
 
-    first, last = share_of(split, own_splits, len_x, BLOCK_K)
+    first, last = split_bounds(split, own_splits, len_x, BLOCK_K)
     columns = tiles_n * BLOCK_N
-    a_ptr += pair * (tiles_m * BLOCK_M) * columns
+    a_ptr += batch_head * (tiles_m * BLOCK_M) * columns
     x_ptr += (start_x + first) * stride_x_t + h * stride_x_h
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(first, last, BLOCK_K):
@@ -182,61 +203,61 @@ def _cross_attention_product_kernel(
         tl.store(y_ptr + offs_y, (acc * scale).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def unfused_bwd(q, k, v, dout, rows_stats, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
-    """Fill ``grads``, those of q, k, v; ``rows_stats`` [H, 2, Tq]: lse, delta."""
+def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
+    """Fill ``grads``, those of q, k, v; ``lse_delta`` [H, 2, Tq] holds lse and delta."""
     dq, dk, dv = grads
     heads, head_dim = q.shape[1:]
     config = block_sizes("bwd", q)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     tiles_m, tiles_n = triton.cdiv(max_seqlens[0], block_m), triton.cdiv(max_seqlens[1], block_n)
     shape = tiles_m * block_m, tiles_n * block_n
-    chunks = chunks_of((cu_seqlens_q.numel() - 1) * heads, 2 * shape[0] * shape[1] * q.element_size())
-    pairs = chunks[0][1]
-    p, ds = q.new_empty(pairs, *shape), q.new_empty(pairs, *shape)
+    chunks = workspace_chunks((cu_seqlens_q.numel() - 1) * heads, 2 * shape[0] * shape[1] * q.element_size())
+    batch_heads = chunks[0][1]
+    p, ds = q.new_empty(batch_heads, *shape), q.new_empty(batch_heads, *shape)
     tiles_d = triton.cdiv(head_dim, config["BLOCK_D"])
-    rule = split_rule(q, block_m, tiles_d)
-    splits = rule.of(max_seqlens[1])
+    heuristic = split_heuristic(q, block_m, tiles_d)
+    splits = heuristic.count(max_seqlens[1])
     partial = partial_results(splits, dq)[0]
     sizes = {"tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
-    for first_pair, count in chunks:
-        sizes["first_pair"] = first_pair
+    for first_batch_head, count in chunks:
+        sizes["first_batch_head"] = first_batch_head
         _cross_attention_dscores_kernel[(tiles_m * tiles_n * count,)](
-            q,
-            k,
-            v,
-            dout,
-            rows_stats,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            p,
-            ds,
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            dout_ptr=dout,
+            lse_delta_ptr=lse_delta,
+            cu_q_ptr=cu_seqlens_q,
+            cu_k_ptr=cu_seqlens_k,
+            p_ptr=p,
+            ds_ptr=ds,
             **sizes,
             tokens=q.shape[0],
             scale=softmax_scale,
             **strides_of(q=q, k=k, v=v, dout=dout),
-            **chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
+            **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
         )
-        by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, **rule.arguments(splits)}
+        by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, **heuristic.arguments(splits)}
         by_keys = {"IS_TRANSPOSED": True, "tiles_r": tiles_n, "BLOCK_R": block_n, **NO_SPLITS.arguments(1)}
         products = (
             (ds, k, cu_seqlens_q, cu_seqlens_k, dq, softmax_scale, by_queries),
             (ds, q, cu_seqlens_k, cu_seqlens_q, dk, softmax_scale, by_keys),
             (p, dout, cu_seqlens_k, cu_seqlens_q, dv, 1.0, by_keys),
         )
-        for a, x, cu_seqlens_y, cu_seqlens_x, y, scale, by in products:
-            _cross_attention_product_kernel[(tiles_d * by["tiles_r"] * by["splits"] * count,)](
-                a,
-                x,
-                cu_seqlens_y,
-                cu_seqlens_x,
-                y,
-                partial,
+        for a, x, cu_seqlens_y, cu_seqlens_x, y, scale, layout in products:
+            _cross_attention_product_kernel[(tiles_d * layout["tiles_r"] * layout["grid_splits"] * count,)](
+                a_ptr=a,
+                x_ptr=x,
+                cu_y_ptr=cu_seqlens_y,
+                cu_x_ptr=cu_seqlens_x,
+                y_ptr=y,
+                partial_ptr=partial,
                 **sizes,
-                **by,
+                **layout,
                 tokens=y.shape[0],
                 scale=scale,
                 **strides_of(x=x),
-                **chosen(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
+                **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
             )
     if splits > 1:
-        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), rule, natural=True)
+        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), heuristic, natural=True)
