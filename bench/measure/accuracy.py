@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hia_kernels.testing import EXACT, GRADIENT_SLACK, OUT_SLACK, UNIT_ROUNDOFF, analysed, mismatch, rel_rms
 
+from ..providers.bound import Bound, Outputs, bind_function, bind_step, dout_like
 from ..providers.layers import TEXTBOOK, our_step
 from ..providers.plain import replacing_ops
 from ..workloads import Inputs, Workload, op_entry, references
@@ -20,49 +20,6 @@ from ..workloads import Inputs, Workload, op_entry, references
 # Plain fp32 PyTorch against fp64 on ResNet-50 at 224 pixels, eager and released with three seeds each: 8e-7 to 4.2e-3,
 # so its error in one run bounds nobody else's. In 16 bits so many flip that it does.
 KINKED, KINK_SLACK = "dencoder", 32
-
-Outputs = tuple[Tensor, ...]
-
-
-@dataclass
-class Bound:
-    """A provider made ready for one workload; everything that needn't be timed is done.
-
-    Attributes:
-        forward: one call.
-        leaves: what gradients are taken of, by the provider's names; they require them.
-        canonical: gradients by its names to what is compared: :func:`by_argument` or :func:`by_part`.
-        restore: undo what a call in place has done.
-        limit: what a row is a limit of, that computes no result to check; else "".
-        notes: for the record's ``extra``, read after a call.
-    """
-
-    forward: Callable[[], Outputs]
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    canonical: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
-    restore: Callable[[], None] = lambda: None
-    limit: str = ""
-    notes: Callable[[], dict[str, Any]] = dict
-
-
-def dout_like(outs: Outputs) -> Outputs:
-    """Incoming gradients: numbers that every dtype has."""
-    generator = torch.Generator(outs[0].device).manual_seed(7)
-    return tuple(
-        torch.randn(out.shape, generator=generator, device=out.device).bfloat16().to(out.dtype) for out in outs
-    )
-
-
-def backward_call(bound: Bound, outs: Outputs, douts: Outputs) -> Callable[[], Any]:
-    """A call of the backward alone, on a graph that is kept."""
-    leaves = list(bound.leaves.values())
-    return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True, allow_unused=True)
-
-
-def both_call(bound: Bound, douts: Outputs) -> Callable[[], Any]:
-    """A call of forward and backward."""
-    leaves = list(bound.leaves.values())
-    return lambda: torch.autograd.grad(bound.forward(), leaves, douts, allow_unused=True)
 
 
 @dataclass
@@ -122,71 +79,11 @@ def results_of(bound: Bound, like: dict[str, Tensor] | None, *, gradients: bool)
     return results
 
 
-def by_argument(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An op's: each compared by itself."""
-    return {f"d{name}": gradient for name, gradient in gradients.items()}
-
-
-def by_part(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A composite's, by our names: the encoder's as one vector, the extractor's, the injection's, and hidden's.
-
-    One by one they would not bear the policy: that of the keys' bias is zero but for rounding, since it drops out
-    of the softmax, and that of a norm's eight channels is as far from the truth as chance has it.
-    """
-    parts: dict[str, list[Tensor]] = {}
-    for name in sorted(gradients):
-        part = next((part for part in ("extractor", "injection") if f".{part}." in name), name.partition(".")[0])
-        parts.setdefault(f"d{part}", []).append(gradients[name])
-    return {part: x[0] if len(x) == 1 else torch.cat([y.flatten() for y in x]) for part, x in parts.items()}
-
-
 def _joined(outs: Outputs, like: dict[str, Tensor] | None) -> Outputs:
     """Keys and values of two products are one output here."""
     if like is None or len(outs) == sum(name.startswith("out") for name in like):
         return outs
     return (torch.cat(outs, dim=-1),)
-
-
-def bind_function(function: Callable[..., Any], arguments: Inputs, wrt: tuple[str, ...], *, gradients: bool) -> Bound:
-    """An op's arguments by name, floating tensors of ``wrt`` made leaves."""
-    leaves: dict[str, Tensor] = {}
-    if gradients:
-        named = {name: arguments.get(name) for name in wrt}  # a peer may take another form of one
-        floating = {name: x for name, x in named.items() if x is not None and x.is_floating_point()}
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in floating.items()}
-    ready = {**arguments, **leaves}
-
-    def forward() -> Outputs:
-        out = function(**ready)
-        return out if isinstance(out, tuple) else (out,)
-
-    return Bound(forward, leaves, by_argument)
-
-
-def bind_step(
-    step: Any, op: str, arguments: Inputs, *, gradients: bool, run: Callable[..., Any] | None = None
-) -> Bound:
-    """A composite of a step with its parameters as leaves; ``run`` is called instead of the step's own method.
-
-    The hidden states are a copy of its own: without gradients injecting happens in place.
-    """
-    ready, leaves = dict(arguments), {}
-    source = arguments.get("hidden")
-    if source is not None:
-        ready["hidden"] = source.detach().clone()
-    for parameter in step.parameters():
-        parameter.requires_grad_(gradients)
-    if gradients:
-        leaves = dict(step.named_parameters())
-        if source is not None:
-            leaves["hidden"] = ready["hidden"].requires_grad_()
-    method = run or getattr(step, op)
-
-    def restore() -> None:
-        if source is not None and not gradients:
-            ready["hidden"].copy_(source)
-
-    return Bound(lambda: method(**ready), leaves, lambda grads: by_part(step.canonical(grads)), restore)
 
 
 def truth_of(

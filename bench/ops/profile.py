@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hia_kernels.core.backend import last_backend
 
-from ..measure.accuracy import Bound, both_call, dout_like
 from ..measure.roofline import DTYPES
+from ..providers.bound import Bound, both_call, dout_like
 from ..providers.layers import make_weights
 from ..providers.registry import all_providers
 from ..records import environment

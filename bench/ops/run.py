@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..measure import costs
 from ..measure import roofline as limits
-from ..measure.accuracy import Bound, Truth, backward_call, both_call, dout_like, results_of, truth_of
+from ..measure.accuracy import Truth, results_of, truth_of
 from ..measure.memory import memory_of, peak_bytes
 from ..measure.roofline import DTYPES, Limits
 from ..measure.timing import (
@@ -32,6 +32,7 @@ from ..measure.timing import (
     synchronize,
     time_limit,
 )
+from ..providers.bound import Bound, backward_call, both_call, dout_like
 from ..providers.layers import make_weights
 from ..providers.registry import GRADIENT_MODES, Provider, all_providers
 from ..records import environment

@@ -34,9 +34,10 @@ from hia_kernels.ops.conv_norm_act import inputs as convolution
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.testing import analysed
 
-from ..measure.accuracy import Truth, both_call, dout_like, results_of, truth_of
+from ..measure.accuracy import Truth, results_of, truth_of
 from ..measure.roofline import DTYPES
 from ..measure.timing import Budget, Clock, CudaClock, exact_matmuls, interleaved
+from ..providers.bound import both_call, dout_like
 from ..providers.registry import Ours
 from ..records import environment
 from ..report.run import write_text

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hia.layers.adapter import HiAAdapter
 
 from ..workloads import Inputs, LayerCase, Workload
-from .plain import packed, sequences
+from ..workloads.batched import packed, sequences
 
 HALVES = (torch.float16, torch.bfloat16)
 EPS = 1e-5

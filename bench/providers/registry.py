@@ -18,9 +18,9 @@ from hia.layers.plan import Product
 from hia_kernels.core import backend
 from hia_kernels.info import op_backends
 
-from ..measure.accuracy import Bound, bind_function, bind_step
 from ..workloads import CompositeEntry, ImageCase, Inputs, LayerCase, Workload, op_entry, references
 from . import peers
+from .bound import Bound, bind_function, bind_step
 from .layers import TEXTBOOK, HiAStep, arguments_of, our_step, released_step
 from .plain import replacing_ops
 from .plain_encoder import PLAIN_ENCODERS, PlainEncoder

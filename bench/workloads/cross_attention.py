@@ -10,7 +10,7 @@ from torch import Tensor
 from hia_kernels.ops.cross_attention import inputs
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref
 
-from ..providers.plain import textbook_attention
+from .batched import batched_attention
 from .cases import LAYERS, LayerCase
 from .registry import Edge, OpEntry
 
@@ -55,7 +55,7 @@ ENTRY = OpEntry(
     name="cross_attention",
     inputs=inputs,
     reference=_with_default_scale(cross_attention_ref),
-    compilable=_with_default_scale(textbook_attention),
+    compilable=_with_default_scale(batched_attention),
     cases=LAYERS,
     roles=("extract", "inject"),
     shape=_shape,

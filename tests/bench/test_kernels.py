@@ -12,8 +12,7 @@ import torch
 
 import bench.ops.run as kernels
 from bench import workloads
-from bench.measure import accuracy as gate
-from bench.measure import costs
+from bench.measure import accuracy, costs
 from bench.ops import options as kernels_args
 from bench.ops import output as kernels_output
 from bench.providers import layers as composites
@@ -182,11 +181,11 @@ def test_released_port_and_ours_agree_on_the_same_weights(op):
 def test_gate_lets_nothing_wrong_through():
     found = workload("norm_linear", "tiny", "visual")
     given = workloads.make_inputs(found, torch.float32, "cpu")
-    truth = gate.truth_of(found, given, None, torch.float32, gradients=True)
+    truth = accuracy.truth_of(found, given, None, torch.float32, gradients=True)
     bound = providers.Eager().bind(found, given, None, gradients=True)
-    problem, error = truth.check(gate.results_of(bound, truth.exact, gradients=True))
+    problem, error = truth.check(accuracy.results_of(bound, truth.exact, gradients=True))
     assert problem is None and error < 100 * UNIT_ROUNDOFF[torch.float32]
-    results = gate.results_of(bound, truth.exact, gradients=True)
+    results = accuracy.results_of(bound, truth.exact, gradients=True)
     problem, _ = truth.check({**results, "dweight": results["dweight"] * 1.001})
     assert re.match(r"dweight: \d+ of \d+ elements beyond 6 roundings of their terms", problem)
     problem, _ = truth.check({name: value for name, value in results.items() if name != "dx"})

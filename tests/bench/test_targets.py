@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from bench import workloads
-from bench.measure import accuracy as gate
-from bench.measure import costs
+from bench.measure import accuracy, costs
 from bench.measure.memory import memory_of
 from bench.measure.timing import OutOfTime, time_limit
 from bench.ops import options as kernels_args
@@ -265,10 +264,10 @@ def subject(op, case="tiny-released", dtype=torch.float32):
 def test_ours_is_prepared_and_a_second_question_has_what_was_kept(monkeypatch):
     monkeypatch.setattr("hia.layers.extractor.Extractor.gains_from_keys", lambda *_: True)  # tiny keys save nothing
     found, given, weights = subject("second_question")
-    truth = gate.truth_of(found, given, weights, torch.float32, gradients=False)
+    truth = accuracy.truth_of(found, given, weights, torch.float32, gradients=False)
     for name, forms in (("hia", "cached_kv/"), ("textbook", "textbook/textbook")):
         bound = providers.all_providers()[name].bind(found, given, weights, gradients=False)
-        assert truth.check(gate.results_of(bound, truth.exact, gradients=False))[0] is None
+        assert truth.check(accuracy.results_of(bound, truth.exact, gradients=False))[0] is None
         notes = bound.notes()
         assert notes["forms"].startswith(forms)
         assert ("kept_bytes" in notes) is (name == "hia")
@@ -318,9 +317,9 @@ def test_ops_of_absorbed_attention_pass_the_gate(op, dtype):
     for found in workloads.workloads(op):
         if found.case.name == "tiny-released":
             given = workloads.make_inputs(found, dtype, "cpu")
-            truth = gate.truth_of(found, given, None, dtype, gradients=True)
+            truth = accuracy.truth_of(found, given, None, dtype, gradients=True)
             bound = providers.Ours().bind(found, given, None, gradients=True)
-            problem, _ = truth.check(gate.results_of(bound, truth.exact, gradients=True))
+            problem, _ = truth.check(accuracy.results_of(bound, truth.exact, gradients=True))
             assert problem is None and truth.plain["out0"].dtype == dtype
             expected, both = 0, 0.0
             if op == "latent_attention":
@@ -343,9 +342,9 @@ def test_the_usual_stem_copies_three_channels():
     found = workloads.Workload("stem", workloads.ImageCase("grey", ((64, 96),), width=8, bits=16))
     given = workloads.make_inputs(found, torch.float32, "cpu")
     assert given["pixels"].dtype == torch.uint16 and int(given["pixels"].int().max()) > 255
-    truth = gate.truth_of(found, given, None, torch.float32, gradients=True)
+    truth = accuracy.truth_of(found, given, None, torch.float32, gradients=True)
     rgb = providers.all_providers()["eager_rgb"].bind(found, given, None, gradients=True)
-    assert truth.check(gate.results_of(rgb, truth.exact, gradients=True))[0] is None
+    assert truth.check(accuracy.results_of(rgb, truth.exact, gradients=True))[0] is None
     assert memory_of(rgb.forward, "cpu").peak > 3 * 64 * 96 * 4, "a float copy of three channels"
 
 
@@ -353,17 +352,17 @@ def test_released_encoder_trains_like_ours():
     found = workloads.Workload("encode_train_step", workloads.CASES["px-tiny"])
     given = workloads.make_inputs(found, torch.float32, "cpu")
     weights = composites.make_weights(found.case, torch.float32, "cpu")
-    truth = gate.truth_of(found, given, weights, torch.float32, gradients=True)
+    truth = accuracy.truth_of(found, given, weights, torch.float32, gradients=True)
     assert {"out0", "dencoder"} == set(truth.exact)
     for provider in (providers.Ours(), providers.Released()):
         bound = provider.bind(found, given, weights, gradients=True)
-        assert truth.check(gate.results_of(bound, truth.exact, gradients=True))[0] is None
+        assert truth.check(accuracy.results_of(bound, truth.exact, gradients=True))[0] is None
 
 
 def test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone():
     exact = {"dencoder": torch.ones(100, dtype=torch.float64), "dinjection": torch.ones(100, dtype=torch.float64)}
     plain_results = {name: value.float() for name, value in exact.items()}
-    truth = gate.Truth(exact, plain_results, torch.float32)
+    truth = accuracy.Truth(exact, plain_results, torch.float32)
 
     def check(name, factor):
         return truth.check({**plain_results, name: plain_results[name] * factor})[0]
