@@ -30,7 +30,7 @@ logging.getLogger("torch.__trace").propagate = False  # the compiler's own recor
 
 
 def pytest_configure() -> None:
-    """Workers of pytest-xdist share the processors: each has its part of them, and so has what it starts."""
+    """Give each worker of pytest-xdist, and what it starts, its part of the processors."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         share = max(1, (os.cpu_count() or 1) // workers)
@@ -39,7 +39,7 @@ def pytest_configure() -> None:
 
 
 def data_folder() -> Path:
-    """Where real radiographs and tokenizers are looked for; it need not exist."""
+    """Return the folder of real radiographs and tokenizers; it need not exist."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     return Path(os.environ.get(DATA_VARIABLE, default))
 
@@ -60,7 +60,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)  # -m chooses after this
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the interpreter runs, a GPU runs too: splits, workspaces and routes that no heuristic takes by itself."""
+    """Let a GPU run the interpreter's tests too: splits, workspaces and routes that no heuristic takes by itself."""
     if torch.cuda.is_available() and not triton_support.interpreted():
         for item in items:
             if item.get_closest_marker("interpreter"):
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the test runs; one that carries the gpu mark itself needs no run on the CPU."""
+    """Return the device of the test; one that carries the gpu mark itself needs no run on the CPU."""
     on_cpu = request.param == "cpu"
     if on_cpu and request.node.get_closest_marker("gpu"):
         pytest.skip("a size for a GPU")
@@ -83,7 +83,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same numbers in every run and any order of tests; TF32 off, so that fp32 means fp32."""
+    """Draw the same numbers in every run and any order of tests; turn TF32 off, so that fp32 means fp32."""
     random.seed(0)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -92,13 +92,13 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launchers' own block sizes on every machine, never what was measured on this one."""
+    """Use the launchers' own block sizes on every machine, never what was measured on this one."""
     monkeypatch.setenv("HIA_TUNED", "0")
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data; skips where there is none."""
+    """Return the folder of real data; skip where there is none."""
     folder = data_folder()
     if not folder.is_dir():
         pytest.skip(f"NO REAL DATA: {folder} is no folder; name one with {DATA_VARIABLE}")
@@ -107,7 +107,7 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def radiographs(data_dir: Path) -> list[Path]:
-    """Real radiographs as image files, by name; skips where there are none."""
+    """Return real radiographs as image files, by name; skip where there are none."""
     found = sorted(path for path in (data_dir / "images").glob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
     if not found:
         pytest.skip(f"NO RADIOGRAPHS: no .jpg or .png in {data_dir / 'images'}; {DATA_VARIABLE} names the data folder")

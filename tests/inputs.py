@@ -21,17 +21,17 @@ OPS = tuple(module.name for module in pkgutil.iter_modules(ops.__path__))
 
 
 def module_of(op: str) -> Any:
-    """The op's ``inputs.py``."""
+    """Import the op's ``inputs.py``."""
     return importlib.import_module(f"hia_kernels.ops.{op}.inputs")
 
 
 def differentiable(op: str) -> tuple[str, ...]:
-    """The arguments that an op has gradients of; of the stem's pixels only floating ones."""
+    """List the arguments that an op has gradients of; of the stem's pixels only floating ones."""
     return module_of(op).DIFFERENTIABLE
 
 
 def inputs_of(op: str) -> Callable[..., Inputs]:
-    """``make(*sizes, dtype, device="cpu", **options)``: strided inputs at ``Shape(*sizes, **options)`` of the op."""
+    """Return ``make(*sizes, dtype, device="cpu", **options)``: strided inputs at ``Shape(*sizes, **options)``."""
     module = module_of(op)
 
     def make(*arguments: Any, **options: Any) -> Inputs:
@@ -43,6 +43,6 @@ def inputs_of(op: str) -> Callable[..., Inputs]:
 
 
 def small_inputs(op: str, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Strided inputs at the shape that a quick check runs."""
+    """Draw strided inputs at the shape that a quick check runs."""
     module = module_of(op)
     return module.make_inputs(module.SMALL, dtype, device, strided=True)

@@ -31,7 +31,7 @@ def installed_versions(folders: list[str] | None = None) -> dict[str, str]:
 
 
 def unmet_requirements(folder: Path) -> list[str]:
-    """Requirements of what lies in `folder` that neither it nor the environment satisfies."""
+    """List the requirements of what lies in `folder` that neither it nor the environment satisfies."""
     versions = installed_versions() | installed_versions([str(folder)])
     unmet = set()
     for dist in distributions(path=[str(folder)]):

@@ -44,7 +44,7 @@ def python_blocks(text: str) -> list[CodeBlock]:
 
 
 def runnable_commands(text: str) -> list[str]:
-    """Commands of the blocks that open with ``bash run``: comments dropped, continued lines joined."""
+    """List the commands of the blocks that open with ``bash run``: comments dropped, continued lines joined."""
     commands = []
     for block in code_blocks(text):
         if block.language == "bash" and "run" in block.flags:

@@ -1,4 +1,4 @@
-"""What ``tests/conftest.py`` and ``tests/ops/harness.py`` promise of every test."""
+"""Promises of ``tests/conftest.py`` and ``tests/ops/harness.py`` to every test."""
 
 import os
 
@@ -17,7 +17,7 @@ HEURISTIC = {"BLOCK_R": 8, "num_warps": 4}
 
 
 def test_stored_tuning_is_not_looked_at(monkeypatch):
-    """What was measured on this machine would be picked, were it not for the fixture."""
+    """A block size measured on this machine would be picked, were it not for the fixture."""
     monkeypatch.setattr(tuning, "_device_name", lambda _index: "Fake 9000")
     monkeypatch.setattr(tuning, "stored", lambda slug: {"fake/fwd": {"BLOCK_R": 64}})
     device = torch.device("cuda", 0)
@@ -47,7 +47,7 @@ def test_workers_share_the_processors(monkeypatch):
 
 
 class Item:
-    """Of a collected test as much as the hook asks for."""
+    """A collected test, as far as the hook looks at it."""
 
     def __init__(self, *markers):
         self.markers = list(markers)

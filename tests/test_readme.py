@@ -1,4 +1,4 @@
-"""What README.md and docs/ show works: every Python block runs, every command that README.md calls runnable exists."""
+"""README.md and docs/ work: every Python block runs, every command that README.md calls runnable exists."""
 
 import os
 import subprocess

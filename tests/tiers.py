@@ -28,7 +28,7 @@ OUTCOMES = ("passed", "failed", "errors", "skipped")
 
 @dataclass(frozen=True)
 class Tier:
-    """One pytest.
+    """One run of pytest.
 
     Attributes:
         name: of the tier.
@@ -89,7 +89,7 @@ ISAS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a tier.
+    """The outcome of a tier.
 
     Attributes:
         tier: that ran.
@@ -105,13 +105,13 @@ class Ran:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Outcomes that the summary names."""
+        """Count the outcomes that the summary names."""
         found = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", self.summary)}
         return {name: found.get(name, found.get(name.removesuffix("s"), 0)) for name in OUTCOMES}
 
 
 def command(tier: Tier, workers: str, extra: Sequence[str]) -> list[str] | None:
-    """The pytest of a tier; None where the paths among the arguments lead elsewhere.
+    """Return the command of a tier; None where the paths among the arguments lead elsewhere.
 
     Args:
         tier: to run.
@@ -133,7 +133,7 @@ def command(tier: Tier, workers: str, extra: Sequence[str]) -> list[str] | None:
 
 
 def _path_at(arguments: Sequence[str], position: int) -> Path | None:
-    """A path that pytest is to collect; None for an option, and for what follows one that takes a value."""
+    """Return the path that pytest is to collect; None for an option, and for what follows one that takes a value."""
     argument, before = arguments[position], arguments[position - 1] if position else ""
     if argument.startswith("-") or before in SHORT_WITH_VALUE or (before.startswith("--") and "=" not in before):
         return None
@@ -167,7 +167,7 @@ def run(tier: Tier, isa: str, workers: str, extra: Sequence[str]) -> Ran:
 
 
 def report(found: Sequence[Ran], isa: str) -> str:
-    """A table of the tiers, their minutes, and what came of them."""
+    """Format a table of the tiers, their minutes, and what came of them."""
     lines = [f"{'tier':<12} {'minutes':>7}  result ({isa} instructions)"]
     for one in found:
         verdict = "no test chosen" if one.code == NO_TESTS else one.summary or f"stopped with exit code {one.code}"
@@ -179,7 +179,7 @@ def report(found: Sequence[Ran], isa: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     found = argparse.ArgumentParser(
         prog="python tests/tiers.py",
         description=__doc__,

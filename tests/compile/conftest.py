@@ -1,4 +1,4 @@
-"""What the tests of the compile tier share: launches recorded once a session, compiled up front and in parallel."""
+"""Fixtures of the compile tier: launches recorded once a session, compiled up front and in parallel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Recorder = Callable[[str], Recording]
 
 @pytest.fixture(scope="session")
 def recording() -> Recorder:
-    """Launches of every op and composite on a target, by its name."""
+    """Return a function that records the launches of every op and composite on a target, once each."""
     kept: dict[str, Recording] = {}
 
     def of(target: str) -> Recording:
@@ -35,7 +35,7 @@ def recording() -> Recorder:
 
 @pytest.fixture(scope="session")
 def results(request: pytest.FixtureRequest, recording: Recorder) -> dict[Item, Resources]:
-    """Of the launches that the chosen tests look at: those of their ops, on their targets."""
+    """Compile the launches that the chosen tests look at: those of their ops, on their targets."""
     params = [item.callspec.params for item in request.session.items if "results" in getattr(item, "fixturenames", ())]
     chosen = {(each["op"], each["target"]) for each in params}
     items = [

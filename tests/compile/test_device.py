@@ -20,7 +20,7 @@ def device():
 
 
 def state():
-    """What a fake device replaces."""
+    """Read all that a fake device replaces."""
     names = (
         "is_available",
         "device_count",
@@ -96,7 +96,7 @@ def test_what_the_kernels_remember_of_a_device_goes_with_it():
 
 
 def test_ops_run_what_their_tables_choose(device):
-    """By cuBLAS's row, through autograd."""
+    """A product is cuBLAS's, forward and through autograd."""
     x, weight = (torch.randn(8, 8, device="cuda", requires_grad=True) for _ in range(2))
     out = hia_kernels.linear(x, weight, None)
     assert hia_kernels.last_backend("linear") == "cublas"

@@ -106,7 +106,7 @@ def test_a_waiver_covers_its_launches_alone(recording):
 
 
 def waived():
-    """(a waiver, function from what a launch of its takes to what is broken)."""
+    """Return a waiver, and a function from what a launch of its takes to what is broken."""
     waiver, target = limits.WAIVERS[0], TARGETS[limits.WAIVERS[0].target]
     kept = record(target, ["norm_linear"])
     launch = next(launch for launch in kept.launches if waiver.covers(launch, target))

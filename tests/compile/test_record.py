@@ -38,7 +38,7 @@ def _copy_kernel(x_ptr, y_ptr, idx_ptr, count, stride, one, free, scale, HAS_IDX
 
 
 def launch(**changes):
-    """Arguments of a launch, on whatever device the tensors are made."""
+    """Return the arguments of a launch, on whatever device the tensors are made."""
     x, y = changes.pop("x", None), changes.pop("y", None)
     return {
         "x_ptr": x,
@@ -113,7 +113,7 @@ def test_amd_knows_which_pointers_stay_within_2_gib():
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_it_is_what_triton_makes_of_real_tensors(offset):
-    """By Triton's own binder, on memory that exists; and under the key that a launch looks for in Triton's cache."""
+    """Triton's own binder agrees, on memory that exists; so does the key that a launch looks for in Triton's cache."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -161,7 +161,7 @@ def kernels_of_the_ops():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_launched(target, recording):
-    """In 16 bits and in fp32, where it takes that."""
+    """Every kernel is launched in 16 bits, and in fp32 where it takes that."""
     by_dtype = {"16": set(), "fp32": set()}
     for kept, uses in recording(target).launches.items():
         for workload in uses.workloads:
@@ -192,8 +192,11 @@ def test_both_passes_are_recorded_by_every_row_of_the_table():
 
 
 def test_a_composite_is_recorded_as_it_is_measured():
-    """What no op's workload has: the shortcut's convolution and split sums, prepared; the backward for the parameters
-    that a training step differentiates."""
+    """Composites launch what no op's workload does.
+
+    These are the shortcut's convolution and its split sums, prepared, and the backward for the parameters that a
+    training step differentiates.
+    """
     for op, kernel, expected in (
         ("encode", "_conv_norm_act_fwd_kernel", {"KERNEL": 1, "STRIDE": 2, "ACTIVATION": "none", "SPLITS": 2}),
         ("encode_train_step", "_conv_norm_act_bwd_kernel", {"KERNEL": 1, "STRIDE": 2, "ACTIVATION": "none"}),

@@ -30,7 +30,7 @@ def launches():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Stands in for the compiler; what it was asked for."""
+    """Replace the compiler; return the list of what it is asked for."""
     asked = []
 
     def instead(items, jobs):

@@ -1,4 +1,4 @@
-"""What a seeded fault is: one line changed in one file, and the tests that must fail because of it."""
+"""A seeded fault: one line changed in one file, and the tests that must fail because of it."""
 
 from __future__ import annotations
 

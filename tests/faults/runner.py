@@ -1,4 +1,4 @@
-"""Which test catches which fault: every fault in a copy of the tree, a few copies at a time."""
+"""The tests that catch each fault: every fault in a copy of the tree, a few copies at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one fault.
+    """The outcome of one fault.
 
     Attributes:
         mutant: the fault.
