@@ -39,7 +39,7 @@ _passed_on("compare", "bench.compare.run", JUDGE, "Two revisions measured togeth
 _passed_on("report", "bench.report.run", JUDGE, "Markdown, pictures and a page from the records.")
 _passed_on("readme", "bench.table3.readme", JUDGE, "Table 3 in README.md, from its record.")
 _passed_on("profile", "bench.ops.profile", INSIDE, "Where the time of one call goes.")
-_passed_on("encoder-forms", "bench.ops.encoder_forms", INSIDE, "Ways to run the prepared encoder on the CPU.")
+_passed_on("encoder-forms", "bench.ops.encoder_forms", INSIDE, "Ways to run the folded encoder on the CPU.")
 _passed_on("deep-forms", "bench.ops.deep_forms", INSIDE, "How exact the absorbed forms are in half precision.")
 _passed_on("launches", "bench.launches.run", INSIDE, "What the Triton kernels launch, compiled without a GPU.")
 

@@ -25,7 +25,7 @@ WIDE = 5120  # LLaMA-13B's hidden size
 
 
 def _adapter(preset: str, hidden_size: int, layers: int) -> Any:
-    """This revision's adapter with one layer, its weights prepared.
+    """This revision's adapter with one layer, its weights folded.
 
     Raises:
         RuntimeError: the path has another checkout's.
@@ -43,7 +43,7 @@ def _adapter(preset: str, hidden_size: int, layers: int) -> Any:
         for layer in adapter.layers.values():  # a new adapter injects nothing
             for parameter in layer.injection.parameters():
                 parameter.normal_(std=0.02)
-    adapter.prepare()
+    (adapter.fold_weights if hasattr(adapter, "fold_weights") else adapter.prepare)()  # older revisions' name
     return adapter
 
 

@@ -251,8 +251,8 @@ class Subject:
             self.inputs["instruction_index"] = torch.full_like(index, last) if isinstance(index, Tensor) else last
         self.inputs["labels"] = labels
         if self.provider == "hia":  # what was folded would be out of date after the first step
-            self.model.unprepare()
-            self._stack.callback(self.model.prepare)
+            self.model.unfold_weights()
+            self._stack.callback(self.model.fold_weights)
         self._stack.enter_context(training(self.model, self.host, self.setting.checkpointing))
         parameters = self.trained()
         for parameter in parameters:

@@ -68,7 +68,7 @@ class Call:
 
 @dataclass(frozen=True)
 class CompositeCall:
-    """One composite at one case, in bf16: prepared, or differentiated where it is a training step.
+    """One composite at one case, in bf16: with folded weights, or differentiated where it is a training step.
 
     Attributes:
         workload: the composite and its case.

@@ -68,7 +68,7 @@ def least_flops(workload: Workload, textbook: int, itemsize: int) -> int:
         visual=(case.visual_tokens,) * case.images,
         itemsize=itemsize,
         training=training,
-        prepared=not training,
+        weights_folded=not training,
         sharing=len(config.layer_indices) if config.shared_projection else 0,
         cached=("kv",) if workload.op == "second_question" else (),
     )

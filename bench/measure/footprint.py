@@ -163,17 +163,17 @@ def held_beside(module: nn.Module) -> list[Tensor]:
 
 
 def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
-    """Count what a prepared encoder keeps on a CPU once it has run.
+    """Count what a folded encoder keeps on a CPU once it has run.
 
     That is a copy of every weight but the stem's, as the native kernels or oneDNN lay it out, and the memory of its
     activations. Fake weights are never packed.
     """
     total = 0
     for module in model.modules():
-        prepared = module.current() if isinstance(module, Encoder) else None
-        if prepared is None:
+        folded = module.current() if isinstance(module, Encoder) else None
+        if folded is None:
             continue
-        convs = [conv for conv in prepared.steps if conv is not module.conv1]
+        convs = [conv for conv in folded.convs if conv is not module.conv1]
         with unset_fake_temporarily():
             if packing_reasons(torch.zeros(16, 16, 1, 1, dtype=module.conv1.weight.dtype)):
                 continue

@@ -88,9 +88,9 @@ def measured(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     hidden = torch.randn(1, args.dim).to(args.device, dtype)
     features = FEATURES[args.features](torch.randn(tokens, args.channels)).to(args.device, dtype)
     found = {"textbook": extract(extractor, "textbook", hidden, features)}
-    extractor.prepare()
+    extractor.fold_weights()
     found |= {form: extract(extractor, form, hidden, features) for form in args.forms}
-    extractor.unprepare()
+    extractor.unfold_weights()
     extractor.to(exact_dtype)  # the rounded weights, exactly
     exact = extract(extractor, "textbook", hidden.to(exact_dtype), features.to(exact_dtype))
     return {form: rel_rms(out, exact) for form, out in found.items()}

@@ -1,4 +1,4 @@
-"""Ways to run the prepared encoder on the CPU, beside each other: ``python -m bench encoder-forms``.
+"""Ways to run the folded encoder on the CPU, beside each other: ``python -m bench encoder-forms``.
 
 What folding and packing, strips and a memory budget each cost or give, in time and in activations; fp32, ResNet-50
 with random weights, on real radiographs where the data folder has them.
@@ -28,12 +28,12 @@ from ..workloads.images import find_images
 LEAST, MOST = 64, 8192
 WINDOW = torch.tensor([0.0, 255.0])
 FORMS = {
-    "parameters": "not prepared: each convolution scales its weight first",
-    "whole": "prepared, every map as a whole",
+    "parameters": "not folded: each convolution scales its weight first",
+    "whole": "folded, every map as a whole",
     "fresh": "the same without the memory that is kept between images",
     "onednn": "the same by oneDNN alone, HIA_BACKEND=cpu",
-    "strips": "prepared, as it is by default: in strips up to the first halving where maps are large",
-    "budget": "prepared, in strips through the whole network, within --budget-mib",
+    "strips": "folded, as it is by default: in strips up to the first halving where maps are large",
+    "budget": "folded, in strips through the whole network, within --budget-mib",
 }
 
 
@@ -93,12 +93,12 @@ def whole_maps() -> Iterator[None]:
 
 def calls_of(forms: Sequence[str], width: int, pixels: Tensor, budget: int) -> dict[str, Callable[[], Tensor]]:
     """Each form as a call that encodes ``pixels``."""
-    plain, prepared = encoder_of(width), encoder_of(width)
-    by_onednn = encoder_of(width) if "onednn" in forms else prepared
-    for encoder in {prepared, by_onednn}:
-        encoder.prepare()
+    plain, folded = encoder_of(width), encoder_of(width)
+    by_onednn = encoder_of(width) if "onednn" in forms else folded
+    for encoder in {folded, by_onednn}:
+        encoder.fold_weights()
 
-    def whole(encoder: Encoder = prepared) -> Tensor:
+    def whole(encoder: Encoder = folded) -> Tensor:
         with whole_maps():
             return encoder(pixels, WINDOW)
 
@@ -118,8 +118,8 @@ def calls_of(forms: Sequence[str], width: int, pixels: Tensor, budget: int) -> d
         "whole": whole,
         "fresh": fresh,
         "onednn": onednn,
-        "strips": lambda: prepared(pixels, WINDOW),
-        "budget": lambda: prepared(pixels, WINDOW, budget),
+        "strips": lambda: folded(pixels, WINDOW),
+        "budget": lambda: folded(pixels, WINDOW, budget),
     }
     return {form: calls[form] for form in forms}
 

@@ -61,7 +61,7 @@ class HiAStep(nn.Module):
     @torch.no_grad()
     def prepare(self, op: str, inputs: Inputs) -> None:
         """What is done once before the first question; before a second one also what ``encode_images`` keeps."""
-        self.adapter.prepare()
+        self.adapter.fold_weights()
         if op == "second_question":
             alone = [ImageFeatures((features,)).packed() for features in inputs["maps"]]
             self.sides = tuple(self.adapter.sides(image, AUTO) for image in alone)

@@ -86,7 +86,7 @@ def outside_flops(method: str, spec: HostSpec, resolution: int, images: int, tex
 def layers_flops(
     method: str, spec: HostSpec, resolution: int, images: int, device: str = "cuda", itemsize: int = 2
 ) -> int:
-    """The HiA layers without the encoder, of "hia" or "released"; ours prepared."""
+    """The HiA layers without the encoder, of "hia" or "released"; ours with folded weights."""
     width = int(spec.text["hidden_size"])
     if method == "released":  # it conditions the queries once per image, ours once per sample
         shape = AdapterShape(width, shared_projection=True)
@@ -94,7 +94,7 @@ def layers_flops(
     host = SimpleNamespace(hidden_size=width, num_hidden_layers=int(spec.text["num_hidden_layers"]), model_type="llama")
     config = HiAConfig.paper(host)
     sizes = sizes_of(config, [(resolution, resolution)] * images, visual_tokens(BASE_RESOLUTION), 1, itemsize)
-    sizes = replace(sizes, prepared=True)
+    sizes = replace(sizes, weights_folded=True)
     forms = choose("extract", AUTO, sizes, device), choose("inject", AUTO, sizes, device)
     return adapter_flops(AdapterShape(width, heads=config.num_heads, forms=forms), width, resolution, images, 1)
 

@@ -61,12 +61,12 @@ class Prompt:
 
 
 def build_model(method: str, spec: HostSpec, dtype: torch.dtype, attention: str) -> nn.Module:
-    """A method's model with random weights, in eval mode on the default device; ours prepared for inference."""
-    return _prepared(method, _built(method, spec, dtype, attention))
+    """A method's model with random weights, in eval mode on the default device; ours with folded weights."""
+    return _folded(method, _built(method, spec, dtype, attention))
 
 
-def _prepared(method: str, model: nn.Module) -> nn.Module:
-    return model.prepare() if method == "hia" else model
+def _folded(method: str, model: nn.Module) -> nn.Module:
+    return model.fold_weights() if method == "hia" else model
 
 
 def _built(method: str, spec: HostSpec, dtype: torch.dtype, attention: str) -> nn.Module:
@@ -90,7 +90,7 @@ def build_fake_model(method: str, spec: HostSpec, dtype: torch.dtype, attention:
     with unset_fake_temporarily(), torch.device("meta"):
         model = _built(method, spec, dtype, attention)
     with use_backend("reference"):  # or the encoder's fake weights would be laid out for oneDNN
-        return _prepared(method, model.to_empty(device="cpu"))
+        return _folded(method, model.to_empty(device="cpu"))
 
 
 def host_of(method: str, model: nn.Module) -> nn.Module:

@@ -224,7 +224,7 @@ def _uncapped(
     if request.device == "cuda" and case.predicted_bytes > USABLE * _device_bytes():
         return None
     if request.method == "hia":
-        model.adapter.encoder.prepare()  # drops what a CPU has packed for earlier cases' sizes
+        model.adapter.encoder.fold_weights()  # drops what a CPU has packed for earlier cases' sizes
     return measure_prefill(model, inputs, meter, repeats=request.repeats, budget_s=request.budget_s)
 
 

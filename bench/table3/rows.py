@@ -160,7 +160,7 @@ class Layers:
 
     Attributes:
         resolution: side of the square images, pixels.
-        hia: ours, prepared.
+        hia: ours, with folded weights.
         released: the released maths'.
     """
 

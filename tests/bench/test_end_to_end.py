@@ -89,7 +89,7 @@ def test_a_batch_is_its_prompts_side_by_side(provider, setting):
         pytest.skip("takes one prompt at a time")
     model = run.build(provider, setting)
     if provider == "hia":  # a new adapter injects nothing, and would hide mixed-up images
-        model.unprepare()
+        model.unfold_weights()
         for parameter in model.adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
     pair = Subject(provider, model, setting, Case("time_to_first_token", 224, 2, 1))

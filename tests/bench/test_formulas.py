@@ -30,7 +30,7 @@ def test_formula_is_within_2_percent_of_the_count_on_the_13b_host(predictor, met
     assert formula == pytest.approx(found.flops, rel=FORMULA_TOLERANCE)
 
 
-def test_ours_is_prepared_and_what_that_makes_is_counted_as_memory(predictor):
+def test_ours_is_folded_and_what_that_makes_is_counted_as_memory(predictor):
     found = predictor(task_of("hia", 560)).footprints["eager"]
     model = predictor._model
     folded = sum(layer.extractor.current().nbytes for layer in model.adapter.layers.values())
@@ -51,7 +51,7 @@ def test_our_form_of_the_layers_is_counted_exactly(predictor, resolution):
 def test_every_form_costs_what_the_plan_says(form):
     case = CASES["13b-released-896-2img"]
     sizes = plan.sizes_of(case.config, case.sizes, case.visual_tokens, 1, 4)
-    sizes = dataclasses.replace(sizes, prepared=True)
+    sizes = dataclasses.replace(sizes, weights_folded=True)
     wanted = {one.name: one.flops for one in plan.extract_forms(sizes)}[form]
     for inject in plan.inject_forms(sizes):
         shape = formulas.AdapterShape(5120, injections=1, shared_projection=True, forms=(form, inject.name))

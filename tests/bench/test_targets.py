@@ -261,7 +261,7 @@ def subject(op, case="tiny-released", dtype=torch.float32):
     return found, given, composites.make_weights(found.case, dtype, "cpu")
 
 
-def test_ours_is_prepared_and_a_second_question_has_what_was_kept(monkeypatch):
+def test_ours_is_folded_and_a_second_question_has_what_was_kept(monkeypatch):
     monkeypatch.setattr("hia.layers.extractor.Extractor.gains_from_keys", lambda *_: True)  # tiny keys save nothing
     found, given, weights = subject("second_question")
     truth = accuracy.truth_of(found, given, weights, torch.float32, gradients=False)

@@ -194,7 +194,7 @@ def test_both_passes_are_recorded_by_every_row_of_the_table():
 def test_a_composite_is_recorded_as_it_is_measured():
     """Composites launch what no op's workload does.
 
-    These are the shortcut's convolution and its split sums, prepared, and the backward for the parameters that a
+    These are the shortcut's convolution and its split sums, folded, and the backward for the parameters that a
     training step differentiates.
     """
     for op, kernel, expected in (

@@ -48,13 +48,13 @@ HOOKS = (
 
 WEIGHTS = (
     Mutant(
-        name="prepared-weights-outlive-an-update",
+        name="folded-weights-outlive-an-update",
         kind="stale cache",
-        file=f"{HIA}/layers/prepared.py",
+        file=f"{HIA}/layers/folded.py",
         old="p.data_ptr(), p._version, str(p.dtype)",
         new="p.data_ptr(), 0, str(p.dtype)",
-        tests=(f"{TESTS}/test_plan.py::test_loading_and_casting_drop_prepared_weights",),
-        why="weights that were loaded after prepare() are never used",
+        tests=(f"{TESTS}/test_plan.py::test_loading_and_casting_drop_folded_weights",),
+        why="weights that were loaded after fold_weights() are never used",
     ),
     Mutant(
         name="kept-keys-outlive-an-update",

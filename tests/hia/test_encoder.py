@@ -1,4 +1,4 @@
-"""Prepared weights, images of several sizes, real radiographs: the encoder against its plain parameters."""
+"""Folded weights, images of several sizes, real radiographs: the encoder against its plain parameters."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def reference_of(encoder, pixels, window=WINDOW):
 
 @each_kind
 @pytest.mark.parametrize("channels", [1, 3])
-def test_prepared_is_the_same_encoder(changes, channels):
+def test_folded_is_the_same_encoder(changes, channels):
     encoder, pixels = encoder_of(**changes), pixels_of(75, 101, channels)
     exact = reference_of(encoder, pixels)
     with torch.no_grad():
         plain = encoder(pixels, WINDOW)
-        prepared = encoder.prepare()
+        folded = encoder.fold_weights()
         out = encoder(pixels, WINDOW)
     assert hia_kernels.last_backend("conv_norm_act") in ("cpu", "native") and hia_kernels.last_backend("stem") == "cpu"
     assert out.shape == (encoder.halved(75), encoder.halved(101), encoder.channels) and out.dtype == torch.float32
     assert distance(plain, exact) < 2e-6 and distance(out, exact) < 2e-6
-    assert encoder.current() is prepared and prepared.nbytes > 0
-    encoder.unprepare()
+    assert encoder.current() is folded and folded.nbytes > 0
+    encoder.unfold_weights()
     with torch.no_grad():
         assert torch.equal(encoder(pixels, WINDOW), plain)
 
@@ -69,7 +69,7 @@ def check_size(changes, size, channels):
     exact = reference_of(encoder, pixels)
     assert exact.shape == (-(-size[0] // encoder.stride), -(-size[1] // encoder.stride), encoder.channels)
     with torch.no_grad():
-        for run in (encoder, encoder.prepare() and encoder):
+        for run in (encoder, encoder.fold_weights() and encoder):
             assert distance(run(pixels, WINDOW), exact) < 2e-6
 
 
@@ -89,20 +89,20 @@ def test_narrow_and_prime_sizes(changes, smallest, sizes):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_prepared_in_other_dtypes(dtype, bound):
+def test_folded_in_other_dtypes(dtype, bound):
     encoder, pixels = encoder_of().to(dtype), pixels_of(64, 90)
     exact = reference_of(encoder, pixels)
-    encoder.prepare()
+    encoder.fold_weights()
     with torch.no_grad():
         out = encoder(pixels, WINDOW)
     assert out.dtype == dtype and distance(out, exact) < bound
 
 
-def test_prepared_weights_are_no_state():
+def test_folded_weights_are_no_state():
     encoder = encoder_of()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     keys, parameters = list(before), len(list(encoder.parameters()))
-    encoder.prepare()
+    encoder.fold_weights()
     with torch.no_grad():
         out = encoder(pixels_of(64, 64), WINDOW)
     assert list(encoder.state_dict()) == keys and len(list(encoder.parameters())) == parameters
@@ -120,19 +120,19 @@ def step_of(encoder, pixels):
     optimizer.step()
 
 
-def test_training_after_prepare_sees_its_own_weights():
+def test_training_after_fold_weights_sees_its_own_weights():
     encoder, other, pixels = encoder_of(), encoder_of(), pixels_of(64, 75)
-    encoder.prepare()
+    encoder.fold_weights()
     for trained in (encoder, other):
         step_of(trained.train(), pixels)
         assert all(p.grad is not None for p in trained.parameters())
         trained.eval()
     with torch.no_grad():
         expected = other(pixels, WINDOW)
-        with pytest.warns(UserWarning, match="parameters have changed since prepare"):
+        with pytest.warns(UserWarning, match="parameters have changed since fold_weights"):
             out = encoder(pixels, WINDOW)
         assert torch.equal(out, expected) and encoder.current() is None
-        encoder.prepare()
+        encoder.fold_weights()
         assert distance(encoder(pixels, WINDOW), expected) < 2e-6
 
 
@@ -146,30 +146,30 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_any_change_ends_prepared_weights(change):
+def test_any_change_ends_folded_weights(change):
     encoder, pixels = encoder_of(), pixels_of(64, 64)
-    encoder.prepare()
+    encoder.fold_weights()
     with torch.no_grad():
         encoder(pixels, WINDOW)
         change(encoder)
-        with pytest.warns(UserWarning, match="parameters have changed since prepare"):
+        with pytest.warns(UserWarning, match="parameters have changed since fold_weights"):
             out = encoder(pixels, WINDOW)
         assert distance(out, reference_of(encoder, pixels)) < 2e-6
 
 
-def test_gradients_flow_past_prepared_weights():
+def test_gradients_flow_past_folded_weights():
     encoder, pixels = encoder_of(), pixels_of(48, 64)
     expected = torch.autograd.grad(encoder(pixels, WINDOW).square().mean(), list(encoder.parameters()))
-    encoder.prepare()
+    encoder.fold_weights()
     found = torch.autograd.grad(encoder(pixels, WINDOW).square().mean(), list(encoder.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_prepared_where_packed_weights_cant_serve():
+def test_folded_where_packed_weights_cant_serve():
     """Another backend, autocast, the compiler: the plain ops, and the same features."""
     encoder, pixels = encoder_of(), pixels_of(64, 75)
     exact = reference_of(encoder, pixels)
-    encoder.prepare()
+    encoder.fold_weights()
     with torch.no_grad():
         with hia_kernels.use_backend("reference"):
             assert distance(encoder(pixels, WINDOW), exact) < 2e-6
@@ -186,9 +186,9 @@ def test_many_are_each_alone_bit_for_bit():
     sizes = [(64, 64), (33, 90), (64, 64), (75, 41)]
     images = [pixels_of(*size, seed=seed) for seed, size in enumerate(sizes)]
     windows = torch.tensor([[0.0, 255.0], [255.0, 0.0], [10.0, 200.0], [0.0, 100.0]])
-    for prepared in (False, True):
-        if prepared:
-            encoder.prepare()
+    for folded in (False, True):
+        if folded:
+            encoder.fold_weights()
         with torch.no_grad():
             together = encoder.forward_many(images, windows)
             alone = [encoder(image, window) for image, window in zip(images, windows, strict=True)]
@@ -254,20 +254,20 @@ def live_encoder(**changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"encoder": "strided"}], ids=["resnet50", "strided"])
-def test_prepared_weights_do_not_serve_live_statistics(changes, monkeypatch):
+def test_folded_weights_do_not_serve_live_statistics(changes, monkeypatch):
     encoder, pixels = live_encoder(**changes), pixels_of(96, 80)
     monkeypatch.setattr("hia.encoder.strips.LARGE_MAP", 0)  # every map would go in strips, each with its own statistics
     with torch.no_grad():
         expected = encoder(pixels, WINDOW)
-        encoder.eval().prepare()
+        encoder.eval().fold_weights()
         running = encoder(pixels, WINDOW)
         encoder.train()
-        encoder._prepared = dataclasses.replace(encoder._prepared, stamp=encoder.stamp())  # the call above moved it
+        encoder._folded = dataclasses.replace(encoder._folded, stamp=encoder.stamp())  # the call above moved it
         assert torch.equal(encoder(pixels, WINDOW), expected) and distance(running, expected) > 0.1
         encoder.eval()
         last = encoder.units()[-1]
         next(norm for _, norm in last.pairs()).train()  # one is enough
-        assert not encoder._steps().prepared and distance(encoder(pixels, WINDOW), running) > 1e-3
+        assert not encoder._steps().weights and distance(encoder(pixels, WINDOW), running) > 1e-3
 
 
 def test_live_statistics_are_of_all_images_of_one_size():
@@ -385,7 +385,7 @@ def test_training_keeps_less_than_half_of_what_eager_keeps():
 
 def test_real_radiographs(radiographs):
     encoder = encoder_of()
-    encoder.prepare()
+    encoder.fold_weights()
     for path in radiographs:
         image = load_image(path)
         assert min(image.pixels.shape[:2]) > 800
@@ -406,7 +406,7 @@ def test_real_dicom(name, data_dir):
     encoder, window = encoder_of(), torch.tensor(image.window)
     pixels = image.pixels[::6, ::6]
     exact = reference_of(encoder, pixels, window)
-    encoder.prepare()
+    encoder.fold_weights()
     with torch.no_grad():
         assert distance(encoder(pixels, window), exact) < 2e-6
 
@@ -449,7 +449,7 @@ def check_full_size(image, least):
     encoder, window = encoder_of(encoder_width=4), torch.tensor(image.window)
     exact = reference_of(encoder, image.pixels, window)
     with torch.no_grad():
-        for run in (encoder, encoder.prepare() and encoder):
+        for run in (encoder, encoder.fold_weights() and encoder):
             assert distance(run(image.pixels, window), exact) < 2e-6
 
 
@@ -478,11 +478,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_bad_input(prepared):
+@pytest.mark.parametrize("folded", [False, True])
+def test_bad_input(folded):
     encoder = encoder_of(encoder_width=4)
-    if prepared:
-        encoder.prepare()
+    if folded:
+        encoder.fold_weights()
     for pixels, window, error, message in BAD:
         with torch.no_grad(), pytest.raises(error, match=f"^hia::stem: {message}"):
             encoder(pixels, window)

@@ -1,4 +1,4 @@
-"""The memory that a prepared encoder keeps between images, on the CPU with the native kernels."""
+"""The memory that a folded encoder keeps between images, on the CPU with the native kernels."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ KINDS = {
 each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 
-def prepared_encoder(**changes):
+def folded_encoder(**changes):
     encoder = encoder_of(encoder_width=32, **changes)
-    return encoder, encoder.prepare()
+    return encoder, encoder.fold_weights()
 
 
 def encode(encoder, pixels, *budget):
@@ -38,7 +38,7 @@ def encode(encoder, pixels, *budget):
 
 @each_kind
 def test_same_bits_as_with_fresh_memory(changes, monkeypatch):
-    encoder, prepared = prepared_encoder(**changes)
+    encoder, folded = folded_encoder(**changes)
     sizes = [(75, 101), (160, 64), (33, 47), (127, 131)]
 
     @settings(max_examples=8, deadline=None)
@@ -52,56 +52,56 @@ def test_same_bits_as_with_fresh_memory(changes, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(arena, "LARGEST", 0)
             expected = encode(encoder, pixels)
-        if prepared.arena._buffer is not None:
-            prepared.arena._buffer.fill_(torch.nan)
+        if folded.arena._buffer is not None:
+            folded.arena._buffer.fill_(torch.nan)
         out = encode(encoder, pixels)
         assert torch.equal(out, expected), size
-        assert prepared.arena.nbytes > 0
+        assert folded.arena.nbytes > 0
 
 
 def test_results_are_the_callers():
-    encoder, prepared = prepared_encoder()
+    encoder, folded = folded_encoder()
     first = encode(encoder, pixels_of(96, 96))
-    kept, buffer = first.clone(), prepared.arena._buffer
+    kept, buffer = first.clone(), folded.arena._buffer
     encode(encoder, pixels_of(96, 96, seed=1))
-    assert torch.equal(first, kept) and prepared.arena._buffer is buffer
-    assert prepared.nbytes >= prepared.arena.nbytes == buffer.nbytes
+    assert torch.equal(first, kept) and folded.arena._buffer is buffer
+    assert folded.nbytes >= folded.arena.nbytes == buffer.nbytes
     with torch.inference_mode():
         assert torch.equal(encoder(pixels_of(96, 96), WINDOW), first)
-    encoder.unprepare()
+    encoder.unfold_weights()
     assert torch.equal(first, kept)
 
 
 def test_grows_with_the_image_and_no_further(monkeypatch):
-    encoder, prepared = prepared_encoder()
+    encoder, folded = folded_encoder()
     encode(encoder, pixels_of(64, 64))
-    small = prepared.arena.nbytes
+    small = folded.arena.nbytes
     encode(encoder, pixels_of(128, 96))
-    large = prepared.arena.nbytes
+    large = folded.arena.nbytes
     encode(encoder, pixels_of(64, 64))
-    assert small < large == prepared.arena.nbytes
+    assert small < large == folded.arena.nbytes
     assert large <= tiling.activation_bytes(encoder, 128, 96)
     monkeypatch.setattr(arena, "LARGEST", large)
     encode(encoder, pixels_of(160, 160))
-    assert prepared.arena.nbytes == large
+    assert folded.arena.nbytes == large
 
 
 def test_not_used_within_a_budget_or_while_something_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
-    encoder, prepared = prepared_encoder()
+    encoder, folded = folded_encoder()
     pixels = pixels_of(96, 96)
     with FlopCounterMode(display=False):
         out = encode(encoder, pixels)
     assert distance(encode(encoder, pixels, 2**30), out) < 2e-6
-    assert prepared.arena.nbytes == 0
+    assert folded.arena.nbytes == 0
 
 
 def test_second_thread_takes_fresh_memory():
-    encoder, prepared = prepared_encoder()
+    encoder, folded = folded_encoder()
     pixels = [pixels_of(96, 96, seed=seed) for seed in range(2)]
     expected = [encode(encoder, image) for image in pixels]
-    with prepared.arena.lease(1, torch.float32) as ends:
+    with folded.arena.lease(1, torch.float32) as ends:
         assert ends is not None and torch.equal(encode(encoder, pixels[0]), expected[0])
     results = [[], []]
 
@@ -118,7 +118,7 @@ def test_second_thread_takes_fresh_memory():
 
 
 def test_released_after_an_error(monkeypatch):
-    encoder, prepared = prepared_encoder()
+    encoder, folded = folded_encoder()
     pixels = pixels_of(96, 96)
     expected = encode(encoder, pixels)
 
@@ -129,19 +129,19 @@ def test_released_after_an_error(monkeypatch):
         patch.setattr(type(encoder.units()[3]), "forward", broken)
         with pytest.raises(RuntimeError, match="broken"):
             encode(encoder, pixels)
-    with prepared.arena.lease(1, torch.float32) as ends:
+    with folded.arena.lease(1, torch.float32) as ends:
         assert ends is not None
     assert torch.equal(encode(encoder, pixels), expected)
 
 
 def test_large_image_takes_it_for_one_call(monkeypatch):
     """Behind strips: the same bits, and nothing is kept."""
-    encoder, prepared = prepared_encoder()
+    encoder, folded = folded_encoder()
     pixels = pixels_of(200, 131)
     whole = encode(encoder, pixels)
-    encoder.unprepare()
-    prepared = encoder.prepare()
+    encoder.unfold_weights()
+    folded = encoder.fold_weights()
     monkeypatch.setattr(tiling, "LARGE_MAP", 2**18)
     monkeypatch.setattr(tiling, "LARGE_STRIP", 2**17)
     assert tiling.head(encoder, 200, 131)[0] > 0
-    assert distance(encode(encoder, pixels), whole) < 2e-6 and prepared.arena.nbytes == 0
+    assert distance(encode(encoder, pixels), whole) < 2e-6 and folded.arena.nbytes == 0

@@ -51,7 +51,7 @@ def eager(encoder, *call):
 @torch.no_grad()
 def test_a_replay_is_the_eager_encoder_bit_for_bit(dtype):
     encoder, window = on_device(dtype), DEEP.to(DEVICE)
-    cache = encoder.prepare().graphs
+    cache = encoder.fold_weights().graphs
     for seed in range(4):  # four graphs in turn, which share memory
         for size in ((64, 75), (224, 161)):
             deep = deep_pixels(*size, seed)
@@ -71,14 +71,14 @@ def test_a_replay_is_the_eager_encoder_bit_for_bit(dtype):
 @torch.no_grad()
 def test_a_graph_ends_with_its_weights():
     encoder, pixels, window = on_device(), deep_pixels(96, 75), DEEP.to(DEVICE)
-    encoder.prepare()
+    encoder.fold_weights()
     for _ in range(3):
         before = encoder(pixels, window)
     encoder.layer3[0].conv2.weight.mul_(1.5)
-    with pytest.warns(UserWarning, match="parameters have changed since prepare"):
+    with pytest.warns(UserWarning, match="parameters have changed since fold_weights"):
         after = encoder(pixels, window)
     assert not torch.equal(after, before)
-    encoder.prepare()
+    encoder.fold_weights()
     for _ in range(3):
         out = encoder(pixels, window)
         assert torch.equal(out, eager(encoder, pixels, window))
@@ -89,7 +89,7 @@ def test_a_graph_ends_with_its_weights():
 @torch.no_grad()
 def test_replays_on_two_streams_take_turns():
     encoder, window = on_device(torch.bfloat16, encoder_width=16), DEEP.to(DEVICE)
-    encoder.prepare()
+    encoder.fold_weights()
     images = [[deep_pixels(side, 512, seed) for seed in range(10)] for side in (512, 480)]
     expected = [[eager(encoder, image, window) for image in row] for row in images]
     for row in images:
@@ -112,7 +112,7 @@ def test_replays_on_two_streams_take_turns():
 @torch.no_grad()
 def test_what_cannot_be_captured_stays_eager_on_its_own_stream(monkeypatch):
     encoder, pixels, window = on_device(), deep_pixels(96, 75), DEEP.to(DEVICE)
-    encoder.prepare()
+    encoder.fold_weights()
     expected, stream, body = eager(encoder, pixels, window), torch.cuda.current_stream(), encoder.body
 
     def refusing(x, *args):
@@ -133,13 +133,13 @@ def test_what_cannot_be_captured_stays_eager_on_its_own_stream(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
 @torch.no_grad()
-def test_the_callers_own_graph_may_hold_the_encoder(prepared):
+def test_the_callers_own_graph_may_hold_the_encoder(folded):
     """Nothing waits for the device, and no graph is made inside another."""
     encoder, static, window = on_device(), deep_pixels(96, 75), DEEP.to(DEVICE)
-    if prepared:
-        encoder.prepare()
+    if folded:
+        encoder.fold_weights()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -159,15 +159,15 @@ def test_the_callers_own_graph_may_hold_the_encoder(prepared):
 @each_dtype
 @pytest.mark.parametrize("backend", [BACKEND, "auto"])
 @torch.no_grad()
-def test_prepared_is_the_reference(backend, dtype, changes):
+def test_folded_is_the_reference(backend, dtype, changes):
     encoder, window = on_device(dtype, **changes), DEEP.to(DEVICE)
     for pixels in (deep_pixels(149, 101), pixels_of(64, 211, 3).to(DEVICE)):
         with hia_kernels.use_backend("reference"):
-            encoder.unprepare()
+            encoder.unfold_weights()
             plain = encoder(pixels, window)
             exact = copy.deepcopy(encoder).to(EXACT[dtype])(pixels, window)
         with hia_kernels.use_backend(backend):
-            encoder.prepare()
+            encoder.fold_weights()
             for _ in range(3):  # launch by launch, captured, replayed
                 assert_close("features", encoder(pixels, window), exact, plain, dtype=dtype)
         assert len(encoder.current().graphs.keys) == 1
@@ -176,17 +176,17 @@ def test_prepared_is_the_reference(backend, dtype, changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
 @each_dtype
 @torch.no_grad()
-def test_grouped_images_are_each_alone_bit_for_bit(dtype, prepared):
+def test_grouped_images_are_each_alone_bit_for_bit(dtype, folded):
     encoder = on_device(dtype)
     sizes = [(96, 75), (64, 211), (96, 75), (33, 40), (96, 75)]
     images = [deep_pixels(*size, seed) for seed, size in enumerate(sizes)]
     windows = torch.tensor([[0.0, 4095.0], [4095.0, 0.0], [10.0, 900.0], [0.0, 100.0], [5.0, 3000.0]]).to(DEVICE)
     assert encoder._groups(images, None) == [[0, 2, 4], [1], [3]]
-    if prepared:
-        encoder.prepare()
+    if folded:
+        encoder.fold_weights()
     alone = [eager(encoder, image, window) for image, window in zip(images, windows, strict=True)]
     for _ in range(3):
         together = encoder.forward_many(images, windows)
@@ -200,7 +200,7 @@ def test_grouped_images_are_each_alone_bit_for_bit(dtype, prepared):
 def test_a_device_stays_within_its_budget(dtype, changes):
     encoder, window = on_device(dtype, encoder_width=16, **changes), DEEP.to(DEVICE)
     pixels, unit = deep_pixels(1237, 1101), 32 // encoder.stem_stride
-    encoder.prepare()
+    encoder.fold_weights()
     whole = tiling.activation_bytes(encoder, 1237, 1101)
     for budget in (whole, *(tiling.activation_bytes(encoder, 1237, 1101, rows) for rows in (unit, 5 * unit))):
         assert (budget < whole) == (tiling.strip_rows(encoder, 1237, 1101, budget) is not None)
@@ -233,15 +233,15 @@ def test_gradients_are_the_references(dtype, changes):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
 @torch.no_grad()
-def test_grouped_images_are_each_alone_in_the_interpreter(prepared, triton_device):  # noqa: F811
+def test_grouped_images_are_each_alone_in_the_interpreter(folded, triton_device):  # noqa: F811
     """The same kernels, on the smaller network."""
     encoder = encoder_of(encoder="strided", encoder_width=4).to(triton_device)
     windows = torch.tensor([[0.0, 4095.0], [4095.0, 0.0]]).to(triton_device)
     images = [deep_pixels(33, 40, seed, triton_device) for seed in range(2)]
-    if prepared:
-        encoder.prepare()
+    if folded:
+        encoder.fold_weights()
     together = encoder._encode(torch.stack(images), windows, encoder._steps(), None)
     alone = [encoder(image, window) for image, window in zip(images, windows, strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True)) and not torch.equal(*alone)

@@ -51,9 +51,9 @@ class Recorder:
 
 
 def recorded(recorder: Recorder | None = None, kept: int = 4, **changes) -> tuple[Encoder, Recorder]:
-    """A prepared encoder that uses its graphs on the CPU."""
+    """A folded encoder that uses its graphs on the CPU."""
     encoder, recorder = encoder_of(encoder_width=4, **changes), recorder or Recorder()
-    encoder._prepared = dataclasses.replace(encoder.prepare(), graphs=GraphCache(recorder, "cpu", kept))
+    encoder._folded = dataclasses.replace(encoder.fold_weights(), graphs=GraphCache(recorder, "cpu", kept))
     return encoder, recorder
 
 
@@ -91,9 +91,9 @@ def test_every_kind_of_call_has_a_graph_of_its_own():
                 out = encoder._encode(pixels, windows, encoder._steps(), None)
             with without_graphs(encoder):
                 assert torch.equal(out, encoder._encode(pixels, windows, encoder._steps(), None))
-        assert len(recorder.captured) == len(encoder._prepared.graphs.keys) == number
+        assert len(recorder.captured) == len(encoder._folded.graphs.keys) == number
     bf16, fp32 = (graphs.key_of(first, WINDOW[None], dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert bf16 != fp32 == encoder._prepared.graphs.keys[0]
+    assert bf16 != fp32 == encoder._folded.graphs.keys[0]
     on_meta = graphs.key_of(first.to("meta"), WINDOW[None].to("meta"), torch.float32)
     assert on_meta != fp32
 
@@ -107,7 +107,7 @@ def twice(encoder: Encoder, *sides: int) -> None:
 @torch.no_grad()
 def test_the_size_unused_for_longest_goes():
     encoder, recorder = recorded()
-    cache = encoder._prepared.graphs
+    cache = encoder._folded.graphs
     twice(encoder, 32, 33, 34, 35)
     encoder(pixels_of(32, 40), WINDOW)
     assert sides_of(cache) == [33, 34, 35, 32]
@@ -123,7 +123,7 @@ def test_more_sizes_than_graphs_are_not_captured_over_and_over():
         encoder(pixels_of(32, 40), WINDOW)
     assert len(recorder.captured) == 5
     encoder(pixels_of(32, 40), WINDOW)
-    assert len(recorder.captured) == 6 and sides_of(encoder._prepared.graphs) == [34, 35, 36, 32]
+    assert len(recorder.captured) == 6 and sides_of(encoder._folded.graphs) == [34, 35, 36, 32]
 
 
 @torch.no_grad()
@@ -143,25 +143,25 @@ def test_a_changed_parameter_ends_the_graphs():
     pixels = pixels_of(40, 52)
     for _ in range(3):
         before = encoder(pixels, WINDOW)
-    cache = encoder._prepared.graphs
+    cache = encoder._folded.graphs
     encoder.layer2[0].bn2.running_var.mul_(2)
-    with pytest.warns(UserWarning, match="parameters have changed since prepare"):
+    with pytest.warns(UserWarning, match="parameters have changed since fold_weights"):
         after = encoder(pixels, WINDOW)
     assert cache.keys == [] and recorder.replays == 2 and not torch.equal(after, before)
-    assert encoder.prepare().graphs is not cache
+    assert encoder.fold_weights().graphs is not cache
     with without_graphs(encoder):
         expected = encoder(pixels, WINDOW)
     assert torch.equal(encoder(pixels, WINDOW), expected)
 
 
 @torch.no_grad()
-def test_unprepare_and_prepare_end_the_graphs_and_copies_have_none():
+def test_folding_and_unfolding_end_the_graphs_and_copies_have_none():
     encoder, _ = recorded()
-    for change in (encoder.unprepare, encoder.prepare):
-        encoder._prepared = dataclasses.replace(encoder.prepare(), graphs=GraphCache(Recorder(), "cpu"))
+    for change in (encoder.unfold_weights, encoder.fold_weights):
+        encoder._folded = dataclasses.replace(encoder.fold_weights(), graphs=GraphCache(Recorder(), "cpu"))
         twice(encoder, 32)
-        cache = encoder._prepared.graphs
-        assert sides_of(cache) == [32] and copy.deepcopy(encoder)._prepared is None
+        cache = encoder._folded.graphs
+        assert sides_of(cache) == [32] and copy.deepcopy(encoder)._folded is None
         change()
         assert cache.keys == []
 
@@ -207,9 +207,9 @@ def debugging(encoder):
 
 @contextmanager
 def for_cuda(encoder):
-    encoder._prepared.graphs.device_type = "cuda"
+    encoder._folded.graphs.device_type = "cuda"
     yield
-    encoder._prepared.graphs.device_type = "cpu"
+    encoder._folded.graphs.device_type = "cpu"
 
 
 EAGER = {  # context, and the reason given there
@@ -232,7 +232,7 @@ EAGER = {  # context, and the reason given there
 @torch.no_grad()
 def test_where_a_graph_cannot_serve_the_call_is_eager(context, reason):
     encoder, recorder = recorded()
-    pixels, cache = pixels_of(40, 52), encoder._prepared.graphs
+    pixels, cache = pixels_of(40, 52), encoder._folded.graphs
     with context(encoder):
         for _ in range(3):
             out = encoder(pixels, WINDOW)
@@ -245,7 +245,7 @@ def test_where_a_graph_cannot_serve_the_call_is_eager(context, reason):
 
 
 @torch.no_grad()
-def test_without_prepare_with_a_budget_and_with_live_statistics_it_is_eager():
+def test_without_folding_with_a_budget_and_with_live_statistics_it_is_eager():
     encoder, recorder = recorded()
     for budget in (tiling.activation_bytes(encoder, 300, 52), tiling.activation_bytes(encoder, 300, 52, 8)):
         for _ in range(3):
@@ -253,7 +253,7 @@ def test_without_prepare_with_a_budget_and_with_live_statistics_it_is_eager():
     encoder.layer3[1].bn2.train()
     for _ in range(3):
         encoder(pixels_of(40, 52), WINDOW)
-    encoder.eval().unprepare()
+    encoder.eval().unfold_weights()
     for _ in range(3):
         encoder(pixels_of(40, 52), WINDOW)
     assert recorder.captured == [] and recorder.replays == 0
@@ -274,7 +274,7 @@ def test_a_failed_capture_warns_once_and_stays_eager():
         for _ in range(3):
             assert torch.equal(encoder(pixels, WINDOW), expected)
         twice(encoder, 41)  # of other sizes nothing is known
-    assert sides_of(encoder._prepared.graphs) == [41] and recorder.replays == 1
+    assert sides_of(encoder._folded.graphs) == [41] and recorder.replays == 1
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def test_a_wrong_call_is_refused_though_there_is_a_graph():
     for _ in range(3):
         with pytest.raises(ValueError, match="^hia::stem: pixels must be at least 11 x 11"):
             encoder(pixels_of(10, 40), WINDOW)
-    assert sides_of(encoder._prepared.graphs) == [40]
+    assert sides_of(encoder._folded.graphs) == [40]
 
 
 def test_inference_mode_leaves_nothing_of_its_own_behind():
@@ -330,11 +330,11 @@ def test_threads_take_turns():
 @torch.no_grad()
 def test_what_graphs_hold_is_counted():
     encoder, recorder = recorded()
-    cache = encoder._prepared.graphs
+    cache = encoder._folded.graphs
     assert cache.nbytes == recorder.nbytes
     twice(encoder, 32)
     recorder.nbytes += 1000
     assert cache.nbytes == recorder.nbytes + 32 * 40 + WINDOW.nbytes
-    before = encoder._prepared.nbytes
+    before = encoder._folded.nbytes
     recorder.nbytes += 1000
-    assert encoder._prepared.nbytes == before + 1000
+    assert encoder._folded.nbytes == before + 1000

@@ -74,7 +74,7 @@ def test_hugging_face_at_every_stage(size, prefix):
     load_resnet50(encoder, weights)
     with torch.no_grad():
         expected = model(normalised(encoder, pixels), output_hidden_states=True).hidden_states
-        for run in (encoder, encoder.prepare() and encoder):
+        for run in (encoder, encoder.fold_weights() and encoder):
             found = stages_of(run, pixels)
             assert len(found) == len(expected) == 5
             for stage, truth in zip(found, expected, strict=True):
@@ -113,11 +113,11 @@ def test_weights_without_biases_fit_an_encoder_with_them():
         assert distance(biased(pixels, WINDOW), plain(pixels, WINDOW)) < 2e-6
 
 
-def test_loading_ends_prepared_weights():
+def test_loading_ends_folded_weights():
     encoder, pixels = encoder_of(), pixels_of(64, 64)
-    encoder.prepare()
+    encoder.fold_weights()
     load_resnet50(encoder, torchvision_weights())
-    with torch.no_grad(), pytest.warns(UserWarning, match="parameters have changed since prepare"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="parameters have changed since fold_weights"):
         assert torch.equal(encoder(pixels, WINDOW), encoder_of(seed=3)(pixels, WINDOW))
 
 

@@ -19,12 +19,12 @@ def in_strips(encoder, pixels, rows):
     return tiling.encode_strips(encoder, pixels[None], WINDOW[None], encoder._steps(), rows)[0]
 
 
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("size", [(149, 101), (256, 64), (97, 211), (33, 11), (161, 40)], ids=str)
-def test_strips_are_the_whole(size, prepared):
+def test_strips_are_the_whole(size, folded):
     encoder, pixels = encoder_of(), pixels_of(*size)
-    if prepared:
-        encoder.prepare()
+    if folded:
+        encoder.fold_weights()
     with torch.no_grad():
         whole = encoder(pixels, WINDOW)
         for rows in (1, 3, 8, 16, 1000):
@@ -39,7 +39,7 @@ def test_any_size_any_strip(data):
     size = data.draw(st.tuples(st.integers(11, 200), st.integers(11, 90)))
     pixels = pixels_of(*size, channels=data.draw(st.sampled_from([1, 3])))
     if data.draw(st.booleans()):
-        encoder.prepare()
+        encoder.fold_weights()
     with torch.no_grad():
         strips = in_strips(encoder, pixels, data.draw(st.integers(1, 30)))
         assert distance(strips, encoder(pixels, WINDOW)) < EXACT
@@ -54,11 +54,11 @@ def test_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("changes", [{}, {"encoder": "strided"}], ids=["resnet50", "strided"])
-@pytest.mark.parametrize("prepared", [False, True])
-def test_stays_within_its_budget(changes, prepared):
+@pytest.mark.parametrize("folded", [False, True])
+def test_stays_within_its_budget(changes, folded):
     encoder, pixels = encoder_of(encoder_width=16, **changes), pixels_of(1237, 1101)
-    if prepared:
-        encoder.prepare()
+    if folded:
+        encoder.fold_weights()
     with torch.no_grad():
         whole = encoder(pixels, WINDOW)
         assert peak_bytes(lambda: encoder(pixels, WINDOW), "cpu") <= tiling.activation_bytes(encoder, 1237, 1101)
@@ -92,7 +92,7 @@ def test_large_maps_go_through_in_strips_unasked(monkeypatch):
     """With packed weights: the same features, with less memory; by kernels that need nothing beside the maps."""
     encoder, pixels = encoder_of(encoder_width=16), pixels_of(600, 701)
     assert tiling.head(encoder, 600, 701) == (0, 0)
-    encoder.prepare()
+    encoder.fold_weights()
     monkeypatch.setattr(arena, "LARGEST", 0)  # what is kept between images is not in a call's peak
     with torch.no_grad():
         whole, before = encoder(pixels, WINDOW), peak_bytes(lambda: encoder(pixels, WINDOW), "cpu")

@@ -324,9 +324,9 @@ def test_nothing_is_left_behind(base, training, statistics):
     handle.remove()
 
 
-def test_what_prepare_made_stays(base):
+def test_what_fold_weights_made_stays(base):
     config = tiny_config(base)
-    model = stir(hia.get_hia_model(base, config)).prepare()
+    model = stir(hia.get_hia_model(base, config)).fold_weights()
     inputs = answered(config)
     expected = model.adapter_health(asked(inputs))
     assert model.adapter_health(inputs).layers[2].update_ratio == pytest.approx(

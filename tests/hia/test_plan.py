@@ -80,7 +80,7 @@ def test_every_form_is_the_textbooks_in_double(forms, preset):
         with pytest.raises(ValueError, match=f"plan must be a form that can run here .* got '{forms[0]}'; it folds"):
             run(adapter, forms, *question(1, torch.float64))
         return
-    adapter.prepare()
+    adapter.fold_weights()
     kept = forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
     for images in IMAGES:
         asked = question(images, torch.float64)
@@ -98,7 +98,7 @@ def test_every_form_keeps_the_tolerance(forms, preset, dtype):
         pytest.skip("not a form of this preset or dtype")
     exact_adapter = adapter_of(preset, EXACT[dtype])
     exact_adapter.load_state_dict({name: value.to(EXACT[dtype]) for name, value in adapter.state_dict().items()})
-    adapter.prepare()
+    adapter.fold_weights()
     kept = forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
     for images in IMAGES:
         hidden, maps, layout = question(images, dtype)
@@ -225,19 +225,31 @@ def test_training_stores_neither_keys_nor_scores():
     assert bytes_of["folded_absorbed"] == tokens * (128 + 96 + 96 + 2) * 4 < bytes_of["textbook"]
 
 
-def test_prepare_changes_no_state_and_is_undone():
+def test_fold_weights_changes_no_state_and_is_undone():
     model = hia.get_hia_model(tiny_llava(), hia.HiAConfig.paper(tiny_llava(), num_queries=5, encoder_width=4))
     keys, parameters = set(model.state_dict()), sum(p.numel() for p in model.parameters())
-    assert model.prepare() is model
+    assert model.fold_weights() is model
     assert set(model.state_dict()) == keys and sum(p.numel() for p in model.parameters()) == parameters
     assert all(layer.extractor.current() is not None for layer in model.adapter.layers.values())
-    assert model.unprepare() is model
+    assert model.unfold_weights() is model
     assert all(layer.extractor.current() is None for layer in model.adapter.layers.values())
 
 
-def test_training_after_prepare_sees_no_stale_weights():
+def test_the_old_names_of_folding_warn():
+    base = tiny_llava(layers=3)
+    model = hia.get_hia_model(base, hia.HiAConfig.paper(base, num_queries=5, encoder_width=4, encoder="strided"))
+    for owner in (model, model.adapter, model.adapter.encoder):
+        with pytest.warns(FutureWarning, match=rf"{type(owner).__name__}\.prepare\(\) is called fold_weights\(\) now"):
+            owner.prepare()
+        assert model.adapter.encoder.current() is not None
+        with pytest.warns(FutureWarning, match=r"\.unprepare\(\) is called unfold_weights\(\) now"):
+            owner.unprepare()
+        assert model.adapter.encoder.current() is None
+
+
+def test_training_after_fold_weights_sees_no_stale_weights():
     adapter = adapter_of("released", torch.float64)
-    adapter.prepare()
+    adapter.fold_weights()
     asked = question(3, torch.float64)
     with torch.no_grad():
         before = run(adapter, ("auto", "auto"), *asked)
@@ -245,22 +257,22 @@ def test_training_after_prepare_sees_no_stale_weights():
     run(adapter, ("auto", "auto"), *asked).square().mean().backward()
     optimizer.step()
     with torch.no_grad():
-        with pytest.warns(UserWarning, match=r"parameters have changed since prepare\(\)"):
+        with pytest.warns(UserWarning, match=r"parameters have changed since fold_weights\(\)"):
             after = run(adapter, ("auto", "auto"), *asked)
         expected = run(adapter, ("textbook", "textbook"), *asked)
         assert not torch.allclose(after, before)
         torch.testing.assert_close(after, expected, rtol=1e-10, atol=1e-10)
-        with pytest.raises(ValueError, match=r"got 'deep_kv'; it needs prepare\(\)"):
+        with pytest.raises(ValueError, match=r"got 'deep_kv'; it needs fold_weights\(\)"):
             run(adapter, ("deep_kv", "auto"), *asked)
 
 
 @torch.no_grad()
-def test_loading_and_casting_drop_prepared_weights():
+def test_loading_and_casting_drop_folded_weights():
     for change in (lambda a: a.load_state_dict(a.state_dict()), lambda a: a.to(torch.float64), lambda a: a.half()):
         adapter = adapter_of("paper", torch.float32)
-        adapter.prepare()
+        adapter.fold_weights()
         change(adapter)
-        with pytest.warns(UserWarning, match="changed since prepare"):
+        with pytest.warns(UserWarning, match="changed since fold_weights"):
             assert adapter.layer(2).extractor.current() is None
 
 
@@ -314,12 +326,12 @@ def thirteen_b(preset, side, images, **changes):
 @pytest.mark.parametrize(
     ("preset", "side", "changes", "extract"),
     [
-        ("released", 896, {"prepared": True}, "deep_absorbed"),
+        ("released", 896, {"weights_folded": True}, "deep_absorbed"),
         ("released", 896, {}, "absorbed"),
         ("released", 4096, {"training": True}, "folded_absorbed"),
-        ("paper", 896, {"prepared": True}, "deep_kv"),
+        ("paper", 896, {"weights_folded": True}, "deep_kv"),
         ("paper", 896, {}, "textbook"),
-        ("released", 896, {"prepared": True, "cached": ("kv",)}, "cached_kv"),
+        ("released", 896, {"weights_folded": True, "cached": ("kv",)}, "cached_kv"),
     ],
 )
 def test_the_cheapest_form_at_real_sizes(preset, side, changes, extract):
@@ -329,7 +341,7 @@ def test_the_cheapest_form_at_real_sizes(preset, side, changes, extract):
 @pytest.mark.parametrize(("side", "most"), [(896, 0.70), (4096, 0.45)])
 def test_flops_against_the_released_maths(side, most):
     """Of the HiA layers of Table 3, two images: the released code asks its queries once an image."""
-    ours, theirs = thirteen_b("paper", side, 2, prepared=True), thirteen_b("released", side, 2)
+    ours, theirs = thirteen_b("paper", side, 2, weights_folded=True), thirteen_b("released", side, 2)
     own = plan.cheapest(plan.extract_forms(ours), plan.ceilings_of("cpu", 4)).flops
     own += min(form.flops for form in plan.inject_forms(ours))
     textbook = {form.name: form.flops for form in plan.extract_forms(theirs)}["textbook"]
@@ -345,7 +357,7 @@ def test_flops_of_a_form_are_what_is_counted():
     hidden, maps, layout = question(3, torch.float64)
     packed, layer = ImageFeatures(maps).packed(), adapter.layer(2)
     with torch.no_grad():
-        adapter.prepare()
+        adapter.fold_weights()
         packed.sides[2] = layer.extractor.image_side(packed, "folded")
         for form in plan.extract_forms(layer.extractor.sizes(packed, 2)):
             layer.extractor.form = form.name
@@ -363,7 +375,7 @@ def test_flops_of_a_form_are_what_is_counted():
 def test_explained(capsys):
     base = tiny_llava()
     model = hia.get_hia_model(base, hia.HiAConfig.paper(base, num_queries=5, encoder_width=4))
-    model.prepare().explain_plan([(896, 896), (512, 700)])
+    model.fold_weights().explain_plan([(896, 896), (512, 700)])
     printed = capsys.readouterr().out
     assert printed.count("<- least time") == 2
     assert "deep_kv" in printed and "GFLOP" in printed and "MB moved" in printed
@@ -405,5 +417,5 @@ def test_deep_forms_hold_for_features_that_are_not_centred(form, kind, dtype):
         return extractor(rows, layout.instruction_rows, packed, layout.image_to_sample)
 
     exact, plain = extract(exact_layer, "textbook", EXACT[dtype]), extract(layer, "textbook", dtype)
-    adapter.prepare()
+    adapter.fold_weights()
     assert_close("extracted", extract(layer, form, dtype), exact, plain, dtype=dtype)

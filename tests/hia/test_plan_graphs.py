@@ -53,7 +53,7 @@ def sweep(forms: tuple[str, str], preset: str, training: bool, dynamic: bool | N
     """Graphs compiled after each size of a sweep over three images of different sizes, and forms the plan took."""
     adapter = adapter_of(preset, torch.float32)
     if not training:
-        adapter.prepare()
+        adapter.fold_weights()
     layer, counter, taken = adapter.layer(2), CompileCounter(), set()
     layer.extractor.form, layer.injection.form = forms
     torch._dynamo.reset()
@@ -152,7 +152,7 @@ def layer_call(preset: str, forms: tuple[str, str], dtype: torch.dtype, training
     wrt = [hidden, *layer.parameters()]
     with torch.no_grad():
         if not training:
-            adapter.prepare()
+            adapter.fold_weights()
         if forms[0].startswith("cached_"):
             packed.sides[2] = layer.extractor.image_side(packed, forms[0].removeprefix("cached_"))
 

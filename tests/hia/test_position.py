@@ -69,11 +69,11 @@ def test_the_encoder_adds_them_last(encoder, grad):
     assert distance(one, bare(images[0], WINDOW)) > 0.1
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_strips_have_the_whole_images_positions(prepared):
+@pytest.mark.parametrize("folded", [False, True])
+def test_strips_have_the_whole_images_positions(folded):
     encoder, pixels = encoder_of(encoder_width=16, position="sincos"), pixels_of(700, 500)
-    if prepared:
-        encoder.prepare()
+    if folded:
+        encoder.fold_weights()
     budget = tiling.activation_bytes(encoder, 700, 500, 16)
     assert tiling.strip_rows(encoder, 700, 500, budget) is not None
     with torch.no_grad():

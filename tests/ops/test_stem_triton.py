@@ -210,8 +210,8 @@ def test_opcheck_of_the_packed_op(triton_device):
 
 
 @torch.no_grad()
-def test_a_prepared_encoder_packs_its_stem_once(triton_device, monkeypatch):
-    """The bits of one that packs in every call, and nothing left when it is no longer prepared."""
+def test_a_folded_encoder_packs_its_stem_once(triton_device, monkeypatch):
+    """The bits of one that packs in every call, and nothing left when it is no longer folded."""
     from hia_kernels.ops.stem import triton_fwd
 
     made, pack_taps = [], triton_fwd.pack_taps
@@ -221,9 +221,9 @@ def test_a_prepared_encoder_packs_its_stem_once(triton_device, monkeypatch):
     window = torch.tensor([[0.0, 255.0]], device=triton_device)
     expected = encoder.stem(pixels, window, encoder._steps())
     assert len(made) == 1
-    prepared = encoder.prepare()
-    step, taps = encoder._steps(), prepared.steps[encoder.conv1].stem.taps
-    assert len(made) == 2 and prepared.nbytes > taps.nbytes
+    folded = encoder.fold_weights()
+    step, taps = encoder._steps(), folded.convs[encoder.conv1].stem.taps
+    assert len(made) == 2 and folded.nbytes > taps.nbytes
     for _ in range(2):
         assert torch.equal(encoder.stem(pixels, window, step), expected) and len(made) == 2
     with use_backend("reference"):
@@ -232,9 +232,9 @@ def test_a_prepared_encoder_packs_its_stem_once(triton_device, monkeypatch):
     encoder.image_mean = (0.1, 0.2, 0.3)
     other = encoder.stem(pixels, window, step)
     assert not torch.equal(other, expected) and len(made) == 3, "packed with another mean"
-    encoder.unprepare()
+    encoder.unfold_weights()
     encoder.stem(pixels, window, encoder._steps())
-    assert len(made) == 4 and not encoder._steps().prepared
+    assert len(made) == 4 and not encoder._steps().weights
 
 
 @pytest.mark.parametrize("pool", [1, 3])

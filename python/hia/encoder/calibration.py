@@ -78,7 +78,7 @@ def _measuring(norms: Sequence[nn.BatchNorm2d], moments: Sequence[_Moments]) -> 
         for norm, training, buffers in zip(norms, modes, before, strict=True):
             norm.train(training)
             for name, buffer in buffers.items():
-                if not torch.equal(norm.get_buffer(name), buffer):  # a write would drop what prepare() made
+                if not torch.equal(norm.get_buffer(name), buffer):  # a write would drop what fold_weights() made
                     norm.get_buffer(name).copy_(buffer)
 
 

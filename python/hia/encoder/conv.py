@@ -1,4 +1,4 @@
-"""A convolution with its batch-norm: one step of the encoder, from its parameters or from prepared weights."""
+"""A convolution with its batch-norm: one step of the encoder, from its parameters or from folded weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hia_kernels.ops.conv_norm_act.functional import (
 )
 from hia_kernels.ops.stem.functional import PackedStem, pack_stem, stem_packing_reasons
 
-from ..layers.prepared import Stamp
+from ..layers.folded import Stamp
 from .cuda_graphs import GraphCache
 from .workspace import Arena, Ends, passing
 
@@ -31,7 +31,7 @@ def statistics_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-class FoldedConv(nn.Conv2d):
+class EncoderConv(nn.Conv2d):
     """A convolution's parameters, in ``nn.Conv2d``'s names; its batch-norm is folded when it is applied."""
 
     def folded(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class FoldedConv(nn.Conv2d):
 
 
 @dataclass(frozen=True)
-class PreparedStep:
+class FoldedConv:
     """One convolution's inference weights.
 
     Attributes:
@@ -78,19 +78,19 @@ class PreparedStep:
 
 
 @dataclass(frozen=True)
-class PreparedEncoder:
-    """What ``Encoder.prepare`` makes: beside the parameters, never in a state_dict.
+class FoldedEncoder:
+    """What ``Encoder.fold_weights`` makes: beside the parameters, never in a state_dict.
 
     Attributes:
         stamp: versions of the parameters and statistics it was made from.
-        steps: by convolution.
+        convs: by convolution.
         constants: mean and std of the stem, on the device.
         graphs: of the whole encoder with these weights.
         arena: memory of the activations, on the CPU.
     """
 
     stamp: Stamp
-    steps: dict[nn.Module, PreparedStep] = field(repr=False)
+    convs: dict[nn.Module, FoldedConv] = field(repr=False)
     constants: tuple[Tensor, Tensor] = field(repr=False)
     graphs: GraphCache = field(default_factory=GraphCache, repr=False)
     arena: Arena = field(default_factory=Arena, repr=False)
@@ -99,13 +99,13 @@ class PreparedEncoder:
     def nbytes(self) -> int:
         """Bytes it occupies."""
         constants = sum(tensor.nbytes for tensor in self.constants)
-        return sum(step.nbytes for step in self.steps.values()) + constants + self.graphs.nbytes + self.arena.nbytes
+        return sum(step.nbytes for step in self.convs.values()) + constants + self.graphs.nbytes + self.arena.nbytes
 
 
 @torch.no_grad()
-def prepare_step(
-    conv: FoldedConv, norm: nn.BatchNorm2d, *, pack: bool = True, stem: tuple[Tensor, Tensor, int] | None = None
-) -> PreparedStep:
+def fold_conv(
+    conv: EncoderConv, norm: nn.BatchNorm2d, *, pack: bool = True, stem: tuple[Tensor, Tensor, int] | None = None
+) -> FoldedConv:
     """Fold one norm, and pack the weight where packing serves.
 
     Args:
@@ -121,29 +121,29 @@ def prepare_step(
     if pack and not packing_reasons(weight):
         packed = pack_conv(weight, scale, shift, conv.stride[0])
     if stem is None or stem_packing_reasons(weight):
-        return PreparedStep(weight, scale, shift, packed)
+        return FoldedConv(weight, scale, shift, packed)
     mean, std, pool = stem
-    return PreparedStep(weight, scale, shift, packed, pack_stem(weight, mean, std, scale, shift, pool))
+    return FoldedConv(weight, scale, shift, packed, pack_stem(weight, mean, std, scale, shift, pool))
 
 
 class Steps:
-    """Computes steps: with prepared weights where there are any, else with the parameters.
+    """Computes steps: with folded weights where there are any, else with the parameters.
 
     Args:
-        prepared: by convolution.
-        packed: whether packed weights serve now; where they don't, prepared scales and shifts still do.
+        weights: by convolution.
+        packed: whether packed weights serve now; where they don't, folded scales and shifts still do.
         graphs: of the encoder with these weights, if it may use them.
         arena: memory of the activations, if it may use it.
     """
 
     def __init__(
         self,
-        prepared: Mapping[nn.Module, PreparedStep] | None = None,
+        weights: Mapping[nn.Module, FoldedConv] | None = None,
         packed: bool = False,
         graphs: GraphCache | None = None,
         arena: Arena | None = None,
     ):
-        self.prepared, self.packed, self.graphs, self.arena = prepared or {}, packed, graphs, arena
+        self.weights, self.packed, self.graphs, self.arena = weights or {}, packed, graphs, arena
         self.ends: Ends | None = None
 
     @contextmanager
@@ -166,7 +166,7 @@ class Steps:
 
     def _all_native(self) -> bool:
         """Whether every packed convolution writes into what it is given."""
-        return all(step.packed is None or step.packed.is_native() for step in self.prepared.values())
+        return all(step.packed is None or step.packed.is_native() for step in self.weights.values())
 
     def moved(self, out: Tensor) -> None:
         """A unit has finished with its input, and ``out`` is the next one's."""
@@ -177,14 +177,14 @@ class Steps:
         """``out``, or a copy if it lies in the arena."""
         return out.clone() if self.ends is not None and self.ends.holds(out) else out
 
-    def folded(self, conv: FoldedConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    def folded(self, conv: EncoderConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
         """A convolution's weight, and scale and shift of the norm behind it."""
-        step = self.prepared.get(conv)
+        step = self.weights.get(conv)
         return (conv.weight, *conv.folded(norm)) if step is None else (step.weight, step.scale, step.shift)
 
     def __call__(
         self,
-        conv: FoldedConv,
+        conv: EncoderConv,
         norm: nn.BatchNorm2d,
         x: Tensor,
         residual: Tensor | None = None,
@@ -203,7 +203,7 @@ class Steps:
             pad_rows: False where ``x`` is a strip that brings its neighbours' rows.
             near: where in the arena the result goes, if there is one: next to the unit's input, not to the other end.
         """
-        step = self.prepared.get(conv)
+        step = self.weights.get(conv)
         if step is not None and step.packed is not None and self.packed:
             if residual is None and self.ends is not None:
                 images, height, width, _ = x.shape

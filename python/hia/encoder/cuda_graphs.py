@@ -102,7 +102,7 @@ class _Graph:
 
 
 class GraphCache:
-    """Graphs of the sizes used last, for one set of prepared weights. Safe for several threads and streams.
+    """Graphs of the sizes used last, for one set of folded weights. Safe for several threads and streams.
 
     Args:
         capture: makes them.
@@ -170,7 +170,7 @@ class GraphCache:
         """``function(pixels, window)``, by a graph where one can serve.
 
         Args:
-            function: the encoder, with the prepared weights that this cache belongs to.
+            function: the encoder, with the folded weights that this cache belongs to.
             pixels: [N, H, W, CP].
             window: [N, 2].
             weight_dtype: of the encoder.

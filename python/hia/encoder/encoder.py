@@ -15,9 +15,10 @@ from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 from hia_kernels.ops.stem.functional import stem_packed, stem_packing_reasons, stem_reach
 
 from ..config import HiAConfig
-from ..layers.prepared import Stamp, stamp_of
+from ..layers.folded import Stamp, stamp_of
+from ..renamed import renamed
 from . import strips as tiling
-from .conv import FoldedConv, PreparedEncoder, Steps, prepare_step
+from .conv import EncoderConv, FoldedEncoder, Steps, fold_conv
 from .position import add_position
 from .weights import load_resnet50
 
@@ -36,18 +37,20 @@ class Bottleneck(nn.Module):
         super().__init__()
         out = width * EXPANSION
         self.stride = stride
-        self.conv1 = FoldedConv(channels, width, 1, bias=bias)
+        self.conv1 = EncoderConv(channels, width, 1, bias=bias)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = FoldedConv(width, width, 3, stride=stride, padding=1, bias=bias)
+        self.conv2 = EncoderConv(width, width, 3, stride=stride, padding=1, bias=bias)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = FoldedConv(width, out, 1, bias=bias)
+        self.conv3 = EncoderConv(width, out, 1, bias=bias)
         self.bn3 = nn.BatchNorm2d(out)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(FoldedConv(channels, out, 1, stride=stride, bias=bias), nn.BatchNorm2d(out))
+            self.downsample = nn.Sequential(
+                EncoderConv(channels, out, 1, stride=stride, bias=bias), nn.BatchNorm2d(out)
+            )
 
     def forward(self, x: Tensor, step: Steps | None = None) -> Tensor:
-        """[N, H, W, C] -> [N, H', W', 4 * width]; with prepared weights and without ``downsample`` written over x."""
+        """[N, H, W, C] -> [N, H', W', 4 * width]; with folded weights and without ``downsample`` written over x."""
         step = step or Steps()
         y = step(self.conv1, self.bn1, x)
         y = step(self.conv2, self.bn2, y, near=True)
@@ -57,7 +60,7 @@ class Bottleneck(nn.Module):
             step.moved(residual)
         return step(self.conv3, self.bn3, y, residual)
 
-    def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
+    def pairs(self) -> Iterator[tuple[EncoderConv, nn.BatchNorm2d]]:
         """Each convolution and its norm."""
         yield from ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
         if self.downsample is not None:
@@ -70,10 +73,10 @@ class Encoder(nn.Module):
     Subclasses own ``conv1`` (3-channel stem), ``bn1`` and what :meth:`units` lists.
 
     Attributes:
-        cuda_graphs: whether prepared weights may be used through CUDA graphs, which keep their activations' memory.
+        cuda_graphs: whether folded weights may be used through CUDA graphs, which keep their activations' memory.
     """
 
-    conv1: FoldedConv
+    conv1: EncoderConv
     bn1: nn.BatchNorm2d
     pool = 3
     stem_stride = 4
@@ -86,12 +89,12 @@ class Encoder(nn.Module):
         self.live_statistics = config.batch_norm == "batch"
         self.position = config.position
         self.image_mean, self.image_std = config.image_mean, config.image_std
-        self._prepared: PreparedEncoder | None = None
+        self._folded: FoldedEncoder | None = None
         self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not prepared: packed weights can't be copied or saved."""
-        return {**self.__dict__, "_prepared": None, "_constants": {}}
+        """A copy has no folded weights: packed weights can't be copied or saved."""
+        return {**self.__dict__, "_folded": None, "_constants": {}}
 
     @property
     def smallest_side(self) -> int:
@@ -171,39 +174,41 @@ class Encoder(nn.Module):
             maps.update(zip(group, self._encode(pixels, window, step, max_activation_bytes), strict=True))
         return [maps[index] for index in range(len(images))]
 
-    def prepare(self) -> PreparedEncoder:
+    def fold_weights(self) -> FoldedEncoder:
         """Fold the norms and pack the weights for inference: exact to rounding, beside the parameters.
 
         Used where no gradient is recorded, until a parameter changes.
         """
         constants = self._normalisation(self.conv1.weight.device)
-        steps = {self.conv1: prepare_step(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
+        steps = {self.conv1: fold_conv(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
         for unit in self.units():
-            steps.update({conv: prepare_step(conv, norm) for conv, norm in unit.pairs()})
-        self.unprepare()
-        self._prepared = PreparedEncoder(self.stamp(), steps, constants)
-        return self._prepared
+            steps.update({conv: fold_conv(conv, norm) for conv, norm in unit.pairs()})
+        self.unfold_weights()
+        self._folded = FoldedEncoder(self.stamp(), steps, constants)
+        return self._folded
 
-    def unprepare(self) -> None:
-        """Drop what :meth:`prepare` made."""
-        if self._prepared is not None:
-            self._prepared.graphs.clear()
-        self._prepared = None
+    def unfold_weights(self) -> None:
+        """Drop what :meth:`fold_weights` made."""
+        if self._folded is not None:
+            self._folded.graphs.clear()
+        self._folded = None
+
+    prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 
     def stamp(self) -> Stamp:
         """Versions of all parameters and statistics."""
         return stamp_of([*self.parameters(), *self.buffers()])
 
-    def current(self) -> PreparedEncoder | None:
-        """The prepared weights; dropped, with a warning, once a parameter has changed since they were made."""
-        if self._prepared is not None and self._prepared.stamp != self.stamp():
+    def current(self) -> FoldedEncoder | None:
+        """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""
+        if self._folded is not None and self._folded.stamp != self.stamp():
             warnings.warn(
-                "hia: parameters have changed since prepare(), so the encoder's weights are dropped; "
-                "call prepare() again",
+                "hia: parameters have changed since fold_weights(), so the encoder's weights are dropped; "
+                "call fold_weights() again",
                 stacklevel=2,
             )
-            self.unprepare()
-        return self._prepared
+            self.unfold_weights()
+        return self._folded
 
     def units(self) -> Sequence[Any]:
         """List what follows the stem, in order."""
@@ -223,8 +228,8 @@ class Encoder(nn.Module):
         mean, std = self._normalisation(pixels.device)
         if not self.bn1.training:
             weight, scale, shift = step.folded(self.conv1, self.bn1)
-            prepared = step.prepared.get(self.conv1)
-            packed = None if prepared is None else prepared.stem
+            folded = step.weights.get(self.conv1)
+            packed = None if folded is None else folded.stem
             if packed is not None and packed.mean is mean and not stem_packing_reasons(weight, pixels):
                 return stem_packed(pixels, window, packed)
             return hia_kernels.stem(pixels, window, mean, std, weight, scale, shift, self.pool)
@@ -252,19 +257,19 @@ class Encoder(nn.Module):
         return self.bn1.training or any(norm.training for unit in self.units() for _, norm in unit.pairs())
 
     def _steps(self) -> Steps:
-        """With prepared weights, where no gradient is recorded and no norm takes live statistics."""
+        """With folded weights, where no gradient is recorded and no norm takes live statistics."""
         if (
-            self._prepared is None
+            self._folded is None
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or self.takes_live_statistics()
         ):
             return Steps()
-        prepared = self.current()
-        if prepared is None:
+        folded = self.current()
+        if folded is None:
             return Steps()
-        graphs = prepared.graphs if self.cuda_graphs else None
-        return Steps(prepared.steps, not packing_reasons(self.conv1.weight), graphs, prepared.arena)
+        graphs = folded.graphs if self.cuda_graphs else None
+        return Steps(folded.convs, not packing_reasons(self.conv1.weight), graphs, folded.arena)
 
     def _encode(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H', W', C], the whole image's, whatever came in strips: positions go on last."""
@@ -338,7 +343,7 @@ def _stacked(tensors: Sequence[Tensor] | Tensor, group: list[int]) -> Tensor:
     return torch.stack([tensors[index] for index in group])
 
 
-class StemConv(FoldedConv):
+class StemConv(EncoderConv):
     """The stem's convolution; stride 2, which ``conv_norm_act`` doesn't do for 7 x 7."""
 
     def apply_to_stem(self, x: Tensor) -> Tensor:
@@ -372,7 +377,7 @@ class ResNet50Encoder(Encoder):
 class ConvUnit:
     """A convolution and its norm, which two lists own."""
 
-    def __init__(self, conv: FoldedConv, norm: nn.BatchNorm2d):
+    def __init__(self, conv: EncoderConv, norm: nn.BatchNorm2d):
         self.conv, self.norm, self.stride = conv, norm, conv.stride[0]
 
     def __call__(self, x: Tensor, step: Steps) -> Tensor:
@@ -380,7 +385,7 @@ class ConvUnit:
         step.moved(out)
         return out
 
-    def pairs(self) -> Iterator[tuple[FoldedConv, nn.BatchNorm2d]]:
+    def pairs(self) -> Iterator[tuple[EncoderConv, nn.BatchNorm2d]]:
         """Each convolution and its norm."""
         yield self.conv, self.norm
 
@@ -402,7 +407,7 @@ class StridedEncoder(Encoder):
         for level in range(1, 5):
             stride = 1 if level == 4 and config.encoder_stride == 16 else 2
             channels = width * 2**level
-            self.convs.append(FoldedConv(channels // 2, channels, 3, stride=stride, padding=1, bias=False))
+            self.convs.append(EncoderConv(channels // 2, channels, 3, stride=stride, padding=1, bias=False))
             self.norms.append(nn.BatchNorm2d(channels))
 
     def units(self) -> list[ConvUnit]:

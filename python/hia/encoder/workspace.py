@@ -1,4 +1,4 @@
-"""Memory for activations that prepared weights keep between images on the CPU.
+"""Memory for activations that folded weights keep between images on the CPU.
 
 A map of an image at full resolution is larger than what the C library keeps for itself, so a new one is asked of the
 system, and its pages are faulted in, every time. One buffer serves a chain of units instead: each unit's input lies at

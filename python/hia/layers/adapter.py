@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..config import HiAConfig
 from ..encoder.encoder import build_encoder
+from ..renamed import renamed
 from .extractor import Extractor, PackedFeatures, Side
 from .injection import Injection
 from .layout import CallLayout
@@ -50,15 +51,17 @@ class HiAAdapter(nn.Module):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
-    def prepare(self) -> None:
+    def fold_weights(self) -> None:
         """Fold and pack the weights for inference, in the encoder and in every layer."""
         for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
-            module.prepare()
+            module.fold_weights()
 
-    def unprepare(self) -> None:
-        """Drop what :meth:`prepare` made; the parameters were never touched."""
+    def unfold_weights(self) -> None:
+        """Drop what :meth:`fold_weights` made; the parameters were never touched."""
         for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
-            module.unprepare()
+            module.unfold_weights()
+
+    prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 
     def sides(self, features: PackedFeatures, keep: str) -> dict[int, Side]:
         """What later questions about these images need of them, by decoder layer.

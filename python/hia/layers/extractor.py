@@ -14,7 +14,7 @@ import hia_kernels
 
 from ..config import HiAConfig
 from . import plan
-from .prepared import PreparedExtractor, Stamp, prepare_extractor, stamp_of
+from .folded import FoldedExtractor, Stamp, fold_extractor, stamp_of
 
 KEY_VALUE_FORMS = ("textbook", "folded", "deep_kv")
 SHARED_FORMS = ("textbook", "absorbed")  # these read the released maths' shared projection as it is
@@ -106,7 +106,7 @@ class Extractor(nn.Module):
         self.sharing = len(config.layer_indices) if config.shared_projection else 0
         self.hidden_size, self.channels = config.hidden_size, config.encoder_channels
         self._shared = (shared,)  # in a tuple, or its parameters would be registered here too
-        self._prepared: PreparedExtractor | None = None
+        self._folded: FoldedExtractor | None = None
         self.queries = nn.Parameter(torch.empty(config.num_queries, dim))
         self.condition = nn.Linear(config.hidden_size, dim) if config.instruction_aware else None
         self.feature_projection = nn.Linear(channels, dim)
@@ -130,17 +130,15 @@ class Extractor(nn.Module):
         modules = (*self._shared, self.feature_projection, self.feature_norm, self.kv_proj)
         return stamp_of(p for module in modules if module is not None for p in module.parameters())
 
-    def prepare(self) -> PreparedExtractor:
-        """Fold the weights for inference; see :class:`hia.layers.prepared.PreparedExtractor`."""
+    def fold_weights(self) -> FoldedExtractor:
+        """Fold the weights for inference; see :class:`hia.layers.folded.FoldedExtractor`."""
         (shared,) = self._shared
-        self._prepared = prepare_extractor(
-            self.feature_projection, shared, self.feature_norm, self.kv_proj, self.stamp()
-        )
-        return self._prepared
+        self._folded = fold_extractor(self.feature_projection, shared, self.feature_norm, self.kv_proj, self.stamp())
+        return self._folded
 
-    def unprepare(self) -> None:
+    def unfold_weights(self) -> None:
         """Drop the folded weights."""
-        self._prepared = None
+        self._folded = None
 
     def condition_queries(self, hidden: Tensor, instruction_rows: Tensor) -> Tensor:
         """Eq. 2. hidden [T, D1], instruction_rows [B] -> [B, M, D]; without awareness the queries, B times."""
@@ -199,20 +197,20 @@ class Extractor(nn.Module):
             sharing=self.sharing,
             itemsize=features.tokens.element_size(),
             training=training,
-            prepared=not training and self.current() is not None,
+            weights_folded=not training and self.current() is not None,
             cached=() if side is None else (side.kind,),
         )
 
-    def current(self) -> PreparedExtractor | None:
+    def current(self) -> FoldedExtractor | None:
         """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""
-        prepared = self._prepared
-        if prepared is None or torch.compiler.is_compiling() or prepared.stamp == self.stamp():
-            return prepared
+        folded = self._folded
+        if folded is None or torch.compiler.is_compiling() or folded.stamp == self.stamp():
+            return folded
         warnings.warn(
-            "hia: parameters have changed since prepare(), so its folded weights are dropped; call prepare() again",
+            "hia: parameters have changed since fold_weights(), so what it made is dropped; call fold_weights() again",
             stacklevel=2,
         )
-        self._prepared = None
+        self._folded = None
         return None
 
     def image_side(self, features: PackedFeatures, kind: str) -> Side:
@@ -250,9 +248,9 @@ class Extractor(nn.Module):
             return hia_kernels.linear(features.tokens, own.weight, own.bias)
         if form in SHARED_FORMS:
             return hia_kernels.linear(features.shared(shared), own.weight, own.bias)
-        prepared = None if torch.is_grad_enabled() else self.current()
-        if prepared is not None:
-            return hia_kernels.linear(features.tokens, prepared.fold_weight, prepared.fold_bias)
+        folded = None if torch.is_grad_enabled() else self.current()
+        if folded is not None:
+            return hia_kernels.linear(features.tokens, folded.fold_weight, folded.fold_bias)
         shared_weight, shared_bias = (p.to(own.weight.device) for p in (shared.weight, shared.bias))
         weight = hia_kernels.linear(own.weight, shared_weight.mT)
         return hia_kernels.linear(features.tokens, weight, own.weight @ shared_bias + own.bias)
@@ -261,21 +259,21 @@ class Extractor(nn.Module):
         norm = self.feature_norm
         return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-    def _deep(self, features: PackedFeatures) -> tuple[Tensor, PreparedExtractor]:
+    def _deep(self, features: PackedFeatures) -> tuple[Tensor, FoldedExtractor]:
         """[T, C + 16]: widened features over the deviation of their projection."""
-        prepared = self.current()
-        if prepared is None:
-            raise RuntimeError("hia: the deep forms must have prepare() behind them, got none")
+        folded = self.current()
+        if folded is None:
+            raise RuntimeError("hia: the deep forms must have fold_weights() behind them, got none")
         wide = features.widened()
         exact = torch.float64 if wide.dtype == torch.float64 else torch.float32
-        variance = hia_kernels.linear(wide, prepared.root).to(exact).square().sum(-1, keepdim=True)  # [T, 1]
-        return (wide * torch.rsqrt(variance + self.feature_norm.eps)).to(wide.dtype), prepared
+        variance = hia_kernels.linear(wide, folded.root).to(exact).square().sum(-1, keepdim=True)  # [T, 1]
+        return (wide * torch.rsqrt(variance + self.feature_norm.eps)).to(wide.dtype), folded
 
     def _key_values(self, features: PackedFeatures, form: str) -> Tensor:
         """[T, 2 * D]."""
         if form == "deep_kv":
-            scaled, prepared = self._deep(features)
-            return hia_kernels.linear(scaled, prepared.deep_weight, prepared.deep_bias)
+            scaled, folded = self._deep(features)
+            return hia_kernels.linear(scaled, folded.deep_weight, folded.deep_bias)
         return norm_project(self._projected(features, form), self.feature_norm, self.kv_proj)
 
     def _attend(self, q: Tensor, features: PackedFeatures, image_to_sample: Tensor, form: str) -> Tensor:
@@ -297,8 +295,8 @@ class Extractor(nn.Module):
         dim, heads = self.num_heads * self.head_dim, self.num_heads
         weight, bias = self.kv_proj.weight, self.kv_proj.bias
         if form == "deep_absorbed":
-            latent, prepared = self._deep(features)
-            weight, bias = prepared.deep_weight, prepared.deep_bias
+            latent, folded = self._deep(features)
+            weight, bias = folded.deep_weight, folded.deep_bias
         elif form == "cached_folded":
             latent = features.sides[self.layer_index].tokens
         else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hia_kernels.core.varlen import cu_seqlens_from_lengths
 
 from .extractor import PackedFeatures, Side
-from .prepared import Stamp
+from .folded import Stamp
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ NEEDS = {
     "folded": "it folds the released maths' shared projection, which this config lacks",
     "folded_absorbed": "it folds the released maths' shared projection, which this config lacks",
     "absorbed": "16-bit scores would be rounded",
-    "deep_kv": "it needs prepare(), and no gradients",
-    "deep_absorbed": "it needs prepare(), and no gradients",
+    "deep_kv": "it needs fold_weights(), and no gradients",
+    "deep_absorbed": "it needs fold_weights(), and no gradients",
     "cached_folded": "it needs encode_images(keep='folded'), weights that have not changed since, and no gradients",
     "cached_kv": "it needs encode_images(keep='kv'), weights that have not changed since, and no gradients",
 }
@@ -57,7 +57,7 @@ class Sizes:
         sharing: layers that share the released maths' Linear(C -> D1); 0 without it.
         itemsize: bytes of an element.
         training: gradients are recorded.
-        prepared: folded weights are there.
+        weights_folded: folded weights are there.
         cached: sides that were kept with the features: "folded", "kv".
     """
 
@@ -72,7 +72,7 @@ class Sizes:
     sharing: int = 0
     itemsize: int = 4
     training: bool = False
-    prepared: bool = False
+    weights_folded: bool = False
     cached: tuple[str, ...] = ()
 
     @property
@@ -177,7 +177,7 @@ def extract_forms(sizes: Sizes) -> tuple[Form, ...]:
     if sizes.sharing:
         found["folded"] = _projected(sizes, folded=True) + _key_values(sizes)
         found["folded_absorbed"] = _projected(sizes, folded=True) + _absorbed(sizes, sizes.dim)
-    if sizes.prepared and not sizes.training:
+    if sizes.weights_folded and not sizes.training:
         wide = sizes.channels + DEEP_PAD
         found["deep_kv"] = _deep_norms(sizes) + _deep_key_values(sizes, wide)
         found["deep_absorbed"] = _deep_norms(sizes) + _absorbed(sizes, wide)
@@ -316,7 +316,7 @@ def _projected(sizes: Sizes, *, folded: bool) -> tuple[Step, ...]:
             Step("project features", (own,), normed, _trained(sizes)),
         )
     folding: tuple[Step, ...] = ()
-    if not sizes.prepared or sizes.training:
+    if not sizes.weights_folded or sizes.training:
         folding = (Step("fold projections", (Product(1, dim, channels, sizes.hidden_size),), 0, _trained(sizes)),)
     return (*folding, Step("project features", (Product(1, tokens, dim, channels),), normed, _trained(sizes)))
 

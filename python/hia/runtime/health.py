@@ -296,7 +296,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for buffer, value in before:
-                    if not torch.equal(buffer, value):  # a write, even of the same values, would unprepare the encoder
+                    if not torch.equal(buffer, value):  # any write would drop the folded weights
                         buffer.copy_(value)
 
 

@@ -23,6 +23,7 @@ from ..layers.adapter import HiAAdapter
 from ..layers.extractor import PackedFeatures
 from ..layers.features import ImageFeatures
 from ..layers.layout import VisualLayout, build_layout, left_padded
+from ..renamed import renamed
 from . import checkpoint, health, resolution
 from .attachment import adapter_for, is_tuned, own_parameters
 from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
@@ -202,26 +203,28 @@ class HiAModel(nn.Module):
         images = [pixels.to(device, non_blocking=True) for pixels in seen]
         return ImageFeatures(tuple(encoder.forward_many(images, windows, max_activation_bytes)))
 
-    def prepare(self) -> HiAModel:
+    def fold_weights(self) -> HiAModel:
         """Fold and pack the adapter's weights for inference: same results up to rounding, fewer FLOPs.
 
         Parameters and state_dict stay as they are; calls that record gradients don't see the folded weights. When a
-        parameter changes, what was folded from it is dropped, with a warning. Undone by :meth:`unprepare`.
+        parameter changes, what was folded from it is dropped, with a warning. Undone by :meth:`unfold_weights`.
 
         Returns:
             The model itself.
         """
-        self.adapter.prepare()
+        self.adapter.fold_weights()
         return self
 
-    def unprepare(self) -> HiAModel:
-        """Drop what :meth:`prepare` made.
+    def unfold_weights(self) -> HiAModel:
+        """Drop what :meth:`fold_weights` made.
 
         Returns:
             The model itself.
         """
-        self.adapter.unprepare()
+        self.adapter.unfold_weights()
         return self
+
+    prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 
     def explain_plan(
         self, sizes: Sequence[tuple[int, int]], visual_tokens: int = 576, samples: int = 1, training: bool = False
@@ -243,8 +246,8 @@ class HiAModel(nn.Module):
         weight = layer.extractor.kv_proj.weight
         sizes = resolution.limited_sizes(self.hia_config, self._host[0], sizes)
         asked = plan.sizes_of(self.hia_config, sizes, visual_tokens, samples, weight.element_size())
-        prepared = not training and layer.extractor.current() is not None
-        asked = dataclasses.replace(asked, training=training, prepared=prepared)
+        folded = not training and layer.extractor.current() is not None
+        asked = dataclasses.replace(asked, training=training, weights_folded=folded)
         sys.stdout.write(plan.table(asked, weight.device.type, self.hia_config.plan))
 
     def adapter_health(self, batch: Mapping[str, Any]) -> health.AdapterHealth:

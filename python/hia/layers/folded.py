@@ -31,7 +31,7 @@ def stamp_of(parameters: Iterable[Tensor]) -> Stamp:
 
 
 @dataclass(frozen=True)
-class PreparedExtractor:
+class FoldedExtractor:
     """Of one layer's extractor; E = C + 16: the features, a column of ones, zeros.
 
     Attributes:
@@ -58,9 +58,9 @@ class PreparedExtractor:
 
 
 @torch.no_grad()
-def prepare_extractor(
+def fold_extractor(
     projection: nn.Linear, shared: nn.Linear | None, norm: nn.LayerNorm, kv_proj: nn.Linear, stamp: Stamp
-) -> PreparedExtractor:
+) -> FoldedExtractor:
     """Fold in fp32 (fp64 for fp64 parameters) and round once (docs/plans.md, "deep").
 
     Args:
@@ -82,7 +82,7 @@ def prepare_extractor(
     columns[:, channels] = bias
     centred = columns - columns.mean(0)  # LayerNorm's centring is linear, so it is part of the weight
     kv_weight = kv_proj.weight.to(exact)
-    return PreparedExtractor(
+    return FoldedExtractor(
         stamp=stamp,
         fold_weight=weight.to(dtype),
         fold_bias=bias.to(dtype),
