@@ -7,7 +7,7 @@
 
 VENV     ?= .venv
 VERSIONS ?= 4.57.6 5.0.0 5.23.0
-EXTRAS   := bench,dicom,train,dev
+EXTRAS   := dev
 # Installed where torch brings no Triton of its own: beside a CPU wheel, on Linux.
 TRITON   := triton==3.6.0
 STAMP    := $(VENV)/.installed
@@ -25,7 +25,7 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants test-transformers lint format clean check-python
+.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants test-transformers lint format wheel clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
@@ -82,6 +82,11 @@ lint: $(READY) ## ruff, import-linter, mypy and the house rules
 format: $(READY) ## rewrite the sources as `make lint` wants them
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+wheel: $(READY) ## dist/: the source distribution, a wheel of Python alone, and one with the native kernels for this platform
+	rm -rf dist
+	$(RUN) -m build --no-isolation --outdir dist .
+	HIA_BUILD_NATIVE=1 $(RUN) -m build --no-isolation --wheel --outdir dist .
 
 clean: ## remove caches and build outputs; .venv stays
 	rm -rf build dist hia_kernels/_native*.so "$(NATIVE)" *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

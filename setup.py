@@ -1,73 +1,90 @@
-"""The optional native extension; everything else about the package is in pyproject.toml.
+"""The optional native extension and PyPI's page; everything else about the package is in pyproject.toml.
 
-Nothing is built unless csrc/ holds sources and the caller asks: `python setup.py build_ext --inplace`, or
-HIA_BUILD_NATIVE=1 while installing. torch is imported only then, never to work out what installing requires.
+Nothing is compiled unless csrc/ holds sources and the caller asks: `python setup.py build_ext --inplace`, or
+HIA_BUILD_NATIVE=1 while installing or building a wheel; what is asked for and fails is an error. torch is imported only
+then, never to work out what installing requires.
 """
 
 import os
+import re
 import sys
-import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+REPOSITORY = "https://github.com/hia-kernels/hia-kernels"  # as pyproject.toml's [project.urls]
 NAME = "hia_kernels._native"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10's: the extension runs with any later torch
+PYTHON_ABI = "cp310"  # there is no Python in the extension: one wheel serves 3.10 and every later version
 ASKED_BY_COMMAND = "build_ext" in sys.argv[1:]
-ASKED_BY_VARIABLE = os.environ.get("HIA_BUILD_NATIVE") == "1"
+YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def asked_by_variable() -> bool:
+    """Tell whether HIA_BUILD_NATIVE asks for the extension."""
+    value = os.environ.get("HIA_BUILD_NATIVE", "")
+    if value.strip().lower() not in YES + NO:
+        raise SystemExit(f"hia-kernels: HIA_BUILD_NATIVE must be 1 or 0, got {value!r}")
+    return value.strip().lower() in YES
 
 
 def native_sources() -> list[str]:
-    """Every C++ and CUDA source below csrc/, relative to the root, as setuptools wants them."""
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.c*") if is_source(path))
+    """List the extension's C++ sources, relative to the root, as setuptools wants them.
+
+    CUDA sources are no part of it: torch's CUDAExtension links libraries that a CPU build of torch lacks.
+    """
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
 
 
-def is_source(path: Path) -> bool:
-    return path.suffix in {".cpp", ".cu"}
+def page_for_pypi() -> str:
+    """Return README.md with absolute links: PyPI shows the page, and knows no file of the repository."""
+
+    def absolute(match: re.Match) -> str:
+        opening, is_image, target = match[0][: match.start("target") - match.start()], match["image"], match["target"]
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        return f"{opening}{REPOSITORY}/{'raw' if is_image else 'blob'}/main/{target.removeprefix('./')})"
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r'(<img\b[^>]*\bsrc=")(?![a-z]+:)(?:\./)?', rf"\1{REPOSITORY}/raw/main/", text)
+    return re.sub(r"(?P<image>!?)\[[^\[\]]*\]\((?P<target>[^()\s]+)\)", absolute, text)
 
 
 def torch_extension_tools():
+    """Import torch's build tools.
+
+    Raises:
+        SystemExit: torch is not installed where the build runs.
+    """
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        raise RuntimeError(
-            f"hia-kernels: the native extension needs torch >= 2.10 in {sys.executable}, got: {error}; "
-            "install torch first, then run `python setup.py build_ext --inplace` or "
-            "`HIA_BUILD_NATIVE=1 pip install --no-build-isolation -e .`"
+        raise SystemExit(
+            f"hia-kernels: the native extension needs torch >= 2.10 in {sys.executable}, got: {error}; pip builds in "
+            "an environment of its own unless told otherwise: install torch and setuptools, then run "
+            "`HIA_BUILD_NATIVE=1 pip install --no-build-isolation ...`, or in a checkout "
+            "`python setup.py build_ext --inplace`"
         ) from error
     return cpp_extension
 
 
 class NativeBuild(build_ext):
-    """Hands the sources to torch's own build command, which knows nvcc and the include paths."""
+    """Hand the sources to torch's own build command, which knows the compiler's flags and the include paths."""
 
     def run(self) -> None:
         if not self.extensions:
             if ASKED_BY_COMMAND:
-                self.announce("hia-kernels: csrc/ holds no .cpp or .cu source, there is nothing to build", level=2)
+                self.announce("hia-kernels: csrc/ holds no .cpp source, there is nothing to build", level=2)
             return
-        try:
-            self._build()
-        except Exception as error:
-            if ASKED_BY_COMMAND:
-                raise
-            # the package works without the extension, so an install goes on without it
-            self.extensions = self.distribution.ext_modules = []
-            warnings.warn(f"hia-kernels: native extension not built: {error}", stacklevel=2)
-
-    def _build(self) -> None:
         tools = torch_extension_tools()
-        has_nvcc = tools.CUDA_HOME is not None
-        sources = [source for source in native_sources() if has_nvcc or not source.endswith(".cu")]
-        make = tools.CUDAExtension if any(source.endswith(".cu") for source in sources) else tools.CppExtension
-        extension = make(
+        extension = tools.CppExtension(
             NAME,
-            sources,
+            native_sources(),
             include_dirs=[str(ROOT / "csrc")],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3"]},
+            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"]},
             depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")),
             py_limited_api=True,  # it has no Python in it: torch loads it as a library of operators
         )
@@ -80,9 +97,13 @@ class NativeBuild(build_ext):
         build.run()
 
 
-asked = ASKED_BY_COMMAND or ASKED_BY_VARIABLE
+native = (ASKED_BY_COMMAND or asked_by_variable()) and bool(native_sources())
 setup(
-    license="Apache-2.0",
-    ext_modules=[Extension(NAME, native_sources())] if asked and native_sources() else [],
+    license_expression="Apache-2.0",  # here: setuptools before 77 refuses it in pyproject.toml
+    license_files=["LICENSE"],
+    long_description=page_for_pypi(),
+    long_description_content_type="text/markdown",
+    ext_modules=[Extension(NAME, native_sources())] if native else [],
     cmdclass={"build_ext": NativeBuild},
+    options={"bdist_wheel": {"py_limited_api": PYTHON_ABI}} if native else {},
 )

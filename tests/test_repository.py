@@ -1,4 +1,4 @@
-"""House rules that neither ruff nor import-linter checks: sizes, an op's parts, docstrings, packaging.
+"""House rules that neither ruff nor import-linter checks: sizes, an op's parts, docstrings.
 
 One test a rule, over every file there is; it lists all that break it. A new op or module is covered once it exists.
 """
@@ -17,13 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"hia_kernels": ROOT / "hia_kernels", "hia": ROOT / "python" / "hia", "bench": ROOT / "bench"}
@@ -203,55 +196,6 @@ def test_numpy_unpickles_nothing():
     loose = r"allow_pickle(?!\s*=\s*False\b)"
     broken = [f"{source}: {found}" for source in LIBRARY for found in re.findall(loose, source.text)]
     assert_none(broken, "allow_pickle must be False: only safetensors and JSON are loaded")
-
-
-def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-def pins() -> list[Requirement]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
-
-
-def test_setup_imports_torch_only_when_building():
-    early = re.findall(r"^(?:import|from) torch\b.*", (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert not early, f"setup.py: imports torch at module level: {early}"
-    requires = project()["build-system"]["requires"]
-    names = [Requirement(text).name for text in requires]
-    assert names == ["setuptools"], f"pyproject.toml: build-system.requires must be setuptools only, got {requires}"
-
-
-def test_constraints_are_exact():
-    loose = [str(pin) for pin in pins() if not re.fullmatch(r"==[\w.]+", str(pin.specifier))]
-    assert not loose, f"constraints.txt: must be NAME==VERSION, got {loose}"
-
-
-@pytest.mark.parametrize("python_version", ["3.10", "3.11", "3.12", "3.13"])
-def test_every_requirement_is_pinned_within_its_range(python_version):
-    environment = {"python_version": python_version, "python_full_version": f"{python_version}.0"}
-    pinned = {
-        canonicalize_name(pin.name): str(pin.specifier).removeprefix("==")
-        for pin in pins()
-        if pin.marker is None or pin.marker.evaluate(environment)
-    }
-    metadata = project()["project"]
-    extras = metadata["optional-dependencies"]
-    wanted = metadata["dependencies"] + [text for name in extras if name != "triton" for text in extras[name]]
-    for requirement in map(Requirement, wanted):
-        version = pinned.get(canonicalize_name(requirement.name))
-        assert version, f"constraints.txt: no pin of {requirement.name} for Python {python_version}"
-        fits = requirement.specifier.contains(version)
-        assert fits, f"constraints.txt: {requirement.name}=={version} is outside pyproject.toml's {requirement}"
-
-
-def test_one_version_everywhere():
-    version = project()["project"]["version"]
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), f"CHANGELOG.md lacks {version}"
-    for package in PACKAGES:
-        text = (PACKAGES[package] / "__init__.py").read_text(encoding="utf-8")
-        for stated in re.findall(r'^__version__ = "(.+)"', text, flags=re.MULTILINE):
-            assert stated == version, f"{package}/__init__.py: __version__ is {stated}, pyproject.toml says {version}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

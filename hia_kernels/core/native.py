@@ -1,6 +1,6 @@
 """The optional native extension: schemas of its functions, and whether it was built.
 
-``python setup.py build_ext --inplace`` compiles csrc/ to ``hia_kernels/_native*.so``, which registers implementations
+:data:`BUILD` compiles csrc/ to ``hia_kernels/_native*.so``, which registers implementations
 of these private functions; the ops' tables ask :func:`unavailable_reasons` and call ``torch.ops.hia_native``.
 """
 
@@ -15,7 +15,13 @@ import torch
 from . import settings
 
 REVISION = 5  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
-BUILD = "python setup.py build_ext --inplace"
+_ROOT = Path(__file__).resolve().parents[2]
+BUILD = (
+    "python setup.py build_ext --inplace"
+    if (_ROOT / "csrc").is_dir() and (_ROOT / "setup.py").is_file()
+    else "HIA_BUILD_NATIVE=1 pip install --force-reinstall --no-deps --no-build-isolation"
+    " --no-binary hia-kernels hia-kernels"
+)  # in a checkout, and for what pip has installed
 
 _SCHEMAS = (
     "revision() -> int",

@@ -29,7 +29,7 @@ def _has_triton() -> bool:
 def unavailable_reasons() -> list[str]:
     """Why no Triton kernel can run on this machine."""
     if not _has_triton():
-        return ["the package triton is not installed"]
+        return ["the package triton is not installed: pip install 'hia-kernels[triton]'"]
     if interpreted() or torch.cuda.is_available():
         return []
     return ["no CUDA device that torch can see (TRITON_INTERPRET=1 interprets kernels on the CPU, for tests)"]

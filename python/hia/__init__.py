@@ -1,5 +1,6 @@
 """HiA: a high-resolution instruction-aware adapter for frozen multimodal LLMs (MICCAI 2024)."""
 
+from . import _requirements as _requirements  # first: it names what is missing
 from .config import HiAConfig
 from .images.load import load_image
 from .images.processor import HiABatch, HiAProcessor
