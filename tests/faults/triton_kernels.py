@@ -161,8 +161,8 @@ LINEAR_ALGEBRA = (
         name="row-softmax-adds-a-long-row-up-in-half",
         kind="wrong dtype of a sum",
         file=f"{OPS}/row_softmax/triton_fwd.py",
-        old="total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), axis=0)",
-        new="total = (total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), axis=0))"
+        old="l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(x - shift), axis=0)",
+        new="l_i = (l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(x - shift), axis=0))"
         ".to(p_ptr.dtype.element_ty).to(tl.float32)",
         tests=(f"{TESTS}/test_row_softmax_triton.py::test_matches_reference[torch.bfloat16-longest-promised]",),
         why="probabilities of a long row add up to more or less than one",

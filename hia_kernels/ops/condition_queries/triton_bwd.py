@@ -1,4 +1,4 @@
-"""Triton backward of ``condition_queries``: sums over queries and samples, and rows put back; cuBLAS multiplies."""
+"""Triton backward of ``condition_queries``: sums over queries and samples, and a scatter of rows; cuBLAS multiplies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...core import tuning
 @triton.jit(do_not_specialize=["B", "M"])
 def _condition_queries_bwd_sums_kernel(
     dout_ptr,  # [B, M, D]
-    parts_ptr,  # [cdiv(M, BLOCK_M), B, D] fp32, only with HAS_SHIFT: sums over BLOCK_M queries
+    partial_ptr,  # [cdiv(M, BLOCK_M), B, D] fp32, only with HAS_SHIFT: sums over BLOCK_M queries
     dqueries_ptr,  # [M, D], only with HAS_QUERIES: sums over all samples
     B,
     M,
@@ -24,23 +24,23 @@ def _condition_queries_bwd_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Both sums of dout in one reading; grid = (cdiv(M, BLOCK_M), cdiv(D, BLOCK_D))."""
+    """Sum dout over queries and over samples in one read; grid = (cdiv(M, BLOCK_M), cdiv(D, BLOCK_D))."""
     pid_m = tl.program_id(0).to(tl.int64)  # int64: B * M * D may exceed 2**31
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     mask = (offs_m < M)[:, None] & mask_d[None, :]
     dout_ptrs = dout_ptr + offs_m[:, None] * stride_dout_m + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
-    offs_parts = pid_m * B * D + offs_d  # [BLOCK_D]
+    offs_partial = pid_m * B * D + offs_d  # [BLOCK_D]
     dqueries = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for _ in range(B):
         dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
         if HAS_QUERIES:
             dqueries += dout
         if HAS_SHIFT:
-            tl.store(parts_ptr + offs_parts, tl.sum(dout, axis=0), mask=mask_d)
+            tl.store(partial_ptr + offs_partial, tl.sum(dout, axis=0), mask=mask_d)
         dout_ptrs += stride_dout_b
-        offs_parts += D
+        offs_partial += D
     if HAS_QUERIES:
         tl.store(dqueries_ptr + offs_m[:, None] * D + offs_d[None, :], dqueries.to(dqueries_ptr.dtype.element_ty), mask)
 
@@ -56,7 +56,10 @@ def _condition_queries_bwd_dhidden_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dhidden[t] = sum of drows[b] where row_idx[b] = t, in order; grid = (cdiv(T, BLOCK_T), cdiv(C, BLOCK_C))."""
+    """Sum, in order, the drows[b] whose row_idx[b] is t into dhidden[t].
+
+    grid = (cdiv(T, BLOCK_T), cdiv(C, BLOCK_C)).
+    """
     first_t = tl.program_id(0).to(tl.int64) * BLOCK_T  # int64: T * C may exceed 2**31
     offs_t = first_t + tl.arange(0, BLOCK_T)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -74,19 +77,19 @@ def _condition_queries_bwd_dhidden_kernel(
 
 
 def _sums(dout, wants_shift, wants_queries):
-    """dout summed over queries [B, D], fp32, and over samples [M, D]; None where not wanted."""
+    """Sum dout over queries, [B, D] fp32, and over samples, [M, D]; None where not wanted."""
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     B, M, D = dout.shape
     heuristic = {"BLOCK_M": 16, "BLOCK_D": 128, "num_warps": 4}
     config = tuning.pick("condition_queries", f"sums-d{tuning.bucket(D)}", dout.device, heuristic)
     blocks = triton.cdiv(M, config["BLOCK_M"])
-    parts = torch.empty(blocks, B, D, device=dout.device) if wants_shift else None
+    partial = torch.empty(blocks, B, D, device=dout.device) if wants_shift else None
     dqueries = torch.empty(M, D, dtype=dout.dtype, device=dout.device) if wants_queries else None
     if M and D and (wants_shift or wants_queries):
         _condition_queries_bwd_sums_kernel[(blocks, triton.cdiv(D, config["BLOCK_D"]))](
-            dout,
-            parts,
-            dqueries,
+            dout_ptr=dout,
+            partial_ptr=partial,
+            dqueries_ptr=dqueries,
             B=B,
             M=M,
             D=D,
@@ -96,7 +99,7 @@ def _sums(dout, wants_shift, wants_queries):
             HAS_QUERIES=wants_queries,
             **config,
         )
-    return None if parts is None else parts.sum(0), dqueries
+    return None if partial is None else partial.sum(0), dqueries
 
 
 def _dhidden(drows, row_idx, hidden):
@@ -107,13 +110,19 @@ def _dhidden(drows, row_idx, hidden):
     heuristic = {"BLOCK_T": 4, "BLOCK_C": 512, "num_warps": 4}
     config = tuning.pick("condition_queries", f"dhidden-c{tuning.bucket(C)}", hidden.device, heuristic)
     _condition_queries_bwd_dhidden_kernel[(triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"]))](
-        drows, row_idx.contiguous(), dhidden, B=drows.shape[0], T=T, C=C, **config
+        drows_ptr=drows,
+        row_idx_ptr=row_idx.contiguous(),
+        dhidden_ptr=dhidden,
+        B=drows.shape[0],
+        T=T,
+        C=C,
+        **config,
     )
     return dhidden
 
 
 def condition_queries_bwd(dout, hidden, row_idx, weight, output_mask):
-    """Gradients of hidden, weight, bias, queries; those not in ``output_mask`` are empty."""
+    """Return the gradients of hidden, weight, bias, queries; those not in ``output_mask`` are empty."""
     dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     dshift, dqueries = _sums(dout, any(output_mask[:3]), output_mask[3])
     if output_mask[2]:

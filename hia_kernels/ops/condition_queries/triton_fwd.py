@@ -1,4 +1,4 @@
-"""Triton forward of ``condition_queries``: the weight is streamed once for all samples, the sum written as it ends."""
+"""Triton forward of ``condition_queries``: one kernel that reads the weight once for all samples."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def _condition_queries_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """out[b] = queries + weight hidden[row_idx[b]] + bias; grid = (cdiv(B, BLOCK_B), cdiv(D, BLOCK_D))."""
+    """Compute out[b] = queries + weight hidden[row_idx[b]] + bias; grid = (cdiv(B, BLOCK_B), cdiv(D, BLOCK_D))."""
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # int64: sizes may exceed 2**31
-    first_b = tl.program_id(0) * BLOCK_B  # samples along the axis that may be longer than 65535
+    first_b = tl.program_id(0) * BLOCK_B  # samples on the first axis, the only one that may exceed 65535
     offs_b = first_b + tl.arange(0, BLOCK_B)
     offs_c = tl.arange(0, BLOCK_C)
     mask_b, mask_d = offs_b < B, offs_d < D
@@ -52,12 +52,12 @@ def _condition_queries_fwd_kernel(
 
     offs_m = tl.arange(0, BLOCK_M)
     for b in range(tl.minimum(BLOCK_B, B - first_b)):
-        own = tl.sum(tl.where((offs_b == first_b + b)[:, None], shift, 0.0), axis=0)  # [BLOCK_D]
+        shift_b = tl.sum(tl.where((offs_b == first_b + b)[:, None], shift, 0.0), axis=0)  # [BLOCK_D]
         for start in range(0, M, BLOCK_M):
             rows_m = start + offs_m.to(tl.int64)  # [BLOCK_M]
             mask = (rows_m < M)[:, None] & mask_d[None, :]
             queries_ptrs = queries_ptr + rows_m[:, None] * stride_queries_m + offs_d[None, :]
-            out = tl.load(queries_ptrs, mask=mask, other=0.0).to(tl.float32) + own[None, :]  # [BLOCK_M, BLOCK_D]
+            out = tl.load(queries_ptrs, mask=mask, other=0.0).to(tl.float32) + shift_b[None, :]  # [BLOCK_M, BLOCK_D]
             out_ptrs = out_ptr + ((first_b + b).to(tl.int64) * M + rows_m)[:, None] * D + offs_d[None, :]
             tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -75,7 +75,7 @@ def _config(hidden, samples, channels, dim):
 
 
 def condition_queries_fwd(hidden, row_idx, weight, bias, queries):
-    """[T, C], [B] -> [B, M, D]."""
+    """Return out, [B, M, D], of hidden [T, C] and row_idx [B]."""
     hidden, weight, queries = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight, queries))
     B, C, (M, D) = row_idx.shape[0], hidden.shape[1], queries.shape
     out = torch.empty(B, M, D, dtype=queries.dtype, device=queries.device)
@@ -83,12 +83,12 @@ def condition_queries_fwd(hidden, row_idx, weight, bias, queries):
         return out
     config = _config(hidden, B, C, D)
     _condition_queries_fwd_kernel[(triton.cdiv(B, config["BLOCK_B"]), triton.cdiv(D, config["BLOCK_D"]))](
-        hidden,
-        row_idx.contiguous(),
-        weight,
-        None if bias is None else bias.contiguous(),
-        queries,
-        out,
+        hidden_ptr=hidden,
+        row_idx_ptr=row_idx.contiguous(),
+        weight_ptr=weight,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        queries_ptr=queries,
+        out_ptr=out,
         B=B,
         M=M,
         C=C,

@@ -1,4 +1,4 @@
-"""Triton backward of ``inject_rows``: gathers the rows' gradients and sums them; the products are cuBLAS's."""
+"""Triton backward of ``inject_rows``: the rows' gradients are gathered and summed; cuBLAS multiplies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from ...core import tuning
 
 
-@triton.jit(do_not_specialize=["R", "rows_each"])
+@triton.jit(do_not_specialize=["R", "rows_per_split"])
 def _inject_rows_bwd_gather_kernel(
     dout_ptr,  # [T, C]
     row_idx_ptr,  # [R] int64
@@ -17,21 +17,21 @@ def _inject_rows_bwd_gather_kernel(
     sums_ptr,  # [splits, C] fp32, only with HAS_SUMS
     R,
     C,
-    rows_each,
+    rows_per_split,
     stride_dout_t,
     HAS_ROWS: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """drows = dout[row_idx] and its sums over rows_each rows; grid = (cdiv(C, BLOCK_C), splits)."""
+    """Store drows = dout[row_idx] and its sums over rows_per_split rows; grid = (cdiv(C, BLOCK_C), splits)."""
     split = tl.program_id(1).to(tl.int64)  # int64: T * C may exceed 2**31
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    end = tl.minimum((split + 1) * rows_each, R)
-    for start in range(0, rows_each, BLOCK_R):
-        offs_r = split * rows_each + start + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    end = tl.minimum((split + 1) * rows_per_split, R)
+    for start in range(0, rows_per_split, BLOCK_R):
+        offs_r = split * rows_per_split + start + tl.arange(0, BLOCK_R)  # [BLOCK_R]
         mask_r = offs_r < end
         mask = mask_r[:, None] & mask_c[None, :]
         rows = tl.load(row_idx_ptr + offs_r, mask=mask_r, other=0)  # [BLOCK_R]
@@ -46,10 +46,10 @@ def _inject_rows_bwd_gather_kernel(
 
 
 def _gather(dout, row_idx, dtype, wants_rows, wants_sums):
-    """dout[row_idx] in ``dtype``, and its sum over the rows in fp32; None where not wanted."""
+    """Return dout[row_idx] in ``dtype`` and its sum over the rows in fp32; None where not wanted."""
     dout = dout if dout.stride(1) == 1 else dout.contiguous()
     R, C = row_idx.shape[0], dout.shape[1]
-    # without rows the kernel still learns their dtype from the pointer
+    # without rows the kernel still takes their dtype from the pointer
     drows = torch.empty(R if wants_rows else 0, C, dtype=dtype, device=dout.device)
     config = tuning.pick(
         "inject_rows", f"gather-c{tuning.bucket(C)}", dout.device, {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
@@ -58,13 +58,13 @@ def _gather(dout, row_idx, dtype, wants_rows, wants_sums):
     sums = torch.empty(splits, C, device=dout.device) if wants_sums else None
     if C and (wants_rows or wants_sums):
         _inject_rows_bwd_gather_kernel[(triton.cdiv(C, config["BLOCK_C"]), splits)](
-            dout,
-            row_idx.contiguous(),
-            drows,
-            sums,
+            dout_ptr=dout,
+            row_idx_ptr=row_idx.contiguous(),
+            drows_ptr=drows,
+            sums_ptr=sums,
             R=R,
             C=C,
-            rows_each=triton.cdiv(R, splits),
+            rows_per_split=triton.cdiv(R, splits),
             stride_dout_t=dout.stride(0),
             HAS_ROWS=wants_rows,
             HAS_SUMS=wants_sums,
@@ -74,7 +74,7 @@ def _gather(dout, row_idx, dtype, wants_rows, wants_sums):
 
 
 def inject_rows_bwd(dout, update, weight, row_idx, output_mask):
-    """Gradients of update, weight, bias; those not in ``output_mask`` are empty."""
+    """Return the gradients of update, weight, bias; those not in ``output_mask`` are empty."""
     dupdate, dweight, dbias = (update.new_empty(0) for _ in range(3))
     drows, sums = _gather(dout, row_idx, update.dtype, any(output_mask[:2]), output_mask[2])
     if output_mask[0]:

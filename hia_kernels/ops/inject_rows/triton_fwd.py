@@ -1,4 +1,4 @@
-"""Triton forward of ``inject_rows``: a product that adds into rows, or cuBLAS's product and a kernel that adds it."""
+"""Triton forward of ``inject_rows``: a GEMM whose epilogue adds into rows, or cuBLAS's GEMM and a kernel that adds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _inject_rows_fused_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_R: tl.constexpr,
 ):
-    """hidden[row_idx] += update weight^T + bias; grid = (cdiv(R, BLOCK_R) * cdiv(C, BLOCK_C),)."""
-    # GROUP_R tiles of rows share the weight's tile in L2 before the next column begins
+    """Add update weight^T + bias to hidden[row_idx]; grid = (cdiv(R, BLOCK_R) * cdiv(C, BLOCK_C),)."""
+    # grouped order: GROUP_R tiles of rows read a tile of the weight from L2 before the next column of tiles begins
     tiles_r, tiles_c = tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     first = pid // (GROUP_R * tiles_c) * GROUP_R
@@ -73,7 +73,7 @@ def _inject_rows_add_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """hidden[row_idx] += projected; grid = (cdiv(R, BLOCK_R), cdiv(C, BLOCK_C))."""
+    """Add projected to hidden[row_idx]; grid = (cdiv(R, BLOCK_R), cdiv(C, BLOCK_C))."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: T * C may exceed 2**31
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_r = offs_r < R
@@ -88,7 +88,7 @@ def _inject_rows_add_kernel(
 def _fused_config(update, rows, channels):
     if update.dtype == torch.float32:
         heuristic = {"BLOCK_R": 32, "BLOCK_C": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
-    else:  # narrower tiles where the wider would leave processors without one
+    else:  # smaller tiles where larger ones would leave multiprocessors idle
         wide = triton.cdiv(rows, 128) * triton.cdiv(channels, 128) >= 128
         block_r, block_c = (128, 128) if wide else (64, 64)
         heuristic = {
@@ -113,11 +113,11 @@ def _add_product(hidden, update, weight, bias, row_idx):
     config = _fused_config(update, R, C)
     grid = (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(C, config["BLOCK_C"]),)
     _inject_rows_fused_kernel[grid](
-        update,
-        weight,
-        None if bias is None else bias.contiguous(),
-        row_idx,
-        hidden,
+        update_ptr=update,
+        weight_ptr=weight,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        row_idx_ptr=row_idx,
+        hidden_ptr=hidden,
         R=R,
         C=C,
         D=D,
@@ -134,7 +134,13 @@ def _add_rows(hidden, projected, row_idx):
     heuristic = {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
     config = tuning.pick("inject_rows", f"add-c{tuning.bucket(C)}", hidden.device, heuristic)
     _inject_rows_add_kernel[(triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(C, config["BLOCK_C"]))](
-        projected, row_idx, hidden, R=R, C=C, stride_hidden_t=hidden.stride(0), **config
+        projected_ptr=projected,
+        row_idx_ptr=row_idx,
+        hidden_ptr=hidden,
+        R=R,
+        C=C,
+        stride_hidden_t=hidden.stride(0),
+        **config,
     )
 
 
@@ -156,20 +162,20 @@ def _out_of_place(add, hidden, update, weight, bias, row_idx):
 
 
 def inject_rows_inplace(hidden, update, weight, bias, row_idx):
-    """Writes the rows of ``hidden``, in one kernel."""
+    """Write the rows of ``hidden``, in one kernel."""
     _inplace(_add_product, hidden, update, weight, bias, row_idx)
 
 
 def inject_rows_fwd(hidden, update, weight, bias, row_idx):
-    """[T, C], [R, D] -> [T, C]; behind the copy, one kernel."""
+    """Return a copy of hidden [T, C] with its rows written by one kernel."""
     return _out_of_place(_add_product, hidden, update, weight, bias, row_idx)
 
 
 def inject_rows_cublas_inplace(hidden, update, weight, bias, row_idx):
-    """Writes the rows of ``hidden``: cuBLAS's product, then a kernel that adds it."""
+    """Write the rows of ``hidden``: cuBLAS's GEMM, then a kernel that adds."""
     _inplace(_cublas_then_add, hidden, update, weight, bias, row_idx)
 
 
 def inject_rows_cublas_fwd(hidden, update, weight, bias, row_idx):
-    """[T, C], [R, D] -> [T, C]; behind the copy, cuBLAS's product and a kernel that adds it."""
+    """Return a copy of hidden [T, C] with its rows written: cuBLAS's GEMM, then a kernel that adds."""
     return _out_of_place(_cublas_then_add, hidden, update, weight, bias, row_idx)

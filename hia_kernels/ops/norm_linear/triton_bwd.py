@@ -1,4 +1,4 @@
-"""Triton backward of ``norm_linear``: the norm's gradients; the products are cuBLAS's."""
+"""Triton backward of ``norm_linear``: the gradients of LayerNorm (Ba, Kiros and Hinton 2016); cuBLAS multiplies."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import triton.language as tl
 from ...core import tuning
 from .triton_fwd import normed_rows
 
-IDX_CHUNK = 512  # entries of row_idx that a program compares at once
+IDX_CHUNK = 512  # entries of row_idx compared at a time
 
 
 @triton.jit
 def _summed_dy(dy_ptr, row_idx_ptr, row, R, C, offs_c, mask_c, BLOCK_I: tl.constexpr):
-    """Sum of the rows of dy whose index is ``row``, in their order, and how many there are."""
+    """Sum the rows of dy whose index is ``row``, in their order, and count them."""
     dy = tl.zeros(offs_c.shape, tl.float32)  # [BLOCK_C]
     count = tl.zeros((), tl.int32)
     offs_i = tl.arange(0, BLOCK_I)
@@ -46,14 +46,17 @@ def _norm_linear_bwd_dx_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """One row of x a program: a row named twice has one norm, so its dy are added first; grid = (T,)."""
+    """Compute one row of dx a program; grid = (T,).
+
+    A row that is indexed twice has one norm, so its dy are summed first.
+    """
     row = tl.program_id(0).to(tl.int64)  # int64: T * C may exceed 2**31
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    is_read = True
+    is_indexed = True
     if HAS_IDX:
         dy, count = _summed_dy(dy_ptr, row_idx_ptr, row, R, C, offs_c, mask_c, BLOCK_I)  # [BLOCK_C]
-        is_read = count > 0
+        is_indexed = count > 0
     else:
         dy = tl.load(dy_ptr + row * C + offs_c, mask=mask_c, other=0.0).to(tl.float32)  # [BLOCK_C]
     x = tl.load(x_ptr + row * stride_x_t + offs_c, mask=mask_c, other=0.0).to(tl.float32)  # [BLOCK_C]
@@ -65,11 +68,11 @@ def _norm_linear_bwd_dx_kernel(
     along_ones = tl.sum(dnormed, axis=0) / C
     along_normed = tl.sum(dnormed * normed, axis=0) / C
     dx = rstd * (dnormed - along_ones - normed * along_normed)
-    dx = tl.where(is_read, dx, 0.0)  # x may hold NaN where nobody looked
+    dx = tl.where(is_indexed, dx, 0.0)  # a row that is not indexed may hold NaN
     tl.store(dx_ptr + row * C + offs_c, dx.to(dx_ptr.dtype.element_ty), mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["R", "rows_each"])
+@triton.jit(do_not_specialize=["R", "rows_per_split"])
 def _norm_linear_bwd_dnorm_kernel(
     dy_ptr,  # [R, C]
     x_ptr,  # [T, C]
@@ -79,22 +82,22 @@ def _norm_linear_bwd_dnorm_kernel(
     sums_ptr,  # [2, splits, C] fp32: of dy * normed, of dy
     R,
     C,
-    rows_each,
+    rows_per_split,
     stride_x_t,
     stride_sums_part,
     HAS_IDX: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums over rows_each rows; grid = (cdiv(C, BLOCK_C), splits)."""
+    """Sum dy * normed and dy over rows_per_split rows; grid = (cdiv(C, BLOCK_C), splits)."""
     split = tl.program_id(1).to(tl.int64)  # int64: R * C may exceed 2**31
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     dgain = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     dshift = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    end = tl.minimum((split + 1) * rows_each, R)
-    for start in range(0, rows_each, BLOCK_R):
-        offs_r = split * rows_each + start + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    end = tl.minimum((split + 1) * rows_per_split, R)
+    for start in range(0, rows_per_split, BLOCK_R):
+        offs_r = split * rows_per_split + start + tl.arange(0, BLOCK_R)  # [BLOCK_R]
         mask_r = offs_r < end
         mask = mask_r[:, None] & mask_c[None, :]
         rows = offs_r
@@ -120,11 +123,11 @@ def _dx(dy, x, norm_weight, row_idx, eps):
     heuristic = {"num_warps": min(16, max(4, block_c // 512))}
     config = tuning.pick("norm_linear", f"dx-c{block_c}", x.device, heuristic)
     _norm_linear_bwd_dx_kernel[(T,)](
-        dy,
-        x,
-        norm_weight.contiguous(),
-        row_idx,
-        dx,
+        dy_ptr=dy,
+        x_ptr=x,
+        norm_weight_ptr=norm_weight.contiguous(),
+        row_idx_ptr=row_idx,
+        dx_ptr=dx,
         R=dy.shape[0],
         C=C,
         eps=eps,
@@ -138,24 +141,24 @@ def _dx(dy, x, norm_weight, row_idx, eps):
 
 
 def _dnorm(dy, x, row_idx, mean, rstd):
-    """Gradients of the norm's weight and bias, fp32."""
+    """Return the gradients of the norm's weight and bias, fp32."""
     R, C = dy.shape
     config = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
     config = tuning.pick("norm_linear", f"dnorm-c{tuning.bucket(C)}", x.device, config)
     splits = max(1, min(64, triton.cdiv(R, 4 * config["BLOCK_R"])))
-    rows_each = triton.cdiv(R, splits)
+    rows_per_split = triton.cdiv(R, splits)
     sums = torch.empty(2, splits, C, device=x.device)
     if C:
         _norm_linear_bwd_dnorm_kernel[(triton.cdiv(C, config["BLOCK_C"]), splits)](
-            dy,
-            x,
-            row_idx,
-            mean,
-            rstd,
-            sums,
+            dy_ptr=dy,
+            x_ptr=x,
+            row_idx_ptr=row_idx,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            sums_ptr=sums,
             R=R,
             C=C,
-            rows_each=rows_each,
+            rows_per_split=rows_per_split,
             stride_x_t=x.stride(0),
             stride_sums_part=sums.stride(0),
             HAS_IDX=row_idx is not None,
@@ -165,7 +168,7 @@ def _dnorm(dy, x, row_idx, mean, rstd):
 
 
 def norm_linear_bwd(dout, x, norm_weight, norm_bias, weight, row_idx, eps, output_mask):
-    """Gradients of x, norm_weight, norm_bias, weight, bias; those not in ``output_mask`` are empty."""
+    """Return the gradients of x, norm_weight, norm_bias, weight, bias; those not in ``output_mask`` are empty."""
     dx, dnorm_weight, dnorm_bias, dweight, dbias = (x.new_empty(0) for _ in range(5))
     x = x if x.stride(1) == 1 else x.contiguous()
     row_idx = None if row_idx is None else row_idx.contiguous()

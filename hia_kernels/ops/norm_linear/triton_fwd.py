@@ -1,4 +1,4 @@
-"""Triton forward of ``norm_linear``: one kernel for it all, and the norm alone before cuBLAS's product."""
+"""Triton forward of ``norm_linear``: LayerNorm and product in one kernel, or LayerNorm before cuBLAS's product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from ...core import tuning
 from ...core.triton_math import dot
 
-BLOCK_M = 64  # rows of a fused tile: the least that wgmma and tcgen05 take
+BLOCK_M = 64  # rows of a fused tile: the fewest that wgmma and tcgen05 take
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -32,7 +32,7 @@ def _norm_linear_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = LayerNorm(x[row_idx]) of whole rows, and its statistics; grid = (cdiv(R, BLOCK_R),)."""
+    """Normalise whole rows of x[row_idx], mean first and then squares about it; grid = (cdiv(R, BLOCK_R),)."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: T * C may exceed 2**31
     offs_c = tl.arange(0, BLOCK_C)
     mask_r, mask_c = offs_r < R, offs_c < C
@@ -57,7 +57,10 @@ def _norm_linear_rows_kernel(
 
 @triton.jit
 def _moments(x_ptrs, mask_r, C, eps, BLOCK_C: tl.constexpr):
-    """Mean and 1 / deviation of rows in chunks, each chunk about its own mean (Chan, Golub, LeVeque 1979)."""
+    """Return mean and 1 / deviation of rows, read in chunks.
+
+    Each chunk is summed about its own mean and merged by the update of Chan, Golub and LeVeque (1979).
+    """
     offs_c = tl.arange(0, BLOCK_C)
     mean = tl.zeros(mask_r.shape, tl.float32)  # [BLOCK_R]
     squares = tl.zeros(mask_r.shape, tl.float32)  # [BLOCK_R]
@@ -67,10 +70,10 @@ def _moments(x_ptrs, mask_r, C, eps, BLOCK_C: tl.constexpr):
         fresh = tl.minimum(BLOCK_C, C - start).to(tl.float32)
         chunk_mean = tl.sum(x, axis=1) / fresh  # [BLOCK_R]
         centred = tl.where(mask, x - chunk_mean[:, None], 0.0)  # [BLOCK_R, BLOCK_C]
-        away = chunk_mean - mean
+        delta = chunk_mean - mean
         share = fresh / (start + fresh)
-        squares += tl.sum(centred * centred, axis=1) + away * away * (start * share)
-        mean += away * share
+        squares += tl.sum(centred * centred, axis=1) + delta * delta * (start * share)
+        mean += delta * share
     return mean, 1 / tl.sqrt_rn(squares / C + eps)
 
 
@@ -95,9 +98,9 @@ def _norm_linear_fused_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = LayerNorm(x[row_idx]) weight^T + bias in one; grid = (cdiv(R, BLOCK_R) * cdiv(D, BLOCK_D),)."""
-    tiles_d = tl.cdiv(D, BLOCK_D)  # they run fastest, so that neighbours share rows of x in L2
-    pid = tl.program_id(0)  # one axis: the others end at 65,535, and R knows no such end
+    """Compute out = LayerNorm(x[row_idx]) weight^T + bias; grid = (cdiv(R, BLOCK_R) * cdiv(D, BLOCK_D),)."""
+    tiles_d = tl.cdiv(D, BLOCK_D)  # innermost, so that neighbouring programs share rows of x in L2
+    pid = tl.program_id(0)  # one axis: the others end at 65,535, which R may exceed
     offs_r = (pid // tiles_d).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: T * C may exceed 2**31
     offs_d = (pid % tiles_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_c = tl.arange(0, BLOCK_C)
@@ -130,7 +133,7 @@ def _inner_contiguous(x):
 
 
 def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_statistics=False):
-    """y [R, C] in the dtype of ``x``, mean and 1 / deviation [R] in fp32; None where not wanted."""
+    """Return y [R, C] in the dtype of ``x``, mean and 1 / deviation [R] in fp32; None where not wanted."""
     x = _inner_contiguous(x)
     R, C = x.shape[0] if row_idx is None else row_idx.shape[0], x.shape[1]
     y = torch.empty(R, C, dtype=x.dtype, device=x.device) if wants_y else None
@@ -141,13 +144,13 @@ def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_
     heuristic = {"BLOCK_R": max(1, min(16, 2048 // block_c)), "num_warps": min(16, max(4, block_c // 1024))}
     config = tuning.pick("norm_linear", f"rows-c{block_c}", x.device, heuristic)
     _norm_linear_rows_kernel[(triton.cdiv(R, config["BLOCK_R"]),)](
-        x,
-        norm_weight.contiguous(),
-        norm_bias.contiguous(),
-        None if row_idx is None else row_idx.contiguous(),
-        y,
-        mean,
-        rstd,
+        x_ptr=x,
+        norm_weight_ptr=norm_weight.contiguous(),
+        norm_bias_ptr=norm_bias.contiguous(),
+        row_idx_ptr=None if row_idx is None else row_idx.contiguous(),
+        y_ptr=y,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
         R=R,
         C=C,
         eps=eps,
@@ -164,7 +167,7 @@ def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_
 def _fused_config(x, rows, dim):
     if x.dtype == torch.float32:
         heuristic = {"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
-    else:  # narrower tiles where the wider would leave processors without one
+    else:  # narrower tiles where wider ones would leave multiprocessors idle
         block_d = 128 if triton.cdiv(rows, BLOCK_M) * triton.cdiv(dim, 128) >= 128 else 64
         heuristic = {"BLOCK_R": BLOCK_M, "BLOCK_D": block_d, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
     key = f"fused-r{tuning.bucket(rows)}-d{tuning.bucket(dim)}-{str(x.dtype).removeprefix('torch.')}"
@@ -172,7 +175,7 @@ def _fused_config(x, rows, dim):
 
 
 def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
-    """[T, C] -> [R, D] in one kernel."""
+    """Return out, [R, D], of x [T, C]: one kernel."""
     x, weight = _inner_contiguous(x), _inner_contiguous(weight)
     R, D = x.shape[0] if row_idx is None else row_idx.shape[0], weight.shape[0]
     out = torch.empty(R, D, dtype=x.dtype, device=x.device)
@@ -182,13 +185,13 @@ def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
         return out.zero_() if bias is None else out.copy_(bias)
     config = _fused_config(x, R, D)
     _norm_linear_fused_kernel[(triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(D, config["BLOCK_D"]),)](
-        x,
-        norm_weight.contiguous(),
-        norm_bias.contiguous(),
-        weight,
-        None if bias is None else bias.contiguous(),
-        None if row_idx is None else row_idx.contiguous(),
-        out,
+        x_ptr=x,
+        norm_weight_ptr=norm_weight.contiguous(),
+        norm_bias_ptr=norm_bias.contiguous(),
+        weight_ptr=weight,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        row_idx_ptr=None if row_idx is None else row_idx.contiguous(),
+        out_ptr=out,
         R=R,
         C=x.shape[1],
         D=D,
@@ -203,6 +206,6 @@ def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
 
 
 def norm_linear_cublas_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
-    """[T, C] -> [R, D]: the norm's kernel, then cuBLAS's product."""
+    """Return out, [R, D], of x [T, C]: the norm's kernel, then cuBLAS's product."""
     y, _, _ = normed_rows(x, norm_weight, norm_bias, row_idx, eps)
     return F.linear(y, weight, bias)

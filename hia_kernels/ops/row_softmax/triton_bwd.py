@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...core import tuning
 
-WHOLE_ROW = 16384  # longest row of p and dp held at once: 32 values of each in 512 threads
+WHOLE_ROW = 16384  # longest row of p and dp kept in registers: 32 values of each in 512 threads
 TILE = 2048  # elements of each that a block of short rows holds
 
 
@@ -28,7 +28,7 @@ def _row_softmax_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """ds = scale * p * (dp - sum(p * dp) + dlse), rows of at most BLOCK_N; grid = (cdiv(R, BLOCK_R),)."""
+    """Compute ds = scale * p * (dp - sum(p * dp) + dlse), rows of at most BLOCK_N; grid = (cdiv(R, BLOCK_R),)."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: R * N may exceed 2**31
     offs_n = tl.arange(0, BLOCK_N)
     mask_r = offs_r < R
@@ -57,14 +57,14 @@ def _row_softmax_long_bwd_kernel(
     HAS_DLSE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One row a program, in chunks: once for the sum, once more to write; grid = (R,)."""
+    """Compute one row a program in two passes over its chunks, to sum and to write; grid = (R,)."""
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     dp_ptr += row * stride_dp_r
     p_ptr += row * stride_p_r
     ds_ptr += row * stride_ds_r
 
-    sums = tl.zeros((BLOCK_N,), tl.float32)  # [BLOCK_N], one a lane: the threads meet once, at the end
+    sums = tl.zeros((BLOCK_N,), tl.float32)  # [BLOCK_N], one per lane: reduced over threads once, at the end
     for start in range(0, N, BLOCK_N):
         mask = start + offs_n < N
         dp = tl.load(dp_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
@@ -82,14 +82,17 @@ def _row_softmax_long_bwd_kernel(
 
 
 def row_softmax_bwd(dp, p, scale, dlse=None):
-    """ds in the dtype of ``p``."""
+    """Return ds in the dtype of ``p``."""
     dp, p = (x if x.stride(1) == 1 else x.contiguous() for x in (dp, p))
     R, N = p.shape
     ds = torch.empty(p.shape, dtype=p.dtype, device=p.device)
     if R == 0 or N == 0:
         return ds
-    pointers = (dp, p, None if dlse is None else dlse.float().contiguous(), ds)
-    sizes = {
+    options = {
+        "dp_ptr": dp,
+        "p_ptr": p,
+        "dlse_ptr": None if dlse is None else dlse.float().contiguous(),
+        "ds_ptr": ds,
         "N": N,
         "scale": scale,
         "stride_dp_r": dp.stride(0),
@@ -100,10 +103,10 @@ def row_softmax_bwd(dp, p, scale, dlse=None):
     key = f"bwd-n{tuning.bucket(N)}"
     if N > WHOLE_ROW:
         config = tuning.pick("row_softmax", key, p.device, {"BLOCK_N": 4096, "num_warps": 8})
-        _row_softmax_long_bwd_kernel[(R,)](*pointers, **sizes, **config)
+        _row_softmax_long_bwd_kernel[(R,)](**options, **config)
         return ds
     block_n = max(16, tuning.bucket(N))
     heuristic = {"BLOCK_R": max(1, min(16, TILE // block_n)), "num_warps": min(16, max(4, block_n // 512))}
     config = tuning.pick("row_softmax", key, p.device, heuristic)
-    _row_softmax_bwd_kernel[(triton.cdiv(R, config["BLOCK_R"]),)](*pointers, **sizes, R=R, BLOCK_N=block_n, **config)
+    _row_softmax_bwd_kernel[(triton.cdiv(R, config["BLOCK_R"]),)](**options, R=R, BLOCK_N=block_n, **config)
     return ds

@@ -1,4 +1,7 @@
-"""Triton forward of ``row_softmax``: rows whole in registers, or in chunks where they are longer than that."""
+"""Triton forward of ``row_softmax``: whole rows in registers, or longer ones in chunks, by online softmax.
+
+The long kernel's first pass is algorithm 3 of Milakov and Gimelshein (2018), a chunk at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import triton.language as tl
 
 from ...core import tuning
 
-WHOLE_ROW = 16384  # longest row held at once: 32 fp32 values in each of 512 threads
-TILE = 4096  # elements a block of short rows holds: 32 in each of 128 threads
+WHOLE_ROW = 16384  # longest row kept in registers: 32 fp32 values in each of 512 threads
+TILE = 4096  # elements of a block of short rows: 32 in each of 128 threads
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -25,7 +28,7 @@ def _row_softmax_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Rows of at most BLOCK_N; grid = (cdiv(R, BLOCK_R),)."""
+    """Compute p and lse of rows of at most BLOCK_N; grid = (cdiv(R, BLOCK_R),)."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # int64: R * N may exceed 2**31
     offs_n = tl.arange(0, BLOCK_N)
     mask_r = offs_r < R
@@ -33,13 +36,13 @@ def _row_softmax_fwd_kernel(
 
     x = tl.load(scores_ptr + offs_r[:, None] * stride_scores_r + offs_n[None, :], mask=mask, other=0.0)
     x = tl.where(mask, x.to(tl.float32) * scale, float("-inf"))  # [BLOCK_R, BLOCK_N]
-    top = tl.max(x, axis=1)  # [BLOCK_R]
-    top = tl.where(top == float("-inf"), 0.0, top)  # a row of -inf: its sum is 0, not NaN
-    weights = tl.exp(x - top[:, None])  # [BLOCK_R, BLOCK_N]
-    total = tl.sum(weights, axis=1)  # [BLOCK_R]
-    p = weights / total[:, None]
+    m_i = tl.max(x, axis=1)  # [BLOCK_R]
+    m_i = tl.where(m_i == float("-inf"), 0.0, m_i)  # a row of -inf: its sum is 0, not NaN
+    weights = tl.exp(x - m_i[:, None])  # [BLOCK_R, BLOCK_N]
+    l_i = tl.sum(weights, axis=1)  # [BLOCK_R]
+    p = weights / l_i[:, None]
     tl.store(p_ptr + offs_r[:, None] * stride_p_r + offs_n[None, :], p.to(p_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + offs_r, top + tl.log(total), mask=mask_r)
+    tl.store(lse_ptr + offs_r, m_i + tl.log(l_i), mask=mask_r)
 
 
 @triton.jit
@@ -53,49 +56,57 @@ def _row_softmax_long_fwd_kernel(
     stride_p_r,
     BLOCK_N: tl.constexpr,
 ):
-    """One row a program, in chunks: once for maximum and sum, once more to write; grid = (R,)."""
+    """Compute one row a program in two passes over its chunks, for maximum and sum and to write; grid = (R,)."""
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     scores_ptr += row * stride_scores_r
     p_ptr += row * stride_p_r
 
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
+    m_i = tl.full((), float("-inf"), tl.float32)
+    l_i = tl.zeros((), tl.float32)
     for start in range(0, N, BLOCK_N):
         mask = start + offs_n < N
         x = tl.load(scores_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32) * scale
         x = tl.where(mask, x, float("-inf"))  # [BLOCK_N]
-        new_top = tl.maximum(top, tl.max(x, axis=0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing but -inf so far: sums of 0, not NaN
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift), axis=0)
-        top = new_top
+        m_new = tl.maximum(m_i, tl.max(x, axis=0))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # only -inf so far: sums of 0, not NaN
+        l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(x - shift), axis=0)
+        m_i = m_new
 
-    top = tl.where(top == float("-inf"), 0.0, top)
+    m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
     for start in range(0, N, BLOCK_N):
         mask = start + offs_n < N
         x = tl.load(scores_ptr + start + offs_n, mask=mask, other=0.0).to(tl.float32) * scale  # [BLOCK_N]
-        p = tl.exp(x - top) / total
+        p = tl.exp(x - m_i) / l_i
         tl.store(p_ptr + start + offs_n, p.to(p_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + row, top + tl.log(total))
+    tl.store(lse_ptr + row, m_i + tl.log(l_i))
 
 
 def _launch(scores, p, lse, scale):
-    """Fill p and lse. Rows of ``scores`` and ``p`` are contiguous; the two may be one tensor."""
+    """Fill p and lse; rows of ``scores`` and ``p`` are contiguous, and the two may be one tensor."""
     R, N = scores.shape
     if R == 0 or N == 0:
         lse.fill_(float("-inf"))
         return
     key = f"fwd-n{tuning.bucket(N)}"
-    sizes = {"N": N, "scale": scale, "stride_scores_r": scores.stride(0), "stride_p_r": p.stride(0)}
+    options = {
+        "scores_ptr": scores,
+        "p_ptr": p,
+        "lse_ptr": lse,
+        "N": N,
+        "scale": scale,
+        "stride_scores_r": scores.stride(0),
+        "stride_p_r": p.stride(0),
+    }
     if N > WHOLE_ROW:
         config = tuning.pick("row_softmax", key, scores.device, {"BLOCK_N": 4096, "num_warps": 8})
-        _row_softmax_long_fwd_kernel[(R,)](scores, p, lse, **sizes, **config)
+        _row_softmax_long_fwd_kernel[(R,)](**options, **config)
         return
     block_n = max(16, tuning.bucket(N))
     heuristic = {"BLOCK_R": max(1, min(16, TILE // block_n)), "num_warps": max(4, block_n // 1024)}
     config = tuning.pick("row_softmax", key, scores.device, heuristic)
     grid = (triton.cdiv(R, config["BLOCK_R"]),)
-    _row_softmax_fwd_kernel[grid](scores, p, lse, R=R, **sizes, BLOCK_N=block_n, **config)
+    _row_softmax_fwd_kernel[grid](**options, R=R, BLOCK_N=block_n, **config)
 
 
 def _lse_of(scores):
@@ -103,7 +114,7 @@ def _lse_of(scores):
 
 
 def row_softmax_fwd(scores, scale, out_dtype=None):
-    """p in ``out_dtype``, lse."""
+    """Return p in ``out_dtype``, and lse."""
     rows = scores if scores.stride(1) == 1 else scores.contiguous()
     p = torch.empty(scores.shape, dtype=out_dtype or scores.dtype, device=scores.device)
     lse = _lse_of(scores)
@@ -112,7 +123,7 @@ def row_softmax_fwd(scores, scale, out_dtype=None):
 
 
 def row_softmax_inplace(scores, scale):
-    """Writes p into ``scores``; lse."""
+    """Write p into ``scores`` and return lse."""
     rows = scores if scores.stride(1) == 1 else scores.contiguous()
     lse = _lse_of(scores)
     _launch(rows, rows, lse, scale)
