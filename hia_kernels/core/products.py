@@ -1,25 +1,29 @@
-"""Matrix products of the CPU's rows of the tables: fp32, by the native extension where a product is large, else by
-PyTorch's BLAS.
+"""Matrix products of the CPU's rows of the tables, fp32: the native extension's, or PyTorch's BLAS.
 
-For inside an op: nothing here records gradients. Sizes, strides and the build alone decide what runs, so results repeat
+For inside an op: nothing here records gradients. Rows that are made of products are a pair: ``native`` and ``cpu`` run
+the same functions with other :class:`Products`. Sizes, strides and the build alone decide what runs, so results repeat
 bit for bit. oneDNN's product is as fast as the native one and not in use: its sums over thousands of terms lose more
 digits than MKL's, which the bound on a layer's output has no room for (docs/linear.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
+MIN_ROWS = 32  # fewer read the weight once, and nothing pays for packing it
+MIN_FLOPS = 2**25  # below, packing the operands costs what the better rate saves; docs/linear.md
 
-LEAST_ROWS = 32  # fewer read the weight once, and nothing pays for packing it
-LEAST_FLOPS = 2**25  # below, packing the operands costs what the better rate saves; docs/linear.md
+Size = tuple[int, int, int]  # rows, terms of a sum, columns
 
 
-def unsupported_reasons(*tensors: Tensor) -> list[str]:
-    """Why these tensors, among which all devices and dtypes of a call occur, can't be multiplied here."""
+def unsupported_tensors(*tensors: Tensor) -> list[str]:
+    """Return why these tensors, among which all devices and dtypes of a call occur, can't be multiplied here."""
     found: dict[str, None] = {}
     for tensor in tensors:
         if tensor.device.type != "cpu":
@@ -29,51 +33,91 @@ def unsupported_reasons(*tensors: Tensor) -> list[str]:
     return list(found)
 
 
-def is_native(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear(x, weight)`` is the extension's."""
-    rows, inner = x.shape
-    if rows < LEAST_ROWS or 2 * rows * inner * weight.shape[0] < LEAST_FLOPS:
-        return False
-    return not (unsupported_reasons(x, weight) or native.cpu_unavailable_reasons())
+def is_large(rows: int, inner: int, columns: int) -> bool:
+    """Return whether the extension is faster at a product of that size."""
+    return rows >= MIN_ROWS and 2 * rows * inner * columns >= MIN_FLOPS
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``.
+@dataclass(frozen=True)
+class Products:
+    """Who multiplies.
+
+    Attributes:
+        native: (rows, inner, columns) -> whether a product is the extension's; the others are PyTorch's.
+    """
+
+    native: Callable[[int, int, int], bool]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute ``x weight^T + bias``.
+
+        Args:
+            x:      [R, C]; any strides; what PyTorch multiplies is of any dtype, on any device.
+            weight: [D, C].
+            bias:   [D] or None.
+
+        Returns:
+            [R, D], contiguous.
+        """
+        if x.shape[1] == 0 or not self.native(x.shape[0], x.shape[1], weight.shape[0]):
+            return F.linear(x, weight, bias)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        torch.ops.hia_native.linear(x, weight, None if bias is None else bias.contiguous(), out, False)
+        return out
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compute ``a b`` of [R, K] and [K, D], contiguous."""
+        return self.linear(a, b.mT)
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """Compute ``out = a b``, or ``out += a b``.
+
+        Args:
+            a:   [R, K]; any strides.
+            b:   [K, D]; any strides.
+            out: [R, D], its rows or its columns one after the other.
+            add: to what is there.
+        """
+        if out.stride(1) != 1:  # the same sum, transposed
+            a, b, out = b.mT, a.mT, out.mT
+        if out.stride(1) == 1 and a.shape[1] > 0 and self.native(a.shape[0], a.shape[1], b.shape[1]):
+            torch.ops.hia_native.linear(a, b.mT, None, out, add)
+        elif add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+
+
+BLAS = Products(lambda rows, inner, columns: False)
+LARGE = Products(lambda rows, inner, columns: is_large(rows, inner, columns))  # the rest is PyTorch's
+EVERY = Products(lambda rows, inner, columns: True)  # what a forced ``native`` takes
+
+
+def layer_sizes(rows: int, channels: int, dim: int, output_mask: Sequence[bool] | None = None) -> list[Size]:
+    """Return the products of a linear layer, or of its gradients.
 
     Args:
-        x:      [R, C]; any strides, any dtype, any device: what the extension doesn't do is ``F.linear``'s.
-        weight: [D, C].
-        bias:   [D] or None.
-
-    Returns:
-        [R, D], contiguous.
+        rows: of the input.
+        channels: of the input.
+        dim: channels of the output.
+        output_mask: whether gradients of the input and of the weight, its first two, are wanted; None: the layer.
     """
-    if not is_native(x, weight):
-        return F.linear(x, weight, bias)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    torch.ops.hia_native.linear(x, weight, None if bias is None else bias.contiguous(), out, False)
-    return out
+    if output_mask is None:
+        return [(rows, channels, dim)]
+    sizes = [(rows, dim, channels), (dim, rows, channels)]
+    return [size for size, wanted in zip(sizes, output_mask[:2], strict=True) if wanted]
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of [R, K] and [K, D], contiguous."""
-    return linear(a, b.mT)
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """``out = a b``, or ``out += a b``.
+def slower_reasons(sizes: Callable[..., Iterable[Size]]) -> Callable[..., list[str]]:
+    """Return the ``slower_reasons`` of a ``native`` row, whose ``cpu`` row multiplies what is small.
 
     Args:
-        a:   [R, K]; any strides.
-        b:   [K, D]; any strides.
-        out: [R, D], its rows or its columns one after the other.
-        add: to what is there.
+        sizes: ``(function, **arguments)`` -> the products of a call.
     """
-    if out.stride(1) != 1:  # the same sum, transposed
-        a, b, out = b.mT, a.mT, out.mT
-    if out.stride(1) == 1 and a.shape[1] > 0 and is_native(a, b.mT):
-        torch.ops.hia_native.linear(a, b.mT, None, out, add)
-    elif add:
-        out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
+
+    def reasons(function: str, **arguments: Any) -> list[str]:
+        if any(is_large(*size) for size in sizes(function, **arguments)):
+            return []
+        return [f"no product of this call has {MIN_ROWS} rows and {MIN_FLOPS} FLOPs: PyTorch's are as fast"]
+
+    return reasons

@@ -20,6 +20,7 @@ from bench.providers import peers
 from bench.providers import registry as providers
 from bench.records import environment
 from bench.records.record import Measurement, read_records, write_records
+from hia_kernels.core import native
 from hia_kernels.testing import UNIT_ROUNDOFF, rel_rms
 
 RECORD = Measurement(
@@ -295,7 +296,7 @@ def test_every_provider_but_the_compiled_passes_on_tiny_shapes(tmp_path):
         "encode_train_step",
     }
     passed = {record.provider for record in found if record.status == "ok"}
-    ours = {"hia", "hia-cpu", "textbook", "gemms"}
+    ours = {"hia", "hia-cpu", "textbook", "gemms"} | ({"hia-native"} if not native.cpu_unavailable_reasons() else set())
     assert passed == ours | {"eager", "released", "channels_last", "sdpa_math", "sdpa_flash"}
     reasons = {record.provider: record.reason for record in found if record.status == "unavailable"}
     assert reasons["flash_attn_2"] == "flash_attn runs on CUDA only"

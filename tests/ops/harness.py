@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hia_kernels import last_backend, testing
+from hia_kernels.core import native
 from tests.inputs import Inputs, differentiable
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -154,6 +156,18 @@ def assert_autocast(
         assert got[f"d{name}"].dtype == x.dtype == torch.float32, name
     gradients = {name: x.float() for name, x in expected.items() if name.startswith("d")}
     assert_identical(got, expected | gradients)
+
+
+def product_row() -> str:
+    """The row that serves a large product on this CPU."""
+    return "cpu" if native.cpu_unavailable_reasons() else "native"
+
+
+def skip_unless_here(backend: str) -> None:
+    """Skip a test of the native extension where there is none, or where it is turned off."""
+    reasons = native.cpu_unavailable_reasons() if backend == "native" else []
+    if reasons:
+        pytest.skip("; ".join(reasons))
 
 
 def device_type(inputs: Inputs) -> str:

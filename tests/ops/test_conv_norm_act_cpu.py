@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import hia_kernels
 from hia_kernels import conv_norm_act
+from hia_kernels.core.products import Products
 from hia_kernels.ops.conv_norm_act import cpu, functional
 from hia_kernels.ops.conv_norm_act.functional import (
     conv_norm_act_packed,
@@ -121,8 +122,8 @@ def test_gradients_of_a_narrow_stack(kernel, stride, channels, monkeypatch):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_few_pixels_of_many_channels_are_a_product(stride, activation, monkeypatch):
     """1 x 1 on 4 x 3 pixels: with many channels oneDNN would spend its time on the weight's layout."""
-    called, linear = [], cpu.products.linear
-    monkeypatch.setattr(cpu.products, "linear", lambda *args: called.append(args) or linear(*args))
+    called, linear = [], Products.linear
+    monkeypatch.setattr(Products, "linear", lambda *args: called.append(args) or linear(*args))
     for channels, products in ((95, 0), (96, 1)):
         inputs = make_inputs((4, 3) if stride == 1 else (8, 6), F32, channels=(channels, 48), kernel=1, stride=stride)
         given = {**inputs, "residual": torch.randn(2, 4, 3, 48), "activation": activation}

@@ -19,8 +19,8 @@ from hia_kernels.ops.conv_norm_act.functional import (
     pack_conv,
 )
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
-from hia_kernels.testing import analysed, assert_close, upcast
-from tests.inputs import inputs_of
+from hia_kernels.testing import analysed, assert_close, expect, upcast
+from tests.inputs import differentiable, inputs_of
 from tests.ops.harness import assert_identical, assert_matches, flops_by_op, forward_backward
 
 OP = "conv_norm_act"
@@ -187,6 +187,50 @@ def test_what_takes_which_backend():
     inputs = make_inputs((8, 8), F32, kernel=1, **WIDE)
     with pytest.raises(NotImplementedError, match="gradients are for 3 x 3 with stride 1"):
         forward_backward(OP, conv_norm_act, inputs)
+
+
+PRODUCTS = {  # images, side, channels, stride: who serves forward and backward, with GELU too, which computes it again
+    "few-pixels": (8, 3, (2048, 2048), 1, ("native", "native"), ("native", "native")),
+    "few-pixels-of-a-stride": (8, 6, (2048, 2048), 2, ("native", "cpu"), ("native", "native")),
+    "gradient-alone": (2, 28, (256, 512), 1, ("cpu", "native"), ("cpu", "native")),
+    "no-multiple-of-32": (8, 3, (2047, 2047), 1, ("native", "native"), ("native", "native")),
+    "narrow": (8, 3, (2048, 31), 1, ("cpu", "cpu"), ("cpu", "cpu")),
+}
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "channels", "stride", "served", "with_gelu"), PRODUCTS.values(), ids=PRODUCTS
+)
+def test_large_products_of_1x1(images, side, channels, stride, served, with_gelu, monkeypatch):
+    """What oneDNN's row computes by a product is the extension's where that is large, and this row's then."""
+    extension, called = torch.ops.hia_native.linear, []
+    monkeypatch.setattr(torch.ops.hia_native, "linear", lambda *args: called.append(1) or extension(*args))
+    options = {"kernel": 1, "images": images, "channels": channels, "stride": stride}
+    for activation, expected in (("none", served), ("gelu", with_gelu)):
+        inputs = make_inputs((side, side), F32, activation=activation, **options)
+        leaves = {name: inputs[name].requires_grad_() for name in ("x", "weight")}
+        found = []
+        with hia_kernels.use_backend("auto"):
+            called.clear()
+            out = conv_norm_act(**inputs)
+            found.append(hia_kernels.last_backend(OP))
+            assert bool(called) == (found[0] == "native")
+            called.clear()
+            torch.autograd.grad(out.sum(), tuple(leaves.values()))
+            found.append(hia_kernels.last_backend(OP))
+            assert bool(called) == (found[1] == "native")
+        assert tuple(found) == expected
+        for name in leaves:
+            inputs[name] = inputs[name].detach()
+        with hia_kernels.use_backend("cpu"):
+            called.clear()
+            forward_backward(OP, conv_norm_act, inputs)
+            assert not called
+        if expected == ("native", "native"):
+            got = forward_backward(OP, conv_norm_act, inputs)
+            assert hia_kernels.last_backend(OP) == "native"
+            truth = expect(conv_norm_act_ref, inputs, differentiable(OP), dtype=F32)
+            assert not any(truth.problem(name, got[name]) for name in ("out", "dx"))  # what the products make
 
 
 def test_packed_ops_are_registered():

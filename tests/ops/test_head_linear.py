@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from hia_kernels import head_linear, last_backend, use_backend
-from hia_kernels.core import triton_support
 from hia_kernels.ops.head_linear import batched
 from hia_kernels.ops.head_linear.reference import head_linear_bwd_ref, head_linear_ref
 from hia_kernels.testing import FP64_SLACK, assert_close, bounded, dout_like
@@ -26,11 +25,13 @@ from tests.ops.harness import (
     flops_by_op,
     forward_backward,
     opcheck,
+    product_row,
+    skip_unless_here,
 )
 
 OP = "head_linear"
 make_inputs = inputs_of(OP)
-LARGE = {"channels": 300, "dim": 257, "heads": 2}  # of 300 rows and more: beyond products.LEAST_FLOPS
+LARGE = {"channels": 300, "dim": 257, "heads": 2}  # of 300 rows and more: beyond products.MIN_FLOPS
 CASES = [
     pytest.param(2, 9, {}, id="two-images"),
     pytest.param(1, 9, {"merge_heads": True}, id="merged"),
@@ -55,12 +56,13 @@ def test_matches_reference(images, rows, options, dtype, device):
     assert_matches(OP, head_linear, head_linear_ref, make_inputs(images, rows, dtype, device, **options), dtype)
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "cpu", "reference"])
 def test_backend_used(backend):
+    skip_unless_here(backend)
     inputs = make_inputs(2, 300, torch.float32, **LARGE)
     with use_backend(backend):
         assert_matches(OP, head_linear, head_linear_ref, inputs, torch.float32)
-    assert last_backend(OP) == ("cpu" if backend == "auto" else backend)
+    assert last_backend(OP) == (product_row() if backend == "auto" else backend)
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
@@ -73,11 +75,34 @@ def test_other_dtypes_are_left_to_the_reference(dtype):
         head_linear(**inputs)
 
 
-@pytest.mark.skipif(triton_support.interpreted(), reason="the interpreter's process")
-@pytest.mark.parametrize("name", ["cublas", "triton"])
-def test_cublas_is_not_for_the_cpu(name):
-    with use_backend(name), pytest.raises(NotImplementedError, match=f"{name}: (no|tensors must be on a) CUDA device"):
+@pytest.mark.parametrize("merge_heads", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_which_products_are_large(transposed, merge_heads):
+    """The gradient of a transposed weight is computed transposed: its rows are the input's channels."""
+    skip_unless_here("native")
+    inputs = make_inputs(1, 4000, torch.float32, channels=300, dim=20, heads=2, merge_heads=merge_heads)
+    inputs["x"] = inputs["x"].contiguous()
+    if transposed:
+        inputs["weight"] = inputs["weight"].mT.contiguous().mT
+    out = head_linear(**inputs)
+    assert last_backend(OP) == "native"
+    for mask, expected in (([True, False], "native"), ([False, True], "native" if transposed else "cpu")):
+        torch.ops.hia.head_linear_bwd(torch.randn_like(out), *inputs.values(), mask)
+        assert last_backend(OP) == expected
+
+
+def test_cublas_is_not_for_the_cpu():
+    with (
+        use_backend("cublas"),
+        pytest.raises(NotImplementedError, match="cublas: (no|tensors must be on a) CUDA device"),
+    ):
         head_linear(**make_inputs(2, 9, torch.float32))
+
+
+def test_forcing_triton_leaves_it_to_auto():
+    with use_backend("triton"):
+        head_linear(**make_inputs(2, 9, torch.float32))
+    assert last_backend(OP) == "cpu"
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -26,6 +26,7 @@ from tests.ops.harness import (
     flops,
     forward_backward,
     opcheck,
+    skip_unless_here,
 )
 
 OP = "latent_attention"
@@ -64,10 +65,10 @@ def test_matches_reference_through_the_row_softmax_kernel(lengths, dtype, triton
 def test_fp32_probabilities_overwrite_the_scores(triton_device):
     scores = torch.randn(9, 33, device=triton_device)
     expected, expected_lse = row_softmax(scores.clone(), 0.25)
-    p, lse = blocked._softmax(scores, 0.25, torch.float32)
+    p, lse = blocked._softmax_by_op(scores, 0.25, torch.float32)
     assert p.data_ptr() == scores.data_ptr()
     assert torch.equal(p, expected) and torch.equal(lse, expected_lse)
-    halves, lse = blocked._softmax(torch.randn(9, 33, device=triton_device), 0.25, torch.float16)
+    halves, lse = blocked._softmax_by_op(torch.randn(9, 33, device=triton_device), 0.25, torch.float16)
     assert halves.dtype == torch.float16 and lse.dtype == torch.float32
 
 
@@ -78,6 +79,37 @@ def test_backend_on_the_cpu():
     with use_backend("reference"):
         latent_attention(**make_inputs(3, 16, [4], torch.float32))
     assert last_backend(OP) == "reference"
+
+
+@pytest.mark.skipif(triton_support.interpreted(), reason="the interpreter's process")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_large_products_are_the_extensions(dtype):
+    """All but fp64's: halves are multiplied in fp32."""
+    skip_unless_here("native")
+    inputs = make_inputs(20, 400, [4000, 0, 3], dtype)
+    inputs["q"].requires_grad_()
+    out = latent_attention(**inputs)
+    assert last_backend(OP) == "cpu"  # 20 rows
+    out.sum().backward()
+    assert last_backend(OP) == ("cpu" if dtype == torch.float64 else "native")  # 4000 in the latent's gradient
+    latent_attention(**make_inputs(300, 400, [400], dtype))
+    assert last_backend(OP) == ("cpu" if dtype == torch.float64 else "native")
+
+
+@pytest.mark.parametrize("backend", ["native", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width", "lengths"), [(24, 32, [5, 0, 40]), (300, 400, [400])])
+def test_forced_on_the_cpu(rows, width, lengths, dtype, backend):
+    skip_unless_here(backend)
+    with use_backend(backend):
+        assert_matches(OP, latent_attention, reference, make_inputs(rows, width, lengths, dtype), dtype)
+    assert last_backend(OP) == backend
+
+
+def test_native_takes_no_doubles():
+    skip_unless_here("native")
+    with use_backend("native"), pytest.raises(NotImplementedError, match="native: float64 is left to others"):
+        latent_attention(**make_inputs(3, 16, [4], torch.float64))
 
 
 def test_backward_is_autograd_of_reference(device):

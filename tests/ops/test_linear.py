@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from hia_kernels import last_backend, linear, use_backend
-from hia_kernels.core import products, triton_support
+from hia_kernels.core import products
 from hia_kernels.ops.linear.reference import linear_bwd_ref, linear_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close, dout_like
 from tests.inputs import inputs_of
@@ -25,11 +25,13 @@ from tests.ops.harness import (
     flops_by_op,
     forward_backward,
     opcheck,
+    product_row,
+    skip_unless_here,
 )
 
 OP = "linear"
 make_inputs = inputs_of(OP)
-LARGE = {"channels": 300, "dim": 257}  # of 300 rows and more: beyond products.LEAST_FLOPS, like one-column's below
+LARGE = {"channels": 300, "dim": 257}  # of 300 rows and more: beyond products.MIN_FLOPS, like one-column's below
 CASES = [
     pytest.param(33, {}, id="bias"),
     pytest.param(40, {"bias": False}, id="no-bias"),
@@ -47,16 +49,17 @@ CASES = [
 @pytest.mark.parametrize(("rows", "options"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference(rows, options, dtype, device, monkeypatch):
-    monkeypatch.setattr(products, "LEAST_FLOPS", 2**21)
+    monkeypatch.setattr(products, "MIN_FLOPS", 2**21)
     assert_matches(OP, linear, linear_ref, make_inputs(rows, dtype, device, **options), dtype)
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "cpu", "reference"])
 def test_backend_used(backend):
+    skip_unless_here(backend)
     inputs = make_inputs(300, torch.float32, **LARGE)
     with use_backend(backend):
         assert_matches(OP, linear, linear_ref, inputs, torch.float32)
-    assert last_backend(OP) == ("cpu" if backend == "auto" else backend)
+    assert last_backend(OP) == (product_row() if backend == "auto" else backend)
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
@@ -69,11 +72,18 @@ def test_other_dtypes_are_left_to_the_reference(dtype):
         linear(**inputs)
 
 
-@pytest.mark.skipif(triton_support.interpreted(), reason="the interpreter's process")
-@pytest.mark.parametrize("name", ["cublas", "triton"])
-def test_cublas_is_not_for_the_cpu(name):
-    with use_backend(name), pytest.raises(NotImplementedError, match=f"{name}: (no|tensors must be on a) CUDA device"):
+def test_cublas_is_not_for_the_cpu():
+    with (
+        use_backend("cublas"),
+        pytest.raises(NotImplementedError, match="cublas: (no|tensors must be on a) CUDA device"),
+    ):
         linear(**make_inputs(9, torch.float32))
+
+
+def test_forcing_triton_leaves_it_to_auto():
+    with use_backend("triton"):
+        linear(**make_inputs(9, torch.float32))
+    assert last_backend(OP) == "cpu"
 
 
 def test_backward_is_autograd_of_reference(device):
@@ -192,7 +202,7 @@ def test_any_sizes(rows, channels, dim, bias):
 
 def test_sizes_on_both_sides_of_the_threshold():
     for rows, is_large in ((217, False), (218, True)):
-        assert (2 * rows * 300 * 257 >= products.LEAST_FLOPS) is is_large
+        assert (2 * rows * 300 * 257 >= products.MIN_FLOPS) is is_large
         assert_matches(OP, linear, linear_ref, make_inputs(rows, torch.float32, **LARGE), torch.float32)
 
 

@@ -1,5 +1,7 @@
 """``hia_kernels.core.products``, and the ops' rows that are made of it, at sizes that the native kernel takes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 import hia_kernels
 from hia_kernels import condition_queries, inject_rows, inject_rows_, last_backend, norm_linear, use_backend
 from hia_kernels.core import native, products
+from hia_kernels.core.products import BLAS, EVERY, LARGE, Products
 from hia_kernels.ops.condition_queries.reference import condition_queries_ref
 from hia_kernels.ops.inject_rows.reference import inject_rows_inplace_ref, inject_rows_ref
 from hia_kernels.ops.norm_linear.reference import norm_linear_ref
@@ -43,17 +46,25 @@ ROWS = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every product made, whether it may be the native kernel's by its size; whether it is, where that is built."""
+    """For every product made, whether the extension made it."""
     made: list[bool] = []
-    gains = products.is_native
     if native.cpu_unavailable_reasons():
         pytest.skip("; ".join(native.cpu_unavailable_reasons()))
+    extension = torch.ops.hia_native.linear
 
-    def watched(x: Tensor, weight: Tensor) -> bool:
-        made.append(gains(x, weight))
-        return made[-1]
+    def extension_watched(*args: Any) -> None:
+        made[-1:] = [True] * bool(made)
+        extension(*args)
 
-    monkeypatch.setattr(products, "is_native", watched)
+    monkeypatch.setattr(torch.ops.hia_native, "linear", extension_watched)
+    for name in ("linear", "multiply"):
+        method = getattr(Products, name)
+
+        def watched(self: Products, *args: Any, method: Any = method, **kwargs: Any) -> Any:
+            made.append(False)
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(Products, name, watched)
     return made
 
 
@@ -76,10 +87,10 @@ def test_a_product_of_any_strides(first, second, calls):
     torch.manual_seed(0)
     a, b = strided(torch.randn(270, 300))[first], strided(torch.randn(300, 257))[second]
     exact = bounded(a, F32) @ bounded(b, F32)
-    out = products.product(a, b)
+    out = LARGE.product(a, b)
     assert out.is_contiguous() and calls == [True]
     assert_close("product", out, exact, a @ b, dtype=F32)
-    assert torch.equal(products.product(a, b), out)
+    assert torch.equal(LARGE.product(a, b), out)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +99,12 @@ def test_a_product_of_any_strides(first, second, calls):
 )
 def test_thin_products(rows, inner, columns, calls, monkeypatch):
     """A size of one leaves a stride that means nothing."""
-    monkeypatch.setattr(products, "LEAST_FLOPS", 2**21)
+    monkeypatch.setattr(products, "MIN_FLOPS", 2**21)
     torch.manual_seed(0)
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     exact = bounded(a, F32) @ bounded(b, F32)
     for x, y in ((a, b), (a.T.contiguous().T, b.T.contiguous().T), (torch.cat([a, a], 1)[:, :inner], b)):
-        assert_close("product", products.product(x, y), exact, x @ y, dtype=F32)
+        assert_close("product", LARGE.product(x, y), exact, x @ y, dtype=F32)
     assert calls == [rows > 32] * 3
 
 
@@ -102,9 +113,9 @@ def test_thin_products(rows, inner, columns, calls, monkeypatch):
 )
 def test_small_and_empty_products_are_pytorchs(rows, inner, columns, calls):
     a, b, bias = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(columns)
-    assert torch.equal(products.product(a, b), a @ b)
+    assert torch.equal(LARGE.product(a, b), a @ b)
     expected = torch.nn.functional.linear(a, b.mT, bias)
-    assert torch.equal(products.linear(a, b.mT, bias), expected)
+    assert torch.equal(LARGE.linear(a, b.mT, bias), expected)
     assert calls == [False] * 2
 
 
@@ -113,44 +124,66 @@ def test_a_strided_bias():
     x, weight, bias = torch.randn(300, 300), torch.randn(257, 300), torch.randn(514)[::2]
     exact = torch.nn.functional.linear(*(bounded(t, F32) for t in (x, weight, bias)))
     plain = torch.nn.functional.linear(x, weight, bias)
-    assert_close("linear", products.linear(x, weight, bias), exact, plain, dtype=F32)
+    assert_close("linear", LARGE.linear(x, weight, bias), exact, plain, dtype=F32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes_are_pytorchs(dtype, calls):
+def test_pytorchs_are_of_any_dtype(dtype, calls):
     a, b = torch.randn(300, 300).to(dtype), torch.randn(300, 257).to(dtype)
-    assert torch.equal(products.product(a, b), a @ b) and calls == [False]
+    assert torch.equal(BLAS.product(a, b), a @ b) and calls == [False]
+    out = torch.empty(300, 257, dtype=dtype)
+    BLAS.multiply(a, b, out)
+    assert torch.equal(out, a @ b) and calls == [False] * 2
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 1, 1), (2, 4, 3), (5, 40, 30), (40, 3, 1)])
+def test_every_product_can_be_the_extensions(rows, inner, columns, calls):
+    torch.manual_seed(0)
+    a, b, start = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(rows, columns)
+    exact = bounded(a, F32) @ bounded(b, F32)
+    assert_close("product", EVERY.product(a, b), exact, a @ b, dtype=F32)
+    out = start.clone()
+    EVERY.multiply(a, b, out, add=True)
+    assert_close("out", out, exact + start, torch.addmm(start, a, b), dtype=F32)
+    assert calls == [True] * 2
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(0, 4, 3), (2, 0, 3), (2, 4, 0), (0, 0, 0)])
+def test_every_empty_product(rows, inner, columns, calls):
+    a, b, bias = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(columns)
+    assert torch.equal(EVERY.product(a, b), a @ b)
+    assert torch.equal(EVERY.linear(a, b.mT, bias), torch.nn.functional.linear(a, b.mT, bias))
 
 
 @pytest.mark.parametrize("inner", [1, 255, 256, 257, 767, 768, 769, 1600])
 def test_sums_of_any_length(inner, calls, monkeypatch):
     """Ends of the chains and of the panels; a sum of thousands of terms has no more of an error than PyTorch's."""
     torch.manual_seed(0)
-    monkeypatch.setattr(products, "LEAST_FLOPS", 2**21)
+    monkeypatch.setattr(products, "MIN_FLOPS", 2**21)
     rows, columns = 113, max(65, 2**21 // (2 * 113 * inner) + 1)
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-    assert_close("product", products.product(a, b), bounded(a, F32) @ bounded(b, F32), a @ b, dtype=F32)
+    assert_close("product", LARGE.product(a, b), bounded(a, F32) @ bounded(b, F32), a @ b, dtype=F32)
     assert calls == [True]
 
 
 def test_number_of_threads_changes_no_bit(calls):
     a, b = torch.randn(270, 900), torch.randn(900, 257)
-    out, threads = products.product(a, b), torch.get_num_threads()
+    out, threads = LARGE.product(a, b), torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        assert torch.equal(products.product(a, b), out)
+        assert torch.equal(LARGE.product(a, b), out)
     finally:
         torch.set_num_threads(threads)
     assert calls == [True] * 2
 
 
 def test_without_the_extension(monkeypatch):
-    monkeypatch.setattr(native, "cpu_unavailable_reasons", lambda: ["not built"])
-    a, b = torch.randn(300, 300), torch.randn(300, 257)
-    assert torch.equal(products.product(a, b), a @ b)
+    monkeypatch.setenv("HIA_CPU_ISA", "none")
     for op, (function, _, large, _) in ROWS.items():
         function(**large(F32))
         assert last_backend(op) == "cpu"
+        with use_backend("native"), pytest.raises(NotImplementedError, match="native: HIA_CPU_ISA=none turns the"):
+            function(**large(F32))
 
 
 def test_native_function_checks_its_arguments(calls):
@@ -185,7 +218,7 @@ def test_into_a_part_of_something_larger(inner, transposed, calls):
             out = wide[20:-20, 1:-1].mT
         if add:
             out.copy_(start)
-        products.multiply(a, b, out, add=add)
+        LARGE.multiply(a, b, out, add=add)
         usual = torch.addmm(start, a, b) if add else a @ b
         assert_close("out", out, exact + start if add else exact, usual, dtype=F32)
         assert int(wide.isnan().sum()) == wide.numel() - out.numel()
@@ -198,27 +231,54 @@ def test_a_sum_has_no_bias(calls):
 
 
 def test_reasons():
-    assert products.unsupported_reasons(torch.zeros(1), torch.zeros(1, dtype=torch.float32)) == []
-    reasons = products.unsupported_reasons(torch.zeros(1, device="meta"), torch.zeros(1).half())
+    assert products.unsupported_tensors(torch.zeros(1), torch.zeros(1, dtype=torch.float32)) == []
+    reasons = products.unsupported_tensors(torch.zeros(1, device="meta"), torch.zeros(1).half())
     assert reasons == ["tensors must be on the CPU, got meta", "float16 is left to the reference"]
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "cpu", "reference"])
 @pytest.mark.parametrize("op", ROWS)
 def test_large_calls_match_the_reference(op, backend, calls):
     function, reference, large, _ = ROWS[op]
     with use_backend(backend):
         assert_matches(op, function, reference, large(F32), F32)
-    assert last_backend(op) == ("cpu" if backend == "auto" else backend)
-    assert calls == ([] if backend == "reference" else [True] * 3)
+    assert last_backend(op) == ("native" if backend == "auto" else backend)
+    assert calls == ([] if backend == "reference" else [backend != "cpu"] * 3)
 
 
+@pytest.mark.parametrize("backend", ["auto", "native", "cpu"])
 @pytest.mark.parametrize("op", ROWS)
-def test_small_calls_take_the_same_row(op, calls):
+def test_small_calls_match_the_reference(op, backend, calls):
     function, reference, _, small = ROWS[op]
-    with use_backend("cpu"):
+    with use_backend(backend):
         assert_matches(op, function, reference, small(F32), F32)
-    assert calls == [False] * 3
+    assert last_backend(op) == ("cpu" if backend == "auto" else backend)
+    assert calls == [backend == "native"] * 3
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(4000, 20), (20, 4000)])
+@pytest.mark.parametrize("op", ROWS)
+def test_a_call_with_one_large_product_is_natives(op, rows, dim, calls):
+    """Few rows of the layer, or of its weight's gradient: each product is the extension's by its own size."""
+    function = ROWS[op][0]
+    make = {"norm_linear": norm_linear_inputs, "inject_rows": inject_rows_inputs}.get(op)
+    if make is None:
+        inputs = condition_queries_inputs(rows, rows, F32, channels=300, dim=dim)
+    else:
+        inputs = make(rows, rows, F32, channels=300, dim=dim)
+    served = []
+
+    def watched(**arguments):
+        out = function(**arguments)
+        served.append(last_backend(op))
+        return out
+
+    forward_backward(op, watched, inputs)
+    rows_of_gradient = 300 if op == "inject_rows" else dim  # of its weight's: the channels it writes
+    expected = [rows >= 32, rows >= 32, rows_of_gradient >= 32]
+    assert sorted(calls[1:]) == sorted(expected[1:]) and calls[0] == expected[0]
+    assert served == ["native" if rows >= 32 else "cpu"]
+    assert last_backend(op) == "native"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

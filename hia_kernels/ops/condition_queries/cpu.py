@@ -1,31 +1,53 @@
-"""``condition_queries`` on the CPU, fp32: the products of :mod:`hia_kernels.core.products`."""
+"""``condition_queries`` on the CPU, fp32: the rows ``native`` and ``cpu``, by :mod:`hia_kernels.core.products`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from ...core import products
+from ...core.products import Products, Size, layer_sizes, unsupported_tensors
 
 
 def unsupported_reasons(function: str, hidden: Tensor, **rest: Any) -> list[str]:
     """Return why a call can't be served; its tensors are of one dtype."""
-    return products.unsupported_reasons(hidden)
+    return unsupported_tensors(hidden)
+
+
+def product_sizes(
+    function: str,
+    hidden: Tensor,
+    row_idx: Tensor,
+    weight: Tensor,
+    output_mask: Sequence[bool] | None = None,
+    **rest: Any,
+) -> list[Size]:
+    """Return the products of a call."""
+    return layer_sizes(row_idx.shape[0], hidden.shape[1], weight.shape[0], output_mask)
+
+
+def functions(products: Products) -> dict[str, Callable[..., Any]]:
+    """Return the op's functions with these products."""
+    return {
+        "condition_queries": partial(condition_queries_fwd, products),
+        "condition_queries_bwd": partial(condition_queries_bwd, products),
+    }
 
 
 def condition_queries_fwd(
-    hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: Tensor | None, queries: Tensor
+    products: Products, hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: Tensor | None, queries: Tensor
 ) -> Tensor:
-    """[T, C], [B] -> [B, M, D]."""
+    """Return [B, M, D] of hidden [T, C] and row_idx [B]."""
     shift = products.linear(hidden[row_idx], weight, bias)  # [B, D]
     return (queries + shift[:, None]).contiguous()
 
 
 def condition_queries_bwd(
-    dout: Tensor, hidden: Tensor, row_idx: Tensor, weight: Tensor, output_mask: list[bool]
+    products: Products, dout: Tensor, hidden: Tensor, row_idx: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias, queries; those not in ``output_mask`` are empty."""
+    """Return the gradients of hidden, weight, bias, queries; those not in ``output_mask`` are empty."""
     dshift = dout.sum(1)  # [B, D]
     dhidden, dweight, dbias, dqueries = (hidden.new_empty(0) for _ in range(4))
     if output_mask[0]:

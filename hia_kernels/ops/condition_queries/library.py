@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support, varlen
+from ...core import autocast, native, products, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import condition_queries_bwd_ref, condition_queries_ref
@@ -38,10 +38,14 @@ BACKENDS = register_table(
         triton_support.unavailable_reasons,
     ),
     Backend(
-        "cpu",
-        {"condition_queries": cpu.condition_queries_fwd, "condition_queries_bwd": cpu.condition_queries_bwd},
+        "native",
+        cpu.functions(products.LARGE),
         cpu.unsupported_reasons,
+        native.cpu_unavailable_reasons,
+        products.slower_reasons(cpu.product_sizes),
+        cpu.functions(products.EVERY),
     ),
+    Backend("cpu", cpu.functions(products.BLAS), cpu.unsupported_reasons),
     Backend(
         "reference",
         {"condition_queries": condition_queries_ref, "condition_queries_bwd": condition_queries_bwd_ref},

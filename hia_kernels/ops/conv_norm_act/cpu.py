@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core import products
+from ...core.products import Products, Size
 
 PACKED = ("conv_norm_act_packed", "conv_norm_act_packed_", "conv_norm_act_packed_out")  # functions of a packed weight
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
@@ -148,10 +149,39 @@ def conv_norm_act_packed_out(
     out.copy_(conv_norm_act_packed(x, weight, shift, None, stride, activation, pad_rows))
 
 
+def product_sizes(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    activation: str,
+    output_mask: Sequence[bool] | None = None,
+    **rest: Any,
+) -> list[Size]:
+    """Return the products that :func:`conv_norm_act_fwd` and :func:`conv_norm_act_bwd` ask their ``products`` for."""
+    out_channels, channels, kernel, _ = weight.shape
+    if kernel != 1:
+        return []
+    pixels = ((x.shape[1] - 1) // stride + 1) * ((x.shape[2] - 1) // stride + 1)
+    rows, sizes = x.shape[0] * pixels, []
+    if _scales_result(weight, pixels) and (output_mask is None or activation == "gelu"):  # which is computed again
+        sizes.append((rows, channels, out_channels))
+    if output_mask is not None and output_mask[0] and stride == 1 and min(out_channels, channels) >= NARROW:
+        sizes.append((rows, out_channels, channels))
+    return sizes
+
+
 def conv_norm_act_fwd(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, stride: int, activation: str
+    products: Products,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    activation: str,
 ) -> Tensor:
-    """[N, IH, IW, C] -> [N, OH, OW, OC]."""
+    """Return [N, OH, OW, OC] of x [N, IH, IW, C]."""
     rows, columns = (x.shape[1] - 1) // stride + 1, (x.shape[2] - 1) // stride + 1
     if x.shape[0] == 0:
         return x.new_empty(0, rows, columns, weight.shape[0])
@@ -184,8 +214,8 @@ def _backward(
     return dx, dweight
 
 
-def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride: int) -> Tensor:
-    """dz [N, OH, OW, OC] -> [N, IH, IW, C]."""
+def _image_gradient(products: Products, dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride: int) -> Tensor:
+    """Return [N, IH, IW, C] of dz [N, OH, OW, OC]."""
     if _scales_result(weight, dz.shape[1] * dz.shape[2]):
         dz = dz * scale
     else:
@@ -308,9 +338,10 @@ class Parts(NamedTuple):
     weight_gradient: Callable[..., Tensor]
 
 
-def conv_norm_act_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`backward` with oneDNN's and MKL's."""
-    return backward(Parts(conv_norm_act_fwd, _image_gradient, _weight_gradient), *args)
+def conv_norm_act_bwd(products: Products, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute :func:`backward` with oneDNN's convolutions, MKL's products and those of ``products``."""
+    forward, image_gradient = partial(conv_norm_act_fwd, products), partial(_image_gradient, products)
+    return backward(Parts(forward, image_gradient, _weight_gradient), *args)
 
 
 def backward(

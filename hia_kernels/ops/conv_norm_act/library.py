@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
+from ...core.products import BLAS
 from . import cpu, cudnn, native
 from .reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 
@@ -72,8 +75,8 @@ BACKENDS = register_table(
     Backend(
         "cpu",
         {
-            "conv_norm_act": cpu.conv_norm_act_fwd,
-            "conv_norm_act_bwd": cpu.conv_norm_act_bwd,
+            "conv_norm_act": partial(cpu.conv_norm_act_fwd, BLAS),
+            "conv_norm_act_bwd": partial(cpu.conv_norm_act_bwd, BLAS),
             "conv_norm_act_packed": cpu.conv_norm_act_packed,
             "conv_norm_act_packed_": cpu.conv_norm_act_packed_inplace,
             "conv_norm_act_packed_out": cpu.conv_norm_act_packed_out,

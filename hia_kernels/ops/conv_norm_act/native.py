@@ -1,6 +1,6 @@
 """``conv_norm_act`` by csrc/cpu/conv_norm_act.cpp, fp32: direct, and for 3 x 3 with stride 1 by Winograd's
 F(2 x 2, 3 x 3), where 16 multiplications make four outputs instead of 36, forward and in both gradients
-(docs/conv_norm_act.md).
+(docs/conv_norm_act.md). What is a large product in :mod:`.cpu` is csrc/cpu/linear.cpp's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core import native
+from ...core.products import LARGE, is_large
 from . import cpu
 
 CHANNELS = 32  # both channel counts are multiples of it: the kernels' panels
@@ -37,19 +38,26 @@ def is_winograd(weight: Tensor, stride: int) -> bool:
     return weight.shape[-1] == 3 and stride == 1
 
 
-def unsupported_reasons(function: str, weight: Tensor, stride: int, **rest: Any) -> list[str]:
+def unsupported_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
     """Return why a call of any of the op's functions can't be served."""
     if function in cpu.PACKED:
         return [] if weight.dim() == 3 else ["the weight is not packed for the native kernels"]
+    if has_large_product(function, x, weight, stride, **rest):
+        return cpu.unavailable_reasons() + cpu.unsupported_reasons(function, x, weight)
     found = packing_unsupported_reasons(weight)
     if function == "conv_norm_act_bwd" and not is_winograd(weight, stride):
-        found.append("gradients are for 3 x 3 with stride 1")
+        found.append("gradients are for 3 x 3 with stride 1, or for a large product")
     return found
+
+
+def has_large_product(function: str, x: Tensor, weight: Tensor, stride: int, activation: str, **rest: Any) -> bool:
+    """Return whether a call is served as in :mod:`.cpu`, with the extension's product in it."""
+    return any(is_large(*size) for size in cpu.product_sizes(function, x, weight, stride, activation, **rest))
 
 
 def slower_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
     """Return why oneDNN is faster; a packed weight has its transform behind it."""
-    if function in cpu.PACKED:
+    if function in cpu.PACKED or has_large_product(function, x, weight, stride, **rest):
         return []
     if not is_winograd(weight, stride):
         return ["the direct form is oneDNN's, and packing its weight for one call costs more"]
@@ -131,7 +139,9 @@ def conv_norm_act_packed_out(
 def conv_norm_act_fwd(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, stride: int, activation: str
 ) -> Tensor:
-    """[N, IH, IW, C] -> [N, OH, OW, OC]."""
+    """Return [N, OH, OW, OC] of x [N, IH, IW, C]."""
+    if has_large_product("conv_norm_act", x, weight, stride, activation):
+        return cpu.conv_norm_act_fwd(LARGE, x, weight, scale, shift, residual, stride, activation)
     packed = pack_weight(weight, scale, stride)
     return conv_norm_act_packed(x, packed, shift, residual, stride, activation, True)
 
@@ -161,6 +171,9 @@ def conv_norm_act_bwd(
     activation: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`cpu.conv_norm_act_bwd`, with these convolutions in place of oneDNN's."""
+    """Do as :func:`cpu.conv_norm_act_bwd`, with these convolutions in place of oneDNN's."""
+    if not is_winograd(weight, stride):
+        args = (dout, x, weight, scale, shift, residual, out, stride, activation, output_mask)
+        return cpu.conv_norm_act_bwd(LARGE, *args)
     parts = cpu.Parts(conv_norm_act_fwd, _image_gradient, _weight_gradient)
     return cpu.backward(parts, dout, x, weight, scale, shift, residual, out, stride, activation, output_mask)

@@ -1,23 +1,47 @@
-"""``head_linear`` on the CPU, fp32: head by head, by the products of :mod:`hia_kernels.core.products`."""
+"""``head_linear`` on the CPU, fp32, head by head: the rows ``native`` and ``cpu``, by their
+:mod:`hia_kernels.core.products`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core import products
+from ...core.products import Products, Size, layer_sizes, unsupported_tensors
 from .reference import by_head
 
 
 def unsupported_reasons(function: str, x: Tensor, **rest: Any) -> list[str]:
     """Return why a call can't be served; its tensors are of one dtype."""
-    return products.unsupported_reasons(x)
+    return unsupported_tensors(x)
 
 
-def head_linear_fwd(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
-    """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
+def product_sizes(
+    function: str, x: Tensor, weight: Tensor, output_mask: Sequence[bool] | None = None, **rest: Any
+) -> list[Size]:
+    """Return the products of a call, one of each kind."""
+    images, _, rows, channels = x.shape
+    if images == 0:
+        return []
+    sizes = layer_sizes(rows, channels, weight.shape[1], output_mask)
+    if (
+        output_mask is not None and output_mask[1] and weight.stride(-1) != 1
+    ):  # the gradient lies as the weight does, and is computed transposed
+        sizes.append((channels, rows, weight.shape[1]))
+    return sizes
+
+
+def functions(products: Products) -> dict[str, Callable[..., Any]]:
+    """Return the op's functions with these products."""
+    return {"head_linear": partial(head_linear_fwd, products), "head_linear_bwd": partial(head_linear_bwd, products)}
+
+
+def head_linear_fwd(products: Products, x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
+    """Return [n, H, R, D] or [n, R, H * D] of x [n, H, R, C]."""
     images, heads, rows, _ = x.shape
     out = x.new_empty((images, rows, heads, weight.shape[1]) if merge_heads else (*x.shape[:3], weight.shape[1]))
     parts = out.transpose(1, 2) if merge_heads else out  # [n, H, R, D]
@@ -28,9 +52,9 @@ def head_linear_fwd(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
 
 
 def head_linear_bwd(
-    dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
+    products: Products, dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
+    """Return the gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
     images = x.shape[0]
     dout = by_head(dout, weight, merge_heads)
     dx, dweight = (x.new_empty(0) for _ in range(2))

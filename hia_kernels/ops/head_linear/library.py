@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, cublas, registration, triton_support
+from ...core import autocast, cublas, native, products, registration
 from ...core.backend import Backend, register_table
 from . import cpu
 from .batched import head_linear_batched, head_linear_bwd_batched
@@ -27,20 +27,18 @@ _BATCHED: dict[str, Callable[..., Any]] = {
 }
 
 
-def _triton_unsupported(function, x, **rest):
-    return triton_support.device_reasons(x)
-
-
 BACKENDS = register_table(
     "head_linear",
-    Backend(
-        "cpu",
-        {"head_linear": cpu.head_linear_fwd, "head_linear_bwd": cpu.head_linear_bwd},
-        cpu.unsupported_reasons,
-    ),
     Backend("cublas", _BATCHED, cublas.unsupported_reasons, cublas.unavailable_reasons),
-    # the same products: forcing triton for a whole model must not end here
-    Backend("triton", _BATCHED, _triton_unsupported, triton_support.unavailable_reasons),
+    Backend(
+        "native",
+        cpu.functions(products.LARGE),
+        cpu.unsupported_reasons,
+        native.cpu_unavailable_reasons,
+        products.slower_reasons(cpu.product_sizes),
+        cpu.functions(products.EVERY),
+    ),
+    Backend("cpu", cpu.functions(products.BLAS), cpu.unsupported_reasons),
     Backend("reference", {"head_linear": head_linear_ref, "head_linear_bwd": head_linear_bwd_ref}),
 )
 registration.implement("head_linear", BACKENDS)

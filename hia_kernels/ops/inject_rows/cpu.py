@@ -1,13 +1,17 @@
-"""``inject_rows`` on the CPU, fp32: the products of :mod:`hia_kernels.core.products`, added where the rows lie."""
+"""``inject_rows`` on the CPU, fp32, added where the rows lie: the rows ``native`` and ``cpu``, by their
+:mod:`hia_kernels.core.products`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core import products
+from ...core.products import Products, Size, layer_sizes, unsupported_tensors
 
 
 def unsupported_reasons(
@@ -15,25 +19,45 @@ def unsupported_reasons(
 ) -> list[str]:
     """Return why a call can't be served; hidden states and their gradient may be wider than ``update``."""
     stream = dout if hidden is None else hidden
-    return products.unsupported_reasons(update if stream is None else stream, update)
+    return unsupported_tensors(update if stream is None else stream, update)
 
 
-def inject_rows_fwd(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
-    """[T, C], [R, D] -> [T, C]."""
+def product_sizes(
+    function: str, update: Tensor, weight: Tensor, output_mask: Sequence[bool] | None = None, **rest: Any
+) -> list[Size]:
+    """Return the products of a call."""
+    return layer_sizes(update.shape[0], update.shape[1], weight.shape[0], output_mask)
+
+
+def functions(products: Products) -> dict[str, Callable[..., Any]]:
+    """Return the op's functions with these products."""
+    return {
+        "inject_rows": partial(inject_rows_fwd, products),
+        "inject_rows_": partial(inject_rows_inplace, products),
+        "inject_rows_bwd": partial(inject_rows_bwd, products),
+    }
+
+
+def inject_rows_fwd(
+    products: Products, hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor
+) -> Tensor:
+    """Return [T, C] of hidden [T, C] and update [R, D]."""
     out = hidden.clone(memory_format=torch.contiguous_format)
-    inject_rows_inplace(out, update, weight, bias, row_idx)
+    inject_rows_inplace(products, out, update, weight, bias, row_idx)
     return out
 
 
-def inject_rows_inplace(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> None:
-    """Writes the rows of ``hidden``: nothing is gathered, and the sum needs no memory of its own."""
+def inject_rows_inplace(
+    products: Products, hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor
+) -> None:
+    """Write the rows of ``hidden``: nothing is gathered, and the sum needs no memory of its own."""
     hidden.index_add_(0, row_idx, products.linear(update, weight, bias))
 
 
 def inject_rows_bwd(
-    dout: Tensor, update: Tensor, weight: Tensor, row_idx: Tensor, output_mask: list[bool]
+    products: Products, dout: Tensor, update: Tensor, weight: Tensor, row_idx: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of update, weight, bias; those not in ``output_mask`` are empty. That of hidden is ``dout``."""
+    """Return the gradients of update, weight, bias; those not in ``output_mask`` are empty. Hidden's is ``dout``."""
     drows = dout[row_idx]  # [R, C]
     dupdate, dweight, dbias = (update.new_empty(0) for _ in range(3))
     if output_mask[0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support, varlen
+from ...core import autocast, native, products, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import inject_rows_bwd_ref, inject_rows_inplace_ref, inject_rows_ref
@@ -66,14 +66,14 @@ BACKENDS = register_table(
         triton_support.unavailable_reasons,
     ),
     Backend(
-        "cpu",
-        {
-            "inject_rows": cpu.inject_rows_fwd,
-            "inject_rows_": cpu.inject_rows_inplace,
-            "inject_rows_bwd": cpu.inject_rows_bwd,
-        },
+        "native",
+        cpu.functions(products.LARGE),
         cpu.unsupported_reasons,
+        native.cpu_unavailable_reasons,
+        products.slower_reasons(cpu.product_sizes),
+        cpu.functions(products.EVERY),
     ),
+    Backend("cpu", cpu.functions(products.BLAS), cpu.unsupported_reasons),
     Backend(
         "reference",
         {

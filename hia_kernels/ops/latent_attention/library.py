@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support
+from ...core import autocast, native, products, registration, triton_support
 from ...core.backend import Backend, register_table
-from .blocked import latent_attention_blocked, latent_attention_bwd_blocked
+from . import blocked
 from .reference import latent_attention_bwd_ref, latent_attention_ref
 
 registration.define(
@@ -22,11 +19,6 @@ registration.define(
     " -> (Tensor, Tensor)",
 )
 
-_BLOCKED: dict[str, Callable[..., Any]] = {
-    "latent_attention": latent_attention_blocked,
-    "latent_attention_bwd": latent_attention_bwd_blocked,
-}
-
 
 def _triton_unsupported(function, q, **rest):
     return triton_support.device_reasons(q)
@@ -36,10 +28,23 @@ def _cpu_unsupported(function, q, **rest):
     return [] if q.device.type == "cpu" else [f"tensors must be on the CPU, got {q.device}"]
 
 
+def _native_unsupported(function, q, **rest):
+    found = _cpu_unsupported(function, q)
+    return [*found, "float64 is left to others"] if q.dtype == torch.float64 else found
+
+
 BACKENDS = register_table(
     "latent_attention",
-    Backend("triton", _BLOCKED, _triton_unsupported, triton_support.unavailable_reasons),
-    Backend("cpu", _BLOCKED, _cpu_unsupported),
+    Backend("triton", blocked.functions(blocked.GPU), _triton_unsupported, triton_support.unavailable_reasons),
+    Backend(
+        "native",
+        blocked.functions(blocked.NATIVE),
+        _native_unsupported,
+        native.cpu_unavailable_reasons,
+        products.slower_reasons(blocked.product_sizes),
+        blocked.functions(blocked.NATIVE_FORCED),
+    ),
+    Backend("cpu", blocked.functions(blocked.CPU), _cpu_unsupported),
     Backend("reference", {"latent_attention": latent_attention_ref, "latent_attention_bwd": latent_attention_bwd_ref}),
 )
 registration.implement("latent_attention", BACKENDS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, cublas, registration, triton_support
+from ...core import autocast, cublas, native, products, registration
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import linear_bwd_ref, linear_ref
@@ -21,20 +21,18 @@ registration.define(
 _PLAIN: dict[str, Callable[..., Any]] = {"linear": linear_ref, "linear_bwd": linear_bwd_ref}
 
 
-def _triton_unsupported(function, x, **rest):
-    return triton_support.device_reasons(x)
-
-
 BACKENDS = register_table(
     "linear",
-    Backend(
-        "cpu",
-        {"linear": cpu.linear_fwd, "linear_bwd": cpu.linear_bwd},
-        cpu.unsupported_reasons,
-    ),
     Backend("cublas", _PLAIN, cublas.unsupported_reasons, cublas.unavailable_reasons),
-    # the same product: forcing triton for a whole model must not end here
-    Backend("triton", _PLAIN, _triton_unsupported, triton_support.unavailable_reasons),
+    Backend(
+        "native",
+        cpu.functions(products.LARGE),
+        cpu.unsupported_reasons,
+        native.cpu_unavailable_reasons,
+        products.slower_reasons(cpu.product_sizes),
+        cpu.functions(products.EVERY),
+    ),
+    Backend("cpu", cpu.functions(products.BLAS), cpu.unsupported_reasons),
     Backend("reference", _PLAIN),
 )
 registration.implement("linear", BACKENDS)

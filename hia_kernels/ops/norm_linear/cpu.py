@@ -1,22 +1,46 @@
-"""``norm_linear`` on the CPU, fp32: PyTorch's norm, and the products of :mod:`hia_kernels.core.products`."""
+"""``norm_linear`` on the CPU, fp32, with PyTorch's norm: the rows ``native`` and ``cpu``, by their
+:mod:`hia_kernels.core.products`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core import products
+from ...core.products import Products, Size, layer_sizes, unsupported_tensors
 
 
 def unsupported_reasons(function: str, x: Tensor, norm_weight: Tensor, **rest: Any) -> list[str]:
     """Return why a call can't be served; its other tensors are of these dtypes."""
-    return products.unsupported_reasons(x, norm_weight)
+    return unsupported_tensors(x, norm_weight)
+
+
+def product_sizes(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    row_idx: Tensor | None,
+    output_mask: Sequence[bool] | None = None,
+    **rest: Any,
+) -> list[Size]:
+    """Return the products of a call."""
+    rows = x.shape[0] if row_idx is None else row_idx.shape[0]
+    mask = None if output_mask is None else (any(output_mask[:3]), output_mask[3])
+    return layer_sizes(rows, x.shape[1], weight.shape[0], mask)
+
+
+def functions(products: Products) -> dict[str, Callable[..., Any]]:
+    """Return the op's functions with these products."""
+    return {"norm_linear": partial(norm_linear_fwd, products), "norm_linear_bwd": partial(norm_linear_bwd, products)}
 
 
 def norm_linear_fwd(
+    products: Products,
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -25,12 +49,13 @@ def norm_linear_fwd(
     row_idx: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """[T, C] -> [R, D]."""
+    """Return [R, D] of x [T, C]."""
     y = F.layer_norm(x if row_idx is None else x[row_idx], x.shape[1:], norm_weight, norm_bias, eps)
     return products.linear(y, weight, bias)
 
 
 def norm_linear_bwd(
+    products: Products,
     dout: Tensor,
     x: Tensor,
     norm_weight: Tensor,
@@ -40,7 +65,7 @@ def norm_linear_bwd(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, norm_weight, norm_bias, weight, bias; those not in ``output_mask`` are empty.
+    """Return the gradients of x, norm_weight, norm_bias, weight, bias; those not in ``output_mask`` are empty.
 
     PyTorch's backward of the norm subtracts large numbers where a row's mean is far from 0. It is therefore given the
     normed rows, whose mean is 0 and whose deviation is 1, and 1 / deviation is multiplied in behind it.

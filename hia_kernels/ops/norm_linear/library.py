@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support, varlen
+from ...core import autocast, native, products, registration, triton_support, varlen
 from ...core.backend import Backend, register_table
 from . import cpu
 from .reference import norm_linear_bwd_ref, norm_linear_ref
@@ -71,10 +71,14 @@ BACKENDS = register_table(
         triton_support.unavailable_reasons,
     ),
     Backend(
-        "cpu",
-        {"norm_linear": cpu.norm_linear_fwd, "norm_linear_bwd": cpu.norm_linear_bwd},
+        "native",
+        cpu.functions(products.LARGE),
         cpu.unsupported_reasons,
+        native.cpu_unavailable_reasons,
+        products.slower_reasons(cpu.product_sizes),
+        cpu.functions(products.EVERY),
     ),
+    Backend("cpu", cpu.functions(products.BLAS), cpu.unsupported_reasons),
     Backend("reference", {"norm_linear": norm_linear_ref, "norm_linear_bwd": norm_linear_bwd_ref}),
 )
 
