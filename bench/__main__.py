@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from bench import cli
+from bench.report.cli import report
 
 MEASURE, JUDGE, INSIDE = "Measure", "Compare and report", "Look inside"
 APP = cli.application(
@@ -36,7 +37,7 @@ _passed_on("ablation.detail", "bench.ablation.detail", MEASURE, "What of a lesio
 _passed_on("gpu", "bench.gpu.run", MEASURE, "GPU tests, then every benchmark.")
 _passed_on("tune", "bench.ops.tune", MEASURE, "The kernels' tile sizes.")
 _passed_on("compare", "bench.compare.run", JUDGE, "Two revisions measured together.")
-_passed_on("report", "bench.report.run", JUDGE, "Markdown, pictures and a page from the records.")
+APP.command("report", cls=cli.Command, rich_help_panel=JUDGE)(report)
 _passed_on("readme", "bench.table3.readme", JUDGE, "Table 3 in README.md, from its record.")
 _passed_on("profile", "bench.ops.profile", INSIDE, "Where the time of one call goes.")
 _passed_on("encoder-forms", "bench.ops.encoder_forms", INSIDE, "Ways to run the folded encoder on the CPU.")

@@ -421,7 +421,8 @@ def fresh_records(path: Path, since: datetime.datetime | None) -> list[Measureme
 
 def furthest_table(out: Path, since: datetime.datetime | None = None) -> list[str]:
     """The ten rows of ours furthest from their roofline, from whatever records of this run there are."""
-    from ..report.data import furthest_from_roofline, sources
+    from ..report.data import sources
+    from ..report.speedup import furthest_from_roofline
 
     records, problems = [], []
     for name in ("kernels.json", "end_to_end.json"):

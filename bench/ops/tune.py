@@ -40,7 +40,7 @@ from ..measure.timing import Budget, Clock, CudaClock, exact_matmuls, interleave
 from ..providers.bound import both_call, dout_like
 from ..providers.registry import Ours
 from ..records import environment
-from ..report.run import write_text
+from ..records.files import write_text
 from ..workloads import RESOLUTIONS, Workload, gpu_workloads, make_inputs, ops
 from ..workloads.conv_norm_act import resnet50_shapes
 from .options import names

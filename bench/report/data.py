@@ -1,26 +1,24 @@
-"""What the report is made of: a device's records, how ours stand beside their peers, and what changed."""
+"""A device's records, and what changed since the ones before."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..records.environment import REPOSITORY
+from ..records.environment import REPOSITORY, commit_of, git_or_none
+from ..records.files import read_json
 from ..records.record import Measurement, read_records
 
-OURS = "hia"
 FILES = ("kernels.json", "end_to_end.json")
-VERDICT = ("name", "kind", "where", "target", "ratio", "verdict", "note")  # of a verdict of bench.targets
+TARGETS, TABLE3 = "targets.json", "table3.json"
+VERDICT = ("name", "kind", "where", "target", "ratio", "verdict", "note")  # of bench.targets
 CHANGED = 0.05  # a median that moved less counts as unchanged
+FOLDERS = re.compile(r" --(?:out|cache)[ =]\S+")
 SIDE = re.compile(r"(?<![0-9a-z])(?:px)?(\d{3,4})(?:px)?(?=[-:]|$)")
-SHORT = 10  # characters of a commit
 
 
 @dataclass(frozen=True)
@@ -39,38 +37,15 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """Now over before: above 1 is slower."""
+        """Return now over before: above 1 is slower."""
         return (self.now.p50_ms or 0.0) / self.before_ms
 
     @property
     def verdict(self) -> str:
-        """ "slower", "faster" or "unchanged"."""
+        """Return "slower", "faster" or "unchanged"."""
         if self.ratio > 1 + CHANGED:
             return "slower"
         return "faster" if self.ratio < 1 / (1 + CHANGED) else "unchanged"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Ours against the others in one op and mode.
-
-    Attributes:
-        level: of the op.
-        op: its name.
-        mode: forward, backward, both or dispatch.
-        dtype: of the inputs.
-        cases: in which ours and at least one other have a time.
-        against: for each other provider the geometric mean of its time over ours, and the cases behind it.
-        slower: cases in which some other provider is faster.
-    """
-
-    level: str
-    op: str
-    mode: str
-    dtype: str
-    cases: int
-    against: dict[str, tuple[float, int]]
-    slower: tuple[str, ...]
 
 
 @dataclass
@@ -97,15 +72,30 @@ class Results:
 
     @property
     def device(self) -> str:
-        """The device's name."""
-        environments = [record.environment for record in (*self.records, *self.target_records)]
+        """Return the device's name."""
+        environments = [record.environment for record in self.every]
         if self.table3 is not None:
             environments.append(self.table3.get("environment", {}))
         return next((str(e["device"]) for e in environments if e.get("device")), self.slug)
 
+    @property
+    def every(self) -> list[Measurement]:
+        """List all records."""
+        return [*self.records, *self.target_records]
+
+    @property
+    def measured(self) -> list[Measurement]:
+        """List all records, of a workload that was measured for the targets those alone: providers took turns there."""
+        own = {_workload_of(record) for record in self.target_records if record.status == "ok"}
+        return [*self.target_records, *(record for record in self.records if _workload_of(record) not in own)]
+
+
+def _workload_of(record: Measurement) -> tuple[str, ...]:
+    return record.op, record.case, record.mode, record.dtype
+
 
 def load(folder: Path) -> Results:
-    """A device's folder.
+    """Read a device's folder.
 
     Raises:
         ValueError: a file that isn't one of ours.
@@ -114,41 +104,36 @@ def load(folder: Path) -> Results:
     for name in FILES:
         if (folder / name).exists():
             results.records += read_records(folder / name)
-    results.table3 = _json(folder / "table3.json")
-    path = folder / "targets.json"
-    if path.exists():
-        results.target_records = read_records(path)
-        results.targets = _targets(path)
+    results.table3 = _object(folder / TABLE3)
+    if (folder / TARGETS).exists():
+        results.target_records = read_records(folder / TARGETS)
+        results.targets = _verdicts(folder / TARGETS)
     return results
 
 
-def _targets(path: Path) -> list[dict[str, Any]]:
-    """The verdicts beside a file's records; none in a file that another command wrote.
+def _verdicts(path: Path) -> list[dict[str, Any]]:
+    """Read the verdicts beside a file's records; none in a file that another command wrote.
 
     Raises:
         ValueError: one without what the tables show.
     """
-    found = (_json(path) or {}).get("targets", [])
+    found = (_object(path) or {}).get("targets", [])
     for one in found if isinstance(found, list) else [found]:
         missing = [name for name in VERDICT if not isinstance(one, dict) or name not in one]
         if missing:
-            raise ValueError(
-                f"bench.report: each of {path}'s targets must have {', '.join(VERDICT)}, got no {', '.join(missing)}"
-            )
+            raise ValueError(f"each of {path}'s targets must have {', '.join(VERDICT)}, got no {', '.join(missing)}")
     return list(found)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"bench.report.run: {path} must be a JSON file with an object, got: {error}") from error
+def _object(path: Path) -> dict[str, Any] | None:
+    found = read_json(path) if path.exists() else None
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON file with an object, got {type(found).__name__}")
+    return found
 
 
 def side_of(record: Measurement) -> int | None:
-    """The images' side in pixels, where the case names one."""
+    """Return the images' side in pixels, where the case names one."""
     if isinstance(record.extra.get("resolution"), int):
         return int(record.extra["resolution"])
     found = SIDE.search(record.case)
@@ -156,18 +141,35 @@ def side_of(record: Measurement) -> int | None:
 
 
 def family_of(record: Measurement) -> str:
-    """The case without its images' side: what a curve against resolution has in common."""
+    """Return the case without its images' side: what a curve against resolution has in common."""
     return SIDE.sub("*", record.case, count=1)
 
 
 def total_bytes(record: Measurement) -> int | None:
-    """Peak memory: of the whole model where it was a whole model, else of the call."""
+    """Return the peak memory: of the whole model where it was a whole model, else of the call."""
     total = record.extra.get("total_bytes")
     return int(total) if isinstance(total, int) else record.peak_bytes
 
 
+def sources(records: Iterable[Measurement]) -> list[str]:
+    """List the commands, devices and commits behind some records, a line each."""
+    return list(dict.fromkeys(source_line(record.environment) for record in records))
+
+
+def command_of(environment: dict[str, Any]) -> str:
+    """Return the command of a run without its folders, which change no result and are somebody's own."""
+    return FOLDERS.sub("", str(environment.get("command", "unknown command")))
+
+
+def source_line(environment: dict[str, Any]) -> str:
+    """Name command, device, commit and date of one run."""
+    command, device = command_of(environment), environment.get("device", "an unknown device")
+    threads, date = environment.get("threads", "?"), str(environment.get("date", ""))[:10]
+    return f"{command} · {device}, {threads} threads · {commit_of(environment)} · {date}"
+
+
 def compare(now: Iterable[Measurement], before: Iterable[Measurement]) -> list[Change]:
-    """Measurements that both have, the slowest change first."""
+    """Compare the measurements that both have; the slowest change comes first."""
     old = {record.key: record for record in before if record.status == "ok" and record.p50_ms}
     changes = []
     for record in now:
@@ -179,87 +181,8 @@ def compare(now: Iterable[Measurement], before: Iterable[Measurement]) -> list[C
     return sorted(changes, key=lambda change: -change.ratio)
 
 
-def standings(records: Sequence[Measurement]) -> list[Standing]:
-    """Ours against the others, one line an op, mode and dtype."""
-    groups: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
-    for record in records:
-        if record.status == "ok" and record.p50_ms and not record.extra.get("limit"):
-            key = (record.level, record.op, record.mode, record.dtype)
-            groups.setdefault(key, {}).setdefault(record.case, {})[record.provider] = record.p50_ms
-    found = []
-    for key, cases in groups.items():
-        ratios: dict[str, list[float]] = {}
-        slower, compared = [], 0
-        for case, times in cases.items():
-            others = {name: time for name, time in times.items() if name != OURS}
-            if OURS not in times or not others:
-                continue
-            compared += 1
-            for name, time in others.items():
-                ratios.setdefault(name, []).append(time / times[OURS])
-            if min(others.values()) < times[OURS]:
-                slower.append(case)
-        if compared:
-            against = {name: (geometric_mean(values), len(values)) for name, values in ratios.items()}
-            found.append(Standing(*key, compared, against, tuple(slower)))
-    return found
-
-
-def beside_limits(records: Iterable[Measurement]) -> list[tuple[Measurement, Measurement]]:
-    """Ours and the limit of the same workload, where it has one."""
-    ok = [record for record in records if record.status == "ok" and record.p50_ms]
-    ours = {(r.op, r.case, r.mode, r.dtype): r for r in ok if r.provider == OURS}
-    limits = [record for record in ok if record.extra.get("limit")]
-    keys = [(record.op, record.case, record.mode, record.dtype) for record in limits]
-    return [(ours[key], limit) for key, limit in zip(keys, limits, strict=True) if key in ours]
-
-
-def note_of(record: Measurement) -> str:
-    """Why there is no number, or what a reader must know of it."""
-    limit = record.extra.get("limit")
-    parts = (record.reason, f"limit: {limit}" if limit else "", "noisy" if record.noisy else "")
-    return ", ".join(part for part in parts if part)
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive numbers."""
-    return math.exp(sum(math.log(value) for value in values) / len(values))
-
-
-def furthest_from_roofline(records: Iterable[Measurement], count: int = 10, provider: str = OURS) -> list[Measurement]:
-    """The rows of ours with the least percentage of their roofline."""
-    known = [r for r in records if r.provider == provider and r.status == "ok" and r.percent_of_roofline is not None]
-    return sorted(known, key=lambda record: record.percent_of_roofline or 0.0)[:count]
-
-
-def sources(records: Iterable[Measurement]) -> list[str]:
-    """The commands, devices and commits behind some records, a line each."""
-    lines: dict[str, None] = {}
-    for record in records:
-        lines.setdefault(source_line(record.environment), None)
-    return list(lines)
-
-
-def source_line(environment: dict[str, Any]) -> str:
-    """Command, device, commit and date of one run."""
-    commit = str(environment.get("commit") or "no commit")[:SHORT]
-    dirty = " with uncommitted changes" if environment.get("dirty") else ""
-    where = f"{environment.get('device', 'an unknown device')}, {environment.get('threads', '?')} threads"
-    return (
-        f"{environment.get('command', 'unknown command')} · {where} · {commit}{dirty} · {environment.get('date', '')}"
-    )
-
-
-def _git(*arguments: str, root: Path) -> str | None:
-    command = ["git", "-C", str(root), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def previous_records(path: Path, revision: str | None, root: Path = REPOSITORY) -> tuple[list[Measurement], str]:
-    """A file's records before its last change, from git, and where they came from.
+    """Read a file's records before its last change, from git.
 
     Args:
         path: of the records now.
@@ -276,12 +199,13 @@ def previous_records(path: Path, revision: str | None, root: Path = REPOSITORY) 
         name = path.resolve().relative_to(root.resolve()).as_posix()
     except ValueError:
         return [], "nothing: the records are not in the repository"
-    wanted = [revision] if revision else (_git("log", "-n", "20", "--format=%H", "--", name, root=root) or "").split()
+    log = git_or_none("log", "-n", "20", "--format=%H", "--", name, root=root)
+    wanted = [revision] if revision else (log or "").split()
     now = read_records(path)
-    if revision and _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", root=root) is None:
+    if revision and git_or_none("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", root=root) is None:
         raise ValueError(f"--previous: must be a revision of this repository, got {revision!r}")
     for commit in wanted:
-        text = _git("show", f"{commit}:{name}", root=root)
+        text = git_or_none("show", f"{commit}:{name}", root=root)
         if text is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -289,7 +213,7 @@ def previous_records(path: Path, revision: str | None, root: Path = REPOSITORY) 
             old.write_text(text, encoding="utf-8")
             found = read_records(old)
         if revision or found != now:  # what was only written in another form is no other record
-            return found, f"{name} of {commit[:SHORT]}"
+            return found, f"{name} of {commit_of({'commit': commit})}"
     return [], f"nothing: {name} is new since {revision}" if revision else "nothing: there is no previous record"
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..plotting import unavailable, write_png
+from ..records.files import replacing, write_text
 from . import methods, paper
+from .plot import figure_of
 from .rows import BYTES_PER_GB, Claim, Report, Row
 
 WIDTH = 150  # of the table where no terminal says
@@ -194,20 +194,6 @@ def to_json(report: Report) -> str:
     return json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Make a file under a temporary name beside it, then rename: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_report(report: Report, folder: Path, json_path: Path | None) -> list[Path]:
     """table3.json, table3.md and, with matplotlib, table3.png in ``folder``; JSON to ``json_path`` too.
 
@@ -217,12 +203,11 @@ def write_report(report: Report, folder: Path, json_path: Path | None) -> list[P
     written = []
     picture: str | None = None
     if report.rows:
-        from .plot import draw, plotting_unavailable
-
-        reason = plotting_unavailable()
+        reason = unavailable()
         if reason is None:
             picture = "table3.png"
-            write_file(folder / picture, lambda path: draw(report, path))
+            with replacing(folder / picture) as scratch:
+                write_png(figure_of(report.to_dict()), scratch)
             written.append(folder / picture)
         else:
             report.notes.append(f"no table3.png: {reason}")
@@ -230,6 +215,5 @@ def write_report(report: Report, folder: Path, json_path: Path | None) -> list[P
     if json_path is not None:
         texts[json_path] = to_json(report)
     for path, text in texts.items():
-        write_file(path, lambda target, text=text: target.write_text(text, encoding="utf-8") and None)
-        written.append(path)
+        written.append(write_text(path, text))
     return written

@@ -1,14 +1,13 @@
-"""table3.png: memory and FLOPs against resolution, the paper's points marked."""
+"""The picture of Table 3: memory and FLOPs against resolution, the paper's points marked."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from ..plotting import COLOURS, INK, add_legend, finish, new_figure
 from . import methods, paper
-from .rows import BYTES_PER_GB, Report
 
-COLOURS = {"baseline": "#c44e52", "anyres": "#dd8452", "released": "#8172b3", "hia": "#2b7a78"}
+COLOUR = dict(zip(("hia", "baseline", "anyres", "released"), COLOURS, strict=False))
 NAMES = {
     "baseline": "baseline",
     "anyres": "anyres (LLaVA-NeXT)",
@@ -18,75 +17,57 @@ NAMES = {
 LINES = {"eager": "-", "sdpa": ":"}
 MEMORY_TICKS = (1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 100, 150, 200, 300, 500)
 HEADROOM = 5  # cards that the memory axis reaches
-INK, FAINT = "#222222", "#d9d9d9"
+GB = 10**9
+Rows = list[dict[str, Any]]
 
 
-def plotting_unavailable() -> str | None:
-    """Why no picture can be drawn; None if one can."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return "matplotlib is not installed (pip install 'hia-kernels[bench]')"
-    return None
-
-
-def draw(report: Report, path: Path) -> None:
-    """Write the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.5, 5.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    flops_axis, memory_axis = figure.subplots(1, 2)
-    for axis in (flops_axis, memory_axis):
-        axis.set_yscale("log")
-    unit, scale = report.protocol.flops_unit()
-    _draw_flops(flops_axis, report, scale)
-    _draw_memory(memory_axis, report)
-    _finish(flops_axis, report, f"{unit} of a prefill")
-    _finish(memory_axis, report, "peak memory, GB" + _cut(memory_axis, report))
-    handles, labels = _legend(flops_axis, memory_axis)
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
-    protocol = report.protocol
+def figure_of(record: dict[str, Any]) -> Any:
+    """Draw a record of table3.json, by matplotlib."""
+    protocol, rows = record["protocol"], record["rows"]
+    figure, (flops_axis, memory_axis) = new_figure(2, width=5.75, height=4.7)
+    scale, unit = (2e12, "TMACs") if protocol.get("unit") == "macs" else (1e12, "TFLOPs")
+    _draw_flops(flops_axis, rows, protocol["attention"][0], scale)
+    _draw_memory(memory_axis, rows, protocol["attention"], protocol["card_gb"])
+    _finish(flops_axis, rows, f"{unit} of a prefill")
+    _finish(memory_axis, rows, "peak memory, GB")
+    _cut(memory_axis, rows, protocol["card_gb"])
+    add_legend(figure, (flops_axis, memory_axis), first=NAMES["hia"])
     figure.suptitle(
-        f"{protocol.host.name}: {protocol.images_per_sample} images and {protocol.text_tokens} text tokens, "
-        f"{protocol.dtype}, prefill with KV cache",
+        f"{protocol['host']['name']}: {protocol['images_per_sample']} images and {protocol['text_tokens']} text "
+        f"tokens, {protocol['dtype']}, prefill with KV cache",
         fontsize=10.5,
         color=INK,
     )
-    figure.savefig(path)
+    return figure
 
 
-def _series(report: Report, method: str, attention: str, name: str) -> tuple[list[int], list[float]]:
-    rows = [row for row in report.rows if row.method == method and row.attention == attention]
-    points = sorted((row.resolution, getattr(row, name)) for row in rows if getattr(row, name) is not None)
+def _series(rows: Rows, method: str, attention: str, name: str, scale: float) -> tuple[list[int], list[float]]:
+    own = [row for row in rows if (row["method"], row["attention"]) == (method, attention) and row[name] is not None]
+    points = sorted((row["resolution"], row[name] / scale) for row in own)
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _draw_flops(axis: Any, report: Report, scale: int) -> None:
+def _draw_flops(axis: Any, rows: Rows, attention: str, scale: float) -> None:
     for method in methods.METHODS:
-        x, y = _series(report, method, report.protocol.attention[0], "flops")
+        x, y = _series(rows, method, attention, "flops", scale)
         if x:
-            label = NAMES[method]
-            axis.plot(x, [value / scale for value in y], "-o", color=COLOURS[method], ms=4, lw=1.8, label=label)
+            axis.plot(x, y, "-o", color=COLOUR[method], ms=4, lw=1.8, label=NAMES[method])
     for method in ("baseline", "hia"):
-        points = [(r, f.flops_t) for (name, r), f in paper.TABLE3.items() if name == method and _shown(report, r)]
+        points = [(r, f.flops_t) for (name, r), f in paper.TABLE3.items() if name == method and _shown(rows, r)]
         axis.scatter(*_columns(points), **_marker(method), label=f"paper: {method}")
 
 
-def _draw_memory(axis: Any, report: Report) -> None:
+def _draw_memory(axis: Any, rows: Rows, attentions: list[str], card: float) -> None:
     for method in methods.METHODS:
-        for attention in report.protocol.attention:
-            x, y = _series(report, method, attention, "memory_bytes")
+        for attention in attentions:
+            x, y = _series(rows, method, attention, "memory_bytes", GB)
             if x:
-                gigabytes = [value / BYTES_PER_GB for value in y]
-                axis.plot(x, gigabytes, LINES.get(attention, "-"), color=COLOURS[method], lw=1.8, marker="o", ms=3.5)
-    for attention in report.protocol.attention:
+                axis.plot(x, y, LINES.get(attention, "-"), color=COLOUR[method], lw=1.8, marker="o", ms=3.5)
+    for attention in attentions:
         axis.plot([], [], LINES.get(attention, "-"), color=INK, lw=1.5, label=f"memory with {attention} attention")
     for method in ("baseline", "hia"):
-        figures = [(r, f.memory_gb) for (name, r), f in paper.TABLE3.items() if name == method and _shown(report, r)]
+        figures = [(r, f.memory_gb) for (name, r), f in paper.TABLE3.items() if name == method and _shown(rows, r)]
         axis.scatter(*_columns([(r, gb) for r, gb in figures if gb is not None]), **_marker(method))
-    card = report.protocol.card_gb
     axis.axhline(card, color=INK, lw=1, ls="--")
     axis.annotate(
         f"card: {card:g} GB",
@@ -101,20 +82,22 @@ def _draw_memory(axis: Any, report: Report) -> None:
     )
 
 
-def _cut(axis: Any, report: Report) -> str:
-    """Cut the axis where the differences between cards end; returns what the title must add."""
-    card = report.protocol.card_gb
-    highest = max((row.memory_bytes or 0) / BYTES_PER_GB for row in report.rows)
-    lowest = min((row.memory_bytes or 0) / BYTES_PER_GB for row in report.rows)
-    top = HEADROOM * card
+def _cut(axis: Any, rows: Rows, card: float) -> None:
+    """Cut the axis where the differences between cards end, and say so."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    known = [row["memory_bytes"] / GB for row in rows if row["memory_bytes"] is not None] or [card]
+    lowest, highest, top = min(known), max(known), HEADROOM * card
     axis.set_ylim(0.93 * min(lowest, card), min(1.2 * highest, top))
     ticks = [gb for gb in MEMORY_TICKS if lowest * 0.9 < gb < top]
-    axis.set_yticks(ticks, minor=False)
-    return f" (cut at {top:,.0f}; the highest is {highest:,.0f})" if highest > top else ""
+    axis.yaxis.set_major_locator(FixedLocator(ticks))
+    axis.yaxis.set_minor_locator(NullLocator())
+    if highest > top:
+        axis.set_title(f"peak memory, GB (cut at {top:,.0f}; the highest is {highest:,.0f})", fontsize=9, loc="left")
 
 
-def _shown(report: Report, resolution: int) -> bool:
-    return any(row.resolution == resolution for row in report.rows)
+def _shown(rows: Rows, resolution: int) -> bool:
+    return any(row["resolution"] == resolution for row in rows)
 
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
@@ -122,31 +105,13 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def _marker(method: str) -> dict[str, Any]:
-    return {"marker": "D", "s": 42, "facecolor": "white", "edgecolor": COLOURS[method], "linewidth": 1.6, "zorder": 5}
+    return {"marker": "D", "s": 42, "facecolor": "none", "edgecolor": COLOUR[method], "linewidth": 1.6, "zorder": 5}
 
 
-def _finish(axis: Any, report: Report, label: str) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+def _finish(axis: Any, rows: Rows, label: str) -> None:
+    from matplotlib.ticker import NullLocator
 
-    axis.set_xscale("log")
-    resolutions = sorted({row.resolution for row in report.rows})
+    finish(axis, label, "image side, pixels")
+    resolutions = sorted({row["resolution"] for row in rows})
     axis.set_xticks(resolutions, [str(resolution) for resolution in resolutions], rotation=45, fontsize=8)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:,g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("image side, pixels", fontsize=9, color=INK)
-    axis.set_title(label, fontsize=10, color=INK, loc="left")
-    axis.grid(True, which="major", color=FAINT, lw=0.6)
-    axis.tick_params(labelsize=8, colors=INK)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def _legend(*axes: Any) -> tuple[list[Any], list[str]]:
-    handles: list[Any] = []
-    labels: list[str] = []
-    for axis in axes:
-        more_handles, more_labels = axis.get_legend_handles_labels()
-        handles += more_handles
-        labels += more_labels
-    return handles, labels

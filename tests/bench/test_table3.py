@@ -205,20 +205,6 @@ def test_files_have_the_rows_and_the_papers_figures(tmp_path):
     assert (tmp_path / "out" / "table3.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "table3.json"
-    path.write_text("old")
-
-    def fail(target):
-        target.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        table3_output.write_file(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_paper_ratios():
     assert paper.flops_ratio(896) == pytest.approx(208 / 16.8)
     assert paper.memory_ratio(448) == pytest.approx(30.8 / 29.6)

@@ -20,7 +20,7 @@ from bench.providers import registry as providers
 from bench.records import targets as catalogue
 from bench.records.record import Measurement, read_records, write_records
 from bench.records.targets import KINDS, TARGETS, Target
-from bench.report import run as report_module
+from bench.report.cli import report
 from bench.targets import run as targets_run
 from bench.targets.verdicts import judge
 from hia.layers import plan
@@ -125,8 +125,8 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "second_question tiny-released: checking released" in printed.err
     assert "2 met, 0 MISSED" in printed.out
-    assert report_module.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]) == 0
-    page = (tmp_path / "out" / "targets-made-up-cpu.md").read_text()
+    assert report(tmp_path / "results", out=tmp_path / "out") == 0
+    page = (tmp_path / "out" / "made-up-cpu.md").read_text()
     assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench" in page
 
 
@@ -374,22 +374,22 @@ def test_flipped_kinks_are_let_through_in_the_encoders_gradient_alone():
 
 
 def test_a_limit_is_no_rival(tmp_path):
-    from bench.report import data as report_data
-    from bench.report import markdown as report_markdown
+    from bench.report import data, markdown, sections
+    from bench.report.speedup import speedups
 
     rows = [
         row("hia", 2.0, extra={"forms": "a/b", "plan_flops": 10**9, "textbook_flops": 2 * 10**9}),
         row("gemms", 1.0, extra={"limit": "the bare products of our plan"}),
         row("eager", 3.0),
     ]
-    (standing,) = report_data.standings(rows)
-    assert set(standing.against) == {"eager"} and standing.slower == ()
-    _, ((*_, ratio),) = report_markdown.limit_cells(rows)
-    assert ratio == "2.00"
+    (speedup,) = speedups(rows)
+    assert set(speedup.against) == {"eager"} and speedup.slower == () and speedup.beside == {}
     write_records(tmp_path / "device" / "kernels.json", rows)
-    results = report_data.load(tmp_path / "device")
-    page = report_markdown.page(results, [])
-    assert "## Beside the bare matrix products" in page and "limit: the bare products of our plan" in page
+    results = data.load(tmp_path / "device")
+    section = sections.limits(results)
+    assert section.parts[0].rows[0][-1] == "2.00"
+    page = markdown.page(results, sections.report(results))
+    assert "Beside the bare matrix products" in page and "The limit is the bare products of our plan." in page
 
 
 def test_a_time_limit_ends_what_is_inside_alone():
