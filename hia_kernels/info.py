@@ -22,6 +22,15 @@ from . import __version__
 from .core import backend, settings
 
 VARIABLES = ("HIA_BACKEND", *settings.CHOICES)
+DEVICE_OF = {  # in the matrix's order
+    "triton": "CUDA",
+    "cudnn": "CUDA",
+    "cublas": "CUDA",
+    "sdpa": "CUDA",
+    "native": "x86-64",
+    "cpu": "CPU",
+    "reference": "any",
+}
 PACKAGES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers", "transformers": "transformers"}
 
 
@@ -169,13 +178,37 @@ def _text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def support_matrix() -> str:
+    """Return the operators by their backends as a Markdown table: F forward, B backward.
+
+    It is read off the tables that dispatch uses, so it is the same on every machine.
+    """
+    rows = {op: {row.name: row.functions for row in table.backends} for op, table in sorted(backend.TABLES.items())}
+    there = {name for functions in rows.values() for name in functions}
+    columns = [name for name in DEVICE_OF if name in there] + sorted(there - set(DEVICE_OF))
+    titles = [f"`{name}` ({DEVICE_OF[name]})" if name in DEVICE_OF else f"`{name}`" for name in columns]
+    lines = [" | ".join(["| operator", *titles]) + " |", "|---" + "|:---:" * len(columns) + "|"]
+    for op, by_name in rows.items():
+        cells = []
+        for name in columns:
+            functions = by_name.get(name, {})
+            backward = any(function.endswith(backend.BACKWARD) for function in functions)
+            cells.append("" if not functions else "F B" if backward else "F")
+        lines.append(" | ".join([f"| `{op}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m hia_kernels.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="machine-readable, to standard output")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument("--matrix", action="store_true", help="the operators by their backends alone, in Markdown")
+    options = parser.parse_args(arguments)
+    if options.matrix:
+        print(support_matrix())
+        return
     report = collect()
-    print(json.dumps(report, indent=2) if as_json else _text(report))
+    print(json.dumps(report, indent=2) if options.json else _text(report))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """README.md and docs/ work: every Python block runs, every command that README.md calls runnable exists."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hia_kernels.info import support_matrix
 from tests.readme import README, CodeBlock, code_blocks, python_blocks, runnable_commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +22,25 @@ def test_readme_has_an_example_and_the_two_commands():
     commands = runnable_commands(TEXT)
     for command in ("make table3", "make test"):
         assert command in commands, f"README.md: no ```bash run block holds `{command}`, got {commands}"
+
+
+def test_the_support_matrix_is_that_of_the_tables():
+    opening, closing = "<!-- support: written by python -m hia_kernels.info --matrix -->", "<!-- /support -->"
+    assert opening in TEXT and closing in TEXT, "README.md lacks the markers of the support matrix"
+    block = TEXT.partition(opening)[2].partition(closing)[0].strip()
+    assert block == support_matrix(), "README.md: `python -m hia_kernels.info --matrix` prints another support matrix"
+
+
+def test_examples_import_installed_packages_alone():
+    imports = re.compile(r"^\s*(?:from|import) (bench|tests)\b", re.MULTILINE)
+    pages = {page: page.read_text(encoding="utf-8") for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
+    broken = [
+        f"{page.name}:{block.line}: imports {imports.search(block.code)[1]}"
+        for page, text in pages.items()
+        for block in python_blocks(text)
+        if imports.search(block.code)
+    ]
+    assert not broken, f"an example must run where nothing but the package is installed: {broken}"
 
 
 def blocks_of_all_pages() -> list:
