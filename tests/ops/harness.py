@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,21 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
 
 Results = testing.Results
+
+
+def with_dtypes(cases: Sequence[Any], in_halves: Collection[str]) -> list[Any]:
+    """Give every case fp32, and fp16 and bf16 too if it is for a GPU or named ``in_halves``.
+
+    For ops whose halves the CPU leaves to the reference: there, all cases in all dtypes would compare it with itself.
+    """
+    ids = {case.id for case in cases}
+    assert ids >= set(in_halves), f"no case is {sorted(set(in_halves) - ids)}"
+    return [
+        pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}".replace("torch.", ""), marks=case.marks)
+        for case in cases
+        for dtype in DTYPES
+        if dtype == torch.float32 or case.marks or case.id in in_halves
+    ]
 
 
 def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> Results:

@@ -12,7 +12,6 @@ from hia_kernels.ops.linear.reference import linear_bwd_ref, linear_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close, dout_like
 from tests.inputs import inputs_of
 from tests.ops.harness import (
-    DTYPES,
     HALVES,
     assert_autocast,
     assert_backward_is_autograd_of_reference,
@@ -27,6 +26,7 @@ from tests.ops.harness import (
     opcheck,
     product_row,
     skip_unless_here,
+    with_dtypes,
 )
 
 OP = "linear"
@@ -46,8 +46,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "options"), CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "options", "dtype"), with_dtypes(CASES, ("bias", "no-bias", "no-rows", "ragged")))
 def test_matches_reference(rows, options, dtype, device, monkeypatch):
     monkeypatch.setattr(products, "MIN_FLOPS", 2**21)
     assert_matches(OP, linear, linear_ref, make_inputs(rows, dtype, device, **options), dtype)
