@@ -64,7 +64,8 @@ def second_question() -> Call:
 
     side = round(FEATURES**0.5)
     maps = (torch.randn(side, side, CHANNELS).relu_(),)
-    sides = adapter.sides(ImageFeatures(maps).packed(), "auto")
+    keep = adapter.layer_caches if hasattr(adapter, "layer_caches") else adapter.sides  # older revisions' name
+    kept = keep(ImageFeatures(maps).packed(), "auto")
     tokens = VISUAL + 60
     image_map = torch.full((1, tokens), -1)
     image_map[0, 1 : 1 + VISUAL] = 0
@@ -72,7 +73,7 @@ def second_question() -> Call:
     (layer,) = adapter.layers.values()
     hidden = torch.randn(1, tokens, WIDE)
     # a copy, since without gradients the layer writes in place; the packing is made anew, as by every question
-    return torch.no_grad()(lambda: layer(hidden.clone(), ImageFeatures(maps, (sides,)).packed(), layout))
+    return torch.no_grad()(lambda: layer(hidden.clone(), ImageFeatures(maps, (kept,)).packed(), layout))
 
 
 COMPOSITES: dict[str, Callable[[], Call]] = {"encode": encode, "second_question": second_question}

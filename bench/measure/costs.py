@@ -75,7 +75,7 @@ def least_flops(workload: Workload, textbook: int, itemsize: int) -> int:
     saved = 0.0
     for part in entry.parts:
         counts = {form.name: form.flops for form in (extract_forms if part == "extract" else inject_forms)(sizes)}
-        saved += counts["textbook"] - min(counts.values())
+        saved += counts["direct"] - min(counts.values())
     return textbook - round(saved)
 
 

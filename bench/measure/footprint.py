@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hia.encoder import strips as tiling
-from hia.encoder import workspace as arena
+from hia.encoder import strips, workspace
 from hia.encoder.encoder import Encoder
 from hia.layers import plan
 from hia_kernels import use_backend
@@ -185,17 +184,17 @@ def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
             points = native.POINTS if serves and native.is_winograd(conv.weight, conv.stride[0]) else 0
             total += conv.weight.nbytes * (points or 9) // 9
         if all(native_serves):
-            total += max((_arena_bytes(module, image) for image in pixels), default=0)
+            total += max((_workspace_bytes(module, image) for image in pixels), default=0)
     return total
 
 
-def _arena_bytes(encoder: Encoder, image: Tensor) -> int:
+def _workspace_bytes(encoder: Encoder, image: Tensor) -> int:
     height, width = image.shape[:2]
-    if tiling.head(encoder, height, width)[0]:
+    if strips.head(encoder, height, width)[0]:
         return 0  # strips
-    size = (1, *tiling.stem_size(encoder, height, width), encoder.conv1.out_channels)
-    kept = tiling.arena_elements(encoder.units(), size) * encoder.conv1.weight.element_size()
-    return kept if kept <= arena.LARGEST else 0
+    size = (1, *strips.stem_size(encoder, height, width), encoder.conv1.out_channels)
+    kept = strips.workspace_elements(encoder.units(), size) * encoder.conv1.weight.element_size()
+    return kept if kept <= workspace.LARGEST else 0
 
 
 def _inside(value: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""How exact the extractor's deep forms are in half precision at large N, beside the textbook's own error.
+"""How exact the extractor's ln_folded forms are in half precision at large N, beside the direct form's own error.
 
 python -m bench deep-forms --tokens 8192 16384
 """
@@ -44,10 +44,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=5120, help="D of the adapter")
     parser.add_argument("--queries", type=int, default=256, help="M")
     parser.add_argument("--heads", type=int, default=8, help="H")
-    parser.add_argument("--forms", nargs="+", default=["deep_kv", "deep_absorbed"], help="compared with the textbook")
+    parser.add_argument(
+        "--forms", nargs="+", default=["ln_folded_kv", "ln_folded_absorbed"], help="compared with direct"
+    )
     parser.add_argument("--features", choices=FEATURES, default="rectified", help="what they are drawn from")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is judged")
-    parser.add_argument("--exact", choices=EXACT, default="fp32", help="of the textbook that it is judged by")
+    parser.add_argument("--exact", choices=EXACT, default="fp32", help="of the direct form that they are judged by")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of weights and features")
     args = parser.parse_args(argv)
@@ -82,17 +84,17 @@ def extract(extractor: Extractor, form: str, hidden: Tensor, features: Tensor) -
 
 
 def measured(args: argparse.Namespace, tokens: int) -> dict[str, float]:
-    """Root mean square of the error over that of the exact result, by form, the textbook's first."""
+    """Root mean square of the error over that of the exact result, by form, the direct one's first."""
     dtype, exact_dtype = DTYPES[args.dtype], EXACT[args.exact]
     extractor = extractor_of(args).to(args.device, dtype)
     hidden = torch.randn(1, args.dim).to(args.device, dtype)
     features = FEATURES[args.features](torch.randn(tokens, args.channels)).to(args.device, dtype)
-    found = {"textbook": extract(extractor, "textbook", hidden, features)}
+    found = {"direct": extract(extractor, "direct", hidden, features)}
     extractor.fold_weights()
     found |= {form: extract(extractor, form, hidden, features) for form in args.forms}
     extractor.unfold_weights()
     extractor.to(exact_dtype)  # the rounded weights, exactly
-    exact = extract(extractor, "textbook", hidden.to(exact_dtype), features.to(exact_dtype))
+    exact = extract(extractor, "direct", hidden.to(exact_dtype), features.to(exact_dtype))
     return {form: rel_rms(out, exact) for form, out in found.items()}
 
 
@@ -112,12 +114,12 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.write(
         f"`{command}` on {device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"{args.queries} queries, {args.heads} heads, {args.features} features, {args.dtype} against {args.exact}\n\n"
-        f"| form | N | C | D | error | the textbook's |\n|---|---|---|---|---|---|\n"
+        f"| form | N | C | D | error | direct's |\n|---|---|---|---|---|---|\n"
     )
     for tokens in args.tokens:
         errors = measured(args, tokens)
         for form in args.forms:
-            row = (form, tokens, args.channels, args.dim, f"{errors[form]:.2e}", f"{errors['textbook']:.2e}")
+            row = (form, tokens, args.channels, args.dim, f"{errors[form]:.2e}", f"{errors['direct']:.2e}")
             sys.stdout.write(f"| {' | '.join(map(str, row))} |\n")
         sys.stdout.flush()
 

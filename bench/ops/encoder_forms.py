@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from hia import HiAConfig
-from hia.encoder import strips as tiling
-from hia.encoder import workspace as arena
+from hia.encoder import strips, workspace
 from hia.encoder.encoder import Encoder, build_encoder
 from hia_kernels import use_backend
 
@@ -62,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--px: must be from {LEAST} to {MOST}, got {side}")
         try:
             with torch.device("meta"):
-                tiling.strip_rows(encoder_of(options.width), side, side, options.budget_mib * 2**20)
+                strips.strip_rows(encoder_of(options.width), side, side, options.budget_mib * 2**20)
         except ValueError as error:
             parser.error(f"--budget-mib: {error}")
     return options
@@ -83,12 +82,12 @@ def encoder_of(width: int) -> Encoder:
 @contextmanager
 def whole_maps() -> Iterator[None]:
     """No strips but within a budget."""
-    before = tiling.LARGE_MAP
-    tiling.LARGE_MAP = 2**62
+    before = strips.LARGE_MAP
+    strips.LARGE_MAP = 2**62
     try:
         yield
     finally:
-        tiling.LARGE_MAP = before
+        strips.LARGE_MAP = before
 
 
 def calls_of(forms: Sequence[str], width: int, pixels: Tensor, budget: int) -> dict[str, Callable[[], Tensor]]:
@@ -103,11 +102,11 @@ def calls_of(forms: Sequence[str], width: int, pixels: Tensor, budget: int) -> d
             return encoder(pixels, WINDOW)
 
     def fresh() -> Tensor:
-        largest, arena.LARGEST = arena.LARGEST, 0
+        largest, workspace.LARGEST = workspace.LARGEST, 0
         try:
             return whole()
         finally:
-            arena.LARGEST = largest
+            workspace.LARGEST = largest
 
     def onednn() -> Tensor:
         with use_backend("cpu"):

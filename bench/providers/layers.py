@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 import hia
 from hia.layers.adapter import HiAAdapter
-from hia.layers.extractor import PackedFeatures, Side
-from hia.layers.features import ImageFeatures
+from hia.layers.features import ImageFeatures, LayerCache, PackedFeatures
 from hia.layers.layout import CallLayout
 from hia.layers.plan import AUTO, Form, choose, extract_forms, inject_forms
 
@@ -31,7 +30,7 @@ from ..workloads import ImageCase, Inputs, LayerCase, composite_entry
 from .released import MEAN, STD, ReleasedHiA, ReleasedInjection
 
 Outputs = tuple[Tensor, ...]
-TEXTBOOK = "textbook/textbook"
+TEXTBOOK = "direct/direct"
 
 
 def layer_case(case: ImageCase | LayerCase) -> LayerCase:
@@ -56,7 +55,7 @@ class HiAStep(nn.Module):
         config = dataclasses.replace(self.case.config, plan=plan)
         self.adapter = HiAAdapter(config)
         self.layer = config.layer_indices[0]
-        self.sides: tuple[dict[int, Side], ...] = ()
+        self.caches: tuple[dict[int, LayerCache], ...] = ()
 
     @torch.no_grad()
     def prepare(self, op: str, inputs: Inputs) -> None:
@@ -64,12 +63,12 @@ class HiAStep(nn.Module):
         self.adapter.fold_weights()
         if op == "second_question":
             alone = [ImageFeatures((features,)).packed() for features in inputs["maps"]]
-            self.sides = tuple(self.adapter.sides(image, AUTO) for image in alone)
+            self.caches = tuple(self.adapter.layer_caches(image, AUTO) for image in alone)
 
     @property
     def kept_bytes(self) -> int:
         """Of what is kept of the images beside their features."""
-        return sum(side.tokens.nbytes for sides in self.sides for side in sides.values())
+        return sum(cache.tokens.nbytes for caches in self.caches for cache in caches.values())
 
     def forms(self, op: str, inputs: Inputs, *, gradients: bool) -> dict[str, dict[str, Form]]:
         """For each part of a composite the form the plan chooses here, and the textbook's, as "textbook".
@@ -91,13 +90,13 @@ class HiAStep(nn.Module):
                     forms, forced = inject_forms(sizes), layer.injection.form
             named = {form.name: form for form in forms}
             chosen = choose(part, forced, sizes, inputs["hidden"].device.type)
-            found[part] = {"chosen": named[chosen], "textbook": named["textbook"]}
+            found[part] = {"chosen": named[chosen], "textbook": named["direct"]}
         return found
 
     def _features(self, inputs: Inputs) -> PackedFeatures:
         """The call's, or their shapes where they are yet to be encoded."""
         if "maps" in inputs:
-            return ImageFeatures(inputs["maps"], self.sides).packed()
+            return ImageFeatures(inputs["maps"], self.caches).packed()
         lengths = tuple(self.case.feature_lengths)
         tokens = inputs["hidden"].new_empty(sum(lengths), self.case.channels, device="meta")
         return PackedFeatures(tokens, tokens, max(lengths), lengths)
@@ -119,7 +118,7 @@ class HiAStep(nn.Module):
 
     def second_question(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([B, S, D1],)."""
-        return (self.adapter.layer(self.layer)(hidden, ImageFeatures(maps, self.sides).packed(), layout),)
+        return (self.adapter.layer(self.layer)(hidden, ImageFeatures(maps, self.caches).packed(), layout),)
 
     def adapter_layer(self, images: Sequence[Tensor], windows: Tensor, hidden: Tensor, layout: CallLayout) -> Outputs:
         """([B, S, D1],)."""

@@ -166,7 +166,7 @@ def _our_bound(step: HiAStep, workload: Workload, inputs: Inputs, *, gradients: 
         notes: dict[str, Any] = {"forms": "/".join(form["chosen"].name for form in forms.values())}
         for kind, name in (("chosen", "plan_flops"), ("textbook", "textbook_flops")):
             notes[name] = round(sum(form[kind].flops for form in forms.values()))
-        if step.sides:
+        if step.caches:
             notes["kept_bytes"] = step.kept_bytes
         bound.notes = lambda: notes
     return bound

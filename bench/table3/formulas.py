@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hia import HiAConfig
-from hia.layers.plan import AUTO, DEEP_PAD, choose, sizes_of
+from hia.layers.plan import AUTO, EXTRA_COLUMNS, choose, sizes_of
 
 from . import methods
 from .hosts import BASE_RESOLUTION, HostSpec, visual_tokens
@@ -41,7 +41,7 @@ class AdapterShape:
     injections: int = 2
     heads: int = 8
     shared_projection: bool = False
-    forms: tuple[str, str] = ("textbook", "textbook")
+    forms: tuple[str, str] = ("direct", "direct")
 
 
 def prefill_flops(
@@ -138,14 +138,14 @@ def injection_flops(shape: AdapterShape, host_width: int, features: int, images:
 
 
 def _latent_width(shape: AdapterShape) -> int:
-    return shape.channels + DEEP_PAD if shape.forms[0].startswith("deep") else shape.dim
+    return shape.channels + EXTRA_COLUMNS if shape.forms[0].startswith("ln_folded") else shape.dim
 
 
 def _token_flops(shape: AdapterShape, host_width: int) -> int:
     """What extracting does with one feature token."""
     dim, form = shape.dim, shape.forms[0]
-    wide = shape.channels + DEEP_PAD
-    if form.startswith("deep"):
+    wide = shape.channels + EXTRA_COLUMNS
+    if form.startswith("ln_folded"):
         before = 2 * wide * min(dim, wide)  # its norm
     elif form.startswith("folded") or not shape.shared_projection:
         before = 2 * shape.channels * dim
@@ -153,7 +153,7 @@ def _token_flops(shape: AdapterShape, host_width: int) -> int:
         before = 2 * host_width * dim
     if form.endswith("absorbed"):
         return before + 4 * shape.heads * shape.queries * _latent_width(shape)
-    return before + 4 * (wide if form == "deep_kv" else dim) * dim + 4 * shape.queries * dim
+    return before + 4 * (wide if form == "ln_folded_kv" else dim) * dim + 4 * shape.queries * dim
 
 
 def _inject_flops(shape: AdapterShape, host_width: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hia.layers.plan import DEEP_PAD
+from hia.layers.plan import EXTRA_COLUMNS
 from hia_kernels.ops.latent_attention import inputs
 from hia_kernels.ops.latent_attention.reference import latent_attention_ref
 
@@ -17,7 +17,7 @@ def _reference(q: Tensor, latent: Tensor, lengths: list[int], softmax_scale: flo
 
 
 def _shape(case: LayerCase, role: str) -> inputs.Shape:
-    width = case.config.dim if role == "folded" else case.channels + DEEP_PAD
+    width = case.config.dim if role == "folded" else case.channels + EXTRA_COLUMNS
     return inputs.Shape(case.num_queries * case.config.num_heads, width, tuple(case.feature_lengths))
 
 

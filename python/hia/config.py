@@ -67,7 +67,7 @@ class HiAConfig:
         high_resolution: False shrinks the adapter's images to the host's resolution, in :class:`hia.HiAProcessor` and
             in the model (paper, Table 2).
         plan: which exact form of the maths runs: "auto" (the cheapest for the sizes of a call), or
-            "<extract>/<inject>" with names of :mod:`hia.layers.plan`, e.g. "textbook/textbook".
+            "<extract>/<inject>" with names of :mod:`hia.layers.plan`, e.g. "direct/direct".
         image_mean: per-channel mean of the windowed image (0 to 1) for the encoder.
         image_std: likewise, standard deviation.
     """

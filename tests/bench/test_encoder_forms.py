@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from bench.ops import encoder_forms
-from hia.encoder import strips as tiling
+from hia.encoder import strips
 
 
 def test_prints_a_row_a_form(capsys):
-    before = tiling.LARGE_MAP
+    before = strips.LARGE_MAP
     flags = ["--px", "300", "--width", "8", "--seconds", "0.1", "--budget-mib", "9"]
-    assert encoder_forms.main(flags) == 0 and before == tiling.LARGE_MAP
+    assert encoder_forms.main(flags) == 0 and before == strips.LARGE_MAP
     text = capsys.readouterr().out
     for form in encoder_forms.FORMS:
         assert f"| 300 | {form} |" in text

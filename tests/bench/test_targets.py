@@ -265,7 +265,7 @@ def test_ours_is_folded_and_a_second_question_has_what_was_kept(monkeypatch):
     monkeypatch.setattr("hia.layers.extractor.Extractor.gains_from_keys", lambda *_: True)  # tiny keys save nothing
     found, given, weights = subject("second_question")
     truth = accuracy.truth_of(found, given, weights, torch.float32, gradients=False)
-    for name, forms in (("hia", "cached_kv/"), ("textbook", "textbook/textbook")):
+    for name, forms in (("hia", "cached_kv/"), ("textbook", "direct/direct")):
         bound = providers.all_providers()[name].bind(found, given, weights, gradients=False)
         assert truth.check(accuracy.results_of(bound, truth.exact, gradients=False))[0] is None
         notes = bound.notes()
@@ -304,7 +304,7 @@ def test_the_floor_is_of_the_cheapest_form():
     step = composites.layer_case(found.case)
     sizes = plan.sizes_of(step.config, step.sizes, step.visual_tokens, step.batch, 2)
     whole = sum(
-        next(f.flops for f in forms if f.name == "textbook")
+        next(f.flops for f in forms if f.name == "direct")
         for forms in (plan.extract_forms(sizes), plan.inject_forms(sizes))
     )
     assert costs.least_flops(found, round(whole), 2) < 0.5 * whole

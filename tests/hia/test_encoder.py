@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hia_kernels
-from hia.encoder import strips as tiling
+from hia.encoder import strips
 from hia.images.load import load_image
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
@@ -193,7 +193,7 @@ def test_many_are_each_alone_bit_for_bit():
             together = encoder.forward_many(images, windows)
             alone = [encoder(image, window) for image, window in zip(images, windows, strict=True)]
             assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
-            stacked = encoder._encode(torch.stack(images[::2]), windows[::2], encoder._steps(), None)
+            stacked = encoder._encode(torch.stack(images[::2]), windows[::2], encoder._executor(), None)
             assert distance(stacked[0], alone[0]) < 2e-6 and distance(stacked[1], alone[2]) < 2e-6
 
 
@@ -262,12 +262,13 @@ def test_folded_weights_do_not_serve_live_statistics(changes, monkeypatch):
         encoder.eval().fold_weights()
         running = encoder(pixels, WINDOW)
         encoder.train()
-        encoder._folded = dataclasses.replace(encoder._folded, stamp=encoder.stamp())  # the call above moved it
+        # the call above moved the version
+        encoder._folded = dataclasses.replace(encoder._folded, version=encoder.weight_version())
         assert torch.equal(encoder(pixels, WINDOW), expected) and distance(running, expected) > 0.1
         encoder.eval()
         last = encoder.units()[-1]
         next(norm for _, norm in last.pairs()).train()  # one is enough
-        assert not encoder._steps().weights and distance(encoder(pixels, WINDOW), running) > 1e-3
+        assert not encoder._executor().weights and distance(encoder(pixels, WINDOW), running) > 1e-3
 
 
 def test_live_statistics_are_of_all_images_of_one_size():
@@ -297,7 +298,7 @@ def test_live_statistics_of_one_feature_are_refused():
 
 def test_a_budget_never_splits_a_live_batch():
     encoder, images = live_encoder(), [pixels_of(64, 48, seed=seed) for seed in range(3)]
-    windows, one = WINDOW.expand(3, 2), tiling.activation_bytes(encoder, 64, 48)
+    windows, one = WINDOW.expand(3, 2), strips.activation_bytes(encoder, 64, 48)
     with torch.no_grad():
         whole = encoder.forward_many(images, windows)
         found = encoder.forward_many(images, windows, 3 * one)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hia_kernels
 from hia.encoder import cuda_graphs as graphs
 from hia.encoder import encoder as encoder_module
-from hia.encoder import strips as tiling
+from hia.encoder import strips
 from hia.encoder.cuda_graphs import GraphCache
 from hia.encoder.encoder import Encoder
 from tests.hia.encoders import WINDOW, encoder_of, pixels_of, sides_of, without_graphs
@@ -88,9 +88,9 @@ def test_every_kind_of_call_has_a_graph_of_its_own():
         windows = WINDOW.expand(pixels.shape[0], 2)
         with hia_kernels.use_backend(backend):
             for _ in range(3):
-                out = encoder._encode(pixels, windows, encoder._steps(), None)
+                out = encoder._encode(pixels, windows, encoder._executor(), None)
             with without_graphs(encoder):
-                assert torch.equal(out, encoder._encode(pixels, windows, encoder._steps(), None))
+                assert torch.equal(out, encoder._encode(pixels, windows, encoder._executor(), None))
         assert len(recorder.captured) == len(encoder._folded.graphs.keys) == number
     bf16, fp32 = (graphs.key_of(first, WINDOW[None], dtype) for dtype in (torch.bfloat16, torch.float32))
     assert bf16 != fp32 == encoder._folded.graphs.keys[0]
@@ -247,7 +247,7 @@ def test_where_a_graph_cannot_serve_the_call_is_eager(context, reason):
 @torch.no_grad()
 def test_without_folding_with_a_budget_and_with_live_statistics_it_is_eager():
     encoder, recorder = recorded()
-    for budget in (tiling.activation_bytes(encoder, 300, 52), tiling.activation_bytes(encoder, 300, 52, 8)):
+    for budget in (strips.activation_bytes(encoder, 300, 52), strips.activation_bytes(encoder, 300, 52, 8)):
         for _ in range(3):
             encoder(pixels_of(300, 52), WINDOW, budget)
     encoder.layer3[1].bn2.train()

@@ -39,7 +39,7 @@ def normalised(encoder, pixels):
 
 def stages_of(encoder, pixels):
     """[C, H, W] after the stem and after each of the four stages."""
-    step = encoder._steps()
+    step = encoder._executor()
     x = encoder.stem(pixels[None], WINDOW[None], step)
     found, ends = [x], [3, 7, 13, 16]
     for number, block in enumerate(encoder.units(), start=1):

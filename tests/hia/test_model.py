@@ -9,8 +9,7 @@ import torch
 
 import hia
 from hia.layers import layout
-from hia.layers.extractor import PackedFeatures
-from hia.layers.features import ImageFeatures
+from hia.layers.features import ImageFeatures, PackedFeatures
 from hia.runtime import model as model_module
 from hia.runtime.hooks import split_layer_output
 from tests.hia.conftest import NONE, ONE, TWO, host_inputs, random_images
@@ -146,9 +145,7 @@ def test_feature_cache_equals_encoding_again(model, batch):
     assert torch.equal(logits_of(model, {**cached, "features": again}), logits_of(model, batch))
 
 
-@pytest.mark.parametrize(
-    ("plan", "calls"), [("folded_absorbed/textbook", 0), ("folded/textbook", 0), ("textbook/textbook", 1)]
-)
+@pytest.mark.parametrize(("plan", "calls"), [("folded_absorbed/direct", 0), ("folded/direct", 0), ("direct/direct", 1)])
 def test_the_shared_projection_is_made_only_where_a_form_reads_it(base, processor, monkeypatch, plan, calls):
     model = stir(hia.get_hia_model(base, tiny_config(base, "released", plan=plan)))
     made, shared = [], PackedFeatures.shared

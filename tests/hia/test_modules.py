@@ -10,8 +10,8 @@ from torch import nn
 import hia
 from hia.encoder.encoder import build_encoder
 from hia.layers.adapter import HiAAdapter
-from hia.layers.extractor import Extractor, PackedFeatures
-from hia.layers.features import ImageFeatures
+from hia.layers.extractor import Extractor
+from hia.layers.features import ImageFeatures, PackedFeatures
 from hia.layers.injection import Injection
 from hia.layers.layout import build_layout
 from tests.hia.hosts import text_config
@@ -45,7 +45,7 @@ def attention(q, k, v, heads):
     return (weights @ v).transpose(0, 1).flatten(1)
 
 
-def textbook_extract(extractor: Extractor, h_n, z):
+def extract_by_hand(extractor: Extractor, h_n, z):
     queries = extractor.queries
     if extractor.condition is not None:
         queries = queries + extractor.condition(h_n)
@@ -56,7 +56,7 @@ def textbook_extract(extractor: Extractor, h_n, z):
     return extracted + queries if extractor.residual else extracted
 
 
-def textbook_inject(injection: Injection, visual, extracted):
+def inject_by_hand(injection: Injection, visual, extracted):
     k, v = injection.kv_proj(injection.extracted_norm(extracted)).chunk(2, dim=-1)
     q = injection.q_proj(injection.visual_norm(visual))
     update = injection.out_proj(attention(q, k, v, injection.num_heads))
@@ -75,7 +75,7 @@ def test_extractor_is_the_papers_cross_attention(changes, residual):
     image_to_sample = torch.tensor([0, 1, 0])
     out = extractor(hidden, torch.tensor([4, 19]), packed, image_to_sample)
     for image, sample in enumerate(image_to_sample.tolist()):
-        expected = textbook_extract(extractor, hidden[[4, 19][sample]], maps[image])
+        expected = extract_by_hand(extractor, hidden[[4, 19][sample]], maps[image])
         torch.testing.assert_close(out[image * 5 : image * 5 + 5], expected, **DOUBLE)
 
 
@@ -98,8 +98,8 @@ def test_layer_is_the_papers_three_steps(changes, grad):
     expected = hidden.clone()
     for image, (sample, rows) in enumerate([(0, slice(2, 5)), (1, slice(0, 4)), (0, slice(7, 9))]):
         h_n = hidden[sample, [10, 11][sample]]
-        z_bar = textbook_extract(layer.extractor, h_n, maps[image].flatten(0, 1))
-        expected[sample, rows] = textbook_inject(layer.injection, hidden[sample, rows], z_bar)
+        z_bar = extract_by_hand(layer.extractor, h_n, maps[image].flatten(0, 1))
+        expected[sample, rows] = inject_by_hand(layer.injection, hidden[sample, rows], z_bar)
     with torch.set_grad_enabled(grad):
         out = layer(hidden.clone(), ImageFeatures(maps).packed(), layout)
     torch.testing.assert_close(out, expected, **DOUBLE)

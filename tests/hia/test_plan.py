@@ -1,4 +1,4 @@
-"""Every exact form of extract and inject is the textbook's result, and the plan picks the cheapest."""
+"""Every exact form of extract and inject is the direct's result, and the plan picks the cheapest."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ EXACT = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-TRAINED = [("folded", "textbook"), ("absorbed", "absorbed"), ("folded_absorbed", "textbook")]
-FORMS = [(extract, "textbook") for extract in plan.EXTRACT_FORMS] + [("textbook", "absorbed"), ("absorbed", "absorbed")]
+TRAINED = [("folded", "direct"), ("absorbed", "absorbed"), ("folded_absorbed", "direct")]
+FORMS = [(extract, "direct") for extract in plan.EXTRACT_FORMS] + [("direct", "absorbed"), ("absorbed", "absorbed")]
 
 
 def adapter_of(preset, dtype, **changes):
@@ -61,20 +61,20 @@ def run(adapter, forms, hidden, maps, layout, kept=None):
     layer.extractor.form, layer.injection.form = forms
     packed = ImageFeatures(maps).packed()
     if kept is not None:
-        packed.sides[2] = layer.extractor.image_side(packed, kept)
+        packed.caches[2] = layer.extractor.layer_cache(packed, kept)
     return layer(hidden.clone(), packed, layout)
 
 
 def available(adapter, forms, dtype):
     extract, inject = forms
-    folds = "folded" not in extract or extract == "cached_folded" or adapter.config.shared_projection
+    folds = not extract.startswith("folded") or adapter.config.shared_projection
     return folds and not (inject == "absorbed" and dtype.itemsize < plan.LEAST_SCORES)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("forms", FORMS, ids="/".join)
 @torch.no_grad()
-def test_every_form_is_the_textbooks_in_double(forms, preset):
+def test_every_form_is_the_direct_ones_in_double(forms, preset):
     adapter = adapter_of(preset, torch.float64)
     if not available(adapter, forms, torch.float64):
         with pytest.raises(ValueError, match=f"plan must be a form that can run here .* got '{forms[0]}'; it folds"):
@@ -84,7 +84,7 @@ def test_every_form_is_the_textbooks_in_double(forms, preset):
     kept = forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
     for images in IMAGES:
         asked = question(images, torch.float64)
-        expected = run(adapter, ("textbook", "textbook"), *asked)
+        expected = run(adapter, ("direct", "direct"), *asked)
         torch.testing.assert_close(run(adapter, forms, *asked, kept), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -103,15 +103,15 @@ def test_every_form_keeps_the_tolerance(forms, preset, dtype):
     for images in IMAGES:
         hidden, maps, layout = question(images, dtype)
         exact_maps = tuple(image.to(EXACT[dtype]) for image in maps)
-        exact = run(exact_adapter, ("textbook", "textbook"), hidden.to(EXACT[dtype]), exact_maps, layout)
-        plain = run(adapter, ("textbook", "textbook"), hidden, maps, layout)
+        exact = run(exact_adapter, ("direct", "direct"), hidden.to(EXACT[dtype]), exact_maps, layout)
+        plain = run(adapter, ("direct", "direct"), hidden, maps, layout)
         got = run(adapter, forms, hidden, maps, layout, kept)
         assert_close(f"hidden, {images} images", got, exact, plain, dtype=dtype)
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("forms", TRAINED, ids="/".join)
-def test_gradients_are_the_textbooks(forms, preset):
+def test_gradients_are_the_direct_forms(forms, preset):
     adapter = adapter_of(preset, torch.float64)
     if not available(adapter, forms, torch.float64):
         pytest.skip("nothing to fold")
@@ -124,7 +124,7 @@ def test_gradients_are_the_textbooks(forms, preset):
         found = torch.autograd.grad(out.square().sum(), [*inputs, *weights.values()])
         return dict(zip(["hidden", *map(str, range(3)), *weights], found, strict=True))
 
-    expected, got = gradients(("textbook", "textbook")), gradients(forms)
+    expected, got = gradients(("direct", "direct")), gradients(forms)
     for name, gradient in expected.items():
         # the key bias drops out of the softmax: its true gradient is zero, its computed one rounding
         slack = 1e-9 * (1 + gradient.abs().max().item())
@@ -148,11 +148,11 @@ def injected(adapter, form, dtype, images=8):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("preset", ["paper", "released", "lite"])
-def test_the_absorbed_injections_gradients_are_the_textbooks(preset, dtype, monkeypatch):
+def test_the_absorbed_injections_gradients_are_the_direct_forms(preset, dtype, monkeypatch):
     """In fp32 they may be as wrong as plain autograd's of the same form: the gate's is one sum that cancels."""
     adapter, exact_adapter = adapter_of(preset, dtype), adapter_of(preset, torch.float64)
     exact_adapter.load_state_dict({name: value.double() for name, value in adapter.state_dict().items()})
-    got, exact = injected(adapter, "absorbed", dtype), injected(exact_adapter, "textbook", torch.float64)
+    got, exact = injected(adapter, "absorbed", dtype), injected(exact_adapter, "direct", torch.float64)
     monkeypatch.setattr(injection._AbsorbedRead, "apply", plain_read)
     plain = injected(adapter, "absorbed", dtype)
     for name, value in exact.items():
@@ -189,9 +189,9 @@ def plain_read(tokens, keys, values, offsets, bias, heads, scale):
 def test_the_absorbed_injection_under_autocast_rounds_no_scores():
     adapter = adapter_of("released", torch.float32)
     adapter.layer(2).injection.form = "absorbed"
-    exact = injected(adapter, "textbook", torch.float32)
+    exact = injected(adapter, "direct", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        got, plain = (injected(adapter, form, torch.float32) for form in ("absorbed", "textbook"))
+        got, plain = (injected(adapter, form, torch.float32) for form in ("absorbed", "direct"))
     for name in ("out", "hidden", "extracted", "q_proj.weight", "out_proj.weight"):
         assert got[name].dtype == torch.float32
         assert_close(name, got[name], exact[name], plain[name].float(), dtype=torch.bfloat16, slack=4)
@@ -212,17 +212,17 @@ def test_training_stores_neither_keys_nor_scores():
     hidden, _, layout = question(1, torch.float32)
     tokens, bytes_of, shapes_of = 60 * 60, {}, {}
     maps = (torch.rand(60, 60, 128),)
-    for form in ("textbook", "folded_absorbed"):
+    for form in ("direct", "folded_absorbed"):
         saved = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.setdefault(x.data_ptr(), x), lambda x: x):
-            run(adapter, (form, "textbook"), hidden, maps, layout)
+            run(adapter, (form, "direct"), hidden, maps, layout)
         shapes_of[form] = {tuple(x.shape) for x in saved.values() if tokens in x.shape}
         bytes_of[form] = sum(x.nbytes for x in saved.values() if tokens in x.shape)
     keys = (tokens, 2, 48)
-    assert keys in shapes_of["textbook"] and keys not in shapes_of["folded_absorbed"]
+    assert keys in shapes_of["direct"] and keys not in shapes_of["folded_absorbed"]
     assert not any(12 in shape for shape in shapes_of["folded_absorbed"])  # H * M rows of scores
     # features, their projection, its norm with two statistics a token
-    assert bytes_of["folded_absorbed"] == tokens * (128 + 96 + 96 + 2) * 4 < bytes_of["textbook"]
+    assert bytes_of["folded_absorbed"] == tokens * (128 + 96 + 96 + 2) * 4 < bytes_of["direct"]
 
 
 def test_fold_weights_changes_no_state_and_is_undone():
@@ -259,11 +259,11 @@ def test_training_after_fold_weights_sees_no_stale_weights():
     with torch.no_grad():
         with pytest.warns(UserWarning, match=r"parameters have changed since fold_weights\(\)"):
             after = run(adapter, ("auto", "auto"), *asked)
-        expected = run(adapter, ("textbook", "textbook"), *asked)
+        expected = run(adapter, ("direct", "direct"), *asked)
         assert not torch.allclose(after, before)
         torch.testing.assert_close(after, expected, rtol=1e-10, atol=1e-10)
-        with pytest.raises(ValueError, match=r"got 'deep_kv'; it needs fold_weights\(\)"):
-            run(adapter, ("deep_kv", "auto"), *asked)
+        with pytest.raises(ValueError, match=r"got 'ln_folded_kv'; it needs fold_weights\(\)"):
+            run(adapter, ("ln_folded_kv", "auto"), *asked)
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def kept_model(keep, **changes):
 
 
 @pytest.mark.parametrize("keep", ["kv", "folded"])
-def test_kept_sides_are_counted_and_used_until_weights_change(keep):
+def test_what_is_kept_is_counted_and_used_until_weights_change(keep):
     model, pixels, features = kept_model(keep)
     plain = model.encode_images(pixels, keep="features")
     config = model.hia_config
@@ -294,7 +294,7 @@ def test_kept_sides_are_counted_and_used_until_weights_change(keep):
     columns = {"kv": 2 * config.dim, "folded": config.dim}[keep]
     assert features.nbytes == plain.nbytes + len(config.layer_indices) * tokens * columns * 4
     swapped, both = features.select([1, 0]), hia.ImageFeatures.cat([features, features])
-    assert [len(part.packed().sides) for part in (features, swapped, both)] == [len(config.layer_indices)] * 3
+    assert [len(part.packed().caches) for part in (features, swapped, both)] == [len(config.layer_indices)] * 3
     extractor = model.adapter.layer(config.layer_indices[0]).extractor
     with torch.no_grad():
         assert extractor.sizes(features.packed(), 1).cached == (keep,)
@@ -305,7 +305,7 @@ def test_kept_sides_are_counted_and_used_until_weights_change(keep):
 
 def test_what_is_kept_by_default_makes_a_question_cheaper():
     _, _, features = kept_model("auto")
-    assert all(side.kind == "kv" for sides in features.sides for side in sides.values()) and features.sides
+    assert all(cache.kind == "kv" for caches in features.caches for cache in caches.values()) and features.caches
 
 
 def test_keep_must_be_known_and_needs_no_grad():
@@ -326,11 +326,11 @@ def thirteen_b(preset, side, images, **changes):
 @pytest.mark.parametrize(
     ("preset", "side", "changes", "extract"),
     [
-        ("released", 896, {"weights_folded": True}, "deep_absorbed"),
+        ("released", 896, {"weights_folded": True}, "ln_folded_absorbed"),
         ("released", 896, {}, "absorbed"),
         ("released", 4096, {"training": True}, "folded_absorbed"),
-        ("paper", 896, {"weights_folded": True}, "deep_kv"),
-        ("paper", 896, {}, "textbook"),
+        ("paper", 896, {"weights_folded": True}, "ln_folded_kv"),
+        ("paper", 896, {}, "direct"),
         ("released", 896, {"weights_folded": True, "cached": ("kv",)}, "cached_kv"),
     ],
 )
@@ -344,9 +344,9 @@ def test_flops_against_the_released_maths(side, most):
     ours, theirs = thirteen_b("paper", side, 2, weights_folded=True), thirteen_b("released", side, 2)
     own = plan.cheapest(plan.extract_forms(ours), plan.ceilings_of("cpu", 4)).flops
     own += min(form.flops for form in plan.inject_forms(ours))
-    textbook = {form.name: form.flops for form in plan.extract_forms(theirs)}["textbook"]
+    direct = {form.name: form.flops for form in plan.extract_forms(theirs)}["direct"]
     repeated = sum(step.products[0].flops for step in plan._queries(theirs))
-    released = textbook + repeated + plan.inject_forms(theirs)[0].flops
+    released = direct + repeated + plan.inject_forms(theirs)[0].flops
     assert own <= most * released
 
 
@@ -358,11 +358,11 @@ def test_flops_of_a_form_are_what_is_counted():
     packed, layer = ImageFeatures(maps).packed(), adapter.layer(2)
     with torch.no_grad():
         adapter.fold_weights()
-        packed.sides[2] = layer.extractor.image_side(packed, "folded")
+        packed.caches[2] = layer.extractor.layer_cache(packed, "folded")
         for form in plan.extract_forms(layer.extractor.sizes(packed, 2)):
             layer.extractor.form = form.name
             fresh = ImageFeatures(maps).packed()
-            fresh.sides.update(packed.sides)
+            fresh.caches.update(packed.caches)
             with FlopCounterMode(display=False) as counter:
                 layer.extractor(hidden.flatten(0, 1), layout.instruction_rows, fresh, layout.image_to_sample)
             # fused attention's formula takes every image for as long as the longest
@@ -378,7 +378,7 @@ def test_explained(capsys):
     model.fold_weights().explain_plan([(896, 896), (512, 700)])
     printed = capsys.readouterr().out
     assert printed.count("<- least time") == 2
-    assert "deep_kv" in printed and "GFLOP" in printed and "MB moved" in printed
+    assert "ln_folded_kv" in printed and "GFLOP" in printed and "MB moved" in printed
     with pytest.raises(ValueError, match=r"sizes must hold \(height, width\) of each image, at least one, got \[\]"):
         model.explain_plan([])
 
@@ -387,8 +387,11 @@ def test_a_plan_must_be_known():
     with pytest.raises(ValueError, match=r"plan must be 'auto' or '<extract>/<inject>' .* got 'fast'"):
         hia.HiAConfig.paper(text_config(), plan="fast")
     assert plan.split_plan("absorbed") == ("absorbed", "absorbed")
-    assert plan.split_plan("deep_kv") == ("deep_kv", "auto")
-    assert plan.split_plan("auto/textbook") == ("auto", "textbook")
+    assert plan.split_plan("ln_folded_kv") == ("ln_folded_kv", "auto")
+    assert plan.split_plan("auto/direct") == ("auto", "direct")
+    for old, now in (("textbook/textbook", ("direct", "direct")), ("deep_kv/absorbed", ("ln_folded_kv", "absorbed"))):
+        with pytest.warns(FutureWarning, match=f"form '{old.partition('/')[0]}' is called '{now[0]}' now"):
+            assert plan.split_plan(old) == now
 
 
 FEATURES = {
@@ -400,9 +403,9 @@ FEATURES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", FEATURES)
-@pytest.mark.parametrize("form", ["deep_kv", "deep_absorbed"])
+@pytest.mark.parametrize("form", ["ln_folded_kv", "ln_folded_absorbed"])
 @torch.no_grad()
-def test_deep_forms_hold_for_features_that_are_not_centred(form, kind, dtype):
+def test_ln_folded_forms_hold_for_features_that_are_not_centred(form, kind, dtype):
     hidden, _, layout = question(1, EXACT[dtype])
     values = torch.randn(20, 25, 128, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     maps = (FEATURES[kind](values).to(dtype),)
@@ -416,6 +419,6 @@ def test_deep_forms_hold_for_features_that_are_not_centred(form, kind, dtype):
         rows = hidden.to(dtype).flatten(0, 1)
         return extractor(rows, layout.instruction_rows, packed, layout.image_to_sample)
 
-    exact, plain = extract(exact_layer, "textbook", EXACT[dtype]), extract(layer, "textbook", dtype)
+    exact, plain = extract(exact_layer, "direct", EXACT[dtype]), extract(layer, "direct", dtype)
     adapter.fold_weights()
     assert_close("extracted", extract(layer, form, dtype), exact, plain, dtype=dtype)

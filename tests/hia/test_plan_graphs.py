@@ -21,7 +21,7 @@ from tests.inputs import OPS, differentiable, inputs_of, small_inputs
 
 SIDES = (7, 9, 12, 20, 33)
 DEVICE = torch.device("cuda")
-TRAINED = [forms for forms in FORMS if not forms[0].startswith(("deep", "cached"))]
+TRAINED = [forms for forms in FORMS if not forms[0].startswith(("ln_folded", "cached"))]
 
 
 @pytest.mark.compile
@@ -43,7 +43,7 @@ def test_a_compiled_question_sees_no_stale_sides(processor, keep):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     fresh = model.encode_images(batch.high_res_pixels, batch.windows, keep="features")
-    after = compiled(**asked, features=hia.ImageFeatures(fresh.maps, features.sides)).logits
+    after = compiled(**asked, features=hia.ImageFeatures(fresh.maps, features.caches)).logits
     expected = model(**asked, features=fresh).logits
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
     assert (before - expected).abs().max() > 0.1
@@ -80,8 +80,8 @@ def sweep(forms: tuple[str, str], preset: str, training: bool, dynamic: bool | N
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(
     ("preset", "forms"),
-    [("paper", ("textbook", "textbook")), ("released", ("absorbed", "absorbed")), ("released", ("auto", "textbook"))],
-    ids=["textbook", "absorbed", "auto"],
+    [("paper", ("direct", "direct")), ("released", ("absorbed", "absorbed")), ("released", ("auto", "direct"))],
+    ids=["direct", "absorbed", "auto"],
 )
 def test_a_sweep_of_sizes_compiles_one_graph_a_form(preset, forms, training):
     """With dynamic sizes: one graph, and where the plan picks, one more each time it picks another form."""
@@ -94,7 +94,7 @@ def test_a_sweep_of_sizes_compiles_one_graph_a_form(preset, forms, training):
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_without_marks_the_second_size_compiles_the_last_graph(training):
     """By default PyTorch takes the first size for a constant, and what differs in the second for dynamic."""
-    graphs, _ = sweep(("textbook", "textbook"), "paper", training, dynamic=None)
+    graphs, _ = sweep(("direct", "direct"), "paper", training, dynamic=None)
     assert graphs == [1, 2, 2, 2, 2]
 
 
@@ -154,7 +154,7 @@ def layer_call(preset: str, forms: tuple[str, str], dtype: torch.dtype, training
         if not training:
             adapter.fold_weights()
         if forms[0].startswith("cached_"):
-            packed.sides[2] = layer.extractor.image_side(packed, forms[0].removeprefix("cached_"))
+            packed.caches[2] = layer.extractor.layer_cache(packed, forms[0].removeprefix("cached_"))
 
     def forward() -> tuple[Tensor, ...]:
         packed._memo.clear()  # or a replay would not compute what was remembered

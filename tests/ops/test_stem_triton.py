@@ -219,10 +219,10 @@ def test_a_folded_encoder_packs_its_stem_once(triton_device, monkeypatch):
     encoder = encoder_of(encoder="strided", encoder_width=4).to(triton_device)
     pixels = pixels_of(33, 40).to(triton_device)[None]
     window = torch.tensor([[0.0, 255.0]], device=triton_device)
-    expected = encoder.stem(pixels, window, encoder._steps())
+    expected = encoder.stem(pixels, window, encoder._executor())
     assert len(made) == 1
     folded = encoder.fold_weights()
-    step, taps = encoder._steps(), folded.convs[encoder.conv1].stem.taps
+    step, taps = encoder._executor(), folded.convs[encoder.conv1].stem.taps
     assert len(made) == 2 and folded.nbytes > taps.nbytes
     for _ in range(2):
         assert torch.equal(encoder.stem(pixels, window, step), expected) and len(made) == 2
@@ -233,8 +233,8 @@ def test_a_folded_encoder_packs_its_stem_once(triton_device, monkeypatch):
     other = encoder.stem(pixels, window, step)
     assert not torch.equal(other, expected) and len(made) == 3, "packed with another mean"
     encoder.unfold_weights()
-    encoder.stem(pixels, window, encoder._steps())
-    assert len(made) == 4 and not encoder._steps().weights
+    encoder.stem(pixels, window, encoder._executor())
+    assert len(made) == 4 and not encoder._executor().weights
 
 
 @pytest.mark.parametrize("pool", [1, 3])

@@ -1,4 +1,4 @@
-"""A convolution with its batch-norm: one step of the encoder, from its parameters or from folded weights."""
+"""A convolution with its batch-norm, computed from the parameters or from folded weights."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from hia_kernels.ops.conv_norm_act.functional import (
 )
 from hia_kernels.ops.stem.functional import PackedStem, pack_stem, stem_packing_reasons
 
-from ..layers.folded import Stamp
+from ..versions import WeightVersion
 from .cuda_graphs import GraphCache
-from .workspace import Arena, Ends, passing
+from .workspace import PingPongWorkspace, WorkspaceCache, temporary_workspace
 
 
 def statistics_dtype(weight: Tensor) -> torch.dtype:
-    """Of the scales and shifts that go with ``weight``."""
+    """Return the dtype of the scales and shifts that go with ``weight``."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class EncoderConv(nn.Conv2d):
-    """A convolution's parameters, in ``nn.Conv2d``'s names; its batch-norm is folded when it is applied."""
+    """A convolution's parameters, in ``nn.Conv2d``'s names. Its batch-norm is folded into it when it is applied."""
 
     def folded(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        """Per-channel scale and shift of the running statistics and of the convolution's bias, fp32 at least."""
+        """Compute each channel's scale and shift from the norm's running statistics and the bias, in fp32 or fp64."""
         acc = statistics_dtype(self.weight)
         scale = norm.weight.to(acc) * torch.rsqrt(norm.running_var.to(acc) + norm.eps)
         mean = norm.running_mean.to(acc) if self.bias is None else norm.running_mean.to(acc) - self.bias.to(acc)
         return scale, norm.bias.to(acc) - mean * scale
 
     def with_live_statistics(self, x: Tensor, norm: nn.Module, residual: Tensor | None, activation: str) -> Tensor:
-        """[N, IH, IW, C] -> [N, OH, OW, OC]: the norm can't be folded before the convolution's output is known."""
+        """Convolve, then normalise by the result's own statistics: [N, IH, IW, C] -> [N, OH, OW, OC]."""
         one = torch.ones(self.out_channels, dtype=statistics_dtype(self.weight), device=self.weight.device)
         bias = torch.zeros_like(one) if self.bias is None else self.bias.to(one.dtype)
         y = hia_kernels.conv_norm_act(x, self.weight, one, bias, None, self.stride[0], "none")
@@ -53,7 +53,7 @@ class EncoderConv(nn.Conv2d):
 
 @dataclass(frozen=True)
 class FoldedConv:
-    """One convolution's inference weights.
+    """One convolution's weights for inference, its norm folded in.
 
     Attributes:
         weight: [OC, C, K, K], channels last where our kernels want it so.
@@ -71,7 +71,7 @@ class FoldedConv:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it occupies; on the CPU the weight is the parameter itself."""
+        """Count the bytes it occupies; on the CPU the weight is the parameter itself."""
         own = 0 if self.weight.device.type == "cpu" else self.weight.nbytes
         own += 0 if self.stem is None else self.stem.nbytes
         return own + self.scale.nbytes + self.shift.nbytes + (0 if self.packed is None else self.packed.nbytes)
@@ -79,27 +79,27 @@ class FoldedConv:
 
 @dataclass(frozen=True)
 class FoldedEncoder:
-    """What ``Encoder.fold_weights`` makes: beside the parameters, never in a state_dict.
+    """An encoder's weights folded by ``Encoder.fold_weights``: they are kept beside the parameters, in no state_dict.
 
     Attributes:
-        stamp: versions of the parameters and statistics it was made from.
+        version: of the parameters and statistics that they were made from.
         convs: by convolution.
         constants: mean and std of the stem, on the device.
-        graphs: of the whole encoder with these weights.
-        arena: memory of the activations, on the CPU.
+        graphs: CUDA graphs of the whole encoder with these weights.
+        workspace_cache: memory for activations, kept between images; on the CPU.
     """
 
-    stamp: Stamp
+    version: WeightVersion
     convs: dict[nn.Module, FoldedConv] = field(repr=False)
     constants: tuple[Tensor, Tensor] = field(repr=False)
     graphs: GraphCache = field(default_factory=GraphCache, repr=False)
-    arena: Arena = field(default_factory=Arena, repr=False)
+    workspace_cache: WorkspaceCache = field(default_factory=WorkspaceCache, repr=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes it occupies."""
-        constants = sum(tensor.nbytes for tensor in self.constants)
-        return sum(step.nbytes for step in self.convs.values()) + constants + self.graphs.nbytes + self.arena.nbytes
+        """Count the bytes they occupy, memory that is kept for their use included."""
+        parts = (*self.convs.values(), *self.constants, self.graphs, self.workspace_cache)
+        return sum(part.nbytes for part in parts)
 
 
 @torch.no_grad()
@@ -126,14 +126,14 @@ def fold_conv(
     return FoldedConv(weight, scale, shift, packed, pack_stem(weight, mean, std, scale, shift, pool))
 
 
-class Steps:
-    """Computes steps: with folded weights where there are any, else with the parameters.
+class ConvExecutor:
+    """Computes convolutions with their norms: from folded weights where there are any, else from the parameters.
 
     Args:
-        weights: by convolution.
+        weights: folded ones by convolution.
         packed: whether packed weights serve now; where they don't, folded scales and shifts still do.
-        graphs: of the encoder with these weights, if it may use them.
-        arena: memory of the activations, if it may use it.
+        graphs: CUDA graphs of the encoder with these weights; None to launch kernel by kernel.
+        workspace_cache: memory for activations; None to allocate every map.
     """
 
     def __init__(
@@ -141,44 +141,45 @@ class Steps:
         weights: Mapping[nn.Module, FoldedConv] | None = None,
         packed: bool = False,
         graphs: GraphCache | None = None,
-        arena: Arena | None = None,
+        workspace_cache: WorkspaceCache | None = None,
     ):
-        self.weights, self.packed, self.graphs, self.arena = weights or {}, packed, graphs, arena
-        self.ends: Ends | None = None
+        self.weights, self.packed, self.graphs, self.workspace_cache = weights or {}, packed, graphs, workspace_cache
+        self.workspace: PingPongWorkspace | None = None
 
     @contextmanager
     def within(self, elements: int, dtype: torch.dtype, keep: bool) -> Iterator[None]:
-        """Take activations from the arena in the block, if there is one; :meth:`released` leaves with the result.
+        """Let activations in the block lie in one workspace where that serves; :meth:`released` gets the result out.
 
         Args:
-            elements: that the units need at most, ``tiling.arena_elements``.
+            elements: how many the units need at most, ``workspace_elements`` of them.
             dtype: of the activations.
             keep: whether the memory stays for the next image.
         """
-        if self.arena is None or not self.packed or not self._all_native():
+        if self.workspace_cache is None or not self.packed or not self._all_native():
             yield
             return
-        with self.arena.lease(elements, dtype) if keep else passing(elements, dtype) as self.ends:
+        lease = self.workspace_cache.lease if keep else temporary_workspace
+        with lease(elements, dtype) as self.workspace:
             try:
                 yield
             finally:
-                self.ends = None
+                self.workspace = None
 
     def _all_native(self) -> bool:
-        """Whether every packed convolution writes into what it is given."""
+        """Tell whether every packed convolution writes into the memory it is given."""
         return all(step.packed is None or step.packed.is_native() for step in self.weights.values())
 
-    def moved(self, out: Tensor) -> None:
-        """A unit has finished with its input, and ``out`` is the next one's."""
-        if self.ends is not None:
-            self.ends.moved(out)
+    def advance(self, out: Tensor) -> None:
+        """Free a unit's input: ``out`` is the next unit's."""
+        if self.workspace is not None:
+            self.workspace.advance(out)
 
     def released(self, out: Tensor) -> Tensor:
-        """``out``, or a copy if it lies in the arena."""
-        return out.clone() if self.ends is not None and self.ends.holds(out) else out
+        """Return ``out``, or a copy of it if it lies in the workspace."""
+        return out.clone() if self.workspace is not None and self.workspace.holds(out) else out
 
     def folded(self, conv: EncoderConv, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
-        """A convolution's weight, and scale and shift of the norm behind it."""
+        """Return a convolution's weight, and the scale and shift of the norm behind it."""
         step = self.weights.get(conv)
         return (conv.weight, *conv.folded(norm)) if step is None else (step.weight, step.scale, step.shift)
 
@@ -190,9 +191,9 @@ class Steps:
         residual: Tensor | None = None,
         activation: str = "relu",
         pad_rows: bool = True,
-        near: bool = False,
+        scratch: bool = False,
     ) -> Tensor:
-        """[N, IH, IW, C] -> [N, OH, OW, OC]: convolution, norm, residual, activation.
+        """Convolve, normalise, add the residual and activate: [N, IH, IW, C] -> [N, OH, OW, OC].
 
         Args:
             conv: the convolution.
@@ -201,14 +202,15 @@ class Steps:
             residual: is added before the activation, and may be written over: nothing may read it afterwards.
             activation: "relu" or "none".
             pad_rows: False where ``x`` is a strip that brings its neighbours' rows.
-            near: where in the arena the result goes, if there is one: next to the unit's input, not to the other end.
+            scratch: put the result beside the unit's input in the workspace, as what the unit needs for itself alone;
+                False: at the workspace's other end, as its output.
         """
         step = self.weights.get(conv)
         if step is not None and step.packed is not None and self.packed:
-            if residual is None and self.ends is not None:
+            if residual is None and self.workspace is not None:
                 images, height, width, _ = x.shape
                 size = (images, (height - 1) // step.packed.stride + 1, (width - 1) // step.packed.stride + 1)
-                place = self.ends.near if near else self.ends.far
+                place = self.workspace.scratch if scratch else self.workspace.output
                 return conv_norm_act_packed_out(place((*size, conv.out_channels)), x, step.packed, activation)
             if residual is None or not residual.is_contiguous():
                 return conv_norm_act_packed(x, step.packed, residual, activation, pad_rows)
@@ -225,7 +227,7 @@ class Steps:
 def _without_padded_rows(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int, activation: str
 ) -> Tensor:
-    """A 3 x 3 step of a strip: with the op's padding, less the rows that have seen it."""
+    """Convolve a strip, 3 x 3, with the op's padding, and drop the rows that have seen the padding."""
     rows = (x.shape[1] - 3) // stride + 1
     if stride == 2:  # the op's windows are centred on even rows, the strip's on odd ones
         x = torch.cat([x.new_zeros(x.shape[0], 1, *x.shape[2:]), x], dim=1)

@@ -15,10 +15,10 @@ from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 from hia_kernels.ops.stem.functional import stem_packed, stem_packing_reasons, stem_reach
 
 from ..config import HiAConfig
-from ..layers.folded import Stamp, stamp_of
 from ..renamed import renamed
+from ..versions import WeightVersion, weight_version_of
 from . import strips as tiling
-from .conv import EncoderConv, FoldedEncoder, Steps, fold_conv
+from .conv import ConvExecutor, EncoderConv, FoldedEncoder, fold_conv
 from .position import add_position
 from .weights import load_resnet50
 
@@ -49,16 +49,16 @@ class Bottleneck(nn.Module):
                 EncoderConv(channels, out, 1, stride=stride, bias=bias), nn.BatchNorm2d(out)
             )
 
-    def forward(self, x: Tensor, step: Steps | None = None) -> Tensor:
+    def forward(self, x: Tensor, executor: ConvExecutor | None = None) -> Tensor:
         """[N, H, W, C] -> [N, H', W', 4 * width]; with folded weights and without ``downsample`` written over x."""
-        step = step or Steps()
-        y = step(self.conv1, self.bn1, x)
-        y = step(self.conv2, self.bn2, y, near=True)
+        executor = executor or ConvExecutor()
+        y = executor(self.conv1, self.bn1, x)
+        y = executor(self.conv2, self.bn2, y, scratch=True)
         residual = x
         if self.downsample is not None:  # last: the larger of the two is not there yet while conv2 runs
-            residual = step(self.downsample[0], self.downsample[1], x, activation="none")
-            step.moved(residual)
-        return step(self.conv3, self.bn3, y, residual)
+            residual = executor(self.downsample[0], self.downsample[1], x, activation="none")
+            executor.advance(residual)
+        return executor(self.conv3, self.bn3, y, residual)
 
     def pairs(self) -> Iterator[tuple[EncoderConv, nn.BatchNorm2d]]:
         """Each convolution and its norm."""
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
             ValueError: the budget can't hold a strip, or gradients or live statistics want the whole image.
         """
         tiling.check_budget(max_activation_bytes)
-        return self._encode(pixels[None], window[None], self._steps(), max_activation_bytes)[0]
+        return self._encode(pixels[None], window[None], self._executor(), max_activation_bytes)[0]
 
     def forward_many(
         self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: int | None = None
@@ -167,11 +167,11 @@ class Encoder(nn.Module):
         tiling.check_budget(max_activation_bytes)
         if tuple(windows.shape) != (len(images), 2):
             raise ValueError(f"hia: windows must have shape [{len(images)}, 2], got {list(windows.shape)}")
-        step = self._steps()
+        executor = self._executor()
         maps: dict[int, Tensor] = {}
         for group in self._groups(images, max_activation_bytes):
             pixels, window = _stacked(images, group), _stacked(windows, group)
-            maps.update(zip(group, self._encode(pixels, window, step, max_activation_bytes), strict=True))
+            maps.update(zip(group, self._encode(pixels, window, executor, max_activation_bytes), strict=True))
         return [maps[index] for index in range(len(images))]
 
     def fold_weights(self) -> FoldedEncoder:
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
         for unit in self.units():
             steps.update({conv: fold_conv(conv, norm) for conv, norm in unit.pairs()})
         self.unfold_weights()
-        self._folded = FoldedEncoder(self.stamp(), steps, constants)
+        self._folded = FoldedEncoder(self.weight_version(), steps, constants)
         return self._folded
 
     def unfold_weights(self) -> None:
@@ -195,13 +195,13 @@ class Encoder(nn.Module):
 
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 
-    def stamp(self) -> Stamp:
+    def weight_version(self) -> WeightVersion:
         """Versions of all parameters and statistics."""
-        return stamp_of([*self.parameters(), *self.buffers()])
+        return weight_version_of([*self.parameters(), *self.buffers()])
 
     def current(self) -> FoldedEncoder | None:
         """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""
-        if self._folded is not None and self._folded.stamp != self.stamp():
+        if self._folded is not None and self._folded.version != self.weight_version():
             warnings.warn(
                 "hia: parameters have changed since fold_weights(), so the encoder's weights are dropped; "
                 "call fold_weights() again",
@@ -214,21 +214,21 @@ class Encoder(nn.Module):
         """List what follows the stem, in order."""
         raise NotImplementedError("Encoder is abstract: use build_encoder")
 
-    def body(self, x: Tensor, step: Steps | None = None, start: int = 0) -> Tensor:
+    def body(self, x: Tensor, executor: ConvExecutor | None = None, start: int = 0) -> Tensor:
         """Run what follows the stem, from unit ``start`` on: [N, H, W, C] -> [N, H', W', C']."""
-        step = step or self._steps()
-        elements = tiling.arena_elements(self.units()[start:], x.shape)
-        with step.within(elements, x.dtype, keep=start == 0):  # behind strips the image is a large one
+        executor = executor or self._executor()
+        elements = tiling.workspace_elements(self.units()[start:], x.shape)
+        with executor.within(elements, x.dtype, keep=start == 0):  # behind strips the image is a large one
             for unit in self.units()[start:]:
-                x = unit(x, step)
-            return step.released(x)
+                x = unit(x, executor)
+            return executor.released(x)
 
-    def stem(self, pixels: Tensor, window: Tensor, step: Steps) -> Tensor:
+    def stem(self, pixels: Tensor, window: Tensor, executor: ConvExecutor) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H / stem_stride, W / stem_stride, width]."""
         mean, std = self._normalisation(pixels.device)
         if not self.bn1.training:
-            weight, scale, shift = step.folded(self.conv1, self.bn1)
-            folded = step.weights.get(self.conv1)
+            weight, scale, shift = executor.folded(self.conv1, self.bn1)
+            folded = executor.weights.get(self.conv1)
             packed = None if folded is None else folded.stem
             if packed is not None and packed.mean is mean and not stem_packing_reasons(weight, pixels):
                 return stem_packed(pixels, window, packed)
@@ -256,7 +256,7 @@ class Encoder(nn.Module):
         """Tell whether any norm takes the statistics of what it is given."""
         return self.bn1.training or any(norm.training for unit in self.units() for _, norm in unit.pairs())
 
-    def _steps(self) -> Steps:
+    def _executor(self) -> ConvExecutor:
         """With folded weights, where no gradient is recorded and no norm takes live statistics."""
         if (
             self._folded is None
@@ -264,36 +264,36 @@ class Encoder(nn.Module):
             or torch.compiler.is_compiling()
             or self.takes_live_statistics()
         ):
-            return Steps()
+            return ConvExecutor()
         folded = self.current()
         if folded is None:
-            return Steps()
+            return ConvExecutor()
         graphs = folded.graphs if self.cuda_graphs else None
-        return Steps(folded.convs, not packing_reasons(self.conv1.weight), graphs, folded.arena)
+        return ConvExecutor(folded.convs, not packing_reasons(self.conv1.weight), graphs, folded.workspace_cache)
 
-    def _encode(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
+    def _encode(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: int | None) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H', W', C], the whole image's, whatever came in strips: positions go on last."""
-        features = self._without_position(pixels, window, step, budget)
+        features = self._without_position(pixels, window, executor, budget)
         return features if self.position == "none" else add_position(features)
 
-    def _without_position(self, pixels: Tensor, window: Tensor, step: Steps, budget: int | None) -> Tensor:
+    def _without_position(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: int | None) -> Tensor:
         if budget is not None:
-            step.arena = None  # it may be larger than this image's budget
+            executor.workspace_cache = None  # it may be larger than this image's budget
             images, height, width, _ = pixels.shape
             rows = tiling.strip_rows(self, height, width, budget // images)
             if rows is not None:
                 tiling.check_inference(self, pixels, height, width, budget)
-                return tiling.encode_strips(self, pixels, window, step, rows)
-        count, rows = tiling.head(self, *pixels.shape[1:3]) if step.packed and pixels.shape[0] == 1 else (0, 0)
+                return tiling.encode_strips(self, pixels, window, executor, rows)
+        count, rows = tiling.head(self, *pixels.shape[1:3]) if executor.packed and pixels.shape[0] == 1 else (0, 0)
         if count:  # nothing here may hold a map that the body has done with
-            return self.body(tiling.encode_strips(self, pixels, window, step, rows, count, True), step, count)
+            return self.body(tiling.encode_strips(self, pixels, window, executor, rows, count, True), executor, count)
 
         def whole(pixels: Tensor, window: Tensor) -> Tensor:
-            return self.body(self.stem(pixels, window, step), step)
+            return self.body(self.stem(pixels, window, executor), executor)
 
-        if step.graphs is None or budget is not None:
+        if executor.graphs is None or budget is not None:
             return whole(pixels, window)
-        return step.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
+        return executor.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
 
     def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
         """Indices of images to encode at once: of one size, and no more than the budget holds."""
@@ -380,9 +380,9 @@ class ConvUnit:
     def __init__(self, conv: EncoderConv, norm: nn.BatchNorm2d):
         self.conv, self.norm, self.stride = conv, norm, conv.stride[0]
 
-    def __call__(self, x: Tensor, step: Steps) -> Tensor:
-        out = step(self.conv, self.norm, x)
-        step.moved(out)
+    def __call__(self, x: Tensor, executor: ConvExecutor) -> Tensor:
+        out = executor(self.conv, self.norm, x)
+        executor.advance(out)
         return out
 
     def pairs(self) -> Iterator[tuple[EncoderConv, nn.BatchNorm2d]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hia_kernels.ops.conv_norm_act.functional import packing_reasons
 
-from .conv import Steps
+from .conv import ConvExecutor
 
 STEM_TEMPORARY = 8 * 2**20  # bytes the stem holds beside its output where it works strip by strip itself
 LARGE_MAP = 64 * 2**20  # bytes; the C library asks the system for larger blocks every time
@@ -40,7 +40,7 @@ class Striped(Protocol):
     def units(self) -> Sequence[Any]:
         """List what follows the stem, in order."""
 
-    def stem(self, pixels: Tensor, window: Tensor, step: Steps) -> Tensor:
+    def stem(self, pixels: Tensor, window: Tensor, executor: ConvExecutor) -> Tensor:
         """Run the stem: [N, H, W, CP] -> [N, H', W', C]."""
 
     def takes_live_statistics(self) -> bool:
@@ -116,37 +116,37 @@ class _Queue:
 class _BottleneckStream:
     """A bottleneck, strip by strip."""
 
-    def __init__(self, block: Any, step: Steps):
-        self.block, self.step = block, step
+    def __init__(self, block: Any, executor: ConvExecutor):
+        self.block, self.executor = block, executor
         self.windows, self.residual = _Windows(block.stride), _Queue()
         self.shortcut = None if block.downsample is None else _Strided(block.stride)
 
     def push(self, parts: Rows, last: bool) -> Rows:
         """Rows of the input -> those of the output that are complete; ``parts`` may be written over."""
-        block, step = self.block, self.step
-        y = self.windows.push([step(block.conv1, block.bn1, part) for part in parts], last)
+        block, executor = self.block, self.executor
+        y = self.windows.push([executor(block.conv1, block.bn1, part) for part in parts], last)
         if self.shortcut is not None:
             conv, norm = block.downsample
-            parts = [step(conv, norm, part, activation="none") for part in self.shortcut.push(parts)]
+            parts = [executor(conv, norm, part, activation="none") for part in self.shortcut.push(parts)]
         self.residual.push(parts)
         if y is None:
             return []
-        y = step(block.conv2, block.bn2, y, pad_rows=False)
+        y = executor(block.conv2, block.bn2, y, pad_rows=False)
         residual = self.residual.pop(y.shape[1])
         shares = y.split([part.shape[1] for part in residual], dim=1)
-        return [step(block.conv3, block.bn3, *pair) for pair in zip(shares, residual, strict=True)]
+        return [executor(block.conv3, block.bn3, *pair) for pair in zip(shares, residual, strict=True)]
 
 
 class _ConvStream:
     """One 3 x 3 convolution with its norm, strip by strip."""
 
-    def __init__(self, unit: Any, step: Steps):
-        self.unit, self.step, self.windows = unit, step, _Windows(unit.stride)
+    def __init__(self, unit: Any, executor: ConvExecutor):
+        self.unit, self.executor, self.windows = unit, executor, _Windows(unit.stride)
 
     def push(self, parts: Rows, last: bool) -> Rows:
         """Rows of the input -> those of the output that are complete."""
         seen = self.windows.push(parts, last)
-        return [] if seen is None else [self.step(self.unit.conv, self.unit.norm, seen, pad_rows=False)]
+        return [] if seen is None else [self.executor(self.unit.conv, self.unit.norm, seen, pad_rows=False)]
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class _Shape:
         convolved = (inside + outside) * self.mid if self.mid else outside * self.out
         return inside * self.channels + max(convolved, outside * (self.mid + self.out) + residual)
 
-    def ends(self, height: int, width: int) -> tuple[int, int]:
-        """Elements of its output if that is not written over its input, and of all it needs at the arena's two ends."""
+    def workspace(self, height: int, width: int) -> tuple[int, int]:
+        """Count its output's elements, none if it is written over the input, and all that it needs of a workspace."""
         inside, outside = height * width, self.halved(height) * self.halved(width)
         out = outside * self.out if self.shortcut or not self.mid else 0
         return out, max(inside * self.mid, out) + outside * self.mid
@@ -242,8 +242,8 @@ def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None
     return peak + folded + waiting + height * width * encoder.channels * weight.element_size()
 
 
-def arena_elements(units: Sequence[Any], size: Sequence[int]) -> int:
-    """What a chain of units needs of an arena, whose first input lies elsewhere.
+def workspace_elements(units: Sequence[Any], size: Sequence[int]) -> int:
+    """Count the elements that a chain of units, whose first input lies elsewhere, needs of a workspace.
 
     Args:
         units: in order.
@@ -252,7 +252,7 @@ def arena_elements(units: Sequence[Any], size: Sequence[int]) -> int:
     images, height, width, _ = size
     taken, most = 0, 0
     for shape in map(_shape_of, units):
-        out, needed = shape.ends(height, width)
+        out, needed = shape.workspace(height, width)
         most = max(most, taken + needed)
         taken = out or taken
         height, width = shape.halved(height), shape.halved(width)
@@ -323,15 +323,15 @@ def check_inference(encoder: Striped, pixels: Tensor, height: int, width: int, b
         )
 
 
-def _stream(unit: Any, step: Steps) -> _BottleneckStream | _ConvStream:
-    return _BottleneckStream(unit, step) if hasattr(unit, "conv3") else _ConvStream(unit, step)
+def _stream(unit: Any, executor: ConvExecutor) -> _BottleneckStream | _ConvStream:
+    return _BottleneckStream(unit, executor) if hasattr(unit, "conv3") else _ConvStream(unit, executor)
 
 
 def encode_strips(
     encoder: Striped,
     pixels: Tensor,
     window: Tensor,
-    step: Steps,
+    executor: ConvExecutor,
     rows: int,
     count: int | None = None,
     spare: bool = False,
@@ -342,23 +342,23 @@ def encode_strips(
         encoder: without live statistics.
         pixels: of one image.
         window: [1, 2].
-        step: how convolutions are computed.
+        executor: how convolutions are computed.
         rows: of a strip.
         count: units behind the stem to go through; None: all.
         spare: memory is no question: run the stem once, if its result is small beside what follows.
     """
     units, stride = encoder.units()[:count], encoder.stem_stride
     height, width = stem_size(encoder, *pixels.shape[1:3])
-    streams = [_stream(unit, step) for unit in units]
+    streams = [_stream(unit, executor) for unit in units]
     first = _shape_of(units[0])
     small = 2 * first.channels * first.stride**2 <= first.out  # a call a strip costs more than its memory then
-    stem = encoder.stem(pixels, window, step) if spare and small else None
+    stem = encoder.stem(pixels, window, executor) if spare and small else None
     out, filled = None, 0
     for start in range(0, height, rows):
         stop, above = min(start + rows, height), max(0, start - STEM_HALO)
         if stem is None:
             cut = pixels[:, above * stride : (stop + STEM_HALO) * stride]
-            parts = [encoder.stem(cut, window, step)[:, start - above : stop - above]]
+            parts = [encoder.stem(cut, window, executor)[:, start - above : stop - above]]
         else:
             parts = [stem[:, start:stop]]
         for stream in streams:

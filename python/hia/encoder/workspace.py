@@ -1,8 +1,9 @@
 """Memory for activations that folded weights keep between images on the CPU.
 
 A map of an image at full resolution is larger than what the C library keeps for itself, so a new one is asked of the
-system, and its pages are faulted in, every time. One buffer serves a chain of units instead: each unit's input lies at
-one of its ends, what the unit computes at the other, and then the ends change places.
+system, and its pages are faulted in, every time. One buffer serves a chain of units instead, like ping-pong buffers:
+a unit's input lies at one end of it and its output is written to the other end, then the ends change places. What the
+unit needs for itself alone, its scratch, lies beside the input.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 LARGEST = 128 * 2**20  # bytes that are kept
 
 
-class Ends:
-    """Places in a buffer while a chain of units runs.
+class PingPongWorkspace:
+    """Hands out places in a buffer while a chain of units runs.
 
     Args:
         buffer: flat.
@@ -29,33 +30,33 @@ class Ends:
         self.buffer = buffer
         self.low, self.taken = True, 0  # the end where the unit's input lies, and its elements
 
-    def far(self, shape: Sequence[int]) -> Tensor:
-        """A tensor at the end opposite to the input's."""
+    def output(self, shape: Sequence[int]) -> Tensor:
+        """Return a tensor at the end opposite to the input's."""
         count = math.prod(shape)
         return self._at(self.buffer.numel() - count if self.low else 0, shape)
 
-    def near(self, shape: Sequence[int]) -> Tensor:
-        """A tensor next to the input."""
+    def scratch(self, shape: Sequence[int]) -> Tensor:
+        """Return a tensor next to the input."""
         count = math.prod(shape)
         return self._at(self.taken if self.low else self.buffer.numel() - self.taken - count, shape)
 
-    def moved(self, out: Tensor) -> None:
-        """The next unit's input is ``out``: a tensor of :meth:`far`, or one from elsewhere."""
+    def advance(self, out: Tensor) -> None:
+        """Take ``out`` for the next unit's input: a tensor of :meth:`output`, or one from elsewhere."""
         if self.holds(out):
             self.low, self.taken = not self.low, out.numel()
         else:
             self.taken = 0
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the buffer."""
+        """Tell whether a tensor lies in the buffer."""
         return tensor.untyped_storage().data_ptr() == self.buffer.untyped_storage().data_ptr()
 
     def _at(self, start: int, shape: Sequence[int]) -> Tensor:
         return self.buffer[start : start + math.prod(shape)].view(shape)
 
 
-class Arena:
-    """The buffer, as large as the largest chain so far needed; one call at a time has it."""
+class WorkspaceCache:
+    """Keeps a buffer as large as the largest chain so far needed; one call at a time has it."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
@@ -63,18 +64,18 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it keeps."""
+        """Count the bytes it keeps."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
     @contextmanager
-    def lease(self, elements: int, dtype: torch.dtype) -> Iterator[Ends | None]:
-        """The buffer for the time of a block; None where it would be too large, or another call has it.
+    def lease(self, elements: int, dtype: torch.dtype) -> Iterator[PingPongWorkspace | None]:
+        """Lend the buffer for the time of a block; None where it would be too large, or another call has it.
 
-        None, too, where something looks on at every op: it would keep a tracer's tensors, and a count of the memory
-        would miss it.
+        None, too, where something looks on at every op: the buffer would keep a tracer's tensors, and a count of the
+        memory would miss it.
 
         Args:
-            elements: that the chain needs at most.
+            elements: how many the chain needs at most.
             dtype: of the activations.
         """
         watched = torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
@@ -86,12 +87,12 @@ class Arena:
                 self._buffer = None  # before the larger one
                 with torch.inference_mode(False):  # both kinds of calls use it
                     self._buffer = torch.empty(elements, dtype=dtype, device="cpu")
-            yield Ends(self._buffer)
+            yield PingPongWorkspace(self._buffer)
         finally:
             self._lock.release()
 
 
 @contextmanager
-def passing(elements: int, dtype: torch.dtype) -> Iterator[Ends]:
-    """A buffer for the time of a block and no longer, of any size."""
-    yield Ends(torch.empty(elements, dtype=dtype, device="cpu"))
+def temporary_workspace(elements: int, dtype: torch.dtype) -> Iterator[PingPongWorkspace]:
+    """Allocate a workspace of any size, for the time of a block."""
+    yield PingPongWorkspace(torch.empty(elements, dtype=dtype, device="cpu"))

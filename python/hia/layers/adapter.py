@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from ..config import HiAConfig
 from ..encoder.encoder import build_encoder
 from ..renamed import renamed
-from .extractor import Extractor, PackedFeatures, Side
+from .extractor import Extractor
+from .features import LayerCache, PackedFeatures
 from .injection import Injection
 from .layout import CallLayout
 from .plan import AUTO
@@ -63,7 +64,7 @@ class HiAAdapter(nn.Module):
 
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 
-    def sides(self, features: PackedFeatures, keep: str) -> dict[int, Side]:
+    def layer_caches(self, features: PackedFeatures, keep: str) -> dict[int, LayerCache]:
         """What later questions about these images need of them, by decoder layer.
 
         Args:
@@ -75,7 +76,7 @@ class HiAAdapter(nn.Module):
             extractor = layer.extractor
             here = features.to(extractor.kv_proj.weight.device)
             if keep != AUTO or extractor.gains_from_keys(here):
-                found[extractor.layer_index] = extractor.image_side(here, "kv" if keep == AUTO else keep)
+                found[extractor.layer_index] = extractor.layer_cache(here, "kv" if keep == AUTO else keep)
         return found
 
     def layer(self, index: int) -> HiALayer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,75 +12,17 @@ from torch import Tensor, nn
 import hia_kernels
 
 from ..config import HiAConfig
+from ..versions import WeightVersion, weight_version_of
 from . import plan
-from .folded import FoldedExtractor, Stamp, fold_extractor, stamp_of
+from .features import LayerCache, PackedFeatures
+from .folded import FoldedExtractor, fold_extractor
 
-KEY_VALUE_FORMS = ("textbook", "folded", "deep_kv")
-SHARED_FORMS = ("textbook", "absorbed")  # these read the released maths' shared projection as it is
+KEY_VALUE_FORMS = ("direct", "folded", "ln_folded_kv")
+SHARED_FORMS = ("direct", "absorbed")  # these read the released maths' shared projection as it is
 # h_N is not normed, and its entries are of size 1 and more in trained hosts: at full gain the one vector that all
 # queries get would outweigh what tells them apart.
 CONDITION_GAIN = 0.1
-LARGEST_SIDE = 2**30  # bytes a layer keeps of one set of images without being told to
-
-
-@dataclass(frozen=True)
-class Side:
-    """What a layer makes of images alone, kept for later questions.
-
-    Attributes:
-        kind: "folded": projected and normed features; "kv": keys and values.
-        tokens: [T, D] or [T, 2 * D].
-        stamp: versions of the parameters it was made with.
-    """
-
-    kind: str
-    tokens: Tensor
-    stamp: Stamp
-
-
-@dataclass(frozen=True)
-class PackedFeatures:
-    """Features of several images, one after the other.
-
-    Attributes:
-        tokens: [T, C] as the encoder gives them, image i in rows cu_seqlens[i]:cu_seqlens[i + 1].
-        cu_seqlens: [n + 1] int32.
-        max_seqlen: tokens of the largest image.
-        lengths: tokens of each image.
-        sides: by decoder layer, what was kept of these images.
-    """
-
-    tokens: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    lengths: tuple[int, ...]
-    sides: dict[int, Side] = field(default_factory=dict)
-    _memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    def to(self, device: torch.device) -> PackedFeatures:
-        """On another device; itself if it is there already."""
-        if self.tokens.device == device:
-            return self
-        sides = {layer: Side(side.kind, side.tokens.to(device), side.stamp) for layer, side in self.sides.items()}
-        # what was made before the layers goes along: one that is run again by checkpointing must not make it anew
-        memo = {name: made.to(device) for name, made in self._memo.items()}
-        tokens, cu_seqlens = self.tokens.to(device), self.cu_seqlens.to(device)
-        return PackedFeatures(tokens, cu_seqlens, self.max_seqlen, self.lengths, sides, memo)
-
-    def shared(self, linear: nn.Linear) -> Tensor:
-        """[T, D1]: the released maths' projection, computed once for all layers that share it."""
-        if "shared" not in self._memo:
-            weight, bias = (p.to(self.tokens.device) for p in (linear.weight, linear.bias))
-            self._memo["shared"] = hia_kernels.linear(self.tokens, weight, bias)
-        return self._memo["shared"]
-
-    def widened(self) -> Tensor:
-        """[T, C + 16]: a column of ones behind the features, then zeros."""
-        if "widened" not in self._memo:
-            pad = self.tokens.new_zeros(self.tokens.shape[0], plan.DEEP_PAD)
-            pad[:, 0] = 1
-            self._memo["widened"] = torch.cat([self.tokens, pad], dim=1)
-        return self._memo["widened"]
+LARGEST_CACHE = 2**30  # bytes a layer keeps of one set of images without being told to
 
 
 class Extractor(nn.Module):
@@ -92,7 +33,7 @@ class Extractor(nn.Module):
 
     Args:
         config: of the adapter.
-        layer: decoder layer it belongs to: the key of sides kept for it.
+        layer: decoder layer it belongs to: the key of caches kept for it.
         shared: the released maths' projection, owned by the adapter.
     """
 
@@ -125,15 +66,17 @@ class Extractor(nn.Module):
             if self.condition is not None:
                 unit_variance_(self.condition, gain=CONDITION_GAIN)
 
-    def stamp(self) -> Stamp:
+    def weight_version(self) -> WeightVersion:
         """Versions of all parameters that keys and values depend on."""
         modules = (*self._shared, self.feature_projection, self.feature_norm, self.kv_proj)
-        return stamp_of(p for module in modules if module is not None for p in module.parameters())
+        return weight_version_of(p for module in modules if module is not None for p in module.parameters())
 
     def fold_weights(self) -> FoldedExtractor:
         """Fold the weights for inference; see :class:`hia.layers.folded.FoldedExtractor`."""
         (shared,) = self._shared
-        self._folded = fold_extractor(self.feature_projection, shared, self.feature_norm, self.kv_proj, self.stamp())
+        self._folded = fold_extractor(
+            self.feature_projection, shared, self.feature_norm, self.kv_proj, self.weight_version()
+        )
         return self._folded
 
     def unfold_weights(self) -> None:
@@ -185,7 +128,7 @@ class Extractor(nn.Module):
     def sizes(self, features: PackedFeatures, samples: int) -> plan.Sizes:
         """What the plan is made from, for these images."""
         training = torch.is_grad_enabled()
-        side = None if training else self._kept(features)
+        cache = None if training else self._kept(features)
         return plan.Sizes(
             hidden_size=self.hidden_size,
             dim=self.num_heads * self.head_dim,
@@ -198,13 +141,13 @@ class Extractor(nn.Module):
             itemsize=features.tokens.element_size(),
             training=training,
             weights_folded=not training and self.current() is not None,
-            cached=() if side is None else (side.kind,),
+            cached=() if cache is None else (cache.kind,),
         )
 
     def current(self) -> FoldedExtractor | None:
         """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""
         folded = self._folded
-        if folded is None or torch.compiler.is_compiling() or folded.stamp == self.stamp():
+        if folded is None or torch.compiler.is_compiling() or folded.version == self.weight_version():
             return folded
         warnings.warn(
             "hia: parameters have changed since fold_weights(), so what it made is dropped; call fold_weights() again",
@@ -213,7 +156,7 @@ class Extractor(nn.Module):
         self._folded = None
         return None
 
-    def image_side(self, features: PackedFeatures, kind: str) -> Side:
+    def layer_cache(self, features: PackedFeatures, kind: str) -> LayerCache:
         """What later questions about these images need of them in this layer.
 
         Args:
@@ -223,21 +166,23 @@ class Extractor(nn.Module):
         if kind == "kv":
             forms = [form for form in plan.extract_forms(self.sizes(features, 1)) if form.name in KEY_VALUE_FORMS]
             ceilings = plan.ceilings_of(features.tokens.device.type, features.tokens.element_size())
-            return Side(kind, self._key_values(features, plan.cheapest(forms, ceilings).name), self.stamp())
-        form = "folded" if self.sharing and self.current() is not None else "textbook"
-        return Side(kind, self._normed(self._projected(features, form)), self.stamp())
+            return LayerCache(
+                kind, self._key_values(features, plan.cheapest(forms, ceilings).name), self.weight_version()
+            )
+        form = "folded" if self.sharing and self.current() is not None else "direct"
+        return LayerCache(kind, self._normed(self._projected(features, form)), self.weight_version())
 
     def gains_from_keys(self, features: PackedFeatures) -> bool:
         """Whether a question about these images is cheaper with their keys and values at hand, and they are small."""
         nbytes = features.tokens.shape[0] * 2 * self.num_heads * self.head_dim * features.tokens.element_size()
         sizes = dataclasses.replace(self.sizes(features, 1), cached=("kv",))
         ceilings = plan.ceilings_of(features.tokens.device.type, sizes.itemsize)
-        return nbytes <= LARGEST_SIDE and plan.cheapest(plan.extract_forms(sizes), ceilings).name == "cached_kv"
+        return nbytes <= LARGEST_CACHE and plan.cheapest(plan.extract_forms(sizes), ceilings).name == "cached_kv"
 
-    def _kept(self, features: PackedFeatures) -> Side | None:
-        side = features.sides.get(self.layer_index)
-        if side is None or torch.compiler.is_compiling() or side.stamp == self.stamp():
-            return side
+    def _kept(self, features: PackedFeatures) -> LayerCache | None:
+        cache = features.caches.get(self.layer_index)
+        if cache is None or torch.compiler.is_compiling() or cache.version == self.weight_version():
+            return cache
         return None
 
     def _projected(self, features: PackedFeatures, form: str) -> Tensor:
@@ -259,11 +204,11 @@ class Extractor(nn.Module):
         norm = self.feature_norm
         return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
-    def _deep(self, features: PackedFeatures) -> tuple[Tensor, FoldedExtractor]:
+    def _scaled(self, features: PackedFeatures) -> tuple[Tensor, FoldedExtractor]:
         """[T, C + 16]: widened features over the deviation of their projection."""
         folded = self.current()
         if folded is None:
-            raise RuntimeError("hia: the deep forms must have fold_weights() behind them, got none")
+            raise RuntimeError("hia: the ln_folded forms must have fold_weights() behind them, got none")
         wide = features.widened()
         exact = torch.float64 if wide.dtype == torch.float64 else torch.float32
         variance = hia_kernels.linear(wide, folded.root).to(exact).square().sum(-1, keepdim=True)  # [T, 1]
@@ -271,15 +216,15 @@ class Extractor(nn.Module):
 
     def _key_values(self, features: PackedFeatures, form: str) -> Tensor:
         """[T, 2 * D]."""
-        if form == "deep_kv":
-            scaled, folded = self._deep(features)
-            return hia_kernels.linear(scaled, folded.deep_weight, folded.deep_bias)
+        if form == "ln_folded_kv":
+            scaled, folded = self._scaled(features)
+            return hia_kernels.linear(scaled, folded.kv_weight, folded.kv_bias)
         return norm_project(self._projected(features, form), self.feature_norm, self.kv_proj)
 
     def _attend(self, q: Tensor, features: PackedFeatures, image_to_sample: Tensor, form: str) -> Tensor:
         """q [B, M, H, d] -> [n * M, D]: keys and values of every token, fused attention."""
         if form == "cached_kv":
-            kv = features.sides[self.layer_index].tokens
+            kv = features.caches[self.layer_index].tokens
         else:
             kv = self._key_values(features, form)
         k, v = kv.view(-1, 2, self.num_heads, self.head_dim).unbind(1)
@@ -294,11 +239,11 @@ class Extractor(nn.Module):
         """q [B, M, H, d] -> [n * M, D]: the projections of keys and values absorbed by queries and results."""
         dim, heads = self.num_heads * self.head_dim, self.num_heads
         weight, bias = self.kv_proj.weight, self.kv_proj.bias
-        if form == "deep_absorbed":
-            latent, folded = self._deep(features)
-            weight, bias = folded.deep_weight, folded.deep_bias
+        if form == "ln_folded_absorbed":
+            latent, folded = self._scaled(features)
+            weight, bias = folded.kv_weight, folded.kv_bias
         elif form == "cached_folded":
-            latent = features.sides[self.layer_index].tokens
+            latent = features.caches[self.layer_index].tokens
         else:
             latent = self._normed(self._projected(features, form))
         key_weight, value_weight = weight.view(2, heads, self.head_dim, -1).unbind(0)  # [H, d, E]

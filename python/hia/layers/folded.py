@@ -5,29 +5,15 @@ The parameters stay as they are; what is made here remembers which versions of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 import hia_kernels
 
-from .plan import DEEP_PAD
-
-Stamp = tuple[tuple[int, int, str, str], ...]
-
-
-def stamp_of(parameters: Iterable[Tensor]) -> Stamp:
-    """Changes when a parameter is written to, replaced, cast or moved.
-
-    A write through ``parameter.data`` is the exception: PyTorch doesn't count those.
-    """
-    return tuple(
-        (0 if isinstance(p, FakeTensor) or p.is_meta else p.data_ptr(), p._version, str(p.dtype), str(p.device))
-        for p in parameters
-    )
+from ..versions import WeightVersion
+from .plan import EXTRA_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -35,31 +21,31 @@ class FoldedExtractor:
     """Of one layer's extractor; E = C + 16: the features, a column of ones, zeros.
 
     Attributes:
-        stamp: versions of the parameters it was made from.
+        version: versions of the parameters it was made from.
         fold_weight: [D, C], both projections of the released maths as one; that projection itself without them.
         fold_bias: [D].
         root: [min(D, E), E] with ``|root z|^2`` the variance of the projected token that LayerNorm divides by.
-        deep_weight: [2 * D, E], from normed features straight to keys and values.
-        deep_bias: [2 * D].
+        kv_weight: [2 * D, E], from normed features straight to keys and values.
+        kv_bias: [2 * D].
     """
 
-    stamp: Stamp
+    version: WeightVersion
     fold_weight: Tensor
     fold_bias: Tensor
     root: Tensor
-    deep_weight: Tensor
-    deep_bias: Tensor
+    kv_weight: Tensor
+    kv_bias: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies."""
-        tensors = (self.fold_weight, self.fold_bias, self.root, self.deep_weight, self.deep_bias)
+        tensors = (self.fold_weight, self.fold_bias, self.root, self.kv_weight, self.kv_bias)
         return sum(tensor.nbytes for tensor in tensors)
 
 
 @torch.no_grad()
 def fold_extractor(
-    projection: nn.Linear, shared: nn.Linear | None, norm: nn.LayerNorm, kv_proj: nn.Linear, stamp: Stamp
+    projection: nn.Linear, shared: nn.Linear | None, norm: nn.LayerNorm, kv_proj: nn.Linear, version: WeightVersion
 ) -> FoldedExtractor:
     """Fold in fp32 (fp64 for fp64 parameters) and round once (docs/plans.md, "deep").
 
@@ -68,7 +54,7 @@ def fold_extractor(
         shared: C -> D1 of the released maths.
         norm: of the projected features.
         kv_proj: D -> 2 D.
-        stamp: of all their parameters.
+        version: of all their parameters.
     """
     dtype, device = projection.weight.dtype, projection.weight.device
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -77,18 +63,18 @@ def fold_extractor(
         shared_weight, shared_bias = (p.to(device, exact) for p in (shared.weight, shared.bias))
         weight, bias = hia_kernels.linear(weight, shared_weight.mT), torch.addmv(bias, weight, shared_bias)
     channels = weight.shape[1]
-    columns = torch.zeros(weight.shape[0], channels + DEEP_PAD, dtype=exact, device=device)  # [D, E]
+    columns = torch.zeros(weight.shape[0], channels + EXTRA_COLUMNS, dtype=exact, device=device)  # [D, E]
     columns[:, :channels] = weight
     columns[:, channels] = bias
     centred = columns - columns.mean(0)  # LayerNorm's centring is linear, so it is part of the weight
     kv_weight = kv_proj.weight.to(exact)
     return FoldedExtractor(
-        stamp=stamp,
+        version=version,
         fold_weight=weight.to(dtype),
         fold_bias=bias.to(dtype),
         root=_root(centred * weight.shape[0] ** -0.5).to(dtype),
-        deep_weight=hia_kernels.linear(kv_weight * norm.weight.to(exact), centred.mT).to(dtype),
-        deep_bias=torch.addmv(kv_proj.bias.to(exact), kv_weight, norm.bias.to(exact)).to(dtype),
+        kv_weight=hia_kernels.linear(kv_weight * norm.weight.to(exact), centred.mT).to(dtype),
+        kv_bias=torch.addmv(kv_proj.bias.to(exact), kv_weight, norm.bias.to(exact)).to(dtype),
     )
 
 

@@ -41,7 +41,7 @@ class _AbsorbedRead(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise NotImplementedError(
                 "hia::inject: gradients of gradients are not implemented for the absorbed form; use create_graph=False "
-                "or HiAConfig(plan='auto/textbook')"
+                "or HiAConfig(plan='auto/direct')"
             )
         tokens, keys, values, offsets = ctx.saved_tensors
         with torch.autocast(dout.device.type, enabled=False):

@@ -21,12 +21,12 @@ NEEDS = {
     "folded": "it folds the released maths' shared projection, which this config lacks",
     "folded_absorbed": "it folds the released maths' shared projection, which this config lacks",
     "absorbed": "16-bit scores would be rounded",
-    "deep_kv": "it needs fold_weights(), and no gradients",
-    "deep_absorbed": "it needs fold_weights(), and no gradients",
+    "ln_folded_kv": "it needs fold_weights(), and no gradients",
+    "ln_folded_absorbed": "it needs fold_weights(), and no gradients",
     "cached_folded": "it needs encode_images(keep='folded'), weights that have not changed since, and no gradients",
     "cached_kv": "it needs encode_images(keep='kv'), weights that have not changed since, and no gradients",
 }
-DEEP_PAD = 16  # columns behind the features: one of ones, the rest zero, so that rows stay aligned
+EXTRA_COLUMNS = 16  # columns behind the features: one of ones, the rest zero, so that rows stay aligned
 # FLOP/s, bytes/s, seconds to start a step; by device type and bytes of an element
 CEILINGS = {
     ("cpu", 2): (1e11, 2e10, 2e-5),
@@ -58,7 +58,7 @@ class Sizes:
         itemsize: bytes of an element.
         training: gradients are recorded.
         weights_folded: folded weights are there.
-        cached: sides that were kept with the features: "folded", "kv".
+        cached: what was kept with the features: "folded", "kv".
     """
 
     hidden_size: int
@@ -171,16 +171,16 @@ def _smaller(a: float, b: float) -> float:
 def extract_forms(sizes: Sizes) -> tuple[Form, ...]:
     """The extractor's forms that can run at these sizes."""
     found = {
-        "textbook": _projected(sizes, folded=False) + _key_values(sizes),
+        "direct": _projected(sizes, folded=False) + _key_values(sizes),
         "absorbed": _projected(sizes, folded=False) + _absorbed(sizes, sizes.dim),
     }
     if sizes.sharing:
         found["folded"] = _projected(sizes, folded=True) + _key_values(sizes)
         found["folded_absorbed"] = _projected(sizes, folded=True) + _absorbed(sizes, sizes.dim)
     if sizes.weights_folded and not sizes.training:
-        wide = sizes.channels + DEEP_PAD
-        found["deep_kv"] = _deep_norms(sizes) + _deep_key_values(sizes, wide)
-        found["deep_absorbed"] = _deep_norms(sizes) + _absorbed(sizes, wide)
+        wide = sizes.channels + EXTRA_COLUMNS
+        found["ln_folded_kv"] = _ln_folded_norms(sizes) + _ln_folded_key_values(sizes, wide)
+        found["ln_folded_absorbed"] = _ln_folded_norms(sizes) + _absorbed(sizes, wide)
     if "folded" in sizes.cached and not sizes.training:
         found["cached_folded"] = _absorbed(sizes, sizes.dim)
     if "kv" in sizes.cached and not sizes.training:
@@ -191,7 +191,7 @@ def extract_forms(sizes: Sizes) -> tuple[Form, ...]:
 
 def inject_forms(sizes: Sizes) -> tuple[Form, ...]:
     """The injection's forms."""
-    forms = (Form("textbook", _inject_textbook(sizes), sizes.itemsize),)
+    forms = (Form("direct", _inject_direct(sizes), sizes.itemsize),)
     if sizes.itemsize < LEAST_SCORES:
         return forms
     return (*forms, Form("absorbed", _inject_absorbed(sizes), sizes.itemsize))
@@ -222,7 +222,7 @@ def ceilings_of(device: str, itemsize: int) -> tuple[float, float, float]:
 
 
 def cheapest(forms: Sequence[Form], ceilings: tuple[float, float, float], training: bool = False) -> Form:
-    """The first of the forms with the least estimated time; in training the textbook's unless one gains enough."""
+    """The first of the forms with the least estimated time; in training the direct's unless one gains enough."""
     seconds = [form.seconds(ceilings) for form in forms]
     least = seconds[0] = seconds[0] / (TRAINING_GAIN if training else 1)
     for estimate in seconds[1:]:
@@ -271,12 +271,12 @@ def table(sizes: Sizes, device: str, plan: str = AUTO) -> str:
         ("extract", "inject"), (extract_forms(sizes), inject_forms(sizes)), split_plan(plan), strict=True
     ):
         chosen = choose(part, forced, sizes, device)
-        lines.append(f"{part:<18}{'GFLOP':>12}{'MB moved':>12}{'estimate':>12}")
+        lines.append(f"{part:<22}{'GFLOP':>12}{'MB moved':>12}{'estimate':>12}")
         for form in forms:
             seconds = form.seconds(ceilings)
             mark = "" if form.name != chosen else "  <- forced" if forced != AUTO else "  <- least time"
             lines.append(
-                f"  {form.name:<16}{form.flops / 1e9:>12.1f}{form.bytes / 1e6:>12.1f}{seconds * 1e3:>9.2f} ms{mark}"
+                f"  {form.name:<20}{form.flops / 1e9:>12.1f}{form.bytes / 1e6:>12.1f}{seconds * 1e3:>9.2f} ms{mark}"
             )
     rate, bandwidth, _ = ceilings
     lines.append(f"estimates: max(FLOPs / {rate:.0e}, bytes / {bandwidth:.0e}) a step on {device}; ratios matter only")
@@ -334,14 +334,14 @@ def _attention(sizes: Sizes) -> tuple[Step, ...]:
     return (Step("attend", tuple(products), -scores * sizes.itemsize, 3.5 if sizes.training else 1),)
 
 
-def _deep_norms(sizes: Sizes) -> tuple[Step, ...]:
+def _ln_folded_norms(sizes: Sizes) -> tuple[Step, ...]:
     """The LayerNorm's 1 / std of every token from the features themselves, by a triangular factor."""
-    tokens, wide = sum(sizes.features), sizes.channels + DEEP_PAD
+    tokens, wide = sum(sizes.features), sizes.channels + EXTRA_COLUMNS
     product = Product(1, tokens, min(sizes.dim, wide), wide)
     return (Step("norms of features", (product,), 4 * tokens * wide * sizes.itemsize),)
 
 
-def _deep_key_values(sizes: Sizes, wide: int) -> tuple[Step, ...]:
+def _ln_folded_key_values(sizes: Sizes, wide: int) -> tuple[Step, ...]:
     product = Product(1, sum(sizes.features), 2 * sizes.dim, wide)
     return (Step("keys, values from features", (product,)), *_attention(sizes))
 
@@ -361,7 +361,7 @@ def _absorbed(sizes: Sizes, width: int) -> tuple[Step, ...]:
     )
 
 
-def _inject_textbook(sizes: Sizes) -> tuple[Step, ...]:
+def _inject_direct(sizes: Sizes) -> tuple[Step, ...]:
     rows, dim, host = sum(sizes.visual), sizes.dim, sizes.hidden_size
     extracted, head_dim = sizes.images * sizes.queries, dim // sizes.heads
     normed = 2 * rows * host * sizes.itemsize

@@ -1,4 +1,4 @@
-"""Whether an adapter can learn, and what it does: measured on a batch in textbook maths, beside the forms that ran."""
+"""Measure on a batch whether an adapter can learn and what it does, in direct maths beside the forms that ran."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import direct as textbook
+from ..layers import direct
 from ..layers.adapter import HiAAdapter, HiALayer
-from ..layers.extractor import Extractor, PackedFeatures
-from ..layers.features import ImageFeatures
+from ..layers.extractor import Extractor
+from ..layers.features import ImageFeatures, PackedFeatures
 from ..layers.layout import CallLayout
 
 # Scores of standard deviation s leave log N - s^2 / 2 of the entropy: s = 0.37 here for 784 features, and what a query
@@ -277,7 +277,7 @@ def adapter_health(model: nn.Module, adapter: HiAAdapter, batch: Mapping[str, An
             first = next(iter(seen.values()))
             features = _mean(
                 [
-                    textbook.mean_cosine(textbook.exact(tokens))
+                    direct.mean_cosine(direct.exact(tokens))
                     for tokens in first.features.tokens.split(first.features.lengths)
                 ]
             )
@@ -370,26 +370,26 @@ def _group(name: str) -> str:
 
 
 def _layer_health(layer: HiALayer, seen: _Seen) -> LayerHealth:
-    extracted = textbook.exact(seen.extracted).unflatten(0, (len(seen.rows), -1))  # [n, M, D]
-    visual = textbook.exact(seen.visual).split(seen.rows)
+    extracted = direct.exact(seen.extracted).unflatten(0, (len(seen.rows), -1))  # [n, M, D]
+    visual = direct.exact(seen.visual).split(seen.rows)
     with torch.autocast(seen.visual.device.type, enabled=False):
-        queries, added = textbook.conditioned_queries(layer.extractor, textbook.exact(seen.instruction))
-        drowning = None if added is None else textbook.ratio(added, textbook.as_like(layer.extractor.queries, added))
+        queries, added = direct.conditioned_queries(layer.extractor, direct.exact(seen.instruction))
+        drowning = None if added is None else direct.ratio(added, direct.as_like(layer.extractor.queries, added))
         reads, entropies = [], []
         for tokens, rows in zip(extracted, visual, strict=True):
-            read, entropy = textbook.read(layer.injection, rows, tokens)
+            read, entropy = direct.read(layer.injection, rows, tokens)
             reads.append(read)
             entropies.append(entropy)
-        updates = [textbook.update(layer.injection, read) for read in reads]
+        updates = [direct.update(layer.injection, read) for read in reads]
         return LayerHealth(
             extraction_entropy=_extraction_entropy(layer.extractor, queries, seen),
             injection_entropy=_mean(entropies),
-            query_cosine=_mean([textbook.mean_cosine(tokens) for tokens in extracted]),
-            effective_rank=_mean([textbook.effective_rank(tokens) for tokens in extracted]),
+            query_cosine=_mean([direct.mean_cosine(tokens) for tokens in extracted]),
+            effective_rank=_mean([direct.effective_rank(tokens) for tokens in extracted]),
             instruction_ratio=drowning,
-            update_ratio=textbook.ratio(torch.cat(updates), torch.cat(visual)),
-            read_cosine=_mean([textbook.mean_cosine(read) for read in reads]),
-            update_cosine=_mean([textbook.mean_cosine(update) for update in updates]),
+            update_ratio=direct.ratio(torch.cat(updates), torch.cat(visual)),
+            read_cosine=_mean([direct.mean_cosine(read) for read in reads]),
+            update_cosine=_mean([direct.mean_cosine(update) for update in updates]),
         )
 
 
@@ -398,8 +398,8 @@ def _extraction_entropy(extractor: Extractor, queries: Tensor, seen: _Seen) -> f
     found = []
     owners = seen.image_to_sample.tolist()
     for owner, tokens in zip(owners, seen.features.tokens.split(seen.features.lengths), strict=True):
-        k = textbook.image_keys(extractor, textbook.exact(tokens))
-        found.append(textbook.attend(queries[owner], k)[1])
+        k = direct.image_keys(extractor, direct.exact(tokens))
+        found.append(direct.attend(queries[owner], k)[1])
     return _mean(found)
 
 

@@ -1,7 +1,7 @@
 """The hooks on a frozen host: one on its inputs, two around its language model, one on each chosen decoder layer.
 
-Nothing is stored in the host. A *visit* is one prompt with its images, valid for one forward or generate; a
-*call* is one run of the decoder layers within it.
+Nothing is stored in the host. A :class:`PromptContext` is one prompt with its images, valid for one forward or one
+generate; a :class:`ForwardContext` is one run of the decoder layers within it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..hosts import LlamaHost
 from ..layers.adapter import HiAAdapter
-from ..layers.extractor import PackedFeatures
+from ..layers.features import PackedFeatures
 from ..layers.layout import CallLayout, VisualLayout
 
 _CACHE_MARK = "_hia_holds_injected_tokens"
 
 
 @dataclass
-class Visit:
-    """A prompt with images.
+class PromptContext:
+    """A prompt with images, for the time of one forward or generate.
 
     Attributes:
         features: of its images.
@@ -40,7 +40,7 @@ class Visit:
     placed: dict[torch.device, PackedFeatures] = field(default_factory=dict)
 
     def features_on(self, device: torch.device) -> PackedFeatures:
-        """The features where a layer lives; each device gets them once."""
+        """Return the features where a layer lives; each device gets them once."""
         if self.features.tokens.device == device:
             return self.features
         if device not in self.placed:
@@ -49,15 +49,15 @@ class Visit:
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardContext:
     """One run of the decoder layers over the whole prompt."""
 
-    visit: Visit
+    prompt: PromptContext
     layout: CallLayout
 
 
 def split_layer_output(output: Any) -> tuple[Tensor, Any]:
-    """The hidden states of a decoder layer's output, and a function that puts others in their place.
+    """Return the hidden states of a decoder layer's output, and a function that puts others in their place.
 
     transformers returns a tensor, a tuple or a ModelOutput, depending on its version.
     """
@@ -77,15 +77,15 @@ def split_layer_output(output: Any) -> tuple[Tensor, Any]:
 
 
 class InjectionHooks:
-    """Runs the adapter on a host's decoder layers while a visit is open."""
+    """Runs the adapter on a host's decoder layers while a prompt is open."""
 
     def __init__(self, host: LlamaHost, adapter: HiAAdapter):
         self.adapter = adapter
-        self.visit: Visit | None = None
-        self.call: Call | None = None
+        self.prompt: PromptContext | None = None
+        self.running: ForwardContext | None = None
         # Gradient checkpointing runs a layer again in the backward pass, when the forward is long over. The
         # rotary embeddings are the tensor that every layer of one forward shares, then and now.
-        self._calls_by_rotary: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._running_by_rotary: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         text_model = host.text_model
         self._handles = [
             host.model.register_forward_pre_hook(self._arrange_pixels, with_kwargs=True),
@@ -112,9 +112,9 @@ class InjectionHooks:
         image a sample only; with more, or fewer, beams would see other samples' images.
         """
         pixels = kwargs.get("pixel_values")
-        if self.visit is None or not self.visit.generating or pixels is None:
+        if self.prompt is None or not self.prompt.generating or pixels is None:
             return None
-        layout = self.visit.layout
+        layout = self.prompt.layout
         images = layout.image_to_sample.shape[0]
         copies = pixels.shape[0] // images
         if copies < 2 or pixels.shape[0] != copies * images:
@@ -127,56 +127,57 @@ class InjectionHooks:
         if tokens is None:
             return  # the host has its own error for that
         batch, length = tokens.shape[:2]
-        visit, self.call = self.visit, None
-        if visit is None:
+        prompt, self.running = self.prompt, None
+        if prompt is None:
             refuse_injected_cache(kwargs.get("past_key_values"), length)
             return
-        prompt = visit.layout.seq_len
-        if length < prompt:
-            if visit.started:
+        expected = prompt.layout.seq_len
+        if length < expected:
+            if prompt.started:
                 return  # a decode step: no visual token in the slice
-            refuse_chunked_prefill(prompt, length)
-        if length > prompt and not visit.generating:
+            refuse_chunked_prefill(expected, length)
+        if length > expected and not prompt.generating:
             raise ValueError(
-                f"hia: image_map must cover the {length} tokens the decoder layers see, got {prompt}; are tokens "
+                f"hia: image_map must cover the {length} tokens the decoder layers see, got {expected}; are tokens "
                 f"prepended by another adapter?"
             )
-        visit.started = True
-        self.call = Call(visit, visit.layout.for_call(batch, length, tokens.device))
+        prompt.started = True
+        self.running = ForwardContext(prompt, prompt.layout.for_call(batch, length, tokens.device))
 
     def _leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> None:
-        call, self.call = self.call, None
+        running, self.running = self.running, None
         cache = getattr(output, "past_key_values", None)
-        if call is not None and cache is not None:
+        if running is not None and cache is not None:
             setattr(cache, _CACHE_MARK, True)
 
     def _inject(self, index: int, layer: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        call = self.call
-        if call is None:
-            call = self._call_of_recomputation(kwargs)
-            if call is None:
+        running = self.running
+        if running is None:
+            running = self._recomputed(kwargs)
+            if running is None:
                 return None
         elif layer.training and not torch.compiler.is_compiling():
             rotary = _rotary(kwargs)
             if rotary is not None:
-                self._calls_by_rotary[rotary] = call
+                self._running_by_rotary[rotary] = running
         hidden, rejoin = split_layer_output(output)
-        features, layout = call.visit.features_on(hidden.device), call.layout.to(hidden.device)
+        features, layout = running.prompt.features_on(hidden.device), running.layout.to(hidden.device)
         return rejoin(self.adapter.layer(index)(hidden, features, layout))
 
-    def _call_of_recomputation(self, kwargs: dict[str, Any]) -> Call | None:
-        if torch.compiler.is_compiling() or not self._calls_by_rotary:
+    def _recomputed(self, kwargs: dict[str, Any]) -> ForwardContext | None:
+        """Find the forward that gradient checkpointing runs a layer of again; None in other calls."""
+        if torch.compiler.is_compiling() or not self._running_by_rotary:
             return None
         if torch._C._current_graph_task_id() == -1:  # not in a backward pass
             return None
         rotary = _rotary(kwargs)
-        call = None if rotary is None else self._calls_by_rotary.get(rotary)
-        if call is None:
+        running = None if rotary is None else self._running_by_rotary.get(rotary)
+        if running is None:
             raise RuntimeError(
                 "hia: a decoder layer is run again in the backward pass, and its images can't be found; use "
                 "model.gradient_checkpointing_enable(), which is not re-entrant"
             )
-        return call
+        return running
 
 
 def _rotary(kwargs: dict[str, Any]) -> Tensor | None:
@@ -185,7 +186,7 @@ def _rotary(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def refuse_injected_cache(cache: Any, length: int) -> None:
-    """A cache that holds injected visual tokens answers the question it was made for, and no other.
+    """Refuse a cache that holds injected visual tokens: it answers the question it was made for, and no other.
 
     Raises:
         NotImplementedError: more than a decode step is about to reuse it.
@@ -199,7 +200,7 @@ def refuse_injected_cache(cache: Any, length: int) -> None:
 
 
 def refuse_chunked_prefill(prompt: int, chunk: int) -> None:
-    """Raises NotImplementedError: visual tokens would be conditioned on an instruction not yet seen."""
+    """Raise NotImplementedError: visual tokens would be conditioned on an instruction not yet seen."""
     raise NotImplementedError(
         f"hia: the prompt must reach the decoder layers in one piece of {prompt} tokens, got a first piece of {chunk}; "
         f"chunked prefill would condition visual tokens on an instruction not yet seen: set prefill_chunk_size to None"
@@ -207,7 +208,7 @@ def refuse_chunked_prefill(prompt: int, chunk: int) -> None:
 
 
 def refuse_filled_cache(cache: Any) -> None:
-    """Images go with a whole prompt.
+    """Refuse a filled cache where images are given: they go with a whole prompt.
 
     Raises:
         NotImplementedError: the cache already holds tokens.

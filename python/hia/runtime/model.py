@@ -20,13 +20,12 @@ from ..images.load import check_pixels, check_windows, default_window
 from ..images.radiograph import Radiograph
 from ..layers import plan
 from ..layers.adapter import HiAAdapter
-from ..layers.extractor import PackedFeatures
-from ..layers.features import ImageFeatures
+from ..layers.features import ImageFeatures, PackedFeatures
 from ..layers.layout import VisualLayout, build_layout, left_padded
 from ..renamed import renamed
 from . import checkpoint, health, resolution
 from .attachment import adapter_for, is_tuned, own_parameters
-from .hooks import InjectionHooks, Visit, refuse_chunked_prefill, refuse_filled_cache
+from .hooks import InjectionHooks, PromptContext, refuse_chunked_prefill, refuse_filled_cache
 from .trainer import (
     ENCODER_LR_SCALE,
     lost_checkpointing,
@@ -128,8 +127,8 @@ class HiAModel(nn.Module):
             ValueError, TypeError: inputs that don't fit. NotImplementedError: a filled cache, a chunked prompt.
         """
         inputs = (high_res_pixels, windows, features, image_map, instruction_index)
-        visit = self._open_visit(inputs, args, kwargs, generating=False)
-        return self._during(visit, self.base_model, args, kwargs)
+        prompt = self._open_prompt(inputs, args, kwargs, generating=False)
+        return self._during(prompt, self.base_model, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate``; takes :meth:`forward`'s arguments too. Injection happens in prefill only.
@@ -143,12 +142,12 @@ class HiAModel(nn.Module):
         names = ("high_res_pixels", "windows", "features", "image_map", "instruction_index")
         inputs = tuple(kwargs.pop(name, None) for name in names)
         with torch.no_grad():
-            visit = self._open_visit(inputs, args, {**kwargs, "attention_mask": mask}, generating=True)
+            prompt = self._open_prompt(inputs, args, {**kwargs, "attention_mask": mask}, generating=True)
             settings = kwargs.get("generation_config") or getattr(self.base_model, "generation_config", None)
             chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
-            if visit is not None and chunk is not None:
-                refuse_chunked_prefill(visit.layout.seq_len, chunk)  # some hosts would fail first, and obscurely
-            return self._during(visit, self.base_model.generate, args, kwargs)
+            if prompt is not None and chunk is not None:
+                refuse_chunked_prefill(prompt.layout.seq_len, chunk)  # some hosts would fail first, and obscurely
+            return self._during(prompt, self.base_model.generate, args, kwargs)
 
     def encode_images(
         self,
@@ -186,7 +185,7 @@ class HiAModel(nn.Module):
         if keep == "features" or torch.is_grad_enabled() or not len(features):
             return features
         alone = [features.select([image]).packed() for image in range(len(features))]
-        return ImageFeatures(features.maps, tuple(self.adapter.sides(image, keep) for image in alone))
+        return ImageFeatures(features.maps, tuple(self.adapter.layer_caches(image, keep) for image in alone))
 
     def _encoded(
         self, high_res_pixels: Sequence[Tensor], windows: Tensor | None, max_activation_bytes: int | None = None
@@ -270,18 +269,20 @@ class HiAModel(nn.Module):
             raise ValueError(f"hia: adapter_health must have an adapter that is attached and enabled, got one {state}")
         return health.adapter_health(self, self.adapter, batch)
 
-    def _during(self, visit: Visit | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _during(
+        self, prompt: PromptContext | None, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self._hooks is None:
             return function(*args, **kwargs)
-        self._hooks.visit = visit
+        self._hooks.prompt = prompt
         try:
             return function(*args, **kwargs)
         finally:
-            self._hooks.visit = self._hooks.call = None
+            self._hooks.prompt = self._hooks.running = None
 
-    def _open_visit(
+    def _open_prompt(
         self, inputs: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool
-    ) -> Visit | None:
+    ) -> PromptContext | None:
         pixels, windows, features, image_map, instruction_index = inputs
         if not self._enabled or self._hooks is None:
             return None
@@ -306,12 +307,12 @@ class HiAModel(nn.Module):
             if any(layer.extractor.reads_shared(packed, samples) for layer in self.adapter.layers.values()):
                 # before the layers: one that is run again by gradient checkpointing must record what it did at first
                 packed.shared(shared)
-        return Visit(packed, layout, generating)
+        return PromptContext(packed, layout, generating)
 
     @torch.compiler.disable  # compares the weights' versions, which a graph would take for constants
     def _packed(self, features: ImageFeatures) -> PackedFeatures:
         extractors = [layer.extractor for layer in self.adapter.layers.values()]
-        return features.packed({extractor.layer_index: extractor.stamp() for extractor in extractors})
+        return features.packed({extractor.layer_index: extractor.weight_version() for extractor in extractors})
 
     @torch.compiler.disable  # reads the maps' values, and the weights' versions
     def _layout(

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hia.encoder import strips as tiling
-from hia.encoder import workspace as arena
+from hia.encoder import strips, workspace
 from hia_kernels.ops.conv_norm_act import native
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
@@ -50,22 +49,22 @@ def test_same_bits_as_with_fresh_memory(changes, monkeypatch):
     for size in sizes:
         pixels = pixels_of(*size)
         with monkeypatch.context() as patch:
-            patch.setattr(arena, "LARGEST", 0)
+            patch.setattr(workspace, "LARGEST", 0)
             expected = encode(encoder, pixels)
-        if folded.arena._buffer is not None:
-            folded.arena._buffer.fill_(torch.nan)
+        if folded.workspace_cache._buffer is not None:
+            folded.workspace_cache._buffer.fill_(torch.nan)
         out = encode(encoder, pixels)
         assert torch.equal(out, expected), size
-        assert folded.arena.nbytes > 0
+        assert folded.workspace_cache.nbytes > 0
 
 
 def test_results_are_the_callers():
     encoder, folded = folded_encoder()
     first = encode(encoder, pixels_of(96, 96))
-    kept, buffer = first.clone(), folded.arena._buffer
+    kept, buffer = first.clone(), folded.workspace_cache._buffer
     encode(encoder, pixels_of(96, 96, seed=1))
-    assert torch.equal(first, kept) and folded.arena._buffer is buffer
-    assert folded.nbytes >= folded.arena.nbytes == buffer.nbytes
+    assert torch.equal(first, kept) and folded.workspace_cache._buffer is buffer
+    assert folded.nbytes >= folded.workspace_cache.nbytes == buffer.nbytes
     with torch.inference_mode():
         assert torch.equal(encoder(pixels_of(96, 96), WINDOW), first)
     encoder.unfold_weights()
@@ -75,15 +74,15 @@ def test_results_are_the_callers():
 def test_grows_with_the_image_and_no_further(monkeypatch):
     encoder, folded = folded_encoder()
     encode(encoder, pixels_of(64, 64))
-    small = folded.arena.nbytes
+    small = folded.workspace_cache.nbytes
     encode(encoder, pixels_of(128, 96))
-    large = folded.arena.nbytes
+    large = folded.workspace_cache.nbytes
     encode(encoder, pixels_of(64, 64))
-    assert small < large == folded.arena.nbytes
-    assert large <= tiling.activation_bytes(encoder, 128, 96)
-    monkeypatch.setattr(arena, "LARGEST", large)
+    assert small < large == folded.workspace_cache.nbytes
+    assert large <= strips.activation_bytes(encoder, 128, 96)
+    monkeypatch.setattr(workspace, "LARGEST", large)
     encode(encoder, pixels_of(160, 160))
-    assert folded.arena.nbytes == large
+    assert folded.workspace_cache.nbytes == large
 
 
 def test_not_used_within_a_budget_or_while_something_counts():
@@ -94,15 +93,15 @@ def test_not_used_within_a_budget_or_while_something_counts():
     with FlopCounterMode(display=False):
         out = encode(encoder, pixels)
     assert distance(encode(encoder, pixels, 2**30), out) < 2e-6
-    assert folded.arena.nbytes == 0
+    assert folded.workspace_cache.nbytes == 0
 
 
 def test_second_thread_takes_fresh_memory():
     encoder, folded = folded_encoder()
     pixels = [pixels_of(96, 96, seed=seed) for seed in range(2)]
     expected = [encode(encoder, image) for image in pixels]
-    with folded.arena.lease(1, torch.float32) as ends:
-        assert ends is not None and torch.equal(encode(encoder, pixels[0]), expected[0])
+    with folded.workspace_cache.lease(1, torch.float32) as place:
+        assert place is not None and torch.equal(encode(encoder, pixels[0]), expected[0])
     results = [[], []]
 
     def work(index):
@@ -129,8 +128,8 @@ def test_released_after_an_error(monkeypatch):
         patch.setattr(type(encoder.units()[3]), "forward", broken)
         with pytest.raises(RuntimeError, match="broken"):
             encode(encoder, pixels)
-    with folded.arena.lease(1, torch.float32) as ends:
-        assert ends is not None
+    with folded.workspace_cache.lease(1, torch.float32) as place:
+        assert place is not None
     assert torch.equal(encode(encoder, pixels), expected)
 
 
@@ -141,7 +140,7 @@ def test_large_image_takes_it_for_one_call(monkeypatch):
     whole = encode(encoder, pixels)
     encoder.unfold_weights()
     folded = encoder.fold_weights()
-    monkeypatch.setattr(tiling, "LARGE_MAP", 2**18)
-    monkeypatch.setattr(tiling, "LARGE_STRIP", 2**17)
-    assert tiling.head(encoder, 200, 131)[0] > 0
-    assert distance(encode(encoder, pixels), whole) < 2e-6 and folded.arena.nbytes == 0
+    monkeypatch.setattr(strips, "LARGE_MAP", 2**18)
+    monkeypatch.setattr(strips, "LARGE_STRIP", 2**17)
+    assert strips.head(encoder, 200, 131)[0] > 0
+    assert distance(encode(encoder, pixels), whole) < 2e-6 and folded.workspace_cache.nbytes == 0
