@@ -10,6 +10,7 @@ import typer
 
 from bench import cli
 from bench.report.cli import report
+from bench.table3.cli import table3
 
 MEASURE, JUDGE, INSIDE = "Measure", "Compare and report", "Look inside"
 APP = cli.application(
@@ -31,14 +32,13 @@ def _passed_on(name: str, module: str, panel: str, text: str) -> None:
 _passed_on("ops", "bench.ops.run", MEASURE, "Every op beside its peers.")
 _passed_on("targets", "bench.targets.run", MEASURE, "The ratios this project is held to, each with its verdict.")
 _passed_on("end-to-end", "bench.end_to_end.run", MEASURE, "First token, second question, decode, training, memory.")
-_passed_on("table3", "bench.table3.run", MEASURE, "The paper's Table 3 beside ours.")
+APP.command("table3", cls=cli.Command, rich_help_panel=MEASURE)(table3)
 _passed_on("ablation", "bench.ablation.cli", MEASURE, "The paper's Tables 2 and 4 in small.")
 _passed_on("ablation.detail", "bench.ablation.detail", MEASURE, "What of a lesion is left in a host's small view.")
 _passed_on("gpu", "bench.gpu.run", MEASURE, "GPU tests, then every benchmark.")
 _passed_on("tune", "bench.ops.tune", MEASURE, "The kernels' tile sizes.")
 _passed_on("compare", "bench.compare.run", JUDGE, "Two revisions measured together.")
 APP.command("report", cls=cli.Command, rich_help_panel=JUDGE)(report)
-_passed_on("readme", "bench.table3.readme", JUDGE, "Table 3 in README.md, from its record.")
 _passed_on("profile", "bench.ops.profile", INSIDE, "Where the time of one call goes.")
 _passed_on("encoder-forms", "bench.ops.encoder_forms", INSIDE, "Ways to run the folded encoder on the CPU.")
 _passed_on("deep-forms", "bench.ops.deep_forms", INSIDE, "How exact the absorbed forms are in half precision.")

@@ -22,9 +22,9 @@ from ..measure import roofline as limits
 from ..measure.memory import process_peak_unavailable
 from ..measure.timing import Samples
 from ..records import environment
+from ..records.devices import DTYPES, torch_dtype
 from ..records.record import Measurement, read_records, write_records
 from ..table3.hosts import LLAVA_13B, SMALL_LLAVA
-from ..table3.rows import DTYPES
 from ..workloads import images
 from .subjects import (
     LABELS,
@@ -489,7 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = images.prompt_text(options.text_tokens, spec.image_token)
     setting = Setting(
         spec,
-        DTYPES[options.dtype],
+        torch_dtype(options.dtype),
         options.device,
         options.attention,
         source,

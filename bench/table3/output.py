@@ -1,31 +1,25 @@
-"""How Table 3 leaves the program: the terminal, JSON, Markdown."""
+"""Table 3 as it leaves the program: the terminal, JSON, Markdown, a picture."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..plotting import unavailable, write_png
-from ..records.files import replacing, write_text
+from ..records.files import replacing, write_json, write_text
+from ..records.markdown import table
 from . import methods, paper
+from .hosts import LLAVA_13B
 from .plot import figure_of
 from .rows import BYTES_PER_GB, Claim, Report, Row
 
-WIDTH = 150  # of the table where no terminal says
-
-
-def console_for(stream: Any) -> Console:
-    """Rich's console; where the output is no terminal, wide enough for the table."""
-    console = Console(file=stream)
-    return console if console.is_terminal else Console(file=stream, width=WIDTH)
+TEXT = ("method", "attention", "note")  # columns of words
 
 
 def main_cells(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the predicted table, the paper's figure beside ours in every row."""
+    """Make header and rows of the predicted table, the paper's figure beside ours in every row."""
     attentions = report.protocol.attention
     unit, scale = report.protocol.flops_unit()
     header = ["px", "method", "tokens", unit, "paper", "base/this", "paper"]
@@ -45,7 +39,7 @@ def main_cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def layer_lines(report: Report) -> list[str]:
-    """Our layers' FLOPs over the released maths', a number a resolution; nothing where the rows are missing."""
+    """Say our layers' FLOPs over the released maths', a number a resolution; nothing where the rows are missing."""
     found = report.layers()
     if not found:
         return []
@@ -54,7 +48,7 @@ def layer_lines(report: Report) -> list[str]:
 
 
 def ordered_cases(report: Report) -> list[tuple[int, str]]:
-    """(resolution, method) of the predicted rows, as the table shows them."""
+    """List (resolution, method) of the predicted rows, as the table shows them."""
     cases = {(row.resolution, row.method) for row in report.rows}
     return sorted(cases, key=lambda case: (case[0], methods.METHODS.index(case[1])))
 
@@ -90,7 +84,7 @@ def _paper_ratio(method: str, ratio: float | None) -> str:
 
 
 def measured_cells(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what was really run."""
+    """Make header and rows of what was really run."""
     header = ["px", "method", "attention", "tokens", "measured MB", "predicted MB", "deviation"]
     header += ["prefill ms", "baseline / this: MB", "ms", "note"]
     bases = {row.key: row for row in report.measured if row.memory_kind != "out of memory, provoked"}
@@ -121,7 +115,7 @@ def _mega(count: int | None) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The tables, the checks and the notes."""
+    """Print the tables, the checks and the notes."""
     protocol = report.protocol
     header, cells = main_cells(report)
     title = f"Table 3, {protocol.host.name}: predicted, beside the paper's figures"
@@ -158,7 +152,7 @@ def _claim_line(claim: Claim, *, rich: bool = False) -> str:
 
 
 def to_markdown(report: Report, picture: str | None) -> str:
-    """The same as a page."""
+    """Write the same as a page."""
     environment = report.environment
     dirty = " (with uncommitted changes)" if environment.get("dirty") else ""
     lines = ["# Table 3", "", f"`{environment.get('command')}`, commit {environment.get('commit')}{dirty},"]
@@ -168,11 +162,11 @@ def to_markdown(report: Report, picture: str | None) -> str:
     if picture:
         lines += [f"![memory and FLOPs against resolution]({picture})", ""]
     lines += [f"## {report.protocol.host.name}, predicted", ""]
-    lines += [*_markdown_table(*main_cells(report)), "", "x: more than the card has.", ""]
+    lines += [*table(*main_cells(report), TEXT), "", "x: more than the card has.", ""]
     if report.layers():
         lines += [*layer_lines(report), ""]
     if report.measured:
-        lines += [f"## Really run: {report.measured_host}", "", *_markdown_table(*measured_cells(report)), ""]
+        lines += [f"## Really run: {report.measured_host}", "", *table(*measured_cells(report), TEXT), ""]
     lines += ["## Checks", "", *(f"- {_claim_line(claim)}" for claim in report.claims()), ""]
     lines += ["## Notes", "", *(f"- {note}" for note in report.notes)]
     lines += [f"- not measured: {reason}" for reason in report.skipped]
@@ -184,18 +178,8 @@ def to_markdown(report: Report, picture: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(header: list[str], cells: list[list[str]]) -> list[str]:
-    rule = ["---" if name in ("method", "attention", "note") else "---:" for name in header]
-    return ["| " + " | ".join(line) + " |" for line in (header, rule, *cells)]
-
-
-def to_json(report: Report) -> str:
-    """The record scripts read."""
-    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-
-
 def write_report(report: Report, folder: Path, json_path: Path | None) -> list[Path]:
-    """table3.json, table3.md and, with matplotlib, table3.png in ``folder``; JSON to ``json_path`` too.
+    """Write table3.json, table3.md and, with matplotlib, table3.png to ``folder``; JSON to ``json_path`` too.
 
     Returns:
         The files written.
@@ -211,9 +195,53 @@ def write_report(report: Report, folder: Path, json_path: Path | None) -> list[P
             written.append(folder / picture)
         else:
             report.notes.append(f"no table3.png: {reason}")
-    texts = {folder / "table3.json": to_json(report), folder / "table3.md": to_markdown(report, picture)}
-    if json_path is not None:
-        texts[json_path] = to_json(report)
-    for path, text in texts.items():
-        written.append(write_text(path, text))
+    for path in filter(None, (folder / "table3.json", json_path)):
+        written.append(write_json(path, report.to_dict()))
+    written.append(write_text(folder / "table3.md", to_markdown(report, picture)))
     return written
+
+
+def add_notes(report: Report, images: str) -> None:
+    """Add what a reader must know to use the numbers, of the images in words of their own."""
+    protocol = report.protocol
+    lines = [
+        f"protocol: {protocol.host.name}, {protocol.images_per_sample} images and {protocol.text_tokens} text tokens "
+        f"in one sample, {protocol.dtype}, prefill with KV cache, logits of the last token. {protocol.unit} shown; "
+        f"1 multiply-add is 2 FLOPs; matrix products and convolutions counted, attention in full.",
+        "the paper doesn't say whether it counts FLOPs or multiply-adds, one image or two, eager or fused attention, "
+        "with or without a KV cache; the ratio baseline / HiA doesn't depend on the first of these.",
+        f"GB are 1e9 bytes: the stricter reading of the paper's GB and of a {protocol.card_gb:g} GB card."
+        + readings_differ(report),
+        "memory is weights, activations, KV cache and inputs; kernels' own workspace, the CUDA context and "
+        "fragmentation come on top. SDPA is followed as on CUDA: the flash kernel, or the memory-efficient one under "
+        "a mask. transformers keeps every CLIP layer's output until the projector has run.",
+    ]
+    if protocol.host == LLAVA_13B:
+        lines.append("the vocabulary is LLaMA-2's 32,000; Chinese-LLaMA-2's 55,296 would add 0.48 GB in 16 bits.")
+    baseline = [row for row in report.rows if row.method == "baseline"]
+    beyond = sorted(row.resolution for row in baseline if row.tokens > protocol.host.context)
+    if beyond:
+        lines.append(
+            f"with {protocol.images_per_sample} images the baseline's sequence exceeds the LLM's "
+            f"{protocol.host.context:,}-token context from {beyond[0]} px on; the paper's convention is unknown."
+        )
+    if any(row.method == "anyres" for row in report.rows):
+        lines.append("anyres is cut into the same tiles at every size from 448 px on, so its cost stays the same.")
+    if any(row.method == "released" for row in report.rows):
+        lines.append("released is our port of that code's maths, with random weights; no code was copied.")
+    if report.measured_host is not None:
+        lines.append(f"images of the real runs: {images}; text by {report.images.get('tokenizer')}.")
+    report.notes += lines
+
+
+def readings_differ(report: Report) -> str:
+    """Name the rows that would fit if the card's GB were GiB."""
+    card = report.protocol.card_gb * 2**30
+    rows = [row for row in report.rows if not row.fits and row.memory_bytes is not None and row.memory_bytes <= card]
+    if not rows:
+        return " No row's x depends on it."
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.method} ({row.attention})", []).append(str(row.resolution))
+    listed = "; ".join(f"{name} at {', '.join(sizes)}" for name, sizes in groups.items())
+    return f" In GiB these would fit too: {listed}."

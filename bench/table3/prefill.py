@@ -1,6 +1,6 @@
 """Real prefills in a process of their own: the small host on the CPU, the 13B host on CUDA.
 
-``python -m bench prefill REQUEST`` reads a request as JSON and writes one JSON line per case as it finishes.
+``python -m bench.table3.prefill REQUEST`` reads a request as JSON and writes one JSON line per case as it finishes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from ..measure.memory import Meter, process_peak_unavailable, user_meter
+from ..records.devices import torch_dtype
 from ..records.environment import REPOSITORY
 from ..workloads import images
 from . import hosts, methods
 from .hosts import HostSpec
-from .rows import DTYPES
 
 # a run that needs more than this share of the device is not started uncapped
 USABLE = 0.92
@@ -54,7 +54,7 @@ class RunRequest:
     Attributes:
         method: see ``methods.METHODS``.
         host: fields of a :class:`HostSpec`.
-        dtype: a key of ``records.DTYPES``.
+        dtype: "bf16", "fp16" or "fp32".
         device: "cpu" or "cuda".
         cases: in the order to run them.
         images: per sample.
@@ -183,7 +183,7 @@ class RunResult:
 
 def run_requests(request: RunRequest) -> Iterator[RunResult]:
     """Run a request's cases in this process."""
-    spec, dtype = HostSpec(**request.host), DTYPES[request.dtype]
+    spec, dtype = HostSpec(**request.host), torch_dtype(request.dtype)
     source = images.find_images(request.image_folder)
     text = images.prompt_text(request.text_tokens, spec.image_token).ids
     if request.device == "cpu":

@@ -1,27 +1,25 @@
-"""Table 3 in README.md, from a committed record: ``python -m bench readme`` writes it between its two markers."""
+"""Table 3 in README.md, from a committed record: ``python -m bench table3 --readme`` writes it between two markers."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ..records import markdown
 from ..records.environment import REPOSITORY
+from ..records.files import RESULTS, read_json, write_text
 
-RECORD = REPOSITORY / "bench" / "results" / "amd-epyc" / "table3.json"
+RECORD = RESULTS / "amd-epyc" / "table3.json"
 README = REPOSITORY / "README.md"
-START, END = "<!-- table3: written by python -m bench readme -->", "<!-- /table3 -->"
-HEAD = (
-    "| px | TFLOPs: baseline / HiA | paper | ratio | paper | GB, eager: baseline / HiA | paper | GB, SDPA |",
-    "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-)
+START, END = "<!-- table3: written by python -m bench table3 --readme -->", "<!-- /table3 -->"
+TITLES = "px", "TFLOPs: baseline / HiA", "paper", "ratio", "paper", "GB, eager: baseline / HiA", "paper", "GB, SDPA"
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown of the baseline's and HiA's rows; x: more than the card holds."""
+    """Write the baseline's and HiA's rows as Markdown; x: more than the card holds."""
     found = {(row["resolution"], row["method"], row["attention"]): row for row in record["rows"]}
-    lines = list(HEAD)
+    lines = []
     for resolution in sorted({key[0] for key in found}):
         rows = {
             (method, attention): found[resolution, method, attention]
@@ -41,8 +39,8 @@ def table(record: dict[str, Any]) -> str:
             f"{_paper_gigabytes(base)} / {_paper_gigabytes(hia)}" if all(paper) else "",
             memory[1],
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return "\n".join(markdown.table(TITLES, lines, text=()))
 
 
 def _gigabytes(row: dict[str, Any]) -> str:
@@ -54,7 +52,7 @@ def _paper_gigabytes(row: dict[str, Any]) -> str:
 
 
 def block(record: dict[str, Any]) -> str:
-    """The table with where it comes from, between the markers."""
+    """Write the table and where it comes from, between the markers."""
     protocol, environment = record["protocol"], record["environment"]
     source = (
         f"`{environment['command']}` at commit {environment['commit'][:12]}, {environment['device']}, torch "
@@ -75,7 +73,7 @@ def _relative(path: Path) -> str:
 
 
 def updated(readme: str, record: dict[str, Any]) -> str:
-    """README.md with the block written anew.
+    """Return README.md with the block written anew.
 
     Raises:
         ValueError: a marker is missing.
@@ -86,14 +84,7 @@ def updated(readme: str, record: dict[str, Any]) -> str:
     return before + block(record) + rest.split(END, 1)[1]
 
 
-def main(_arguments: object = None) -> None:
-    """The command."""
-    text = updated(README.read_text(), json.loads(RECORD.read_text()))
-    scratch = README.with_suffix(".tmp")
-    scratch.write_text(text)
-    os.replace(scratch, README)
-    print(f"{README}: Table 3 from {_relative(RECORD)}")
-
-
-if __name__ == "__main__":
-    main()
+def renew() -> str:
+    """Write README.md's block anew, and say from what."""
+    write_text(README, updated(README.read_text(encoding="utf-8"), read_json(RECORD)))
+    return f"README.md: Table 3 from {_relative(RECORD)}"

@@ -6,13 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from ..measure.footprint import Footprint
 from . import formulas, paper
 from .hosts import LLAVA_13B, HostSpec
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # the stricter reading of the paper's GB, and of a 32 GB card: what fits under it fits under GiB too
 BYTES_PER_GB = 10**9
 

@@ -10,111 +10,139 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from ..cli import BadOption, device_of, numbers, some_of
 from ..measure.memory import process_peak_unavailable
+from ..progress import Progress, console_for
 from ..records import environment
-from ..workloads import images
-from . import formulas, methods, paper
-from .hosts import LLAVA_13B, SMALL_LLAVA, HostSpec
-from .options import parse
-from .output import console_for, print_report, write_report
+from ..records.devices import torch_dtype
+from ..records.files import results_folder
+from ..workloads import images as pictures
+from . import formulas, paper
+from .hosts import LLAVA_13B, SMALL_LLAVA, HostSpec, host_from_file
+from .methods import METHODS, sequence_length
+from .output import add_notes, print_report, write_report
 from .predict import Prediction, Task, predict_in_worker, start_worker
 from .prefill import Case, Measured, RunRequest, RunResult, run_in_subprocess
-from .rows import BYTES_PER_GB, DTYPES, Protocol, Report, Row, predicted_row
+from .rows import BYTES_PER_GB, Protocol, Report, Row, predicted_row
 
+RESOLUTIONS = (448, 560, 672, 784, 896, 1344, 2016, 4096)
+SMALLEST, LARGEST = 224, 16384
+ATTENTIONS = ("eager", "sdpa")
 PROCESSES = 2  # predictions at a time; each needs about 1 GB of memory
 SMALL_HOST_LIMIT = 12 * 2**30
 MEASURED_ON_CPU = ("baseline", "hia")
 
 
-class Steps:
-    """A progress bar that says what is being done; silent where there is no terminal."""
+@dataclass(frozen=True)
+class Options:
+    """A run, checked.
 
-    def __init__(self, console: Console, total: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("starting", total=total)
+    Attributes:
+        methods: of ``methods.METHODS``.
+        resolutions: ascending, pixels.
+        protocol: what is counted.
+        device: "cpu" or "cuda".
+        skip_measured: predict only.
+        folder: of the radiographs; None takes the default.
+        source: the images found there.
+    """
 
-    @contextmanager
-    def shown(self) -> Iterator[Steps]:
-        """Show the bar inside the block."""
-        with self._bar:
-            yield self
-
-    def now(self, what: str, done: int = 0) -> None:
-        """Say what is being done, after ``done`` more steps."""
-        self._bar.update(self._task, description=what, advance=done)
+    methods: tuple[str, ...]
+    resolutions: tuple[int, ...]
+    protocol: Protocol
+    device: str
+    skip_measured: bool
+    folder: str | None
+    source: pictures.ImageSource
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_options(
+    *,
+    methods: Iterable[str] | None,
+    resolutions: Iterable[str] | None,
+    attention: Iterable[str] | None,
+    host_config: Path | None,
+    device: str,
+    skip_measured: bool,
+    images: Path | None,
+    protocol: dict[str, Any],
+) -> Options:
+    """Check what was typed.
+
+    Raises:
+        BadOption: a value that isn't allowed; the message names the option, what it takes, and the nearest names.
+    """
+    chosen = some_of("--attention", attention, ATTENTIONS) if attention else ATTENTIONS
+    try:
+        host = LLAVA_13B if host_config is None else host_from_file(host_config)
+        source = pictures.find_images(images)
+    except (ValueError, OSError) as error:
+        raise BadOption(str(error)) from error
+    return Options(
+        some_of("--methods", methods, METHODS) if methods else METHODS,
+        tuple(sorted(numbers("--resolutions", resolutions, SMALLEST, LARGEST))) if resolutions else RESOLUTIONS,
+        Protocol(**protocol, attention=chosen, host=host),
+        device_of(device),
+        skip_measured,
+        None if images is None else str(images),
+        source,
+    )
+
+
+def run(options: Options, *, out: Path | None = None, record: bool = False, json: Path | None = None) -> int:
     """Run, print, write.
+
+    Args:
+        options: of :func:`make_options`.
+        out: folder of table3.json, .md and .png.
+        record: write them to bench/results.
+        json: write the JSON here too.
 
     Returns:
         0; 1 if a check failed; 130 after Ctrl-C, with what was done written.
     """
-    options = parse(arguments)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("--device: cuda needs a CUDA device and a torch built for it, got none; use --device cpu\n")
-        return 2
-    try:
-        source = images.find_images(options.images)
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
     started = time.perf_counter()
-    console = console_for(sys.stdout)
-    report = Report(options.protocol, environment=environment.describe(device))
-    tasks = prediction_tasks(options, device)
+    report = Report(options.protocol, environment=environment.describe(options.device))
+    tasks = prediction_tasks(options)
     try:
-        with Steps(console_for(sys.stderr), len(tasks)).shown() as steps:
-            predictions = predict_all(tasks, report, steps)
+        with Progress(len(tasks)) as progress:
+            predictions = predict_all(tasks, report, progress)
             if not options.skip_measured:
-                measure_all(options, device, source, predictions, report, steps)
+                measure_all(options, predictions, report, progress)
     except KeyboardInterrupt:
         report.interrupted = True
-    report.rows.sort(key=lambda row: (row.resolution, methods.METHODS.index(row.method), row.attention))
+    report.rows.sort(key=lambda row: (row.resolution, METHODS.index(row.method), row.attention))
     report.wall_s = time.perf_counter() - started
-    report.notes += notes(report, source)
-    folder = Path(options.out) if options.out else default_folder(report)
-    written = write_report(report, folder, Path(options.json) if options.json else None)
+    add_notes(report, options.source.note)
+    written = write_report(report, results_folder(report.environment["device"], out=out, record=record), json)
+    console = console_for(sys.stdout)
     print_report(report, console)
-    console.print(f"{report.wall_s:.0f} s; written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    paths = ", ".join(os.path.relpath(path) for path in written)
+    console.print(f"{report.wall_s:.0f} s; written: {paths}", highlight=False, soft_wrap=True)
     if report.interrupted:
         return 130
     return 1 if any(claim.passed is False for claim in report.claims()) else 0
 
 
-def default_folder(report: Report) -> Path:
-    """bench/results/<device>."""
-    return environment.REPOSITORY / "bench" / "results" / environment.slug(report.environment["device"])
-
-
-def prediction_tasks(options: Any, device: str) -> list[Task]:
-    """The 13B host's tasks, a method's together; then the small host's, for the runs on the CPU."""
-    protocol: Protocol = options.protocol
+def prediction_tasks(options: Options) -> list[Task]:
+    """List the 13B host's tasks, a method's together; then the small host's, for the runs on the CPU."""
+    protocol = options.protocol
     counts = (protocol.images_per_sample, protocol.text_tokens)
     large = [
-        Task(method, resolution, protocol.attention, protocol.host, DTYPES[protocol.dtype], *counts, cuda=True)
+        Task(method, resolution, protocol.attention, protocol.host, torch_dtype(protocol.dtype), *counts, cuda=True)
         for method in options.methods
         for resolution in options.resolutions
     ]
-    if options.skip_measured or device == "cuda":
+    if options.skip_measured or options.device == "cuda":
         return large
     return large + [
-        Task(method, resolution, attentions, SMALL_LLAVA, torch.float32, *counts, cuda=False)
+        Task(method, resolution, attentions, SMALL_LLAVA, torch_dtype("fp32"), *counts, cuda=False)
         for method in MEASURED_ON_CPU
         if method in options.methods
         for resolution, attentions in small_host_cases(options.resolutions, protocol.attention)
@@ -122,15 +150,15 @@ def prediction_tasks(options: Any, device: str) -> list[Task]:
 
 
 def small_host_cases(resolutions: tuple[int, ...], attention: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
-    """The paper's resolutions with the last attention named; the others at the smallest one, to save time."""
+    """Return the paper's resolutions with the last attention named; the others at the smallest one, to save time."""
     wanted = [resolution for resolution in resolutions if resolution in paper.RESOLUTIONS]
     return [(resolution, attention if resolution == wanted[0] else attention[-1:]) for resolution in wanted]
 
 
-def predict_all(tasks: list[Task], report: Report, steps: Steps) -> list[Prediction]:
-    """All tasks in a few processes; the 13B host's become the report's rows."""
+def predict_all(tasks: list[Task], report: Report, progress: Progress) -> list[Prediction]:
+    """Follow all tasks in a few processes; the 13B host's become the report's rows."""
     predictions: list[Prediction] = []
-    steps.now("starting")
+    progress.step("starting the predictions")
     context = multiprocessing.get_context("spawn")
     workers = min(PROCESSES, os.cpu_count() or 1, len(tasks))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
@@ -141,7 +169,8 @@ def predict_all(tasks: list[Task], report: Report, steps: Steps) -> list[Predict
             task = prediction.task
             if task.cuda:
                 report.rows += rows_of(prediction, report.protocol)
-            steps.now(f"predicted {task.method} at {task.resolution} px, {task.host.name.split(' (')[0]}", done=1)
+            progress.done()
+            progress.step(f"predicted {task.method} at {task.resolution} px, {task.host.name.split(' (')[0]}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
@@ -150,9 +179,9 @@ def predict_all(tasks: list[Task], report: Report, steps: Steps) -> list[Predict
 
 
 def rows_of(prediction: Prediction, protocol: Protocol) -> list[Row]:
-    """One row an attention."""
+    """Make one row an attention."""
     task = prediction.task
-    tokens = methods.sequence_length(task.method, task.resolution, task.images, task.text_tokens)
+    tokens = sequence_length(task.method, task.resolution, task.images, task.text_tokens)
     formula = formulas.prefill_flops(
         task.method,
         task.host,
@@ -168,12 +197,11 @@ def rows_of(prediction: Prediction, protocol: Protocol) -> list[Row]:
     ]
 
 
-def measure_all(
-    options: Any, device: str, source: images.ImageSource, predictions: list[Prediction], report: Report, steps: Steps
-) -> None:
+def measure_all(options: Options, predictions: list[Prediction], report: Report, progress: Progress) -> None:
     """Really run what the device can hold."""
+    device, source = options.device, options.source
     host = options.protocol.host if device == "cuda" else SMALL_LLAVA
-    text = images.prompt_text(options.protocol.text_tokens, host.image_token)
+    text = pictures.prompt_text(options.protocol.text_tokens, host.image_token)
     names = source.names(options.protocol.images_per_sample)
     report.images = {"kind": source.kind, "files": names, "tokenizer": text.tokenizer}
     report.measured_host = describe_host(host, device, options.protocol)
@@ -193,15 +221,15 @@ def measure_all(
             tuple(cases),
             options.protocol.images_per_sample,
             options.protocol.text_tokens,
-            options.images,
+            options.folder,
             options.protocol.card_bytes if device == "cuda" else None,
         )
-        steps.now(f"running {method}, {len(cases)} cases on the {device}")
-        run_method(request, own, report, steps)
+        progress.step(f"running {method}, {len(cases)} cases on the {device}")
+        run_method(request, own, report, progress)
 
 
 def describe_host(host: HostSpec, device: str, protocol: Protocol) -> str:
-    """What is run, in words."""
+    """Say in words what is run."""
     if device == "cuda":
         return f"{host.name}, random {protocol.dtype} weights, on CUDA"
     reason = process_peak_unavailable()
@@ -210,7 +238,7 @@ def describe_host(host: HostSpec, device: str, protocol: Protocol) -> str:
 
 
 def runnable(predictions: list[Prediction], device: str) -> tuple[list[Case], list[str]]:
-    """Cases whose predicted peak this machine can hold, and why the others are left out. CUDA decides for itself."""
+    """Return the cases whose predicted peak this machine can hold, and why others are left out; CUDA decides itself."""
     limit = SMALL_HOST_LIMIT if device == "cpu" else sys.maxsize
     cases, too_large = [], []
     for prediction in predictions:
@@ -224,20 +252,20 @@ def runnable(predictions: list[Prediction], device: str) -> tuple[list[Case], li
     return cases, too_large
 
 
-def run_method(request: RunRequest, predictions: list[Prediction], report: Report, steps: Steps) -> None:
-    """One method's runs; a failure is recorded and the other methods go on."""
+def run_method(request: RunRequest, predictions: list[Prediction], report: Report, progress: Progress) -> None:
+    """Make one method's runs; a failure is recorded and the other methods go on."""
     by_resolution = {prediction.task.resolution: prediction for prediction in predictions}
     try:
         for result in run_in_subprocess(request):
             prediction = by_resolution[result.resolution]
             report.measured += measured_rows(result, prediction, report)
-            steps.now(f"ran {request.method} at {result.resolution} px, {result.attention}")
+            progress.detail(f"{result.resolution} px, {result.attention} done")
     except RuntimeError as error:
         report.skipped.append(str(error))
 
 
 def measured_rows(result: RunResult, prediction: Prediction, report: Report) -> list[Row]:
-    """Rows of a result: the run without a cap, and the one under the card's cap."""
+    """Make the rows of a result: of the run without a cap, and of the one under the card's cap."""
     task = prediction.task
     case = (result.resolution, task.method, result.attention)
     footprint = prediction.footprints[result.attention]
@@ -264,53 +292,3 @@ def _measured_row(template: Row, run: Measured, predicted: int, protocol: Protoc
         fits=False if run.out_of_memory else fits,
         predicted_bytes=predicted,
     )
-
-
-def notes(report: Report, source: images.ImageSource) -> list[str]:
-    """What a reader must know to use the numbers."""
-    protocol = report.protocol
-    lines = [
-        f"protocol: {protocol.host.name}, {protocol.images_per_sample} images and {protocol.text_tokens} text tokens "
-        f"in one sample, {protocol.dtype}, prefill with KV cache, logits of the last token. {protocol.unit} shown; "
-        f"1 multiply-add is 2 FLOPs; matrix products and convolutions counted, attention in full.",
-        "the paper doesn't say whether it counts FLOPs or multiply-adds, one image or two, eager or fused attention, "
-        "with or without a KV cache; the ratio baseline / HiA doesn't depend on the first of these.",
-        f"GB are 1e9 bytes: the stricter reading of the paper's GB and of a {protocol.card_gb:g} GB card."
-        + readings_differ(report),
-        "memory is weights, activations, KV cache and inputs; kernels' own workspace, the CUDA context and "
-        "fragmentation come on top. SDPA is followed as on CUDA: the flash kernel, or the memory-efficient one under "
-        "a mask. transformers keeps every CLIP layer's output until the projector has run.",
-    ]
-    if protocol.host == LLAVA_13B:
-        lines.append("the vocabulary is LLaMA-2's 32,000; Chinese-LLaMA-2's 55,296 would add 0.48 GB in 16 bits.")
-    baseline = [row for row in report.rows if row.method == "baseline"]
-    beyond = sorted(row.resolution for row in baseline if row.tokens > protocol.host.context)
-    if beyond:
-        lines.append(
-            f"with {protocol.images_per_sample} images the baseline's sequence exceeds the LLM's "
-            f"{protocol.host.context:,}-token context from {beyond[0]} px on; the paper's convention is unknown."
-        )
-    if any(row.method == "anyres" for row in report.rows):
-        lines.append("anyres is cut into the same tiles at every size from 448 px on, so its cost stays the same.")
-    if any(row.method == "released" for row in report.rows):
-        lines.append("released is our port of that code's maths, with random weights; no code was copied.")
-    if report.measured_host is not None:
-        lines.append(f"images of the real runs: {source.note}; text by {report.images.get('tokenizer')}.")
-    return lines
-
-
-def readings_differ(report: Report) -> str:
-    """Rows that would fit if the card's GB were GiB."""
-    card = report.protocol.card_gb * 2**30
-    rows = [row for row in report.rows if not row.fits and row.memory_bytes is not None and row.memory_bytes <= card]
-    if not rows:
-        return " No row's x depends on it."
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        groups.setdefault(f"{row.method} ({row.attention})", []).append(str(row.resolution))
-    listed = "; ".join(f"{name} at {', '.join(sizes)}" for name, sizes in groups.items())
-    return f" In GiB these would fit too: {listed}."
-
-
-if __name__ == "__main__":
-    sys.exit(main())

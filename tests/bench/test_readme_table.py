@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from bench import __main__ as bench
 from bench.table3 import readme
 
 
@@ -15,7 +16,7 @@ def record() -> dict:
 
 def test_readme_shows_the_record():
     text = readme.README.read_text()
-    assert readme.table(record()) in text, "README.md is older than its record; run python -m bench readme"
+    assert readme.table(record()) in text, "README.md is older than its record; run python -m bench table3 --readme"
 
 
 def test_the_record_is_of_a_clean_commit_and_passed():
@@ -46,3 +47,12 @@ def test_layers_are_compared_where_the_record_has_them():
 def test_missing_markers():
     with pytest.raises(ValueError, match=r"README.md must hold <!-- table3"):
         readme.updated("# no table\n", record())
+
+
+def test_the_command_renews_the_readme(tmp_path, monkeypatch, capsys):
+    readme_file = tmp_path / "README.md"
+    readme_file.write_text(readme.README.read_text().replace(readme.table(record()), "an older table"))
+    monkeypatch.setattr(readme, "README", readme_file)
+    assert bench.main(["table3", "--readme"]) == 0
+    assert readme.table(record()) in readme_file.read_text()
+    assert "README.md: Table 3 from bench/results/amd-epyc/table3.json" in capsys.readouterr().out

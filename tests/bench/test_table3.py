@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bench import __main__ as bench
 from bench.measure.footprint import Footprint
 from bench.records import environment
-from bench.table3 import formulas, paper
+from bench.table3 import formulas, methods, paper
 from bench.table3 import output as table3_output
 from bench.table3 import run as table3
-from bench.table3.options import parse
 from bench.table3.prefill import Case, Measured, RunRequest, measure_prefill
 from bench.table3.rows import Protocol, Report, Row, growth_claim, memory_claim, predicted_row, tracker_claim
 from bench.workloads import images
@@ -30,62 +31,46 @@ ROW_KEYS = {
     "paper_flops_t",
     "paper_memory_gb",
 }
-BAD_FLAGS = [
+BAD_OPTIONS = [
     (["--methods", "basline"], r"--methods: must be among .*got 'basline'; did you mean baseline"),
     (["--attention", "flash"], r"--attention: must be among eager, sdpa, got 'flash'"),
     (["--unit", "mac"], r"--unit: must be among flops, macs, got 'mac'; did you mean macs"),
-    (["--dtype", "bf61"], r"--dtype: must be among bf16, fp16, fp32, got 'bf61'; did you mean bf16"),
-    (["--resolutions", "448", "big"], r"--resolutions: must be whole pixels from 224 to 16384, got 'big'"),
-    (["--resolutions", "100"], r"--resolutions: must be whole pixels from 224 to 16384, got '100'"),
-    (["--card-gb", "-3"], r"--card-gb: must be a positive number of GB, got '-3'"),
-    (["--images-per-sample", "0"], r"--images-per-sample: must be a whole number from 1 to 64, got '0'"),
-    (["--images", "/nowhere"], r"--images: must be a folder, got /nowhere"),
+    (["--dtype", "bf61"], r"--dtype: must be among fp32, bf16, fp16, got 'bf61'; did you mean bf16"),
+    (["--resolutions", "448", "big"], r"--resolutions: must be a whole number from 224 to 16384, got 'big'"),
+    (["--resolutions", "100"], r"--resolutions: must be a whole number from 224 to 16384, got '100'"),
+    (["--card-gb", "-3"], r"--card-gb: must be more than 0, got -3"),
+    (["--images-per-sample", "0"], r"--images-per-sample: must be from 1 to 64, got 0"),
+    (["--images", "/nowhere"], r"--images: must be a folder with .*got /nowhere"),
     (["--host-config", "/nowhere.json"], r"/nowhere.json"),
     (["--device", "gpu"], r"--device: must be among auto, cpu, cuda, got 'gpu'"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
-def test_bad_flags_are_named_with_what_is_allowed(flags, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(flags)
-    assert stopped.value.code == 2
-    import re
-
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(options) for options, _ in BAD_OPTIONS])
+def test_bad_options_are_named_with_what_is_allowed(options, message, capsys):
+    assert bench.main(["table3", *options]) == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
-def test_flags_reach_the_protocol(tmp_path):
+@pytest.fixture
+def options_of(monkeypatch):
+    """What a command line comes to; nothing is run."""
+
+    def parse(*arguments):
+        seen = []
+        monkeypatch.setattr(table3, "run", lambda options, **places: seen.append((options, places)) or 0)
+        assert bench.main(["table3", *map(str, arguments)]) == 0
+        return seen[0]
+
+    return parse
+
+
+def test_options_reach_the_protocol(options_of, tmp_path):
     config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps(
-            {
-                "model_type": "llama",
-                "hidden_size": 256,
-                "intermediate_size": 512,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "vocab_size": 100,
-            }
-        )
-    )
-    options = parse(
-        [
-            "--methods",
-            "hia,baseline",
-            "--attention",
-            "sdpa",
-            "--resolutions",
-            "896,448",
-            "--unit",
-            "macs",
-            "--card-gb",
-            "24",
-            "--host-config",
-            str(config),
-            "--no-measure",
-        ]
-    )
+    fields = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config.write_text(json.dumps({"model_type": "llama", **fields, "vocab_size": 100}))
+    counted = ("--methods", "hia,baseline", "--attention", "sdpa", "--resolutions", "896,448", "--unit", "macs")
+    options, places = options_of(*counted, "--card-gb", "24", "--host-config", config, "--no-measure", "--record")
     assert options.methods == ("baseline", "hia")
     assert options.resolutions == (448, 896)
     assert options.skip_measured
@@ -93,6 +78,15 @@ def test_flags_reach_the_protocol(tmp_path):
     assert (protocol.unit, protocol.attention, protocol.card_bytes) == ("macs", ("sdpa",), 24 * 10**9)
     assert protocol.host.text["num_key_value_heads"] == 2
     assert protocol.host.image_token == 100
+    assert places == {"out": None, "record": True, "json": None}
+
+
+def test_defaults_are_the_protocol_of_the_readme(options_of):
+    options, places = options_of("--device", "cpu")
+    assert options.protocol == Protocol()
+    assert options.methods == methods.METHODS and options.resolutions == table3.RESOLUTIONS
+    assert not options.skip_measured and options.device == "cpu"
+    assert places == {"out": None, "record": False, "json": None}, "out/<device>, which git ignores"
 
 
 @pytest.mark.parametrize(
@@ -107,8 +101,7 @@ def test_flags_reach_the_protocol(tmp_path):
 def test_bad_host_configs(content, message, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(SystemExit):
-        parse(["--host-config", str(path)])
+    assert bench.main(["table3", "--host-config", str(path)]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -178,7 +171,7 @@ def make_report() -> Report:
     report = Report(Protocol(attention=("eager",)), rows=list(ROWS), environment=environment.describe("cpu"))
     report.measured = [table3._measured_row(ROWS[0], Measured(10**9, "measured", 5.0), 10**9, report.protocol)]
     report.measured_host = "a host"
-    report.notes = table3.notes(report, images.find_images(None))
+    table3_output.add_notes(report, images.find_images(None).note)
     return report
 
 
