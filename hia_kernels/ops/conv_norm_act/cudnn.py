@@ -14,7 +14,7 @@ from ...core import triton_support, tuning
 
 OP = "conv_norm_act"
 MOST_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN counts in 32 bits
-_finish = triton_support.lazy("hia_kernels.ops.conv_norm_act.triton_fwd", "finish")
+_epilogue = triton_support.lazy("hia_kernels.ops.conv_norm_act.triton_fwd", "epilogue")
 
 
 def unavailable_reasons() -> list[str]:
@@ -75,4 +75,4 @@ def conv_norm_act_fwd(
         deterministic=True,
         allow_tf32=False,
     )
-    return _finish(y.permute(0, 2, 3, 1).contiguous(), scale, shift, residual, activation)
+    return _epilogue(y.permute(0, 2, 3, 1).contiguous(), scale, shift, residual, activation)

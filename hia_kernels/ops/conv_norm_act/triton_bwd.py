@@ -1,4 +1,4 @@
-"""Triton backward of ``conv_norm_act``: what follows the convolution, in one kernel that computes it again if need be.
+"""Triton backward of ``conv_norm_act``: one kernel for the epilogue, which recomputes the convolution if needed.
 
 The convolution's own two gradients are PyTorch's (cuDNN on CUDA).
 """
@@ -15,8 +15,8 @@ from .triton_fwd import (
     block_sizes,
     conv_tile,
     gelu_cdf,
-    normed,
     residual_tile,
+    scale_and_shift,
     strides_of,
     tile_of,
     tuning_key,
@@ -41,7 +41,7 @@ def _conv_norm_act_bwd_kernel(
     IH,
     IW,
     OW,
-    pixels,
+    pixels,  # OH * OW
     tiles_m,
     C,
     OC,
@@ -66,7 +66,10 @@ def _conv_norm_act_bwd_kernel(
     BLOCK_OC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient at the convolution's output, a tile's share of the channels' sums; grid as the forward's."""
+    """Compute the gradient at the convolution's output and a tile's partial sums per channel.
+
+    The grid is the forward's.
+    """
     n, pid_m, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
     mask_m, mask_oc = offs_m < pixels, offs_oc < OC
     mask = mask_m[:, None] & mask_oc[None, :]
@@ -105,12 +108,12 @@ def _conv_norm_act_bwd_kernel(
         out = tl.load(out_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_OC]
         dz = tl.where(out > 0, dz, 0.0)
     if ACTIVATION == "gelu":
-        z = normed(y, scale_ptr, shift_ptr, offs_oc, OC)
+        z = scale_and_shift(y, scale_ptr, shift_ptr, offs_oc, OC)
         if HAS_RESIDUAL:
             z += residual_tile(
                 residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
             )
-        density = tl.exp(-0.5 * z * z) * 0.3989422804014327  # of a standard normal
+        density = tl.exp(-0.5 * z * z) * 0.3989422804014327  # the standard normal's
         dz = tl.where(mask, dz * (gelu_cdf(z) + z * density), 0.0)
 
     if HAS_DY:
@@ -126,7 +129,7 @@ def _conv_norm_act_bwd_kernel(
 
 
 def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activation, output_mask):
-    """dy, dscale, dshift, dresidual; None where ``output_mask`` wants none."""
+    """Return dy, dscale, dshift, dresidual; None where ``output_mask`` wants none."""
     n, ih, iw, c = x.shape
     oc, kernel = weight.shape[0], weight.shape[2]
     pixels = out.shape[1] * out.shape[2]
@@ -134,7 +137,7 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
     mode = "bwd"
     if output_mask[2] or activation == "gelu":
         heuristic = block_sizes(pixels, c, oc, kernel, x.element_size(), x.device)
-        block_oc = min(64, heuristic["BLOCK_OC"])  # dout, out and y at once: half the forward's registers for each
+        block_oc = min(64, heuristic["BLOCK_OC"])  # dout, out and y together: each has half the forward's registers
         heuristic |= {"BLOCK_OC": block_oc, "num_warps": 8 if heuristic["BLOCK_M"] * block_oc > 4096 else 4}
         mode = "bwd-y"
     key = tuning_key(mode, pixels, c, oc, kernel, stride, x.dtype)
@@ -143,20 +146,23 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
 
     wanted = [output_mask[0] or output_mask[1], output_mask[4], output_mask[2], output_mask[3]]
     like = [(out.shape, x.dtype)] * 2 + [((n * tiles_m, oc), torch.float32)] * 2
-    results = [
+    dy, dresidual, dscale, dshift = (
         torch.empty(shape, dtype=dtype, device=x.device) if want else None
         for want, (shape, dtype) in zip(wanted, like, strict=True)
-    ]
+    )
     flags = dict(zip(("HAS_DY", "HAS_DRESIDUAL", "HAS_DSCALE", "HAS_DSHIFT"), wanted, strict=True))
     _conv_norm_act_bwd_kernel[(n * tiles_m * triton.cdiv(oc, config["BLOCK_OC"]),)](
-        dout,
-        x,
-        weight,
-        scale.contiguous(),
-        shift.contiguous(),
-        residual,
-        out,
-        *results,
+        dout_ptr=dout,
+        x_ptr=x,
+        weight_ptr=weight,
+        scale_ptr=scale.contiguous(),
+        shift_ptr=shift.contiguous(),
+        residual_ptr=residual,
+        out_ptr=out,
+        dy_ptr=dy,
+        dresidual_ptr=dresidual,
+        dscale_ptr=dscale,
+        dshift_ptr=dshift,
         IH=ih,
         IW=iw,
         OW=out.shape[2],
@@ -174,13 +180,12 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
         **flags,
         **config,
     )
-    dy, dresidual, dscale, dshift = results
-    # the second stage; PyTorch's sum has one order
+    # second stage of the reduction; PyTorch's sum has one order
     return dy, *(None if sums is None else sums.sum(0) for sums in (dscale, dshift)), dresidual
 
 
 def conv_norm_act_bwd(dout, x, weight, scale, shift, residual, out, stride, activation, output_mask):
-    """Gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty."""
+    """Return the gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty."""
     if out.numel() == 0:
         like = (x, weight, scale, shift, out)
         return tuple(t.new_zeros(t.shape) if m else x.new_empty(0) for t, m in zip(like, output_mask, strict=True))
@@ -197,9 +202,12 @@ def conv_norm_act_bwd(dout, x, weight, scale, shift, residual, out, stride, acti
 
 
 def _without_recomputing(dout, x, weight, scale, shift, residual, out, stride, activation, output_mask):
-    """16 bits, where the weight's gradient is wanted as well: the convolution is linear in its weight, so sum(dz * y)
-    of a channel is the product of its weight with the gradient that dz alone gives it, and y is not needed. In fp32 a
-    sum over a large image loses more digits in that gradient than a sum of dz * y does (docs/conv_norm_act.md)."""
+    """Return the gradients without recomputing the convolution: 16 bits, with the weight's gradient wanted as well.
+
+    The convolution is linear in its weight, so a channel's sum(dz * y) is the product of its weight with the gradient
+    that dz alone gives it, and y is not needed. In fp32, a sum over a large image loses more digits in that gradient
+    than a sum of dz * y does (docs/conv_norm_act.md).
+    """
     _, _, dshift, dz = _epilogue_bwd(
         dout, x, weight, scale, shift, residual, out, stride, activation, [False, False, False, output_mask[3], True]
     )

@@ -1,4 +1,9 @@
-"""Triton forward of ``conv_norm_act``: an implicit GEMM over channels-last pixels, the norm and the rest in its end."""
+"""Triton forward of ``conv_norm_act``: an implicit GEMM with norm, residual and activation in its epilogue.
+
+Implicit GEMM (Chetlur et al. 2014, section 3): the matrix of windows is never stored, its tiles are gathered from the
+channels-last image as the product needs them. Where an image has too few tiles, the sum over taps and channels is
+split (split-K) and a second kernel adds the partial sums.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,18 @@ import triton.language as tl
 from ...core import tuning
 from ...core.triton_math import dot
 
-MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that the order of a sum follows no device
-SHORT_LOOP = 4  # steps: below it memory is the limit, and more blocks at once serve it better than larger ones
+MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that the order of a sum depends on no device
+SHORT_LOOP = 4  # steps up to which memory is the limit, and more resident blocks serve it better than larger ones
 MAX_SPLITS = 8
-MIN_STEPS = 6  # a share of fewer steps costs more than it hides
+MIN_STEPS_PER_SPLIT = 6  # a split of fewer steps costs more than it hides
 
 
 @triton.jit
 def tile_of(pid, pixels, tiles_m, OC, BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr):
-    """Image, tile of its output pixels, pixels, channels; channels run fastest, so that neighbours share x in L2."""
+    """Locate a program: image, tile of its output pixels, pixels and channels.
+
+    Tiles of channels are innermost, so that neighbouring programs share x in L2.
+    """
     tiles_oc = tl.cdiv(OC, BLOCK_OC)
     image_tile = pid // tiles_oc
     n = (image_tile // tiles_m).to(tl.int64)  # int64: N * OH * OW * OC exceeds 2**31 at production sizes
@@ -31,12 +39,12 @@ def tile_of(pid, pixels, tiles_m, OC, BLOCK_M: tl.constexpr, BLOCK_OC: tl.conste
 def conv_tile(
     x_ptr,  # [IH, IW, C] of one image
     weight_ptr,  # [OC, C, K, K] with C contiguous
-    oy,
-    ox,
-    mask_m,
-    offs_oc,
+    oy,  # [BLOCK_M]
+    ox,  # [BLOCK_M]
+    mask_m,  # [BLOCK_M]
+    offs_oc,  # [BLOCK_OC]
     first,
-    last,  # [BLOCK_M] x 3, [BLOCK_OC], steps of the loop over taps and channels
+    last,
     IH,
     IW,
     C,
@@ -52,7 +60,10 @@ def conv_tile(
     BLOCK_OC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The convolution's sums [BLOCK_M, BLOCK_OC] fp32, steps ``first`` to ``last``; a step is a tap, BLOCK_C wide."""
+    """Sum the convolution from step ``first`` to ``last``, [BLOCK_M, BLOCK_OC] fp32.
+
+    A step is one tap of the kernel, BLOCK_C channels wide.
+    """
     chunks = tl.cdiv(C, BLOCK_C)
     range_c = tl.arange(0, BLOCK_C)
     # int64: an image may hold more than 2**31 elements, and so may the weights
@@ -68,7 +79,7 @@ def conv_tile(
             ky = tap // KERNEL
             kx = tap - ky * KERNEL
             iy, ix = oy * STRIDE + ky - KERNEL // 2, ox * STRIDE + kx - KERNEL // 2
-            inside = mask_m & (iy >= 0) & (iy < IH) & (ix >= 0) & (ix < IW)  # elsewhere the padding: zeros
+            inside = mask_m & (iy >= 0) & (iy < IH) & (ix >= 0) & (ix < IW)  # elsewhere is the padding: zeros
             tap_offset = ky * stride_weight_h + kx * stride_weight_w
         offs_c = chunk * BLOCK_C + range_c  # [BLOCK_C]
         mask_c = offs_c < C
@@ -82,13 +93,13 @@ def conv_tile(
 
 @triton.jit
 def gelu_cdf(z):
-    """The share of a standard normal below z."""
+    """Return the standard normal distribution function at z."""
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
 @triton.jit
-def normed(acc, scale_ptr, shift_ptr, offs_oc, OC):
-    """scale * acc + shift, [BLOCK_M, BLOCK_OC] fp32."""
+def scale_and_shift(acc, scale_ptr, shift_ptr, offs_oc, OC):
+    """Return scale * acc + shift, [BLOCK_M, BLOCK_OC] fp32."""
     scale = tl.load(scale_ptr + offs_oc, mask=offs_oc < OC, other=0.0)  # [BLOCK_OC]
     shift = tl.load(shift_ptr + offs_oc, mask=offs_oc < OC, other=0.0)  # [BLOCK_OC]
     return acc * scale[None, :] + shift[None, :]
@@ -96,7 +107,7 @@ def normed(acc, scale_ptr, shift_ptr, offs_oc, OC):
 
 @triton.jit
 def residual_tile(residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w):
-    """The residual where the tile is, [BLOCK_M, BLOCK_OC] fp32."""
+    """Load the tile's residual, [BLOCK_M, BLOCK_OC] fp32."""
     rows = n * stride_residual_n + oy.to(tl.int64) * stride_residual_h + ox.to(tl.int64) * stride_residual_w
     return tl.load(residual_ptr + rows[:, None] + offs_oc[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -117,15 +128,15 @@ def _conv_norm_act_fwd_kernel(
     scale_ptr,  # [OC] fp32
     shift_ptr,  # [OC] fp32
     residual_ptr,  # [N, OH, OW, OC], only with HAS_RESIDUAL
-    out_ptr,  # [N, OH, OW, OC]; with SPLITS > 1 [SPLITS, N, OH, OW, OC] fp32, sums alone
+    out_ptr,  # [N, OH, OW, OC]; with SPLITS > 1 [SPLITS, N, OH, OW, OC] fp32, partial sums
     IH,
     IW,
     OW,
-    pixels,
-    rows,
+    pixels,  # OH * OW
+    rows,  # N * pixels
     tiles_m,
     C,
-    OC,  # pixels = OH * OW, rows = N * pixels
+    OC,
     stride_x_n,
     stride_x_h,
     stride_x_w,
@@ -144,7 +155,10 @@ def _conv_norm_act_fwd_kernel(
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One tile of an image's output, or a share of its sums; grid = (N * tiles_m * cdiv(OC, BLOCK_OC), SPLITS)."""
+    """Compute one tile of an image's output, or one split's partial sums.
+
+    grid = (N * tiles_m * cdiv(OC, BLOCK_OC), SPLITS).
+    """
     n, _, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
     mask_m = offs_m < pixels
     oy = offs_m // OW
@@ -154,9 +168,9 @@ def _conv_norm_act_fwd_kernel(
     steps = KERNEL * KERNEL * tl.cdiv(C, BLOCK_C)
     first, last = 0, steps
     if SPLITS > 1:
-        share = tl.cdiv(steps, SPLITS)
-        first = tl.program_id(1) * share
-        last = tl.minimum(first + share, steps)
+        steps_per_split = tl.cdiv(steps, SPLITS)
+        first = tl.program_id(1) * steps_per_split
+        last = tl.minimum(first + steps_per_split, steps)
         out_ptr += tl.program_id(1).to(tl.int64) * rows * OC
     acc = conv_tile(
         x_ptr + n * stride_x_n,
@@ -183,7 +197,7 @@ def _conv_norm_act_fwd_kernel(
         BLOCK_C=BLOCK_C,
     )
     if SPLITS == 1:
-        acc = normed(acc, scale_ptr, shift_ptr, offs_oc, OC)
+        acc = scale_and_shift(acc, scale_ptr, shift_ptr, offs_oc, OC)
         if HAS_RESIDUAL:
             acc += residual_tile(
                 residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
@@ -195,14 +209,14 @@ def _conv_norm_act_fwd_kernel(
 
 @triton.jit(do_not_specialize=["OW", "pixels", "rows", "tiles_m"])
 def _conv_norm_act_reduce_kernel(
-    partial_ptr,  # [SPLITS, N, OH, OW, OC]; not in fp32, and out_ptr itself, for another's convolution
+    partial_ptr,  # [SPLITS, N, OH, OW, OC] fp32; or out_ptr itself, another library's convolution in its dtype
     scale_ptr,  # [OC] fp32
     shift_ptr,  # [OC] fp32
     residual_ptr,  # [N, OH, OW, OC], only with HAS_RESIDUAL
     out_ptr,  # [N, OH, OW, OC]
     OW,
-    pixels,
-    rows,
+    pixels,  # OH * OW
+    rows,  # N * pixels
     tiles_m,
     OC,
     stride_residual_n,
@@ -214,16 +228,19 @@ def _conv_norm_act_reduce_kernel(
     BLOCK_OC: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Adds the shares in their order, then norm, residual, activation; grid = (N * tiles_m * cdiv(OC, BLOCK_OC),)."""
+    """Add the partial sums in their order, then norm, residual and activation.
+
+    grid = (N * tiles_m * cdiv(OC, BLOCK_OC),).
+    """
     n, _, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
     mask = (offs_m < pixels)[:, None] & (offs_oc < OC)[None, :]
     offsets = (n * pixels + offs_m)[:, None] * OC + offs_oc[None, :]  # [BLOCK_M, BLOCK_OC] int64
 
     acc = tl.zeros((BLOCK_M, BLOCK_OC), dtype=tl.float32)
     for split in tl.static_range(SPLITS):
-        share = tl.cast(rows, tl.int64) * split * OC
-        acc += tl.load(partial_ptr + share + offsets, mask=mask, other=0.0).to(tl.float32)
-    z = normed(acc, scale_ptr, shift_ptr, offs_oc, OC)
+        offs_split = tl.cast(rows, tl.int64) * split * OC
+        acc += tl.load(partial_ptr + offs_split + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = scale_and_shift(acc, scale_ptr, shift_ptr, offs_oc, OC)
     if HAS_RESIDUAL:
         oy = offs_m // OW
         ox = offs_m - oy * OW
@@ -234,9 +251,9 @@ def _conv_norm_act_reduce_kernel(
 
 
 def block_sizes(pixels, c, oc, kernel, itemsize, device):
-    """Tile and launch of a convolution, from one image's sizes: how many images share a call must change no bit.
+    """Choose tile and warps of a convolution from one image's sizes: batching must change no bit.
 
-    Before Hopper a product's operands are in registers too: from four warps a 1 x 1 convolution's tile of 128 x 64
+    Before Hopper, a product's operands are in registers too: with four warps, the 128 x 64 tile of a 1 x 1 convolution
     with a residual would spill, so it gets eight.
     """
     block_m, block_oc = 128, min(128, max(16, tuning.bucket(oc)))
@@ -249,12 +266,12 @@ def block_sizes(pixels, c, oc, kernel, itemsize, device):
     if _tiles(pixels, oc, block_m, block_oc) < MULTIPROCESSORS:
         block_m = 64
     before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
-    most = 4096 if kernel == 1 and before_hopper else 8192  # elements of a tile that four warps hold
+    four_warps = 4096 if kernel == 1 and before_hopper else 8192  # elements of a tile that four warps hold
     return {
         "BLOCK_M": block_m,
         "BLOCK_OC": block_oc,
         "BLOCK_C": block_c,
-        "num_warps": 8 if block_m * block_oc > most else 4,
+        "num_warps": 8 if block_m * block_oc > four_warps else 4,
         "num_stages": 2 if torch.version.hip else max(2, min(4, steps)),
     }
 
@@ -268,44 +285,44 @@ def _tiles(pixels, oc, block_m, block_oc):
 
 
 def _splits(pixels, c, oc, kernel, blocks):
-    """Shares of the sums, where an image's tiles alone leave the GPU empty."""
+    """Count the splits of the sums, where an image's tiles alone leave multiprocessors idle."""
     tiles = _tiles(pixels, oc, blocks["BLOCK_M"], blocks["BLOCK_OC"])
-    wanted = min(MAX_SPLITS, 2 * MULTIPROCESSORS // tiles, _steps(c, kernel, blocks["BLOCK_C"]) // MIN_STEPS)
+    wanted = min(MAX_SPLITS, 2 * MULTIPROCESSORS // tiles, _steps(c, kernel, blocks["BLOCK_C"]) // MIN_STEPS_PER_SPLIT)
     return 1 if wanted < 2 else 1 << (wanted.bit_length() - 1)
 
 
 def with_channels_last(x):
-    """[N, H, W, C] with contiguous channels; None stays None."""
+    """Return [N, H, W, C] with contiguous channels; None stays None."""
     return x if x is None or x.stride(3) == 1 else x.contiguous()
 
 
 def weight_channels_last(weight):
-    """[OC, C, K, K] with contiguous C; weights kept in that memory format need no copy."""
+    """Return [OC, C, K, K] with contiguous C; weights kept in that memory format need no copy."""
     return weight if weight.stride(1) == 1 else weight.contiguous(memory_format=torch.channels_last)
 
 
 def strides_of(name, *strides, dims="nhw"):
-    """Keyword arguments ``stride_<name>_<dim>``."""
+    """Return the keyword arguments ``stride_<name>_<dim>``."""
     return {f"stride_{name}_{dim}": stride for dim, stride in zip(dims, strides, strict=True)}
 
 
 def tuning_key(mode, pixels, c, oc, kernel, stride, dtype):
-    """Bucketed sizes, and what else a measured configuration depends on."""
+    """Name what a tuned configuration depends on: bucketed sizes, kernel, stride and dtype."""
     sizes = f"px{tuning.bucket(pixels)}-c{tuning.bucket(c)}-oc{tuning.bucket(oc)}"
     return f"{mode}-k{kernel}s{stride}-{sizes}-{str(dtype).removeprefix('torch.')}"
 
 
-def _norm_and_activation(y, out, scale, shift, residual, activation, splits, block_oc):
-    """``y``: [splits, N, OH, OW, OC], added up; it may be ``out`` itself."""
+def _launch_epilogue(y, out, scale, shift, residual, activation, splits, block_oc):
+    """Add up ``y``, [splits, N, OH, OW, OC], and apply the epilogue; ``y`` may be ``out`` itself."""
     n, oh, ow, oc = out.shape
     pixels = oh * ow
     tiles_m = triton.cdiv(pixels, 32)
     _conv_norm_act_reduce_kernel[(n * tiles_m * triton.cdiv(oc, block_oc),)](
-        y,
-        scale.contiguous(),
-        shift.contiguous(),
-        residual,
-        out,
+        partial_ptr=y,
+        scale_ptr=scale.contiguous(),
+        shift_ptr=shift.contiguous(),
+        residual_ptr=residual,
+        out_ptr=out,
         OW=ow,
         pixels=pixels,
         rows=n * pixels,
@@ -321,14 +338,14 @@ def _norm_and_activation(y, out, scale, shift, residual, activation, splits, blo
     return out
 
 
-def finish(y, scale, shift, residual, activation):
-    """Norm, residual and activation of another's convolution [N, OH, OW, OC], contiguous; written over it."""
+def epilogue(y, scale, shift, residual, activation):
+    """Apply norm, residual and activation to another library's convolution [N, OH, OW, OC], contiguous, in place."""
     block_oc = min(128, max(16, tuning.bucket(y.shape[3])))
-    return _norm_and_activation(y, y, scale, shift, with_channels_last(residual), activation, 1, block_oc)
+    return _launch_epilogue(y, y, scale, shift, with_channels_last(residual), activation, 1, block_oc)
 
 
 def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
-    """[N, OH, OW, OC], dtype of ``x``."""
+    """Return [N, OH, OW, OC], dtype of ``x``."""
     x, residual, weight = with_channels_last(x), with_channels_last(residual), weight_channels_last(weight)
     n, ih, iw, c = x.shape
     oc, kernel = weight.shape[0], weight.shape[2]
@@ -344,7 +361,7 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
     config = tuning.pick("conv_norm_act", key, x.device, blocks)
     splits, block_oc = config["SPLITS"], config["BLOCK_OC"]
     target = out if splits == 1 else torch.empty((splits, n, oh, ow, oc), dtype=torch.float32, device=x.device)
-    norm = (scale.contiguous(), shift.contiguous(), residual)
+    scale, shift = scale.contiguous(), shift.contiguous()
     options = {
         "ACTIVATION": activation,
         "HAS_RESIDUAL": residual is not None,
@@ -356,10 +373,12 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
     }
     tiles_m = triton.cdiv(pixels, config["BLOCK_M"])
     _conv_norm_act_fwd_kernel[(n * tiles_m * triton.cdiv(oc, block_oc), splits)](
-        x,
-        weight,
-        *norm,
-        target,
+        x_ptr=x,
+        weight_ptr=weight,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        residual_ptr=residual,
+        out_ptr=target,
         IH=ih,
         IW=iw,
         C=c,
@@ -372,5 +391,5 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
         **config,
     )
     if splits > 1:
-        _norm_and_activation(target, out, *norm, activation, splits, block_oc)
+        _launch_epilogue(target, out, scale, shift, residual, activation, splits, block_oc)
     return out

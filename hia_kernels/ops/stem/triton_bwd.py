@@ -13,7 +13,7 @@ from .triton_fwd import convolve, half, pixel_kind, rounded
 
 @triton.jit
 def _pixel_rows(pid, tiles, size, IW, BLOCK: tl.constexpr):
-    """Image, pixel numbers [BLOCK] in it, rows and columns."""
+    """Return image, pixel numbers [BLOCK] in it, their rows, columns and mask."""
     n = (pid // tiles).to(tl.int64)
     offs = pid % tiles * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     iy = offs // IW
@@ -22,9 +22,9 @@ def _pixel_rows(pid, tiles, size, IW, BLOCK: tl.constexpr):
 
 @triton.jit
 def _windowed(pixels_ptrs, mask, window_ptr, n, PIXELS: tl.constexpr):
-    """Pixels in units of their window, and its width."""
+    """Return pixels in units of their window, and its width."""
     p = tl.load(pixels_ptrs, mask=mask, other=0)
-    if PIXELS == "uint16":  # they come as int16
+    if PIXELS == "uint16":  # passed as int16
         p = p.to(tl.int32) & 0xFFFF
     low, high = tl.load(window_ptr + 2 * n), tl.load(window_ptr + 2 * n + 1)
     width = tl.zeros(p.shape, dtype=tl.float32) + (high - low)
@@ -39,7 +39,7 @@ def _stem_normalise_kernel(
     std_ptr,  # [3] fp32
     x_ptr,  # [N, IH, IW, 3]
     IW,
-    size,
+    size,  # IH * IW
     tiles,
     stride_pixels_n,
     stride_pixels_h,
@@ -48,7 +48,7 @@ def _stem_normalise_kernel(
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the convolution reads; size = IH * IW, grid = (N * tiles,). A grey image's stride_pixels_c is 0."""
+    """Normalise the pixels that the convolution reads; grid = (N * tiles,). A grey image's stride_pixels_c is 0."""
     n, offs, iy, ix, inside = _pixel_rows(tl.program_id(0), tiles, size, IW, BLOCK)
     channels = tl.arange(0, 4)[None, :]
     mask = inside[:, None] & (channels < 3)  # [BLOCK, 4]
@@ -70,7 +70,7 @@ def _stem_dpixels_kernel(
     std_ptr,  # [3] fp32
     dpixels_ptr,  # [N, IH, IW, CP]
     IW,
-    size,
+    size,  # IH * IW
     tiles,
     stride_pixels_n,
     stride_pixels_h,
@@ -80,7 +80,7 @@ def _stem_dpixels_kernel(
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Through normalisation and window, which passes nothing outside; grid = (N * tiles,)."""
+    """Differentiate normalisation and window, which passes no gradient outside; grid = (N * tiles,)."""
     n, offs, iy, ix, inside = _pixel_rows(tl.program_id(0), tiles, size, IW, BLOCK)
     channels = tl.arange(0, 4)[None, :]
     mask = inside[:, None] & (channels < 3)  # [BLOCK, 4]
@@ -101,8 +101,8 @@ def _stem_dpixels_kernel(
 
 
 @triton.jit
-def _pooled(dout_ptr, y_ptr, n, p, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC):
-    """The gradient of pooled pixel (p, q), and which of its nine gets it: the first largest above zero; -1 is none."""
+def _pool_winner(dout_ptr, y_ptr, n, p, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC):
+    """Return the gradient of pooled pixel (p, q) and which of its nine gets it: the first largest above zero, or -1."""
     mask = ((p < PH) & (q < PW))[:, None] & mask_oc
     pooled_ptrs = dout_ptr + ((n * PH + p) * PW + q)[:, None] * OC + offs_oc[None, :]
     dout = tl.load(pooled_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK, BLOCK_OC]
@@ -120,8 +120,8 @@ def _pooled(dout_ptr, y_ptr, n, p, q, offs_oc, mask_oc, scale, shift, OH, OW, PH
 
 
 @triton.jit
-def _finished(dz, y_ptr, dy_ptr, n, y, x, offs_oc, mask_oc, scale, OH, OW, OC, HAS_DY: tl.constexpr):
-    """Writes the gradient at the convolution's output; a tile's sums of dz * y and of dz, [BLOCK_OC]."""
+def _store_dy(dz, y_ptr, dy_ptr, n, y, x, offs_oc, mask_oc, scale, OH, OW, OC, HAS_DY: tl.constexpr):
+    """Store the gradient at the convolution's output and return a tile's sums of dz * y and of dz, [BLOCK_OC]."""
     mask = ((y < OH) & (x < OW))[:, None] & mask_oc
     offsets = ((n * OH + y) * OW + x)[:, None] * OC + offs_oc[None, :]  # [BLOCK, BLOCK_OC] int64
     if HAS_DY:
@@ -143,18 +143,18 @@ def _stem_bwd_kernel(
     PH,
     PW,
     OC,
-    size,
+    size,  # PH * PW
     tiles,
-    programs,  # size = PH * PW, programs = N * tiles
+    programs,  # N * tiles
     POOL: tl.constexpr,
     HAS_DY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_OC: tl.constexpr,
 ):
-    """Pool, ReLU and norm backward; grid = (N * tiles, cdiv(OC, BLOCK_OC)).
+    """Differentiate pool, ReLU and norm; grid = (N * tiles, cdiv(OC, BLOCK_OC)).
 
-    With the pool, pooled pixel (p, q) writes the convolution's (2p, 2q) to (2p + 1, 2q + 1), which its own window and
-    the three after it see: nothing is added to from two sides.
+    With the pool, pooled pixel (p, q) writes the convolution's pixels (2p, 2q) to (2p + 1, 2q + 1), which its own
+    window and the three after it cover: no element is added to by two programs.
     """
     n, offs, p, q, inside = _pixel_rows(tl.program_id(0), tiles, size, PW, BLOCK)
     offs_oc = tl.program_id(1) * BLOCK_OC + tl.arange(0, BLOCK_OC)  # [BLOCK_OC]
@@ -164,14 +164,14 @@ def _stem_bwd_kernel(
     shift = tl.load(shift_ptr + offs_oc, mask=columns, other=0.0)[None, :]
     dscale = tl.zeros((BLOCK_OC,), dtype=tl.float32)
     dshift = tl.zeros((BLOCK_OC,), dtype=tl.float32)
-    p = tl.where(inside, p, PH)  # behind the last tile: outside everything
+    p = tl.where(inside, p, PH)  # past the last tile: outside everything
 
     if POOL == 3:
         windows = (  # gradient, winner
-            _pooled(dout_ptr, y_ptr, n, p, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
-            _pooled(dout_ptr, y_ptr, n, p, q + 1, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
-            _pooled(dout_ptr, y_ptr, n, p + 1, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
-            _pooled(dout_ptr, y_ptr, n, p + 1, q + 1, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+            _pool_winner(dout_ptr, y_ptr, n, p, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+            _pool_winner(dout_ptr, y_ptr, n, p, q + 1, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+            _pool_winner(dout_ptr, y_ptr, n, p + 1, q, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
+            _pool_winner(dout_ptr, y_ptr, n, p + 1, q + 1, offs_oc, mask_oc, scale, shift, OH, OW, PH, PW, OC),
         )
         for pixel in tl.static_range(4):
             dz = tl.zeros((BLOCK, BLOCK_OC), dtype=tl.float32)
@@ -180,7 +180,7 @@ def _stem_bwd_kernel(
                     dout, winner = windows[2 * down + right]
                     place = (pixel // 2 - 2 * down + 1) * 3 + pixel % 2 - 2 * right + 1  # in that window
                     dz += tl.where(winner == place, dout, 0.0)
-            of_y, of_one = _finished(
+            of_y, of_one = _store_dy(
                 dz, y_ptr, dy_ptr, n, 2 * p + pixel // 2, 2 * q + pixel % 2, offs_oc, mask_oc, scale, OH, OW, OC, HAS_DY
             )
             dscale += of_y
@@ -191,47 +191,58 @@ def _stem_bwd_kernel(
         z = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale + shift
         dz = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dz = tl.where(z > 0, dz, 0.0)
-        dscale, dshift = _finished(dz, y_ptr, dy_ptr, n, p, q, offs_oc, mask_oc, scale, OH, OW, OC, HAS_DY)
+        dscale, dshift = _store_dy(dz, y_ptr, dy_ptr, n, p, q, offs_oc, mask_oc, scale, OH, OW, OC, HAS_DY)
     sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * OC + offs_oc  # [BLOCK_OC]
     tl.store(sums_ptrs, dscale, mask=columns)
     tl.store(sums_ptrs + tl.cast(programs, tl.int64) * OC, dshift, mask=columns)
 
 
-def _image_strides(pixels):
-    """Keyword arguments of a kernel over pixels [N, IH, IW, C]; a grey image's channel is read three times."""
+def _pixel_strides(pixels):
+    """Return the stride arguments of a kernel over pixels [N, IH, IW, C]; a grey image's channel stride is 0."""
     names = ("stride_pixels_n", "stride_pixels_h", "stride_pixels_w", "stride_pixels_c")
     return dict(zip(names, (*pixels.stride()[:3], 0 if pixels.shape[3] == 1 else pixels.stride(3)), strict=True))
 
 
-def _over_pixels(pixels, channels):
-    """Grid and sizes of the two kernels that are elementwise in pixels."""
+def _pixelwise_launch(pixels, channels):
+    """Return grid and options of the two kernels that are elementwise in pixels."""
     n, ih, iw, _ = pixels.shape
     key = f"pixels-c{channels}-px{tuning.bucket(ih * iw)}"
     config = tuning.pick("stem", key, pixels.device, {"BLOCK": 256, "num_warps": 4})
     tiles = triton.cdiv(ih * iw, config["BLOCK"])
-    return (n * tiles,), {"IW": iw, "size": ih * iw, "tiles": tiles, **_image_strides(pixels), **config}
+    return (n * tiles,), {"IW": iw, "size": ih * iw, "tiles": tiles, **_pixel_strides(pixels), **config}
 
 
 def _normalised(pixels, window, mean, std, dtype):
-    """[N, IH, IW, 3]."""
+    """Return the normalised pixels, [N, IH, IW, 3]."""
     pixels, kind = pixel_kind(pixels)
     x = torch.empty((*pixels.shape[:3], 3), dtype=dtype, device=pixels.device)
-    grid, options = _over_pixels(pixels, 3)
-    _stem_normalise_kernel[grid](pixels, window, mean, std, x, PIXELS=kind, **options)
+    grid, options = _pixelwise_launch(pixels, 3)
+    _stem_normalise_kernel[grid](
+        pixels_ptr=pixels, window_ptr=window, mean_ptr=mean, std_ptr=std, x_ptr=x, PIXELS=kind, **options
+    )
     return x
 
 
 def _dpixels(dx, pixels, window, std):
-    """[N, IH, IW, CP]."""
+    """Return the gradient of the pixels, [N, IH, IW, CP]."""
     dpixels = torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
     channels = pixels.shape[3]
-    grid, options = _over_pixels(pixels, channels)
-    _stem_dpixels_kernel[grid](dx, pixels, window, std, dpixels, CP=channels, PIXELS="float", **options)
+    grid, options = _pixelwise_launch(pixels, channels)
+    _stem_dpixels_kernel[grid](
+        dx_ptr=dx,
+        pixels_ptr=pixels,
+        window_ptr=window,
+        std_ptr=std,
+        dpixels_ptr=dpixels,
+        CP=channels,
+        PIXELS="float",
+        **options,
+    )
     return dpixels
 
 
 def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
-    """dy or None, and sums [2, OC] of dz * y and of dz."""
+    """Return dy or None, and the sums [2, OC] of dz * y and of dz."""
     n, oh, ow, oc = y.shape
     ph, pw = (half(oh), half(ow)) if pool == 3 else (oh, ow)
     block_oc = min(64, max(16, tuning.bucket(oc)))
@@ -241,12 +252,12 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device) if has_dy else None
     sums = torch.empty((2, n * tiles, oc), dtype=torch.float32, device=y.device)
     _stem_bwd_kernel[(n * tiles, triton.cdiv(oc, block_oc))](
-        dout,
-        y,
-        scale.contiguous(),
-        shift.contiguous(),
-        dy,
-        sums,
+        dout_ptr=dout,
+        y_ptr=y,
+        scale_ptr=scale.contiguous(),
+        shift_ptr=shift.contiguous(),
+        dy_ptr=dy,
+        sums_ptr=sums,
         OH=oh,
         OW=ow,
         PH=ph,
@@ -260,11 +271,14 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
         BLOCK_OC=block_oc,
         **config,
     )
-    return dy, sums.sum(1)  # the second stage; PyTorch's sum has one order
+    return dy, sums.sum(1)  # second stage of the reduction; PyTorch's sum has one order
 
 
 def stem_bwd(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask, out=None):
-    """Gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty. ``out`` is not read."""
+    """Return the gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty.
+
+    ``out`` is not read.
+    """
     if dout.numel() == 0:
         like = (pixels, weight, scale, shift)
         return tuple(t.new_zeros(t.shape) if m else weight.new_empty(0) for t, m in zip(like, output_mask, strict=True))

@@ -1,8 +1,8 @@
 """Triton forward of ``stem``: raw pixels to pooled features, nothing of full resolution written.
 
-The convolution is a product over taps. Two convolution rows, one below the other, are two pixels apart: they share a
-tile of K + 2 rows by K columns of pixels, each with its own weights, zero where the other's taps are. With one slot
-more that is 64 taps for K = 7 and 16 for K = 3, which is what tensor cores take.
+The convolution is an implicit GEMM over its taps (Chetlur et al. 2014, section 3). Two convolution rows, one below the
+other, are two pixels apart: they share a tile of K + 2 rows by K columns of pixels, each with its own weights, zero at
+the other's taps. With one slot more that is 64 taps for K = 7 and 16 for K = 3, depths that tensor cores take.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ...core import tuning
 from ...core.triton_math import INTERPRETED, dot
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-PACK_OC = 16  # output channels a program packs
-PLANES = 4  # of packed taps: the channels', and the one of a grey image's inside
+PACK_OC = 16  # output channels packed by a program
+PLANES = 4  # of packed taps: one per channel, and one for the interior of a grey image
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 to nearest in dtype; Triton's interpreter would cut bf16 off."""
+    """Round fp32 to the nearest of dtype; Triton's interpreter would truncate bf16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -48,12 +48,12 @@ def _stem_pack_kernel(
     HAS_SIGN: tl.constexpr,
     BLOCK_OC: tl.constexpr,
 ):
-    """Weights by tap, of the upper and of the lower row of a pair; grid = (2, cdiv(OC, BLOCK_OC)).
+    """Pack the weights by tap, for the upper and the lower row of a pair; grid = (2, cdiv(OC, BLOCK_OC)).
 
-    The last plane: inside a grey image a pixel normalised by the middle channel, x = (p - mean_1) / std_1, stands for
-    three channels x std_1 / std_c + (mean_1 - mean_c) / std_c. The first factor goes into the weights, the second,
-    summed over all taps, is the weight of the slot behind them. It would be wrong where taps lie in the padding.
-    HAS_SIGN turns channels of negative scale round, so that their pool is a maximum too.
+    The last plane is for the interior of a grey image. A pixel normalised by the middle channel, x = (p - mean_1) /
+    std_1, gives all three channels as x std_1 / std_c + (mean_1 - mean_c) / std_c. The factor is multiplied into the
+    weights; the offset, summed over all taps, is the weight of the extra slot. Where taps lie in the padding this would
+    be wrong. HAS_SIGN negates channels of negative scale, so that their pool is a maximum too.
     """
     is_lower = tl.program_id(0)
     taps = tl.arange(0, TAPS)  # [TAPS]
@@ -84,8 +84,8 @@ def _stem_pack_kernel(
 
 @triton.jit
 def _normalised(p, low, high, mean, std, PIXELS: tl.constexpr, IS_FP32: tl.constexpr):
-    """Window and normalisation of raw pixels, in fp32. What is rounded to 16 bits after it takes the shorter way."""
-    if PIXELS == "uint16":  # they come as int16
+    """Apply window and normalisation to raw pixels, in fp32; with fewer operations if rounded to 16 bits afterwards."""
+    if PIXELS == "uint16":  # passed as int16
         p = p.to(tl.int32) & 0xFFFF
     p = p.to(tl.float32) - low
     if IS_FP32:
@@ -128,7 +128,7 @@ def _row_pair(
     BLOCK_OC: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Two rows of the convolution, each [BLOCK_M, BLOCK_OC] fp32, whose taps begin at ``top``, ``left`` [BLOCK_M].
+    """Compute two rows of the convolution, [BLOCK_M, BLOCK_OC] fp32, whose taps begin at ``top``, ``left`` [BLOCK_M].
 
     ``pixels_ptr`` points at (corner_y, corner_x): offsets from there fit 32 bits. A grey image is three equal channels
     ``at_edge``, where taps may lie outside, and one elsewhere.
@@ -159,7 +159,7 @@ def _row_pair(
             x = _normalised(x, low, high, mean, std, PIXELS, IS_FP32=packed_ptr.dtype.element_ty == tl.float32)
             x = tl.where(inside, x, tl.where(is_tap, 0.0, 1.0))
             of_upper, of_lower = x, x  # [BLOCK_M, BLOCK_K]
-            if PIXELS == "float":  # a NaN among the other row's taps, times weight zero
+            if PIXELS == "float":  # a NaN among the other row's taps would survive its zero weight
                 of_upper = tl.where(((ky < KERNEL) | (ky == KERNEL + 2))[None, :], x, 0.0)
                 of_lower = tl.where((ky >= 2)[None, :], x, 0.0)
             w_ptrs = packed_ptr + (plane * TAPS + slots)[:, None] * OC + offs_oc[None, :]  # [BLOCK_K, BLOCK_OC]
@@ -173,7 +173,7 @@ def _row_pair(
 
 @triton.jit
 def _corner(pixels_ptr, n, y, x, stride_pixels_n, stride_pixels_h, stride_pixels_w):
-    """Image n's pixel (y, x), which may lie outside it; int64: an image may hold more than 2**31 elements."""
+    """Return a pointer to image n's pixel (y, x), which may lie outside; an image may hold more than 2**31 elements."""
     along = y.to(tl.int64) * stride_pixels_h + x.to(tl.int64) * stride_pixels_w
     return pixels_ptr + n * stride_pixels_n + along
 
@@ -219,9 +219,9 @@ def _stem_pool_fwd_kernel(
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """BLOCK_R strips of ROWS pooled rows, BLOCK_Q columns; grid = (N * tiles_r * tiles_q, cdiv(OC, BLOCK_OC)).
+    """Compute BLOCK_R strips of ROWS pooled rows, BLOCK_Q columns; grid = (N * tiles_r * tiles_q, cdiv(OC, BLOCK_OC)).
 
-    A pooled row is a pair of convolution rows and the lower one of the pair above, kept from the step before.
+    A pooled row takes a pair of convolution rows and the lower row of the pair above, kept from the step before.
     """
     PAD: tl.constexpr = KERNEL // 2
     BLOCK_M: tl.constexpr = BLOCK_R * BLOCK_Q
@@ -274,7 +274,7 @@ def _stem_pool_fwd_kernel(
                 BLOCK_OC=BLOCK_OC,
                 BLOCK_K=BLOCK_K,
             )
-            in_columns = (x >= 0) & (x < OW)  # the pool does not see the padding
+            in_columns = (x >= 0) & (x < OW)  # the pool ignores the padding
             upper = tl.where((in_columns & (y >= 0) & (y < OH))[:, None], upper, float("-inf"))
             lower = tl.where((in_columns & (y + 1 >= 0) & (y + 1 < OH))[:, None], lower, float("-inf"))
             best = _best(best, _best(upper, lower))
@@ -319,7 +319,7 @@ def _stem_conv_kernel(
     BLOCK_OC: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """No pool: BLOCK_R pairs of rows, BLOCK_Q columns; without norm and ReLU it is the convolution alone."""
+    """Compute BLOCK_R pairs of convolution rows, BLOCK_Q columns, without a pool; norm and ReLU with HAS_NORM."""
     PAD: tl.constexpr = KERNEL // 2
     BLOCK_M: tl.constexpr = BLOCK_R * BLOCK_Q
     pid = tl.program_id(0)
@@ -373,31 +373,31 @@ def _stem_conv_kernel(
 
 
 def half(size):
-    """Of a side, after a step of stride 2 with an odd kernel and half of it as padding."""
+    """Return the side of an image after stride 2, with an odd kernel and half of it as padding."""
     return (size - 1) // 2 + 1
 
 
 def pixel_kind(pixels):
-    """The pixels as Triton takes them, and what they are: uint16 goes as int16, which torch knows better."""
+    """Return the pixels as Triton takes them, and their kind; uint16 goes as int16, which torch supports better."""
     if pixels.dtype == torch.uint16:
         return pixels.view(torch.int16), "uint16"
     return pixels, "float" if pixels.is_floating_point() else "uint8"
 
 
 def pack_taps(weight, mean, std, sign_of):
-    """[2, PLANES, taps, OC], for grey images and for others; ``sign_of`` the norm's scale where a pool follows."""
+    """Return [2, PLANES, taps, OC], for grey and other images; ``sign_of`` is the norm's scale where a pool follows."""
     oc, _, kernel, _ = weight.shape
     taps = (kernel + 1) ** 2
     packed = torch.empty((2, PLANES, taps, oc), dtype=weight.dtype, device=weight.device)
     if oc:
         _stem_pack_kernel[(2, triton.cdiv(oc, PACK_OC))](
-            weight,
-            mean.contiguous(),
-            std.contiguous(),
-            None if sign_of is None else sign_of.contiguous(),
-            packed,
-            oc,
-            *weight.stride(),
+            weight_ptr=weight,
+            mean_ptr=mean.contiguous(),
+            std_ptr=std.contiguous(),
+            scale_ptr=None if sign_of is None else sign_of.contiguous(),
+            packed_ptr=packed,
+            OC=oc,
+            **{f"stride_weight_{dim}": stride for dim, stride in zip("ochw", weight.stride(), strict=True)},
             PLANES=PLANES,
             KERNEL=kernel,
             TAPS=taps,
@@ -408,11 +408,11 @@ def pack_taps(weight, mean, std, sign_of):
 
 
 def _heuristic(pool, taps, itemsize, height, width, device):
-    """A tile of 64 pixels, strips as long as leave two programs for every multiprocessor.
+    """Choose a tile of 64 pixels, and strips as long as leaves two programs for every multiprocessor.
 
-    Two tiles of sums, two of maxima and a slice of taps fill a thread's registers; before Hopper the product's
-    operands are there too, and the slice is shorter. In fp32 32 pixels: from 64 on Triton 3.6 turns an ieee product
-    into TF32 on Blackwell if an operand was 16 bits wide or less when it was loaded.
+    Two tiles of sums, two of maxima and a slice of taps fill a thread's registers; before Hopper, the product's
+    operands are there too, and the slice is shorter. In fp32 the tile has 32 pixels: from 64 on, Triton 3.6 turns an
+    ieee product into TF32 on Blackwell if an operand had 16 bits or fewer when it was loaded.
     """
     if itemsize == 4:
         warps = 8 if pool == 3 else 4
@@ -428,7 +428,7 @@ def _heuristic(pool, taps, itemsize, height, width, device):
 
 
 def convolve(pixels, window, mean, std, weight, norm, pool):
-    """[N, PH, PW, OC] with ``norm`` = (scale, shift); with None the convolution alone, [N, OH, OW, OC], ``pool`` 1."""
+    """Return [N, PH, PW, OC] with ``norm`` = (scale, shift); with None the convolution alone, whose ``pool`` is 1."""
     packed = pack_taps(weight, mean, std, norm[0] if pool == 3 else None)
     return _convolve_packed(pixels, window, mean, std, packed, norm, pool)
 
@@ -453,6 +453,14 @@ def _convolve_packed(pixels, window, mean, std, packed, norm, pool):
     tiles_r = triton.cdiv(ph, config["BLOCK_R"] * config.get("ROWS", 2))
     tiles_q = triton.cdiv(pw, config["BLOCK_Q"])
     options = {
+        "pixels_ptr": pixels,
+        "window_ptr": window.contiguous(),
+        "mean_ptr": mean.contiguous(),
+        "std_ptr": std.contiguous(),
+        "packed_ptr": packed,
+        "scale_ptr": scale,
+        "shift_ptr": shift,
+        "out_ptr": out,
         "IH": ih,
         "IW": iw,
         "OH": oh,
@@ -469,20 +477,19 @@ def _convolve_packed(pixels, window, mean, std, packed, norm, pool):
         **config,
         **{f"stride_pixels_{dim}": stride for dim, stride in zip("nhwc", pixels.stride(), strict=True)},
     }
-    pointers = (pixels, window.contiguous(), mean.contiguous(), std.contiguous(), packed, scale, shift, out)
     grid = (n * tiles_r * tiles_q, triton.cdiv(oc, block_oc))
     if pool == 3:
-        _stem_pool_fwd_kernel[grid](*pointers, PH=ph, PW=pw, **options)
+        _stem_pool_fwd_kernel[grid](**options, PH=ph, PW=pw)
     else:
-        _stem_conv_kernel[grid](*pointers, HAS_NORM=norm is not None, **options)
+        _stem_conv_kernel[grid](**options, HAS_NORM=norm is not None)
     return out
 
 
 def stem_fwd(pixels, window, mean, std, weight, scale, shift, pool):
-    """[N, PH, PW, OC], dtype of ``weight``."""
+    """Return [N, PH, PW, OC], dtype of ``weight``."""
     return convolve(pixels, window, mean, std, weight, (scale, shift), pool)
 
 
 def stem_packed_fwd(pixels, window, mean, std, taps, scale, shift, pool):
-    """[N, PH, PW, OC], dtype of ``taps``, which :func:`pack_taps` made."""
+    """Return [N, PH, PW, OC], dtype of ``taps``, which :func:`pack_taps` made."""
     return _convolve_packed(pixels, window, mean, std, taps, (scale, shift), pool)
