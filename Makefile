@@ -83,10 +83,11 @@ format: $(READY) ## rewrite the sources as `make lint` wants them
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# Both wheels are built from the source distribution: build/ in the checkout may hold modules that are gone.
 wheel: $(READY) ## dist/: the source distribution, a wheel of Python alone, and one with the native kernels for this platform
 	rm -rf dist
 	$(RUN) -m build --no-isolation --outdir dist .
-	HIA_BUILD_NATIVE=1 $(RUN) -m build --no-isolation --wheel --outdir dist .
+	HIA_BUILD_NATIVE=1 $(RUN) -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
 clean: ## remove caches and build outputs; .venv stays
 	rm -rf build dist hia_kernels/_native*.so "$(NATIVE)" *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

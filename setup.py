@@ -1,8 +1,8 @@
 """The optional native extension and PyPI's page; everything else about the package is in pyproject.toml.
 
-Nothing is compiled unless csrc/ holds sources and the caller asks: `python setup.py build_ext --inplace`, or
-HIA_BUILD_NATIVE=1 while installing or building a wheel; what is asked for and fails is an error. torch is imported only
-then, never to work out what installing requires.
+Nothing is compiled unless the caller asks: `python setup.py build_ext --inplace`, or HIA_BUILD_NATIVE=1 while
+installing or building a wheel; what is asked for and fails is an error. torch is imported only then, never to work out
+what installing requires.
 """
 
 import os
@@ -75,8 +75,6 @@ class NativeBuild(build_ext):
 
     def run(self) -> None:
         if not self.extensions:
-            if ASKED_BY_COMMAND:
-                self.announce("hia-kernels: csrc/ holds no .cpp source, there is nothing to build", level=2)
             return
         tools = torch_extension_tools()
         extension = tools.CppExtension(
@@ -97,7 +95,9 @@ class NativeBuild(build_ext):
         build.run()
 
 
-native = (ASKED_BY_COMMAND or asked_by_variable()) and bool(native_sources())
+native = ASKED_BY_COMMAND or asked_by_variable()
+if native and not native_sources():
+    raise SystemExit(f"hia-kernels: the native extension is asked for, but {ROOT / 'csrc'} must hold .cpp sources")
 setup(
     license_expression="Apache-2.0",  # here: setuptools before 77 refuses it in pyproject.toml
     license_files=["LICENSE"],

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.tags import cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from hia_kernels.core import native
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -223,11 +226,31 @@ def test_a_native_wheel_serves_every_python(tree, tmp_path):
     done = build(small, "--wheel", "--outdir", str(tmp_path), HIA_BUILD_NATIVE="1")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     (wheel,) = tmp_path.glob("*.whl")
-    assert "-cp310-abi3-" in wheel.name
+    *_, tags = parse_wheel_filename(wheel.name)
+    (tag,) = tags
+    for version in ((3, 10), (3, 11), (3, 12), (3, 13)):
+        assert tag in set(cpython_tags(version, platforms=[tag.platform])), f"{wheel.name} is not for Python {version}"
     with zipfile.ZipFile(wheel) as archive:
         (library,) = [name for name in archive.namelist() if name.endswith(".so")]
         assert library == "hia_kernels/_native.abi3.so"
         assert archive.read(library)[:4] == b"\x7fELF" or sys.platform != "linux"
+
+
+def test_the_native_library_holds_no_python():
+    found = native.library()
+    if found is None:
+        pytest.skip("NO NATIVE LIBRARY: csrc/ is not compiled")
+    names = re.findall(rb"\0(_?Py[A-Z_]\w+)", found.read_bytes())
+    assert not names, f"{found.name} serves one Python alone: it uses {sorted(set(names))[:5]}"
+
+
+@NEEDS_BUILD
+def test_a_native_build_without_sources_is_an_error(tree, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(tree, small, ignore=shutil.ignore_patterns("csrc", "tests", "bench", "docs", "*.egg-info"))
+    done = build(small, "--wheel", "--outdir", str(tmp_path), HIA_BUILD_NATIVE="1")
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl"))
+    assert "csrc must hold .cpp sources" in done.stdout + done.stderr
 
 
 @NEEDS_BUILD

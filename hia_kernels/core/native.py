@@ -19,7 +19,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 BUILD = (
     "python setup.py build_ext --inplace"
     if (_ROOT / "csrc").is_dir() and (_ROOT / "setup.py").is_file()
-    else "HIA_BUILD_NATIVE=1 pip install --force-reinstall --no-deps --no-build-isolation"
+    else "HIA_BUILD_NATIVE=1 pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir"
     " --no-binary hia-kernels hia-kernels"
 )  # in a checkout, and for what pip has installed
 

@@ -28,11 +28,12 @@ def _has_triton() -> bool:
 
 def unavailable_reasons() -> list[str]:
     """Why no Triton kernel can run on this machine."""
+    has_device = torch.cuda.is_available()
+    reasons = [] if has_device or interpreted() else ["no CUDA device that torch can see"]
     if not _has_triton():
-        return ["the package triton is not installed: pip install 'hia-kernels[triton]'"]
-    if interpreted() or torch.cuda.is_available():
-        return []
-    return ["no CUDA device that torch can see (TRITON_INTERPRET=1 interprets kernels on the CPU, for tests)"]
+        install = ": pip install 'hia-kernels[triton]'" if has_device else ""  # no help where there is no device
+        reasons.append(f"the package triton is not installed{install}")
+    return reasons
 
 
 def device_reasons(tensor: Tensor) -> list[str]:
