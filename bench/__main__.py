@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from bench import cli
+from bench.end_to_end.cli import end_to_end
 from bench.report.cli import report
 from bench.table3.cli import table3
 
@@ -31,7 +32,7 @@ def _passed_on(name: str, module: str, panel: str, text: str) -> None:
 
 _passed_on("ops", "bench.ops.run", MEASURE, "Every op beside its peers.")
 _passed_on("targets", "bench.targets.run", MEASURE, "The ratios this project is held to, each with its verdict.")
-_passed_on("end-to-end", "bench.end_to_end.run", MEASURE, "First token, second question, decode, training, memory.")
+APP.command("end-to-end", cls=cli.Command, rich_help_panel=MEASURE)(end_to_end)
 APP.command("table3", cls=cli.Command, rich_help_panel=MEASURE)(table3)
 _passed_on("ablation", "bench.ablation.cli", MEASURE, "The paper's Tables 2 and 4 in small.")
 _passed_on("ablation.detail", "bench.ablation.detail", MEASURE, "What of a lesion is left in a host's small view.")

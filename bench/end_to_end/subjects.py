@@ -1,4 +1,4 @@
-"""What ``bench.end_to_end.run`` times: one question as a user asks it, in each of the ways of reading a large image.
+"""One question as a user asks it, in each of the ways of reading a large image: the subjects of ``bench end-to-end``.
 
 A :class:`Subject` is one method's model with one batch on one device. Its steps return the milliseconds of every
 repetition of what they time: a prefill that ends in the first token, single decode steps, a training step.
@@ -38,7 +38,7 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed side by side.
+    """A case, whose providers are timed side by side.
 
     Attributes:
         op: of :data:`OPS`: "time_to_first_token" of a first question; of a "second_question", about images whose
@@ -55,18 +55,18 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As records name it."""
+        """Return its name in records."""
         return f"{self.resolution}px-{self.images}img-b{self.batch}"
 
     @property
     def mode(self) -> str:
-        """As records name it: a training step goes forward and backward."""
+        """Return its mode in records: a training step goes forward and backward."""
         return "both" if self.op == "train_step" else "forward"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cases of a run share.
+    """The setting that all cases of a run share.
 
     Attributes:
         spec: the host's shapes.
@@ -90,17 +90,17 @@ class Setting:
 
 
 def method_of(provider: str) -> str:
-    """The name ``bench.table3.methods`` has for it: the plain host is the baseline at 336."""
+    """Return the name ``bench.table3.methods`` has for it: the plain host is the baseline at 336."""
     return "baseline" if provider == "plain" else provider
 
 
 def resolution_seen(provider: str, resolution: int) -> int:
-    """Side of the images a provider is given, pixels."""
+    """Return the side of the images that a provider is given, pixels."""
     return BASE_RESOLUTION if provider == "plain" else resolution
 
 
 def not_offered(provider: str, case: Case) -> str | None:
-    """Why a provider has no number for a case; None if it has one."""
+    """Say why a provider has no number for a case; None if it has one."""
     if case.op == "second_question" and provider != "hia":
         return "keeps no features of its images: its second question costs what its first one does"
     if provider == "released" and case.batch > 1:
@@ -109,14 +109,14 @@ def not_offered(provider: str, case: Case) -> str | None:
 
 
 def build(provider: str, setting: Setting) -> nn.Module:
-    """A provider's model with random weights and no parameter that needs a gradient."""
+    """Build a provider's model with random weights and no parameter that needs a gradient."""
     with torch.device(setting.device):
         model = methods.build_model(method_of(provider), setting.spec, setting.dtype, setting.attention)
     return model.requires_grad_(False)
 
 
 def batch_inputs(provider: str, model: nn.Module, setting: Setting, case: Case) -> dict[str, Any]:
-    """The keyword arguments of a prefill of ``case.batch`` prompts, every one with images of its own."""
+    """Make the keyword arguments of a prefill of ``case.batch`` prompts, every one with images of its own."""
     resolution, method = resolution_seen(provider, case.resolution), method_of(provider)
     pictures = setting.source.load(case.batch * case.images, resolution)
     samples = []
@@ -128,7 +128,7 @@ def batch_inputs(provider: str, model: nn.Module, setting: Setting, case: Case) 
 
 
 def joined(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several prompts' inputs as one batch's; each prompt's images are numbered behind those of the ones before."""
+    """Join several prompts' inputs to one batch's; a prompt's images are numbered behind those of the ones before."""
     batch = dict(samples[0])
     if len(samples) == 1:
         return batch
@@ -182,16 +182,16 @@ class Subject:
         self.inputs = {}
 
     def repetition(self) -> list[float]:
-        """Milliseconds of one repetition: one number, or one a decode step."""
+        """Run one repetition and return its milliseconds: one number, or one a decode step."""
         return {"decode": self._decode, "train_step": self._train}.get(self.case.op, self._prefill)()
 
     def trained(self) -> list[nn.Parameter]:
-        """What a training step changes: the adapter, or where there is none the projector, as LLaVA's first stage."""
+        """List what a training step changes: the adapter, or without one the projector, as LLaVA's first stage."""
         module = getattr(self.model, TRAINED.get(self.provider, ""), None) or self.host.model.multi_modal_projector
         return list(module.parameters())
 
     def own_bytes(self) -> int:
-        """Parameters, buffers, folded weights, inputs, kept features: what is alive before the first repetition."""
+        """Count what is alive before a repetition: parameters, buffers, folded weights, inputs, kept features."""
         tensors: dict[int, int] = {}
         held = [*self.model.parameters(), *self.model.buffers(), *held_beside(self.model), *tensors_in(self.inputs)]
         for tensor in held:
@@ -200,13 +200,13 @@ class Subject:
         return sum(tensors.values()) + (0 if features is None else features.nbytes)
 
     def least_bytes(self) -> int:
-        """What one repetition must at least read: every parameter it uses once; decoding needs no encoder."""
+        """Count what one repetition must at least read: every parameter it uses once; decoding needs no encoder."""
         used = self.host if self.case.op != "decode" else self.host.model.language_model
         read = sum(parameter.nbytes for parameter in (self.model if used is self.host else used).parameters())
         return read + (self.host.lm_head.weight.nbytes if used is not self.host else 0)
 
     def _timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
-        """Milliseconds on the wall, the device having finished: what a user waits."""
+        """Time a call on the wall until the device has finished, in milliseconds: what a user waits."""
         if self.setting.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -284,14 +284,14 @@ class Subject:
 
 
 def forget(parameter: nn.Parameter) -> None:
-    """No gradient, and no need of one."""
+    """Drop a parameter's gradient, and the need of one."""
     parameter.requires_grad_(False)
     parameter.grad = None
 
 
 @contextmanager
 def training(model: nn.Module, host: nn.Module, checkpointing: bool) -> Iterator[None]:
-    """Training mode, with gradient checkpointing where asked for; both end with the block."""
+    """Turn on training mode, and gradient checkpointing where asked for; both end with the block."""
     model.train()
     if checkpointing:
         host.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -304,7 +304,7 @@ def training(model: nn.Module, host: nn.Module, checkpointing: bool) -> Iterator
 
 
 def repeat_with_peak(subject: Subject) -> tuple[list[float], int | None]:
-    """One repetition's milliseconds, and the bytes it held at most beyond what was there before; None if unknown."""
+    """Run one repetition: its milliseconds, and the most bytes it held above what was there; None if unknown."""
     meter = user_meter(subject.setting.device)  # counts from what is there now
     if meter is None:
         return subject.repetition(), None
@@ -313,7 +313,7 @@ def repeat_with_peak(subject: Subject) -> tuple[list[float], int | None]:
 
 
 def flops(provider: str, setting: Setting, case: Case) -> int | None:
-    """Of a first question's prefill by the formula of Table 3; None for the rest, which it doesn't cover."""
+    """Count a first question's prefill by the formula of Table 3; None for the rest, which it doesn't cover."""
     if case.op != "time_to_first_token":
         return None
     resolution = resolution_seen(provider, case.resolution)

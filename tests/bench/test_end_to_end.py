@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 
+from bench import __main__ as bench
+from bench.end_to_end import plan as planning
 from bench.end_to_end import run as end_to_end
 from bench.end_to_end import subjects as run
 from bench.end_to_end.subjects import Case, Setting, Subject
@@ -32,14 +37,19 @@ VISION = {
     "num_attention_heads": 4,
 }
 TINY = HostSpec("tiny LLaVA", TEXT, VISION)
-BAD_FLAGS = [
+BAD_OPTIONS = [
     (["--provider", "hai"], "--provider: must be among plain, baseline, .*, got 'hai'; did you mean hia"),
     (["--op", "decod"], "--op: must be among .*, got 'decod'; did you mean decode"),
     (["--resolutions", "100"], "--resolutions: must be a whole number from 224 to 8192, got '100'"),
     (["--batch", "0"], "--batch: must be a whole number from 1 to 64, got '0'"),
-    (["--dtype", "fp8"], "--dtype: must be among bf16, fp16, fp32, got 'fp8'"),
-    (["--deadline", "soon"], "--deadline: must be a whole number from 1 to 86400, got 'soon'"),
+    (["--dtype", "fp8"], "--dtype: must be among fp32, bf16, fp16, got 'fp8'"),
+    (["--text-tokens", "7"], "--text-tokens: must be from 8 to 4096, got 7"),
+    (["--deadline", "soon"], "--deadline: .*integer"),
 ]
+
+
+def command(*arguments) -> int:
+    return bench.main(["end-to-end", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -56,29 +66,29 @@ def setting(phantoms):
 @pytest.fixture
 def tiny_run(monkeypatch, phantoms):
     monkeypatch.setattr(end_to_end, "SMALL_LLAVA", TINY)
-    monkeypatch.setattr(end_to_end.limits, "measure", lambda *_: Limits(1e10, {"fp32": 1e11}))
-    monkeypatch.setattr(end_to_end.images, "find_images", lambda _folder: phantoms)
+    monkeypatch.setattr(end_to_end.roofline, "measure", lambda *_: Limits(1e10, {"fp32": 1e11}))
+    monkeypatch.setattr(planning.pictures, "find_images", lambda _folder: phantoms)
     monkeypatch.setattr(end_to_end, "process_peak_unavailable", lambda: "not in this process: malloc would stay slow")
 
 
-@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
-def test_bad_flags(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        end_to_end.parse([*flags, "--device", "cpu"])
-    import re
-
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(options) for options, _ in BAD_OPTIONS])
+def test_bad_options(options, message, capsys):
+    assert command(*options, "--device", "cpu") == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
-def test_the_most_important_come_first():
-    options = end_to_end.parse(["--device", "cpu"])
-    steps = end_to_end.plan(options)
+def test_the_most_important_come_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(end_to_end, "run", lambda options, **places: seen.append((options, places)) or 0)
+    assert command("--device", "cpu") == 0
+    ((options, places),) = seen
+    assert places == {"out": None, "record": False, "json": None}, "out/<device>, which git ignores"
+    steps = planning.plan(options)
     assert steps[0] == (Case("time_to_first_token", 448, 1, 2), ("hia", "baseline", "released", "anyres", "plain"))
     sizes = [case.batch * case.resolution**2 for case, _ in steps]
     assert sizes == sorted(sizes)
-    assert options.deadline == end_to_end.CPU_DEADLINE_S
-    options.device = "cuda"
-    alone = end_to_end.plan(options)
+    assert options.deadline == planning.CPU_DEADLINE_S and options.dtype == "fp32"
+    alone = planning.plan(dataclasses.replace(options, device="cuda"))
     assert all(len(providers) == 1 for _, providers in alone)
     assert [providers[0] for _, providers in alone[: len(steps) // 2]] == ["hia"] * (len(steps) // 2)
 
@@ -167,7 +177,7 @@ def test_run_writes_every_figure(tiny_run, tmp_path, capsys):
         "--out",
         str(tmp_path),
     ]
-    assert end_to_end.main(flags) == 0
+    assert command(*flags) == 0
     records = read_records(tmp_path / "end_to_end.json")
     found = {(record.op, record.provider): record for record in records}
     assert len(found) == len(records) == len(run.OPS) * 2
@@ -182,7 +192,7 @@ def test_run_writes_every_figure(tiny_run, tmp_path, capsys):
     assert " x hia" in capsys.readouterr().out
 
     # another run of some of it keeps the rest
-    assert end_to_end.main([*flags, "--op", "decode", "--provider", "hia"]) == 0
+    assert command(*flags, "--op", "decode", "--provider", "hia") == 0
     assert len(read_records(tmp_path / "end_to_end.json")) == len(records)
 
 
@@ -190,7 +200,7 @@ def test_a_deadline_is_a_reason(tiny_run, tmp_path, monkeypatch):
     clock = iter(range(0, 100000, 50))
     monkeypatch.setattr(end_to_end.time, "monotonic", lambda: next(clock))
     flags = ["--device", "cpu", "--resolutions", "224", "--provider", "hia", "--deadline", "10", "--out", str(tmp_path)]
-    assert end_to_end.main(flags) == 0
+    assert command(*flags) == 0
     records = read_records(tmp_path / "end_to_end.json")
     assert {record.status for record in records} == {"unavailable"}
     assert {record.reason for record in records} == {"--deadline: 10 s were over before its turn"}
@@ -202,7 +212,7 @@ def test_a_failure_is_a_row(tiny_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(end_to_end, "build", fail)
     flags = ["--device", "cpu", "--provider", "hia", "--op", "decode", "--batch", "1", "--out", str(tmp_path)]
-    assert end_to_end.main(flags) == 1
+    assert command(*flags) == 1
     assert {record.reason for record in read_records(tmp_path / "end_to_end.json")} == {"ValueError: no such luck"}
 
 
@@ -244,7 +254,7 @@ TWO = [
 def test_a_failure_in_the_timed_rounds_is_one_row(calls, tiny_run, tmp_path, monkeypatch):
     """Its own later steps are tried again, the other provider keeps its turns, and no half-measured time is left."""
     monkeypatch.setattr(Subject, "repetition", repetitions("hia", calls))
-    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 0, "out of memory is a finding"
+    assert command(*TWO, "--out", tmp_path) == 0, "out of memory is a finding"
     found = {(record.op, record.provider): record for record in read_records(tmp_path / "end_to_end.json")}
     assert len(found) == 4
     for op in ("decode", "train_step"):
@@ -263,7 +273,7 @@ def test_a_failure_in_the_peak_pass_is_one_row(tiny_run, tmp_path, monkeypatch, 
     monkeypatch.setattr(Subject, "repetition", repetitions())
     monkeypatch.setattr(end_to_end, "process_peak_unavailable", lambda: None)
     monkeypatch.setattr(end_to_end, "repeat_with_peak", peak)
-    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 1
+    assert command(*TWO, "--out", tmp_path) == 1
     found = {(record.op, record.provider): record for record in read_records(tmp_path / "end_to_end.json")}
     assert found["train_step", "hia"].reason == "RuntimeError: no memory left"
     others = [record for key, record in found.items() if key != ("train_step", "hia")]
@@ -288,7 +298,7 @@ def test_a_model_that_cannot_be_left_as_it_was_is_built_anew(tiny_run, tmp_path,
     monkeypatch.setattr(Subject, "repetition", repetitions())
     monkeypatch.setattr(end_to_end, "build", build)
     monkeypatch.setattr(Subject, "close", broken_close)
-    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 0
+    assert command(*TWO, "--out", tmp_path) == 0
     assert sorted(built) == ["hia", "hia", "plain", "plain"]
     assert "hia is built anew: RuntimeError: nothing folds again" in capsys.readouterr().err
 
@@ -306,8 +316,8 @@ def test_ctrl_c_before_anything_is_measured(tiny_run, tmp_path, monkeypatch, cap
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(end_to_end.limits, "measure", interrupted)
-    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 130
+    monkeypatch.setattr(end_to_end.roofline, "measure", interrupted)
+    assert command(*TWO, "--out", tmp_path) == 130
     assert "interrupted before anything was measured; nothing is written" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -322,13 +332,13 @@ def test_ctrl_c_keeps_what_was_measured(tiny_run, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(Subject, "repetition", repetitions())
     monkeypatch.setattr(end_to_end.Run, "_measure", measure)
-    assert end_to_end.main([*TWO, "--out", str(tmp_path)]) == 130
+    assert command(*TWO, "--out", tmp_path) == 130
     assert {record.op for record in read_records(tmp_path / "end_to_end.json")} == {"decode"}
     assert "interrupted; what was measured is written" in capsys.readouterr().out
 
 
 def test_list_says_why_not(capsys):
-    assert end_to_end.main(["--device", "cpu", "--list"]) == 0
+    assert command("--device", "cpu", "--list") == 0
     said = capsys.readouterr().out
     assert "448px-2img-b4      released  the released maths takes one prompt at a time, got a batch of 4" in said
 
