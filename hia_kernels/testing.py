@@ -1,15 +1,15 @@
-"""The tolerance policy: is a result as right as its dtype allows? Public, so that you can test a backend of your own.
+"""The tolerance policy: is a result as accurate as its dtype allows? Public, for tests of your own backends.
 
 A result is compared with the reference run in higher precision (``exact``), and must pass two tests:
 
 1. **Element by element**, ``|out - exact|`` is at most :data:`UNITS` roundings of the sum of the magnitudes of the
-   terms that make the element up, and of what is stored (:mod:`hia_kernels.core.rounding`), or twice as many as the
-   worst element of the reference at the same dtype (``plain``) is off by: where terms are all alike, the roundings of
-   a long sum don't average out. This holds where terms cancel, and sees a single wrong element among millions.
+   terms that form the element, and of the stored value (:mod:`hia_kernels.core.rounding`), or twice as many as the
+   worst element of the reference at the same dtype (``plain``) needs: where all terms are alike, the roundings of a
+   long sum don't average out. This holds where terms cancel, and catches a single wrong element among millions.
 2. **As a whole**, its root-mean-square error is at most twice plain's, and ``slack`` roundings more. This is much
-   tighter where errors average out, and sees a sum in the wrong precision. Its roundings are relative to the result;
-   a handful of outputs may all nearly cancel, so theirs are relative to what they would be with random signs. In fp32 a
-   ReLU or a pool whose branch a rounding decides leaves gradients behind it to the first test.
+   tighter where errors average out, and catches a sum in the wrong precision. Its roundings are relative to the result;
+   a handful of outputs may all nearly cancel, so theirs are relative to their size with random signs. In fp32, where a
+   rounding decides the branch of a ReLU or a pool, the gradients that depend on it are left to the first test.
 
 Test a function against a reference with its gradients::
 
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import rounding_layers as _layers  # noqa: F401  # with these two imported, every rule is known
+from .core import rounding_layers as _layers  # noqa: F401  # importing these two registers every rule
 from .core import rounding_rules as _rules  # noqa: F401
 from .core.rounding import UNIT_ROUNDOFF, UNITS, Analysis, Bounded
 
@@ -60,9 +60,9 @@ EXACT = {
     torch.bfloat16: torch.float32,
 }
 OUT_SLACK, GRADIENT_SLACK = 2.0, 4.0  # roundings that an output's, or a gradient's, RMS error may have beyond plain's
-# Nothing is more exact than fp64: there plain has no error of its own, and these are sums of up to 1000 terms.
+# No reference is more exact than fp64, where plain has no error of its own: this allows sums of up to 1000 terms.
 FP64_SLACK = 64.0
-HANDFUL, CANCELLED = 64, 64  # elements that are few; how much smaller than its terms a result is that cancels
+HANDFUL, CANCELLED = 64, 64  # what counts as few elements; ratio of terms to result from which a result cancels
 
 Results = dict[str, Tensor]
 
@@ -70,7 +70,7 @@ Results = dict[str, Tensor]
 def rel_rms(x: Tensor, exact: Tensor) -> float:
     """Compute the root mean square of ``x - exact`` over that of ``exact``, where ``exact`` is finite.
 
-    A truth of zeros has no scale: the error is then absolute. NaN if ``x`` is NaN where the truth is a number.
+    Where ``exact`` is all zeros there is no scale and the error is absolute. NaN where ``x`` alone is NaN.
 
     Args:
         x: any shape and dtype.
@@ -119,9 +119,9 @@ def mismatch(
     Args:
         name: of the tensor, for the message.
         out: what is tested.
-        exact: the reference in higher precision. What :func:`analysed` inputs gave knows its own roundings; of a
-            plain tensor nothing is known but its values: the first test of the module is then left out, and the
-            second one asks too much where all of a result's terms cancel.
+        exact: the reference in higher precision. If its inputs were :func:`analysed` it carries its own roundings; a
+            plain tensor has only values: the module's first test is then skipped, and the second is too strict where
+            all of a result's terms cancel.
         plain: the same reference run at ``dtype``.
         dtype: the dtype it was computed in.
         slack: roundings of ``dtype`` that the RMS error may have beyond twice plain's.
@@ -147,8 +147,10 @@ def mismatch(
 
 
 def _scale(exact: Tensor, bounds: Bounded | None) -> float:
-    """Choose what an RMS error is relative to: the result's own size, or, where nearly all of it cancels, what would be
-    there if its terms had random signs. A handful of elements may cancel by chance, many of them only by design."""
+    """Choose what an RMS error is relative to: the result's own size, or its size had its terms random signs.
+
+    The latter where nearly all of it cancels. A few elements may cancel by chance, many of them only by design.
+    """
     if bounds is None:
         return _size(exact) or 1.0
     return max(_size(exact), _size(bounds.spread) / (1 if exact.numel() < HANDFUL else CANCELLED)) or 1.0
@@ -172,8 +174,10 @@ def _pattern_mismatch(out: Tensor, exact: Tensor, plain: Tensor) -> str | None:
 
 
 def _element_mismatch(out: Tensor, exact: Tensor, plain: Tensor, bound: Tensor) -> str | None:
-    """An element farther away than its terms' roundings, or than plain's worst one; a bound that overflowed binds
-    nothing."""
+    """Describe the elements farther away than their terms' roundings or plain's worst allow; None if there are none.
+
+    A bound that overflowed bounds nothing.
+    """
     unknown = int((bound.isnan() & exact.isfinite()).sum())
     if unknown:
         return f"the analysis bounds {unknown} of {out.numel()} elements by nan: nothing can be said of them"
@@ -190,7 +194,7 @@ def _element_mismatch(out: Tensor, exact: Tensor, plain: Tensor, bound: Tensor) 
 
 
 def _shares(x: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
-    """Errors over their bounds; 0 where there is none, or the bound overflowed."""
+    """Divide errors by their bounds; 0 where there is no error, or the bound overflowed."""
     error = (x.double() - exact.double()).abs()
     return torch.where((error > 0) & exact.isfinite(), error / bound.double(), 0.0).nan_to_num(nan=0.0, posinf=math.inf)
 
@@ -219,16 +223,16 @@ def assert_close(
 
 
 def upcast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Convert every floating tensor to ``dtype``; what is no floating tensor stays."""
+    """Convert every floating tensor to ``dtype``; anything else stays."""
     return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def dout_like(out: Tensor, seed: int) -> Tensor:
-    """Draw an incoming gradient: bf16 numbers whatever the dtype, so that all precisions are asked the same question.
+    """Draw an incoming gradient: bf16 numbers whatever the dtype, so that all precisions get the same input.
 
     Args:
         out: what it is the gradient of.
-        seed: another one gives other numbers.
+        seed: of the random numbers.
 
     Returns:
         Shape, dtype and device of ``out``.
@@ -299,7 +303,7 @@ def _dout(out: Tensor, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Expected:
-    """Results of a reference for one call, and how far from it a result may be.
+    """Results of a reference for one call, with the tolerance of each.
 
     Attributes:
         exact: the reference's results in higher precision, by name: outputs, and "d" and the argument's name; each
@@ -350,7 +354,7 @@ def expect(
         names: of the outputs, in their order.
 
     Raises:
-        NotImplementedError: the reference uses an operator of which nothing says what its roundings do.
+        NotImplementedError: the reference uses an operator without a rule for its roundings.
     """
     differentiable = tuple(differentiable)
     plain = forward_backward(reference, inputs, differentiable, names)
@@ -361,7 +365,7 @@ def expect(
 
 
 def analysed(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Convert every floating tensor to higher precision and let it carry what roundings do to what it becomes.
+    """Convert every floating tensor to higher precision, and let it carry the analysis of its roundings.
 
     Args:
         inputs: arguments by name.

@@ -1,1 +1,1 @@
-"""What every op shares: argument checks, backend choice, packing and autocast. Imports only torch."""
+"""Parts that every op shares: argument checks, backend choice, packing and autocast. Imports only torch."""

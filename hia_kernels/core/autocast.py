@@ -20,17 +20,17 @@ KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.Disp
 
 
 def is_anywhere_enabled() -> bool:
-    """Whether code runs under autocast for any device that the ops serve."""
+    """Tell whether code runs under autocast for any device that the ops serve."""
     return any(torch.is_autocast_enabled(device) for device in DEVICES)
 
 
 def is_enabled(device_type: str) -> bool:
-    """Whether the ops' arguments on that device type are cast; meta tensors, for one, have no autocast."""
+    """Tell whether the ops' arguments on that device type are cast; meta tensors, for one, have no autocast."""
     return device_type in DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def register_autocast(overload: torch._ops.OpOverload, cast: tuple[str, ...]) -> None:
-    """Under autocast, cast the named arguments of ``overload`` to the autocast dtype; float64 is left alone."""
+    """Cast the named arguments of ``overload`` to the autocast dtype under autocast; float64 is left alone."""
     names = [argument.name for argument in overload._schema.arguments]
     positions = [names.index(name) for name in cast]
     for device in DEVICES:

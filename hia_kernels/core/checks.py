@@ -1,4 +1,4 @@
-"""Shape and dtype errors, in one style of message for every op."""
+"""Checks of shapes, dtypes, devices and choices, with one style of message for every op."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_shapes(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:
 def check_dtypes(
     op: str, *, cast: bool = True, **specs: tuple[Tensor | None, torch.dtype | tuple[torch.dtype, ...]]
 ) -> None:
-    """``name=(tensor, allowed)``; an absent tensor is skipped.
+    """Check dtypes, each given as ``name=(tensor, allowed)``; an absent tensor is skipped.
 
     Args:
         op: the op's name, for the message.
@@ -72,7 +72,7 @@ def check_dtypes(
 
 
 def check_devices(op: str, **tensors: Tensor | None) -> None:
-    """All tensors must live where the first one lives.
+    """Check that all tensors are on the device of the first.
 
     Raises:
         ValueError: two devices.
@@ -88,7 +88,11 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raises ValueError unless ``value`` is one of ``choices``."""
+    """Check that ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if value not in choices:
         expected = " or ".join(repr(choice) for choice in choices)
         raise ValueError(f"hia::{op}: {name} must be {expected}, got {value!r}")

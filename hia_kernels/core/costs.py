@@ -1,4 +1,4 @@
-"""What the cost functions of every op's ``inputs.py`` share."""
+"""Helpers of the cost functions in every op's ``inputs.py``."""
 
 from __future__ import annotations
 

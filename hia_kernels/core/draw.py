@@ -1,6 +1,6 @@
-"""Seeded random tensors: what every op's ``inputs.py`` draws its arguments with.
+"""Seeded random tensors, from which every op's ``inputs.py`` draws its arguments.
 
-Works under ``FakeTensorMode`` too: nothing that is drawn is read back.
+Works under ``FakeTensorMode`` too: no drawn value is read back.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-SMALL = 2**20  # elements up to which a tensor is drawn on the CPU, whatever uses it
-MARGIN = 8  # elements that a strided tensor's memory has on either side of a row
+SMALL = 2**20  # elements up to which a tensor is drawn on the CPU, whatever its device
+MARGIN = 8  # elements of padding on either side of a strided tensor's row
 
-# Rows of a packed tensor: so many at random, or the runs (first, behind the last), one after the other.
+# Rows of a packed tensor: a number drawn at random, or the runs (first, end) in order.
 Rows = int | tuple[tuple[int, int], ...]
 
 
@@ -37,7 +37,7 @@ class Draw:
     Args:
         dtype: of floating tensors.
         device: of all tensors.
-        seed: another one gives other numbers.
+        seed: of the random numbers.
         strided: whether :meth:`data` returns views of something wider.
     """
 

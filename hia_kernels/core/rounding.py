@@ -1,19 +1,19 @@
-"""How far roundings alone can take a result: a running error analysis over plain PyTorch.
+"""Running error analysis over plain PyTorch: how far roundings alone can move a result.
 
-A :class:`Bounded` tensor goes through a reference like any other and carries, element by element, two sizes beside
-its value:
+A :class:`Bounded` tensor passes through a reference like any other tensor and carries, element by element, two sizes
+beside its value:
 
-- ``terms``, the sum of the magnitudes of what was added up to make it, through every step so far. In units of the
-  roundoff that is what the roundings of all sums and products can have moved the value by (Higham, "Accuracy and
-  Stability of Numerical Algorithms", 2nd ed., sections 3.1, 3.5 and, for running bounds, 3.3). A sum that cancels has
-  a small value and large terms.
+- ``terms``, the sum of the magnitudes of everything added up to form it, through every step so far. Times the unit
+  roundoff, it bounds to first order how far the roundings of all sums and products can have moved the value (Higham,
+  "Accuracy and Stability of Numerical Algorithms", 2nd ed., sections 3.1, 3.5 and, for running bounds, 3.3). A sum
+  that cancels has a small value and large terms.
 - ``spread``, the size that the value would have if the terms had random signs: the root of the sum of their squares.
-  In units of the roundoff it is what independent roundings of stored values move a sum by, as in a probabilistic
+  Times the unit roundoff, it is how far independent roundings of stored values move a sum, as in a probabilistic
   analysis (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
 
 Gradients are analysed too: PyTorch's autograd runs on top and calls the same operators. An operator without a rule is
 decomposed by PyTorch's own table, or is an error. Where rounding decides between two branches (ReLU near 0, two
-maxima in one pooling window), the terms hold the whole of what either branch would give.
+maxima in one pooling window), the terms cover all that either branch would give.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ UNIT_ROUNDOFF = {
 }
 
 aten, prims = torch.ops.aten, torch.ops.prims
-Sizes = tuple[Tensor, Tensor, Tensor]  # value, terms, spread; the latter two in fp32, which is precise enough
+Sizes = tuple[Tensor, Tensor, Tensor]  # value, terms, spread; the last two in fp32, which is precise enough
 
 
 def accumulation_roundoff(dtype: torch.dtype) -> float:
-    """The unit roundoff of sums whose operands are of ``dtype``: halves are added up in fp32."""
+    """Return the unit roundoff of sums whose operands are of ``dtype``: halves are added up in fp32."""
     return UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
 
 
@@ -51,7 +51,7 @@ class Analysis:
 
     Attributes:
         dtype: of the results that are tested.
-        undecided: whether a branch was met that a rounding decides.
+        undecided: whether a rounding decides some branch.
     """
 
     dtype: torch.dtype
@@ -59,13 +59,13 @@ class Analysis:
 
 
 class Bounded(Tensor):
-    """A tensor with its ``terms`` and its ``spread``; see the module."""
+    """Tensor with its ``terms`` and its ``spread``; see the module."""
 
     value: Tensor
     terms: Tensor
     spread: Tensor
     analysis: Analysis
-    undecided: bool  # whether a rounding may have taken another branch somewhere before
+    undecided: bool  # whether a rounding may have decided a branch before
 
     @staticmethod
     def __new__(cls, value: Tensor, terms: Tensor, spread: Tensor, analysis: Analysis) -> Bounded:
@@ -83,27 +83,30 @@ class Bounded(Tensor):
 
     @classmethod
     def of_input(cls, value: Tensor, analysis: Analysis) -> Bounded:
-        """Wrap an argument: exact, its size its own."""
+        """Wrap an argument: it is exact, and its spread is its magnitude."""
         return cls(value, torch.zeros_like(value, dtype=torch.float32), magnitude(value), analysis)
 
     def unit(self) -> Tensor:
-        """One rounding of a result, element by element: of its terms, as they are added up (halves in fp32), and of
-        what is stored.
+        """Compute one rounding of a result, element by element: of its terms and of the stored value.
+
+        Terms of halves are added up in fp32.
 
         Returns:
             Shape of the value, fp32, not negative.
         """
         stored = torch.maximum(self.spread, magnitude(self.value))
         unit = UNIT_ROUNDOFF[self.analysis.dtype]
-        # Below fp32's normal range a value may be flushed to zero, as on GPUs, and be multiplied by what comes behind
-        # it; sizes are in fp32, so fp64 has no other end. fp16, whose range is short, keeps its last steps.
+        # Below fp32's normal range a value may be flushed to zero, as on GPUs, and be multiplied afterwards. Sizes are
+        # in fp32, so the same limit holds for fp64. fp16, whose range is short, keeps its subnormals.
         is_short = self.analysis.dtype == torch.float16
         least = torch.finfo(torch.float16 if is_short else torch.float32).smallest_normal * (unit if is_short else 256)
         return accumulation_roundoff(self.analysis.dtype) * self.terms + unit * stored + least
 
     def bound(self) -> Tensor:
-        """Compute how far from the value :data:`UNITS` roundings can lead; twice that where the value is of the same
-        dtype, for it has roundings of its own."""
+        """Compute how far :data:`UNITS` roundings can lead from the value.
+
+        It is twice that where the value has the dtype under test, because the value then has roundings of its own.
+        """
         return (UNITS if self.value.dtype != self.analysis.dtype else 2 * UNITS) * self.unit()
 
     def __repr__(self, **_options: Any) -> str:
@@ -138,8 +141,10 @@ def value_of(x: Any) -> Any:
 
 
 def magnitude(x: Any) -> Any:
-    """Take the magnitude of a tensor in fp32, or of a number; 0 where it is infinite: a mask of -inf is exact, and 0
-    times it is 0."""
+    """Take the magnitude of a tensor in fp32, or of a number.
+
+    It is 0 where it is infinite: a mask of -inf is exact, and 0 times it counts as 0.
+    """
     if not isinstance(x, Tensor):
         return abs(x) if math.isfinite(x) else 0.0
     if not x.is_floating_point():
@@ -148,7 +153,7 @@ def magnitude(x: Any) -> Any:
 
 
 def sizes_of(x: Any) -> tuple[Any, Any, Any]:
-    """Value, terms and size of an operand; a plain tensor or number is exact."""
+    """Return value, terms and size of an operand; a plain tensor or number is exact."""
     if isinstance(x, Bounded):
         return x.value, x.terms, torch.maximum(x.spread, magnitude(x.value))
     if isinstance(x, Tensor):
@@ -182,7 +187,7 @@ def _is_in_place(func: Any) -> bool:
 
 
 def _written(func: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operator in place: the one that isn't, copied into the first argument."""
+    """Apply an in-place operator: copy the result of its out-of-place form into the first argument."""
     name = func._schema.name.partition("::")[2].removesuffix("_")
     if not isinstance(target, Bounded) or not hasattr(aten, name):
         raise NotImplementedError(f"hia_kernels.testing: no rule says what roundings do in {func} on a plain tensor")
@@ -243,13 +248,13 @@ def _moved(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_float(x: Any) -> bool:
-    """Tell whether it is moved along: a floating tensor, or a constant to fill with."""
+    """Tell whether the leaf is moved: a floating tensor, or a constant to fill with."""
     return isinstance(x, float) or (isinstance(x, Tensor) and x.is_floating_point())
 
 
 @rule(aten._to_copy, prims.convert_element_type)
 def _converted(func: Any, x: Bounded, *args: Any, **options: Any) -> Any:
-    """The analysis is in exact arithmetic: what a reference converts to fewer digits keeps those it has."""
+    """Convert, but keep the digits: the analysis is in exact arithmetic."""
     value = func(x.value, *args, **options)
     if not value.is_floating_point():
         return value
@@ -265,7 +270,7 @@ def _negated(func: Any, x: Bounded) -> Bounded:
 
 @rule(aten.index_put, aten.index_add)
 def _put(func: Any, target: Any, *args: Any, **options: Any) -> Bounded:
-    """Values written or added at indices; an addition is a sum like any other."""
+    """Write or add values at indices; an addition is a sum like any other."""
     is_add = func.overloadpacket is aten.index_add
     place = 2 if is_add else 1
     added = is_add or (len(args) > 2 and bool(args[2]))

@@ -1,4 +1,4 @@
-"""What roundings do in layers: convolutions, pools and norms (:mod:`hia_kernels.core.rounding`)."""
+"""Rules of the error analysis for layers: convolutions, pools and norms (:mod:`hia_kernels.core.rounding`)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .rounding import Bounded, analysis_of, aten, magnitude, rule, sizes_of, val
 from .rounding_rules import as_terms, product_of
 
 
-def _is_winograds(weight: Any, stride: list[int]) -> bool:
+def _may_be_winograd(weight: Any, stride: list[int]) -> bool:
     """Tell whether a convolution may be computed by Winograd's algorithm (Lavin and Gray, CVPR 2016).
 
     It adds and subtracts a tile's pixels, and a kernel's taps, before it multiplies: its roundings are relative to the
-    largest terms near by, not to an element's own.
+    largest terms in the neighbourhood, not to an element's own.
     """
     return tuple(weight.shape[2:]) == (3, 3) and set(stride) == {1}
 
 
-def _near_by(terms: Tensor) -> Tensor:
-    """The largest within a pixel's distance; [N, C, H, W]."""
+def _neighbourhood_max(terms: Tensor) -> Tensor:
+    """Take the largest terms within a pixel's distance, [N, C, H, W]."""
     return F.max_pool2d(terms, 3, stride=1, padding=1) if terms.numel() else terms
 
 
 @rule(aten.convolution)
 def _convolution(func: Any, x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
     value, terms, spread = product_of(lambda a, b: func(a, b, None, *rest), x, weight)
-    terms = _near_by(terms) if _is_winograds(weight, rest[0]) else terms
+    terms = _neighbourhood_max(terms) if _may_be_winograd(weight, rest[0]) else terms
     out = Bounded(value, terms, spread, analysis_of(x, weight))
     return out if bias is None else out + bias.reshape(-1, *[1] * (value.dim() - 2))
 
@@ -43,20 +43,20 @@ def _convolution_backward(func: Any, grad: Any, x: Any, weight: Any, sizes: Any,
         other = value_of(x) if wanted == 0 else value_of(weight)
 
         def call(g: Tensor, operand: Tensor) -> Tensor:
-            like = other.to(g.dtype)  # its shape alone counts
-            pair = (like, operand) if wanted == 0 else (operand, like)
-            return func(g, *pair, None, *geometry, only)[wanted]
+            like = other.to(g.dtype)  # only its shape matters
+            operands = (like, operand) if wanted == 0 else (operand, like)
+            return func(g, *operands, None, *geometry, only)[wanted]
 
         return call
 
-    dtype, winograds = analysis_of(grad, x, weight), _is_winograds(weight, geometry[0])
+    dtype, winograd = analysis_of(grad, x, weight), _may_be_winograd(weight, geometry[0])
     dx = dweight = None
     if mask[0]:
         value, terms, spread = product_of(gradient(0), grad, weight)
-        dx = Bounded(value, _near_by(terms) if winograds else terms, spread, dtype)
+        dx = Bounded(value, _neighbourhood_max(terms) if winograd else terms, spread, dtype)
     if mask[1]:
         value, terms, spread = product_of(gradient(1), grad, x)
-        largest = terms.amax((2, 3), keepdim=True).expand_as(terms) if winograds and terms.numel() else terms
+        largest = terms.amax((2, 3), keepdim=True).expand_as(terms) if winograd and terms.numel() else terms
         dweight = Bounded(value, largest, spread, dtype)
     return dx, dweight, aten.sum(grad, [0, *range(2, grad.dim())]) if mask[2] else None
 
@@ -112,7 +112,7 @@ def _pooled_backward(
     ceil_mode: bool,
     index: Tensor,
 ) -> Bounded:
-    """Every pixel that roundings could make its window's maximum may get the window's gradient, or lose it."""
+    """Give a window's gradient to every pixel that roundings could make its maximum, or take it away."""
     g, terms, size = sizes_of(grad)
     stride = list(stride) or list(kernel)  # none given means the kernel's
     window = (kernel, stride, padding, dilation, ceil_mode)

@@ -1,4 +1,4 @@
-"""What roundings do in arithmetic: elementwise functions, sums and products (:mod:`hia_kernels.core.rounding`)."""
+"""Rules of the error analysis for elementwise functions, sums and products (:mod:`hia_kernels.core.rounding`)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _divided(func: Any, a: Any, b: Any, *, rounding_mode: str | None = None) -> 
 
 
 def _elementwise(out: Tensor, slope: Tensor, x: Bounded) -> Bounded:
-    """A smooth function of one tensor, with its derivative there."""
+    """Analyse a smooth function of one tensor, given its derivative there."""
     slope, (_, terms, size) = magnitude(slope), sizes_of(x)
     return Bounded(out, slope * terms + magnitude(out), torch.maximum(magnitude(out), slope * size), x.analysis)
 
@@ -107,7 +107,7 @@ def _greater(func: Any, a: Any, b: Any) -> Any:
 
 @rule(aten.gelu)
 def _gelu(func: Any, x: Bounded, **options: Any) -> Bounded:
-    """x (1 + erf(x / sqrt 2)) / 2 cancels where x is negative: its terms are of the size of x."""
+    """Analyse x (1 + erf(x / sqrt 2)) / 2, which cancels where x is negative: its terms are of the size of x."""
     slope = aten.gelu_backward(torch.ones_like(x.value), x.value, **options)
     found = _elementwise(func(x.value, **options), slope, x)
     return Bounded(found.value, found.terms + magnitude(x.value), found.spread, x.analysis)
@@ -115,7 +115,7 @@ def _gelu(func: Any, x: Bounded, **options: Any) -> Bounded:
 
 @rule(aten.gelu_backward)
 def _gelu_backward(func: Any, grad: Any, x: Bounded, **options: Any) -> Bounded:
-    """The slope, at most 1.13, has roundings of its own; its own slope is (2 - x^2) phi(x)."""
+    """Analyse GELU's slope, at most 1.13, with roundings of its own; its own slope is (2 - x^2) phi(x)."""
     (g, g_terms, g_size), (value, terms, size) = sizes_of(grad), sizes_of(x)
     slope = magnitude(func(torch.ones_like(value), value, **options))
     density = torch.exp(-value * value / 2) * 0.3989422804014327
@@ -127,7 +127,7 @@ def _gelu_backward(func: Any, grad: Any, x: Bounded, **options: Any) -> Bounded:
 
 @rule(aten.relu)
 def _relu(func: Any, x: Bounded) -> Bounded:
-    alive = x.value > -x.bound()  # below, every rounding of it is 0
+    alive = x.value > -x.bound()  # below that, every rounded value gives 0
     return Bounded(func(x.value), x.terms * alive, x.spread * alive, x.analysis)
 
 
@@ -143,13 +143,13 @@ def _relu_backward(func: Any, grad: Any, x: Bounded, threshold: float) -> Bounde
 
 
 def as_terms(size: Tensor, analysis: Analysis) -> Tensor:
-    """Terms whose bound is all of ``size``: what a branch taken the other way would change."""
+    """Return terms whose bound is all of ``size``: what a branch taken the other way would change."""
     return magnitude(size) / (UNITS * accumulation_roundoff(analysis.dtype))
 
 
 @rule(aten.clamp)
 def _clamped(func: Any, x: Bounded, *limits: Any, **options: Any) -> Bounded:
-    """Clamp: beyond the limits by more than its roundings, a value is a limit, and exact."""
+    """Clamp: a value beyond the limits by more than its roundings is a limit, and exact."""
     out = func(x.value, *limits, **options)
     inside = (out - x.value).abs() <= x.bound()
     return Bounded(out, x.terms * inside, torch.where(inside, x.spread, magnitude(out)), x.analysis)
@@ -161,7 +161,9 @@ def _summed(func: Any, x: Bounded, *args: Any, **options: Any) -> Bounded:
     out = func(value, *args, **options)
     count = max(value.numel() // max(out.numel(), 1), 1) if func.overloadpacket is aten.mean else 1
     total = func(terms, *args, **_in_fp32(options)) + func(magnitude(value), *args, **_in_fp32(options))
-    squares = func(size * size, *args, **_in_fp32(options))  # over the count once for a mean; its square root twice
+    squares = func(
+        size * size, *args, **_in_fp32(options)
+    )  # a mean divides them by the count once; the root needs twice
     return Bounded(out, total, (squares / count).sqrt(), x.analysis)
 
 
@@ -202,12 +204,12 @@ def _log_sum_exp(func: Any, x: Bounded, dims: list[int], keepdim: bool = False) 
 
 
 def product_of(func: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Sizes:
-    """Analyse a product that sums: of matrices, a convolution."""
+    """Analyse a sum of products: a matrix product or a convolution."""
     (x, x_terms, x_size), (y, y_terms, y_size) = sizes_of(a), sizes_of(b)
     out, terms = func(x, y), func(magnitude(x), magnitude(y) + y_terms)
     if bool(x_terms.any()):
         terms = terms + func(x_terms, magnitude(y))
-    return out, terms, func(x_size.square(), y_size.square()).clamp_min(0).sqrt()  # Winograd's sums may be below 0
+    return out, terms, func(x_size.square(), y_size.square()).clamp_min(0).sqrt()  # Winograd's sums may be negative
 
 
 @rule(aten.mm, aten.bmm)

@@ -1,4 +1,4 @@
-"""Device functions that several ops' kernels share. Imports Triton: only ``triton_*.py`` files import it."""
+"""Device functions that the kernels of several ops share. Imports Triton, as only ``triton_*.py`` files may."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, accumulated in fp32; fp32 operands as they are, never TF32."""
+    """Compute acc + a @ b, accumulated in fp32; fp32 operands as they are, never TF32."""
     if INTERPRETED:  # its bf16 product is wrong
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -1,4 +1,4 @@
-"""What every Triton backend asks before it runs: is Triton there, and is the device one that it serves?"""
+"""Checks shared by all Triton backends: is Triton installed, and does it serve the device?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def interpreted() -> bool:
-    """Triton's interpreter runs kernels on the CPU: ``TRITON_INTERPRET=1``, set before Triton is imported."""
+    """Tell whether Triton's interpreter runs kernels on the CPU: ``TRITON_INTERPRET=1`` before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -27,7 +27,7 @@ def _has_triton() -> bool:
 
 
 def unavailable_reasons() -> list[str]:
-    """Why no Triton kernel can run on this machine."""
+    """Return why no Triton kernel can run on this machine."""
     has_device = torch.cuda.is_available()
     reasons = [] if has_device or interpreted() else ["no CUDA device that torch can see"]
     if not _has_triton():
@@ -37,7 +37,7 @@ def unavailable_reasons() -> list[str]:
 
 
 def device_reasons(tensor: Tensor) -> list[str]:
-    """Why Triton can't serve the device of ``tensor``, or its dtype. First check of ``unsupported_reasons``."""
+    """Return why Triton can't serve the device of ``tensor``, or its dtype: first check of ``unsupported_reasons``."""
     found = []
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
         found.append(f"tensors must be on a CUDA device, got {tensor.device}")
@@ -47,7 +47,7 @@ def device_reasons(tensor: Tensor) -> list[str]:
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
-    """A function that imports ``module`` when first called: importing hia_kernels must not need Triton.
+    """Return a function that imports ``module`` when first called: importing hia_kernels must not need Triton.
 
     Triton launches on the current device, which need not be the tensors': it is theirs during the call.
 

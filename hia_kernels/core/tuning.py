@@ -1,8 +1,8 @@
-"""Block sizes by device: static heuristics in each launcher, and what was measured to be better, by device name.
+"""Block sizes by device: static heuristics in each launcher, overridden by what was measured on the device.
 
 Nothing here times a kernel. ``tuned/<device>.json`` holds at most one configuration a key, and at most one backend a
 shape; a benchmark writes it (``python -m bench tune``), launchers read it through :func:`pick`, tables of backends
-through :func:`measured_backend`, and tests see the heuristics alone.
+through :func:`measured_backend`, and tests use the heuristics alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Config = Mapping[str, int]  # meta-parameters of a launch: BLOCK_*, num_warps, n
 
 
 def device_slug(name: str) -> str:
-    """A device's name as a file's: lower case, words joined by hyphens."""
+    """Return a device's name as a file name: lower case, words joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -35,7 +35,7 @@ def _device_name(index: int) -> str:
 
 @cache
 def stored(slug: str) -> dict[str, dict[str, int]]:
-    """What was measured on a device: {"<op>/<key>": configuration}; empty where nothing was.
+    """Return the configurations measured on a device, {"<op>/<key>": configuration}; empty where none were.
 
     Raises:
         ValueError: the file is damaged.
@@ -45,7 +45,7 @@ def stored(slug: str) -> dict[str, dict[str, int]]:
 
 @cache
 def stored_backends(slug: str) -> dict[str, str]:
-    """Which backend was the fastest on a device: {"<op>/<key>": its name}; empty where nothing was measured.
+    """Return the fastest backends on a device, {"<op>/<key>": name}; empty where none were measured.
 
     Raises:
         ValueError: the file is damaged.
@@ -70,14 +70,14 @@ def _read(slug: str, part: str) -> dict[str, Any]:
 
 
 def _slug_of(device: torch.device) -> str | None:
-    """Of the device's file; None where no file counts."""
+    """Return the device's file name; None where no file counts."""
     if device.type != "cuda" or settings.read("HIA_TUNED") == "0":
         return None
     return device_slug(_device_name(torch.cuda.current_device() if device.index is None else device.index))
 
 
 def pick(op: str, key: str, device: torch.device, heuristic: Config) -> dict[str, int]:
-    """The configuration of a launch.
+    """Return the configuration of a launch.
 
     Args:
         op: the op's name.
@@ -93,7 +93,7 @@ def pick(op: str, key: str, device: torch.device, heuristic: Config) -> dict[str
 
 
 def measured_backend(op: str, key: str, device: torch.device) -> str | None:
-    """The backend that was the fastest at a shape on this device; None where nothing was measured.
+    """Return the fastest backend at a shape on this device; None where none was measured.
 
     Args:
         op: the op's name.
@@ -105,5 +105,5 @@ def measured_backend(op: str, key: str, device: torch.device) -> str | None:
 
 
 def bucket(size: int) -> int:
-    """The power of two at or above ``size``: keys and meta-parameters must not follow every token count."""
+    """Return the power of two at or above ``size``: keys and meta-parameters must not follow every token count."""
     return 1 << max(0, size - 1).bit_length()

@@ -12,7 +12,7 @@ from .backend import debug_enabled
 
 
 def cu_seqlens_from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Cumulative lengths with a leading zero: [B + 1] int32 (flash-attention's convention).
+    """Return cumulative lengths with a leading zero: [B + 1] int32 (flash-attention's convention).
 
     Raises:
         ValueError: a negative length, or more than int32 can count.
@@ -26,19 +26,19 @@ def cu_seqlens_from_lengths(lengths: Sequence[int], device: torch.device | str =
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; up to a GPU through pinned memory, so that the host does not wait for the copy."""
+    """Move a tensor to the device; to a GPU through pinned memory, so that the host does not wait for the copy."""
     if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def check_values_now(tensor: Tensor) -> bool:
-    """Reading a tensor's values is free on the CPU; on a device it makes the host wait."""
+    """Tell whether values are checked: reading them is free on the CPU, but makes the host wait for a device."""
     return tensor.device.type == "cpu" or debug_enabled()
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> None:
-    """Values of ``cu_seqlens``; skipped on devices unless ``HIA_DEBUG=1``.
+    """Check the values of ``cu_seqlens``; skipped on devices unless ``HIA_DEBUG=1``.
 
     Raises:
         ValueError: it does not start at 0, decreases, does not end at ``total``, or a sequence is longer
@@ -66,7 +66,7 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, total: int, max_seq
 
 
 def check_row_idx(op: str, name: str, row_idx: Tensor, rows: int, *, unique: bool) -> None:
-    """Values of a row index; skipped on devices unless ``HIA_DEBUG=1``.
+    """Check the values of a row index; skipped on devices unless ``HIA_DEBUG=1``.
 
     Raises:
         ValueError: an index outside ``[0, rows)``, or, with ``unique``, one that occurs twice.

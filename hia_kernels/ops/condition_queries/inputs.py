@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.condition_queries` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.condition_queries` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Shape:
     bias: bool = True
 
 
-SMALL = Shape(9, 3)  # what a quick check runs
+SMALL = Shape(9, 3)  # for a quick check
 
 
 def make_inputs(
@@ -47,8 +47,8 @@ def make_inputs(
         shape: sizes.
         dtype: of all tensors but the index.
         device: of all tensors.
-        seed: another one gives other numbers.
-        strided: hidden is a view of something wider.
+        seed: of the random numbers.
+        strided: whether hidden is a view of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     channels, dim = shape.channels, shape.dim
@@ -62,13 +62,13 @@ def make_inputs(
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of a matrix product; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the matrix products; ``mode`` "forward", "backward" or "both"."""
     product = 2 * row_count(shape.samples) * shape.channels * shape.dim
     return in_mode(mode, product, 2 * product)
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, of hidden the selected rows,
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, of hidden the selected rows,
     results and gradients written, hidden's whole."""
     samples, channels, dim = row_count(shape.samples), shape.channels, shape.dim
     parameters = dim * (channels + shape.bias + shape.queries)

@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``condition_queries``."""
+"""Reference of ``condition_queries`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 def condition_queries_ref(
     hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: Tensor | None, queries: Tensor
 ) -> Tensor:
-    """[T, C], [B] -> [B, M, D]."""
+    """Compute [T, C], [B] -> [B, M, D]."""
     shift = F.linear(hidden[row_idx], weight, bias)  # [B, D]
     return (queries + shift[:, None]).contiguous()
 
@@ -22,7 +22,7 @@ def condition_queries_ref(
 def condition_queries_bwd_ref(
     dout: Tensor, hidden: Tensor, row_idx: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias, queries; those not in ``output_mask`` are empty."""
+    """Return the gradients of hidden, weight, bias, queries; those not in ``output_mask`` are empty."""
     acc = _sum_dtype(dout)
     dshift = dout.sum(1, dtype=acc).to(dout.dtype)  # [B, D]
     dhidden, dweight, dbias, dqueries = (hidden.new_empty(0) for _ in range(4))

@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.conv_norm_act` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.conv_norm_act` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Shape:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        """OH, OW, in pixels."""
+        """Return OH, OW, in pixels."""
         height, width = ((side - 1) // self.stride + 1 for side in self.size)
         return height, width
 
 
-SMALL = Shape((5, 4), residual=True)  # what a quick check runs
+SMALL = Shape((5, 4), residual=True)  # for a quick check
 
 
 def make_inputs(
@@ -58,8 +58,8 @@ def make_inputs(
         shape: sizes and options.
         dtype: of x, weight and residual.
         device: of all tensors.
-        seed: another one gives other numbers.
-        strided: the residual is a view of something wider.
+        seed: of the random numbers.
+        strided: whether the residual is a view of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     (c, oc), kernel, images = shape.channels, shape.kernel, shape.images
@@ -79,7 +79,7 @@ def make_inputs(
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of the convolution; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the convolution; ``mode`` "forward", "backward" or "both"."""
     (height, width), (c, oc) = shape.out_size, shape.channels
     product = 2 * shape.images * height * width * oc * c * shape.kernel**2
     recomputed = shape.activation == "gelu"  # its derivative needs what went into it
@@ -87,7 +87,7 @@ def flops(shape: Shape, mode: str) -> int:
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written."""
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, results and gradients written."""
     (height, width), (out_height, out_width), (c, oc) = shape.size, shape.out_size, shape.channels
     out = itemsize * shape.images * out_height * out_width * oc
     parameters = itemsize * oc * c * shape.kernel**2 + 2 * oc * statistics_itemsize(itemsize)

@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``conv_norm_act``."""
+"""Reference of ``conv_norm_act`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def _conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Channels last in and out; returned in the statistics' dtype."""
+    """Convolve, channels last in and out; the result is in the statistics' dtype."""
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2)
     return y.permute(0, 2, 3, 1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -22,7 +22,7 @@ def conv_norm_act_ref(
     stride: int,
     activation: str,
 ) -> Tensor:
-    """[N, IH, IW, C] -> [N, OH, OW, OC]."""
+    """Compute [N, IH, IW, C] -> [N, OH, OW, OC]."""
     z = _conv(x, weight, stride) * scale + shift
     if residual is not None:
         z = z + residual.to(z.dtype)
@@ -45,7 +45,7 @@ def conv_norm_act_bwd_ref(
     activation: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty.
+    """Return the gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty.
 
     ``residual`` is read for "gelu" only; "relu" sees its sign in ``out``.
     """

@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.cross_attention` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.cross_attention` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Shape:
     head_dim: int = 32
 
 
-SMALL = Shape((3, 4), (5, 4))  # what a quick check runs
+SMALL = Shape((3, 4), (5, 4))  # for a quick check
 
 
 def packing(lengths_q: Sequence[int], lengths_k: Sequence[int], device: str = "cpu") -> dict[str, Any]:
-    """Make the four arguments that say how sequences are packed: cu_seqlens_q and _k [B + 1] int32, max_seqlen_q and
+    """Return the four arguments that describe the packing: cu_seqlens_q and _k [B + 1] int32, max_seqlen_q and
     _k in tokens."""
     return {
         "cu_seqlens_q": cu_seqlens_from_lengths(lengths_q, device),
@@ -58,8 +58,8 @@ def make_inputs(
         shape: sizes.
         dtype: of q, k and v.
         device: of all tensors.
-        seed: another one gives other numbers.
-        strided: q is a view of something wider too.
+        seed: of the random numbers.
+        strided: whether q is a view of a wider tensor too.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     heads, head_dim = shape.heads, shape.head_dim
@@ -70,15 +70,17 @@ def make_inputs(
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of a matrix product, each sequence by its own lengths; ``mode`` "forward", "backward"
-    or "both"."""
-    pairs = sum(q * k for q, k in zip(shape.lengths_q, shape.lengths_k, strict=True))
-    product = 2 * pairs * shape.heads * shape.head_dim
+    """Count FLOPs, 2 for each multiply-add of the matrix products, each sequence by its own lengths.
+
+    ``mode`` is "forward", "backward" or "both".
+    """
+    scores = sum(q * k for q, k in zip(shape.lengths_q, shape.lengths_k, strict=True))
+    product = 2 * scores * shape.heads * shape.head_dim
     return in_mode(mode, 2 * product, 5 * product)  # backward: scores once more, and a gradient of each operand
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written;
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, results and gradients written;
     backward reads out beside dout."""
     width = itemsize * shape.heads * shape.head_dim
     q, kv = sum(shape.lengths_q) * width, 2 * sum(shape.lengths_k) * width

@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``cross_attention``: one sequence after the other, scores in full."""
+"""Reference of ``cross_attention`` in plain PyTorch: one sequence after the other, scores in full."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cross_attention_with_lse_ref(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """[Tq, H, D], [Tk, H, D] -> out [Tq, H, D], lse [H, Tq]."""
+    """Compute [Tq, H, D], [Tk, H, D] -> out [Tq, H, D], lse [H, Tq]."""
     outs = [q.new_empty(0, *q.shape[1:])]
     lses = [torch.empty(q.shape[1], 0, dtype=_acc_dtype(q), device=q.device)]
     for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
@@ -59,7 +59,7 @@ def cross_attention_ref(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> Tensor:
-    """[Tq, H, D], [Tk, H, D] -> [Tq, H, D]."""
+    """Compute [Tq, H, D], [Tk, H, D] -> [Tq, H, D]."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return cross_attention_with_lse_ref(q, k, v, *lengths, softmax_scale)[0]
 
@@ -78,7 +78,7 @@ def cross_attention_bwd_ref(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. ``dlse``: [H, Tq], the gradient that arrives at lse (zeros if none does)."""
+    """Return the gradients of q, k, v. ``dlse``: [H, Tq], the gradient that arrives at lse (zeros if none does)."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
         q_b, k_b, v_b = _heads_first(q, rows_q), _heads_first(k, rows_k), _heads_first(v, rows_k)

@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.head_linear` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.head_linear` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Shape:
     merge_heads: bool = False
 
 
-SMALL = Shape(2, 9)  # what a quick check runs
+SMALL = Shape(2, 9)  # for a quick check
 
 
 def make_inputs(
@@ -50,8 +50,8 @@ def make_inputs(
         shape: sizes.
         dtype: of both tensors.
         device: of both tensors.
-        seed: another one gives other numbers.
-        strided: x is always as queries are, and a view of something wider.
+        seed: of the random numbers.
+        strided: whether x, always laid out as queries, is also a view of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     heads, channels, dim, scale = shape.heads, shape.channels, shape.dim, shape.channels**-0.5
@@ -67,13 +67,13 @@ def make_inputs(
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of a matrix product; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the matrix products; ``mode`` "forward", "backward" or "both"."""
     product = 2 * shape.images * shape.heads * shape.rows * shape.channels * shape.dim
     return in_mode(mode, product, 2 * product)
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written."""
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, results and gradients written."""
     rows = shape.images * shape.heads * shape.rows
     read = rows * shape.channels + shape.heads * shape.dim * shape.channels
     out = rows * shape.dim

@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``head_linear``."""
+"""Reference of ``head_linear`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def head_linear_ref(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Tensor:
-    """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
+    """Compute [n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
     out = torch.matmul(x, weight.mT)
     return (out.transpose(1, 2).flatten(2) if merge_heads else out).contiguous()
 
 
 def by_head(dout: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
-    """The incoming gradient as [n, H, R, D]."""
+    """Return the incoming gradient as [n, H, R, D]."""
     return dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2) if merge_heads else dout
 
 
 def head_linear_bwd_ref(
     dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
+    """Return the gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
     dout = by_head(dout, weight, merge_heads)
     dx, dweight = (x.new_empty(0) for _ in range(2))
     if output_mask[0]:

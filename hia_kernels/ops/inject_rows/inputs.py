@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.inject_rows` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.inject_rows` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Shape:
     hidden_dtype: torch.dtype | None = None
 
 
-SMALL = Shape(9, 5)  # what a quick check runs
+SMALL = Shape(9, 5)  # for a quick check
 
 
 def make_inputs(
@@ -47,8 +47,8 @@ def make_inputs(
         shape: sizes.
         dtype: of all tensors but the index and, with ``hidden_dtype``, the hidden states.
         device: of all tensors.
-        seed: another one gives other numbers.
-        strided: hidden and update are views of something wider.
+        seed: of the random numbers.
+        strided: whether hidden and update are views of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     channels, dim = shape.channels, shape.dim
@@ -62,13 +62,13 @@ def make_inputs(
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of a matrix product; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the matrix products; ``mode`` "forward", "backward" or "both"."""
     product = 2 * row_count(shape.rows) * shape.channels * shape.dim
     return in_mode(mode, product, 2 * product)
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written;
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, results and gradients written;
     backward does not read the hidden states, whose gradient is dout."""
     rows = row_count(shape.rows)
     hidden = shape.tokens * shape.channels * (shape.hidden_dtype.itemsize if shape.hidden_dtype else itemsize)

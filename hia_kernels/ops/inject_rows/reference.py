@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``inject_rows``."""
+"""Reference of ``inject_rows`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _injected(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def inject_rows_ref(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
-    """[T, C], [R, D] -> [T, C]."""
+    """Compute [T, C], [R, D] -> [T, C]."""
     out = hidden.clone(memory_format=torch.contiguous_format)
     return out.index_copy(0, row_idx, _injected(hidden, update, weight, bias, row_idx))
 
@@ -26,14 +26,14 @@ def inject_rows_ref(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor
 def inject_rows_inplace_ref(
     hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor
 ) -> None:
-    """Writes the rows of ``hidden``."""
+    """Write the rows of ``hidden``."""
     hidden.index_copy_(0, row_idx, _injected(hidden, update, weight, bias, row_idx))
 
 
 def inject_rows_bwd_ref(
     dout: Tensor, update: Tensor, weight: Tensor, row_idx: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of update, weight, bias; those not in ``output_mask`` are empty. That of hidden is ``dout``."""
+    """Return the gradients of update, weight, bias; those not in ``output_mask`` are empty. That of hidden is dout."""
     drows = dout[row_idx].to(update.dtype)  # [R, C]; under autocast dout is fp32 and update is not
     dupdate, dweight, dbias = (update.new_empty(0) for _ in range(3))
     if output_mask[0]:

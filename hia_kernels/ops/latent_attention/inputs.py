@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.latent_attention` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.latent_attention` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Shape:
     lengths: tuple[int, ...]
 
 
-SMALL = Shape(6, 16, (5, 4))  # what a quick check runs
+SMALL = Shape(6, 16, (5, 4))  # for a quick check
 
 
 def make_inputs(
@@ -43,8 +43,8 @@ def make_inputs(
         shape: sizes.
         dtype: of both tensors.
         device: of both tensors.
-        seed: another one gives other numbers.
-        strided: both are views of something wider.
+        seed: of the random numbers.
+        strided: whether both are views of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     return {
@@ -56,13 +56,13 @@ def make_inputs(
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of a matrix product; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the matrix products; ``mode`` "forward", "backward" or "both"."""
     product = 2 * sum(shape.lengths) * shape.rows * shape.width
     return in_mode(mode, 2 * product, 5 * product)  # backward: scores once more, and a gradient of each operand
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written;
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, results and gradients written;
     backward reads out beside dout."""
     out = len(shape.lengths) * shape.rows * shape.width
     read = out + sum(shape.lengths) * shape.width

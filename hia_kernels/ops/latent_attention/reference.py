@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``latent_attention``: one image after the other, scores in full."""
+"""Reference of ``latent_attention`` in plain PyTorch: one image after the other, scores in full."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def _acc_dtype(x: Tensor) -> torch.dtype:
 
 
 def latent_attention_ref(q: Tensor, latent: Tensor, lengths: list[int], softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """[n, G, E], [T, E] -> out [n, G, E], lse [n, G]."""
+    """Compute [n, G, E], [T, E] -> out [n, G, E], lse [n, G]."""
     acc = _acc_dtype(q)
     outs, lses = [q.new_empty(0, *q.shape[1:])], [torch.empty(0, q.shape[1], dtype=acc, device=q.device)]
     for queries, tokens in zip(q.to(acc), latent.to(acc).split(lengths), strict=True):
@@ -26,7 +26,7 @@ def latent_attention_ref(q: Tensor, latent: Tensor, lengths: list[int], softmax_
 def latent_attention_bwd_ref(
     dout: Tensor, q: Tensor, latent: Tensor, out: Tensor, lse: Tensor, lengths: list[int], softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of q and latent."""
+    """Return the gradients of q and latent."""
     acc = _acc_dtype(q)
     dqs, dlatents = [q.new_empty(0, *q.shape[1:])], [latent.new_empty(0, latent.shape[1])]
     images = zip(dout.to(acc), q.to(acc), latent.to(acc).split(lengths), out.to(acc), lse, strict=True)

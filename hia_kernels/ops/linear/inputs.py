@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.linear` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.linear` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shape:
     bias: bool = True
 
 
-SMALL = Shape(9)  # what a quick check runs
+SMALL = Shape(9)  # for a quick check
 
 
 def make_inputs(
@@ -43,8 +43,8 @@ def make_inputs(
         shape: sizes.
         dtype: of all tensors.
         device: of all tensors.
-        seed: another one gives other numbers.
-        strided: x is a view of something wider.
+        seed: of the random numbers.
+        strided: whether x is a view of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     channels, dim = shape.channels, shape.dim
@@ -56,13 +56,13 @@ def make_inputs(
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of a matrix product; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the matrix products; ``mode`` "forward", "backward" or "both"."""
     product = 2 * shape.rows * shape.channels * shape.dim
     return in_mode(mode, product, 2 * product)
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, results and gradients written."""
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, results and gradients written."""
     parameters = shape.dim * (shape.channels + shape.bias)
     read, out = shape.rows * shape.channels + parameters, shape.rows * shape.dim
     return itemsize * in_mode(mode, read + out, read + out + read)

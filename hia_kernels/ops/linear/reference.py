@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``linear``."""
+"""Reference of ``linear`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[R, C] -> [R, D]."""
+    """Compute [R, C] -> [R, D]."""
     return F.linear(x, weight, bias)
 
 
 def linear_bwd_ref(dout: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias; those not in ``output_mask`` are empty."""
+    """Return the gradients of x, weight, bias; those not in ``output_mask`` are empty."""
     dx, dweight, dbias = (x.new_empty(0) for _ in range(3))
     if output_mask[0]:
         dx = dout @ weight

@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.norm_linear` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.norm_linear` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Shape:
     offset: float = 0.5
 
 
-SMALL = Shape(9, 5)  # what a quick check runs
+SMALL = Shape(9, 5)  # for a quick check
 
 
 def make_inputs(
@@ -50,8 +50,8 @@ def make_inputs(
         shape: sizes and options.
         dtype: of all tensors but the index and, with ``norm_dtype``, the norm's.
         device: of all tensors.
-        seed: another one gives other numbers.
-        strided: x is a view of something wider.
+        seed: of the random numbers.
+        strided: whether x is a view of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     channels, dim, norm_dtype = shape.channels, shape.dim, shape.norm_dtype or dtype
@@ -71,13 +71,13 @@ def _rows(shape: Shape) -> int:
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of a matrix product; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the matrix products; ``mode`` "forward", "backward" or "both"."""
     product = 2 * _rows(shape) * shape.channels * shape.dim
     return in_mode(mode, product, 2 * product)
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, elements having ``itemsize``: inputs read, of x the selected rows, results
+    """Count the fewest bytes moved, at ``itemsize`` an element: inputs read, of x the selected rows, results
     and gradients written, x's whole."""
     rows, channels, dim = _rows(shape), shape.channels, shape.dim
     norm = 2 * channels * (itemsize if shape.norm_dtype is None else shape.norm_dtype.itemsize)

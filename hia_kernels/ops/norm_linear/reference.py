@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``norm_linear``."""
+"""Reference of ``norm_linear`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def norm_linear_ref(
     row_idx: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """[T, C] -> [R, D]."""
+    """Compute [T, C] -> [R, D]."""
     acc = _statistics_dtype(x)
     rows = x if row_idx is None else x[row_idx]  # [R, C]
     y = F.layer_norm(rows.to(acc), rows.shape[-1:], norm_weight.to(acc), norm_bias.to(acc), eps)
@@ -37,7 +37,7 @@ def norm_linear_bwd_ref(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, norm_weight, norm_bias, weight, bias; those not in ``output_mask`` are empty."""
+    """Return the gradients of x, norm_weight, norm_bias, weight, bias; those not in ``output_mask`` are empty."""
     acc = _statistics_dtype(x)
     rows = (x if row_idx is None else x[row_idx]).to(acc)  # [R, C]
     centred = rows - rows.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.row_softmax` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.row_softmax` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Shape:
     wide_scores: bool = False
 
 
-SMALL = Shape(5, 9)  # what a quick check runs
+SMALL = Shape(5, 9)  # for a quick check
 
 
 def make_inputs(
@@ -48,8 +48,8 @@ def make_inputs(
         shape: sizes and options.
         dtype: of the scores; with ``wide_scores`` of the probabilities.
         device: of the scores.
-        seed: another one gives other numbers.
-        strided: the scores are a view of something wider.
+        seed: of the random numbers.
+        strided: whether the scores are a view of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
     scores_dtype, out_dtype = (draw.statistics, dtype) if shape.wide_scores else (dtype, shape.out_dtype)
@@ -63,7 +63,7 @@ def flops(shape: Shape, mode: str) -> int:
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, the call's dtype having ``itemsize``: inputs read, results and gradients
+    """Count the fewest bytes moved, at ``itemsize`` an element of the call's dtype: inputs read, results and gradients
     written; backward reads the probabilities instead of the scores."""
     wide = statistics_itemsize(itemsize)
     elements = shape.rows * shape.columns

@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``row_softmax``."""
+"""Reference of ``row_softmax`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _shift(scaled: Tensor) -> Tensor:
-    """[R, N] -> [R, 1]: what to subtract before exp; 0 for a row of -inf, whose log-sum-exp is -inf."""
+    """Return [R, 1], what is subtracted before exp: the maximum, or 0 for a row of -inf, whose log-sum-exp is -inf."""
     if scaled.shape[1] == 0:
         return scaled.new_zeros(scaled.shape[0], 1)
-    top = scaled.detach().amax(1, keepdim=True)  # the result does not depend on it, so no gradient passes
-    return top.masked_fill(top == float("-inf"), 0)
+    m_i = scaled.detach().amax(1, keepdim=True)  # the result does not depend on it, so no gradient passes
+    return m_i.masked_fill(m_i == float("-inf"), 0)
 
 
 def row_softmax_ref(scores: Tensor, scale: float, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """[R, N] -> p [R, N], lse [R]."""
+    """Compute [R, N] -> p [R, N], lse [R]."""
     scaled = scores.to(_sum_dtype(scores)) * scale
     shift = _shift(scaled)
     weights = torch.exp(scaled - shift)
-    total = weights.sum(1, keepdim=True)  # [R, 1]
-    p = (weights / total).to(out_dtype or scores.dtype).contiguous()
-    return p, (shift + total.log()).squeeze(1)
+    l_i = weights.sum(1, keepdim=True)  # [R, 1]
+    p = (weights / l_i).to(out_dtype or scores.dtype).contiguous()
+    return p, (shift + l_i.log()).squeeze(1)
 
 
 def row_softmax_inplace_ref(scores: Tensor, scale: float) -> Tensor:
-    """Writes p into ``scores``; lse [R]. The same steps, in the memory that is there."""
+    """Write p into ``scores`` and return lse [R]: the same steps as :func:`row_softmax_ref`, in place."""
     p = scores.to(_sum_dtype(scores))  # scores themselves, unless they are halves
     p.mul_(scale)
     shift = _shift(p)
     p.sub_(shift).exp_()
-    total = p.sum(1, keepdim=True)
-    p.div_(total)
+    l_i = p.sum(1, keepdim=True)
+    p.div_(l_i)
     if p is not scores:
         scores.copy_(p)
-    return (shift + total.log()).squeeze(1)
+    return (shift + l_i.log()).squeeze(1)
 
 
 def row_softmax_bwd_ref(dp: Tensor, p: Tensor, scale: float, dlse: Tensor | None = None) -> Tensor:
-    """Gradient of the scores [R, N], dtype of ``p``."""
+    """Return the gradient of the scores [R, N], dtype of ``p``."""
     acc = _sum_dtype(p)
     dp_acc, p_acc = dp.to(acc), p.to(acc)
     delta = (p_acc * dp_acc).sum(1, keepdim=True)  # [R, 1]

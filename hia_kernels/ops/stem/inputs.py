@@ -1,4 +1,4 @@
-"""Arguments of :func:`hia_kernels.stem` at a shape, and what a call costs."""
+"""Arguments of :func:`hia_kernels.stem` at a shape, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Shape:
     pool: int = 3
 
 
-SMALL = Shape((16, 17))  # what a quick check runs
+SMALL = Shape((16, 17))  # for a quick check
 
 
 def make_inputs(
@@ -55,8 +55,8 @@ def make_inputs(
         shape: sizes and options.
         dtype: of the weight.
         device: of all tensors.
-        seed: another one gives other numbers.
-        strided: changes nothing: no slice of a projection comes here.
+        seed: of the random numbers.
+        strided: ignored: pixels are never a slice of a projection.
     """
     draw = Draw(dtype, device, seed)
     top, kernel, out_channels = TOPS.get(shape.pixel_dtype, 1.0), shape.kernel, shape.out_channels
@@ -81,14 +81,14 @@ def _halved(shape: Shape) -> tuple[int, int]:
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Count 2 for a multiply-add of the convolution; ``mode`` "forward", "backward" or "both"."""
+    """Count FLOPs, 2 for each multiply-add of the convolution; ``mode`` "forward", "backward" or "both"."""
     height, width = _halved(shape)
     product = 2 * shape.images * height * width * shape.out_channels * 3 * shape.kernel**2
     return in_mode(mode, product, (2 + shape.pixel_dtype.is_floating_point) * product)  # forward once more, dweight
 
 
 def moved_bytes(shape: Shape, itemsize: int, mode: str) -> int:
-    """Count bytes that must at least move, weights having ``itemsize``: inputs read, results and gradients written."""
+    """Count the fewest bytes moved, at ``itemsize`` a weight: inputs read, results and gradients written."""
     height, width = _halved(shape)
     if shape.pool == 3:
         height, width = (height + 1) // 2, (width + 1) // 2

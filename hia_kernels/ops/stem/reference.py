@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``stem``."""
+"""Reference of ``stem`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def _windowed(pixels: Tensor, window: Tensor, acc: torch.dtype) -> Tensor:
-    """[N, IH, IW, CP] in units of the window: 0 is its low end, 1 its high end."""
+    """Return pixels [N, IH, IW, CP] in units of the window: 0 is its low end, 1 its high end."""
     low, high = window.to(acc)[:, :, None, None, None].unbind(1)  # [N, 1, 1, 1]
     return (pixels.to(acc) - low) / (high - low)
 
 
 def _normalised(pixels: Tensor, window: Tensor, mean: Tensor, std: Tensor, weight: Tensor) -> Tensor:
-    """[N, 3, IH, IW] channels last, dtype of ``weight``."""
+    """Return the normalised image, [N, 3, IH, IW] channels last, dtype of ``weight``."""
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
     p = _windowed(pixels, window, acc).clamp(0, 1)
     x = (p - mean.to(acc)) / std.to(acc)  # a grey channel broadcasts to three
@@ -39,7 +39,7 @@ def stem_ref(
     shift: Tensor,
     pool: int,
 ) -> Tensor:
-    """[N, IH, IW, CP] -> [N, PH, PW, OC]."""
+    """Compute [N, IH, IW, CP] -> [N, PH, PW, OC]."""
     y = _conv(_normalised(pixels, window, mean, std, weight), weight)
     z = F.relu(_scaled(y, scale, shift))
     if pool == 3:
@@ -60,7 +60,7 @@ def stem_bwd_ref(
     output_mask: list[bool],
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty.
+    """Return the gradients of pixels, weight, scale, shift; those not in ``output_mask`` are empty.
 
     Nothing of full resolution is saved by the forward pass; it is computed again here, and ``out`` is not read.
     """
@@ -101,7 +101,7 @@ def stem_bwd_ref(
 
 
 def _pixel_gradient(dx: Tensor, pixels: Tensor, window: Tensor, std: Tensor) -> Tensor:
-    """[N, 3, IH, IW] -> [N, IH, IW, CP]: through the normalisation and the window, which passes nothing outside."""
+    """Compute [N, 3, IH, IW] -> [N, IH, IW, CP], through normalisation and window; outside it passes no gradient."""
     acc = torch.float64 if dx.dtype == torch.float64 else torch.float32
     dp = dx.permute(0, 2, 3, 1).to(acc) / std.to(acc)
     if pixels.shape[-1] == 1:
