@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
 from bench import cli
 from bench.end_to_end.cli import end_to_end
+from bench.forms.cli import deep_forms, encoder_forms
+from bench.ops.cli import ops
+from bench.profile.cli import profile
 from bench.report.cli import report
 from bench.table3.cli import table3
+from bench.targets.cli import targets
+from bench.tune.cli import tune
 
 MEASURE, JUDGE, INSIDE = "Measure", "Compare and report", "Look inside"
 APP = cli.application(
     "Benchmarks of the ops and the adapter, beside their peers and the device's limits. Results go to `out/<device>`, "
     "which git ignores; with `--record` to `bench/results/<device>`."
 )
+
+
+def _register(command: Callable[..., int], panel: str) -> None:
+    name = command.__name__.replace("_", "-")
+    APP.command(name, cls=cli.Command, rich_help_panel=panel)(command)
 
 
 def _passed_on(name: str, module: str, panel: str, text: str) -> None:
@@ -30,19 +40,19 @@ def _passed_on(name: str, module: str, panel: str, text: str) -> None:
     APP.command(name, help=text, rich_help_panel=panel, add_help_option=False, context_settings=settings)(command)
 
 
-_passed_on("ops", "bench.ops.run", MEASURE, "Every op beside its peers.")
-_passed_on("targets", "bench.targets.run", MEASURE, "The ratios this project is held to, each with its verdict.")
-APP.command("end-to-end", cls=cli.Command, rich_help_panel=MEASURE)(end_to_end)
-APP.command("table3", cls=cli.Command, rich_help_panel=MEASURE)(table3)
+_register(ops, MEASURE)
+_register(targets, MEASURE)
+_register(tune, MEASURE)
+_register(profile, INSIDE)
+_register(encoder_forms, INSIDE)
+_register(deep_forms, INSIDE)
+_register(end_to_end, MEASURE)
+_register(table3, MEASURE)
 _passed_on("ablation", "bench.ablation.cli", MEASURE, "The paper's Tables 2 and 4 in small.")
 _passed_on("ablation.detail", "bench.ablation.detail", MEASURE, "What of a lesion is left in a host's small view.")
 _passed_on("gpu", "bench.gpu.run", MEASURE, "GPU tests, then every benchmark.")
-_passed_on("tune", "bench.ops.tune", MEASURE, "The kernels' tile sizes.")
 _passed_on("compare", "bench.compare.run", JUDGE, "Two revisions measured together.")
-APP.command("report", cls=cli.Command, rich_help_panel=JUDGE)(report)
-_passed_on("profile", "bench.ops.profile", INSIDE, "Where the time of one call goes.")
-_passed_on("encoder-forms", "bench.ops.encoder_forms", INSIDE, "Ways to run the folded encoder on the CPU.")
-_passed_on("deep-forms", "bench.ops.deep_forms", INSIDE, "How exact the absorbed forms are in half precision.")
+_register(report, JUDGE)
 _passed_on("launches", "bench.launches.run", INSIDE, "What the Triton kernels launch, compiled without a GPU.")
 
 

@@ -19,6 +19,7 @@ import typer.main
 
 from .records import environment
 from .records.devices import AUTO, DEVICES, DTYPES, cuda_is_available
+from .records.files import BadFile
 
 MANY = 24  # names that an error lists
 UsageError: Any = typer.BadParameter.__base__  # Typer's own, or click's where Typer stands on it
@@ -57,9 +58,7 @@ def some_of(option: str, given: Iterable[str], known: Iterable[str], *, patterns
     for value in values:
         fitting = fnmatch.filter(names, value) if patterns else [name for name in names if name == value]
         if not fitting:
-            listed = (
-                f"among {', '.join(names)}" if len(names) <= MANY else f"one of {len(names)} names that --list prints"
-            )
+            listed = f"among {', '.join(names)}" if len(names) <= MANY else f"one of {len(names)} names"
             raise BadOption(f"{option}: must be {listed}, got {value!r}{did_you_mean(value, names)}")
         found.update(fitting)
     return tuple(name for name in names if name in found)
@@ -133,11 +132,11 @@ Dtypes = Annotated[
     typer.Option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPES)}. By default fp32 on the CPU, bf16 on CUDA."),
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results, instead of out/<device>.")
+    Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results, instead of `out/<device>`.")
 ]
 Record = Annotated[
     bool,
-    typer.Option("--record", help="Write to bench/results/<device>, which is committed, instead of out/<device>."),
+    typer.Option("--record", help="Write to bench/results/<device>, which is committed, instead of `out/<device>`."),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the records here too.")]
 Minutes = Annotated[
@@ -216,13 +215,13 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run a command line.
 
     Returns:
-        What the command returns; 2 where an option isn't allowed; 130 after Ctrl-C.
+        What the command returns; 2 where an option isn't allowed or a file holds something else; 130 after Ctrl-C.
     """
     environment.typed[:] = arguments
     command = typer.main.get_command(app)
     try:
         found = command.main(list(arguments) or ["--help"], prog_name="python -m bench", standalone_mode=False)
-    except BadOption as error:
+    except (BadOption, BadFile) as error:
         return _refuse(str(error), arguments)
     except UsageError as error:
         return _refuse(_usage(error), arguments)

@@ -148,3 +148,11 @@ def commit_of(environment: dict[str, Any]) -> str:
     """Name the commit of a record's environment in a line of text, and whether there were changes."""
     commit = str(environment.get("commit") or "unknown")[:SHORT]
     return f"{commit} with uncommitted changes" if environment.get("dirty") else commit
+
+
+def line_of(environment: dict[str, Any]) -> str:
+    """Return where a number was made, for the line below a table of text."""
+    return (
+        f"`{environment['command']}` at commit {commit_of(environment)}, {environment['device']}, "
+        f"{environment['threads']} threads, torch {environment['versions']['torch']}"
+    )

@@ -16,6 +16,10 @@ OUT = REPOSITORY / "out"  # git ignores it
 RESULTS = REPOSITORY / "bench" / "results"
 
 
+class BadFile(ValueError):
+    """A file that a command needs and that holds something else. Exit code 2."""
+
+
 def results_folder(device: str, *, out: Path | None = None, record: bool = False) -> Path:
     """Return the folder of a device's results.
 
@@ -25,6 +29,12 @@ def results_folder(device: str, *, out: Path | None = None, record: bool = False
         record: the committed folder, as ``--record`` asks for.
     """
     return out if out is not None else (RESULTS if record else OUT) / slug(device)
+
+
+def shown(path: Path) -> str:
+    """Return a path as it reads shortest: from the working directory, unless it lies elsewhere."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 @contextmanager
@@ -61,10 +71,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: it holds something else; names the file.
+        BadFile: it holds something else; names the file.
         OSError: unreadable.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} must be a JSON file, got: {error}") from error
+        raise BadFile(f"{path} must be a JSON file, got: {error}") from error

@@ -1,24 +1,29 @@
-"""The command ``python -m bench targets``: measures the targets' workloads, judges them, writes the record."""
+"""``python -m bench targets``: measures what the targets compare, judges them, writes records and verdicts."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from rich.console import Console
 from rich.table import Table
 
-from ..measure.timing import exact_matmuls
-from ..ops.options import DEFAULT_DTYPES, DEVICES, Resume, add_resume, names
-from ..ops.output import console_for, earlier_records, merged, print_end
-from ..ops.run import OVER, Run, measure_workload, start
-from ..providers.registry import all_providers
+from ..cli import device_of, some_of
+from ..ops.collect import Collected, run_tasks
+from ..ops.output import print_end
+from ..ops.plan import Task
+from ..ops.session import Settings
+from ..progress import Progress, console_for
+from ..providers.registry import Provider, all_providers
 from ..records import environment
-from ..records.record import Measurement, write_records
+from ..records.devices import DEFAULT_DTYPE
+from ..records.files import results_folder
+from ..records.record import Measurement
+from ..records.store import Store
 from ..records.targets import KINDS, OURS, TARGETS, Target, Verdict, cells, importance
 from ..workloads import Workload
 from .verdicts import judge
@@ -30,61 +35,59 @@ COMPILE_MINUTES = {"cpu": 15.0, "cuda": 12.0}
 COLOURS = {"met": "green", "MISSED": "red", "not measured": "yellow", "no target": None}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Checked flags; ``targets`` among them.
+@dataclass(frozen=True)
+class Choice:
+    """What is asked for.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        targets: to judge.
+        compile: False leaves out whoever compiles.
+        compiled_only: only workloads that somebody compiles.
+        compile_minutes: until a provider that compiles has a first result; None takes the device's.
+        minutes: nothing new begins after that long.
+        quick: a smoke test.
+    """
+
+    device: str
+    targets: tuple[Target, ...]
+    compile: bool = True
+    compiled_only: bool = False
+    compile_minutes: float | None = None
+    minutes: float | None = None
+    quick: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out."""
+        return len(self.targets) == len(TARGETS) and self.compile and not (self.quick or self.compiled_only)
+
+    def settings(self, started: float) -> Settings:
+        """Return what is fixed for the run; the minutes count from ``started``."""
+        return Settings(
+            self.device,
+            (DEFAULT_DTYPE[self.device],),
+            self.quick,
+            seconds=SECONDS[self.device],
+            at_least=AT_LEAST,
+            compile_seconds=60 * (self.compile_minutes or COMPILE_MINUTES[self.device]),
+            end=None if self.minutes is None else started + 60 * self.minutes,
+        )
+
+
+def choose(device: str, only: Sequence[str], *, listing: bool = False, **more: Any) -> Choice:
+    """Check what is asked for.
 
     Raises:
-        SystemExit: a value that isn't allowed.
+        BadOption: an unknown name, or CUDA without a device.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m bench targets",
-        description="The ratios the project is held to, measured and judged. A missed target is a result, not an "
-        "error: exit code 1 only if something failed, 130 after Ctrl-C.",
-    )
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda, or auto (default)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=["*"], help="these targets, or patterns of names")
-    compiling = parser.add_mutually_exclusive_group()
-    compiling.add_argument("--no-compile", action="store_true", help="leave out whoever compiles")
-    compiling.add_argument("--compiled", action="store_true", help="only workloads that somebody compiles")
-    parser.add_argument(
-        "--compile-minutes",
-        type=float,
-        metavar="M",
-        help="until a provider that compiles has a first result "
-        f"(default: {COMPILE_MINUTES['cpu']:g}, on CUDA {COMPILE_MINUTES['cuda']:g})",
-    )
-    parser.add_argument(
-        "--minutes", type=float, metavar="M", help="begin nothing new after that long; the least important come last"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"of {FILE} (default, for all targets: bench/results/<device>)"
-    )
-    parser.add_argument("--add", action="store_true", help="keep what the file holds and this run has no row for")
-    add_resume(parser)
-    parser.add_argument("--list", action="store_true", help="print the targets, and exit")
-    parser.add_argument("--quick", action="store_true", help="a few repetitions, as a smoke test")
-    options = parser.parse_args(arguments)
-    try:
-        (options.device,) = names("--device", [options.device], DEVICES)
-        chosen = names("--only", options.only, tuple(target.name for target in TARGETS))
-        for flag in ("minutes", "compile_minutes"):
-            value = getattr(options, flag)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{flag.replace('_', '-')}: must be more than 0, got {value:g}")
-        if options.device == "auto":
-            options.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if options.device == "cuda" and not torch.cuda.is_available() and not options.list:
-            raise ValueError("--device: cuda needs a CUDA device and a torch built for it, got none; use --device cpu")
-    except ValueError as error:
-        parser.error(str(error))
-    options.dtype = DEFAULT_DTYPES[options.device]
-    options.filtered = len(chosen) < len(TARGETS) or options.quick or options.compiled
-    options.targets = [target for target in TARGETS if target.name in chosen]
-    return options
+    chosen = set(some_of("--only", only or ["*"], [target.name for target in TARGETS]))
+    device = device_of(device, listing=listing)
+    return Choice(device, tuple(target for target in TARGETS if target.name in chosen), **more)
 
 
 def grouped(targets: Sequence[Target]) -> dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Modes and providers of each workload, the most important first."""
+    """Return modes and providers of each workload, the most important first."""
     found: dict[Workload, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     for target in sorted((one for one in targets if one.mode), key=lambda one: importance(one.workload)):
         modes, providers = found.get(target.workload, ((), (OURS,)))
@@ -95,114 +98,83 @@ def grouped(targets: Sequence[Target]) -> dict[Workload, tuple[tuple[str, ...], 
     return found
 
 
-class Progress:
-    """A line for everything that begins, with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self.started, self._task = time.perf_counter(), ""
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self.started
-
-    def task(self, text: str) -> None:
-        """What the lines that follow belong to."""
-        self._task = text
-
-    def __call__(self, text: str) -> None:
-        print(f"{self.seconds:7.0f} s  {self._task}: {text}", file=sys.stderr, flush=True)
+def tasks_of(choice: Choice) -> list[Task]:
+    """List the tasks; a workload whose every rival is left out since it compiles has none."""
+    everyone, tasks = all_providers(), []
+    for workload, (modes, names) in grouped(choice.targets).items():
+        providers = [everyone[name] for name in everyone if name in names]
+        if choice.compiled_only and not any(one.compiles for one in providers):
+            continue
+        if not choice.compile:
+            providers = [one for one in providers if not one.compiles]
+        if providers and (choice.compile or _says_something(choice, workload, providers)):
+            chosen = tuple(one.name for one in providers)
+            tasks.append(Task(workload, modes, DEFAULT_DTYPE[choice.device], chosen))
+    return tasks
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _says_something(choice: Choice, workload: Workload, providers: Sequence[Provider]) -> bool:
+    """Tell whether ours is compared with somebody, or with the device's limits."""
+    return len(providers) > 1 or any(
+        one.kind == "roofline" and one.workload == workload for one in choice.targets if one.mode
+    )
+
+
+def run(choice: Choice, *, out: Path | None, record: bool, add: bool) -> int:
     """Measure, judge, print, write.
 
+    Args:
+        choice: what is asked for.
+        out: folder of the file.
+        record: write to the device's committed folder.
+        add: keep what the file holds and this run has no row for.
+
     Returns:
-        0; 1 if a provider or the device failed; 2 if the records of before can't be read; 130 after Ctrl-C, with what
-        was measured written.
+        0, since a missed target is a result; 1 if a provider or the device failed; 130 after Ctrl-C, with what was
+        measured written.
+
+    Raises:
+        BadFile: the records of before can't be read.
     """
-    options = parse(arguments)
-    console = console_for(sys.stdout)
-    if options.list:
-        for target in options.targets:
-            what, sense = KINDS[target.kind]
-            print(
-                f"{target.name}  {target.op} {target.case} {target.mode}  {what} ({', '.join(target.against)}) "
-                f"{sense} cpu {target.cpu or '-'}, cuda {target.cuda or '-'}"
-            )
-        return 0
-    progress = Progress()
-    facts = environment.describe(options.device, "bench.targets")
-    path = output_path(options, facts["device"])
-    try:
-        kept = earlier_records(path) if path is not None and (options.add or options.resume != Resume()) else []
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    run: Run | None = None
-    interrupted = False
-    try:
-        with exact_matmuls():
-            progress.task("limits")
-            progress("measuring the device")
-            run = start(options, facts, progress.started)
-            run.saves_time, run.say = False, progress
-            for _ in measure(options, run, progress):
-                save(path, merged(kept, run.records), options.device)
-    except KeyboardInterrupt:
-        interrupted = True
-    records = run.records if run is not None else []
-    failure = run.failure if run is not None else None
-    found = merged(kept, records)
-    save(path, found, options.device)
-    print_table([judge(target, found, options.device) for target in options.targets], console)
-    written = [path] if path is not None else []
-    print_end(interrupted, run, written, progress.seconds, console)
+    started = time.monotonic()
+    facts = environment.describe(choice.device)
+    path = results_folder(facts["device"], out=out, record=record) / FILE
+    store = Store([path], own=[] if add else [path], beside=lambda found: verdicts_of(found, choice.device))
+    settings, tasks, interrupted = choice.settings(started), tasks_of(choice), False
+    with Progress(len(tasks), left=lambda: settings.left if choice.minutes else None) as progress:
+        found = Collected(facts, progress)
+        try:
+            run_tasks(tasks, settings, found, lambda: store.save(found.records))
+        except KeyboardInterrupt:
+            interrupted = True
+    records, console = found.records, console_for(sys.stdout)
+    store.save(records)
+    for name in found.not_begun:
+        console.print(f"not begun, the time is over: {name}", highlight=False, markup=False)
+    print_table([judge(target, store.all(records), choice.device) for target in choice.targets], console)
+    print_end(interrupted, found.failures, store.paths if records else [], time.monotonic() - started, console)
     if interrupted:
         return 130
-    return 1 if failure or any(record.status == "failed" for record in records) else 0
+    return 1 if found.failures or any(row.status == "failed" for row in records) else 0
 
 
-def measure(options: Any, run: Run, progress: Progress) -> Iterator[None]:
-    """Pauses after each workload."""
-    run.seconds, run.at_least = SECONDS[options.device], AT_LEAST
-    run.compile_seconds = 60 * (options.compile_minutes or COMPILE_MINUTES[options.device])
-    everyone, workloads = all_providers(), grouped(options.targets)
-    for run.task, (workload, (modes, providers)) in enumerate(workloads.items()):
-        progress.task(f"{run.task + 1}/{len(workloads)} {workload.op} {workload.name}")
-        chosen = options.resume.providers(run.task, [everyone[name] for name in everyone if name in providers])
-        run.providers = [one for one in chosen if not (one.compiles and options.no_compile)]
-        if not run.providers or (options.compiled and not any(one.compiles for one in chosen)):
-            continue
-        own_roofline = any(one.kind == "roofline" and one.workload == workload for one in options.targets if one.mode)
-        if options.no_compile and len(run.providers) == 1 and not own_roofline:
-            progress("not begun: whom it is compared with compiles")
-            continue
-        reason = run.stopped()
-        if reason == OVER:
-            progress("not begun: the time is over")
-            continue
-        measure_workload(run, workload, options.dtype[0], modes)
-        progress(reason or "done")
-        yield
+def verdicts_of(records: Sequence[Measurement], device: str) -> dict[str, Any]:
+    """Judge every target by a file's records: what stands beside them."""
+    return {"targets": [judge(target, records, device).to_dict() for target in TARGETS]}
 
 
-def output_path(options: Any, device: str) -> Path | None:
-    """A run of some targets is no record of the device unless a place is named."""
-    folder = options.out
-    if folder is None and not options.filtered:
-        folder = environment.REPOSITORY / "bench" / "results" / environment.slug(device)
-    return folder and folder / FILE
+def print_list(targets: Sequence[Target], console: Console) -> None:
+    """Print the targets."""
+    for target in targets:
+        what, sense = KINDS[target.kind]
+        line = (
+            f"{target.name}  {target.op} {target.case} {target.mode}  {what} ({', '.join(target.against)}) "
+            f"{sense} cpu {target.cpu or '-'}, cuda {target.cuda or '-'}"
+        )
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def save(path: Path | None, records: Sequence[Measurement], device: str) -> None:
-    """The records, and every target judged by them."""
-    if path is not None and records:
-        verdicts = [judge(target, records, device).to_dict() for target in TARGETS]
-        write_records(path, records, targets=verdicts)
-
-
-def print_table(verdicts: Sequence[Verdict], console: Any) -> None:
+def print_table(verdicts: Sequence[Verdict], console: Console) -> None:
     """Print target, ratio and verdict."""
     header, rows = cells([one.to_dict() for one in verdicts])
     table = Table(title="targets", title_justify="left", pad_edge=False)

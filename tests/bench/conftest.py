@@ -1,4 +1,4 @@
-"""An op that nobody needs, for the tests of what a new op brings."""
+"""What the tests of the benchmarks share: an op that nobody needs, and results that stay out of the checkout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import importlib
 import pytest
 
 from bench import workloads
+from bench.records import files
 from hia_kernels.core import backend
 
 OP = "row_dot"
+
+
+@pytest.fixture(autouse=True)
+def results_elsewhere(tmp_path, monkeypatch):
+    """Send what would go to out/ and bench/results to a folder of the test's."""
+    monkeypatch.setattr(files, "OUT", tmp_path / "checkout" / "out")
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "checkout" / "bench" / "results")
 
 
 @pytest.fixture

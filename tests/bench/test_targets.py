@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from bench import workloads
+from bench.__main__ import main as bench
 from bench.measure import accuracy, costs
 from bench.measure.memory import memory_of
 from bench.measure.timing import OutOfTime, time_limit
-from bench.ops import options as kernels_args
-from bench.ops import run as kernels
+from bench.ops import entries, session
+from bench.ops import plan as ops_plan
 from bench.providers import layers as composites
 from bench.providers import registry as providers
 from bench.records import targets as catalogue
 from bench.records.record import Measurement, read_records, write_records
 from bench.records.targets import KINDS, TARGETS, Target
-from bench.report.cli import report
-from bench.targets import run as targets_run
+from bench.targets import run as targets
 from bench.targets.verdicts import judge
 from hia.layers import plan
 
@@ -43,7 +43,7 @@ def test_targets_name_what_exists():
             continue
         workload = target.workload
         assert workload in workloads.workloads(target.op), target.name
-        assert kernels_args.modes_of(workload, (target.mode,)) == (target.mode,)
+        assert ops_plan.modes_of(workload, (target.mode,)) == (target.mode,)
         assert all(known[name].serves(workload) for name in target.against), target.name
 
 
@@ -101,7 +101,7 @@ def tiny(monkeypatch):
         Target("tiny-gemms", "overhead", "second_question", "tiny-released", "forward", ("gemms",), 1e6),
         Target("step", "activations", "adapter_train_step", "tiny-released", "both", ("released",), 1e6),
     )
-    for module in (catalogue, targets_run):
+    for module in (catalogue, targets):
         monkeypatch.setattr(module, "TARGETS", chosen)
     return chosen
 
@@ -110,8 +110,8 @@ def tiny(monkeypatch):
 def test_run_judges_writes_and_is_reported(tmp_path, capsys):
     folder = tmp_path / "results" / "made-up-cpu"
     arguments = ["--device", "cpu", "--quick", "--no-compile", "--out", str(folder)]
-    assert targets_run.main([*arguments, "--only", "tiny*"]) == 0
-    assert targets_run.main([*arguments, "--only", "step", "--add"]) == 0
+    assert bench(["targets", *arguments, "--only", "tiny*"]) == 0
+    assert bench(["targets", *arguments, "--only", "step", "--add"]) == 0
     records = read_records(folder / "targets.json")
     assert {(record.op, record.provider) for record in records} == {
         ("second_question", "hia"),
@@ -122,12 +122,10 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
     }
     verdicts = {one["name"]: one for one in json.loads((folder / "targets.json").read_text())["targets"]}
     assert {one["verdict"] for one in verdicts.values()} == {"met"}
-    printed = capsys.readouterr()
-    assert "second_question tiny-released: checking released" in printed.err
-    assert "2 met, 0 MISSED" in printed.out
-    assert report(tmp_path / "results", out=tmp_path / "out") == 0
+    assert "2 met, 0 MISSED" in capsys.readouterr().out
+    assert bench(["report", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "made-up-cpu.md").read_text()
-    assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench" in page
+    assert "3 met." in page and "| tiny-gemms |" in page and "python -m bench targets" in page
 
 
 @pytest.mark.usefixtures("tiny")
@@ -141,7 +139,7 @@ def test_a_second_run_adds_by_provider(tmp_path, capsys):
     old = [replace(one, op="second_question", case="tiny-released") for one in old]
     write_records(tmp_path / "targets.json", old)
     arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--only", "tiny-gemms"]
-    assert targets_run.main([*arguments, "--add"]) == 0
+    assert bench(["targets", *arguments, "--add"]) == 0
     found = {one.provider: one for one in read_records(tmp_path / "targets.json")}
     assert set(found) == {"hia", "textbook", "released", "gemms"}
     assert found["released"] == old[2] and found["hia"] != old[0]
@@ -151,31 +149,26 @@ def test_a_second_run_adds_by_provider(tmp_path, capsys):
         verdicts["tiny"]["note"].endswith("released yesterday") and "; in two runs: hia 20" in verdicts["tiny"]["note"]
     )
     (tmp_path / "targets.json").write_text("[")
-    assert targets_run.main([*arguments, "--add"]) == 2
+    assert bench(["targets", *arguments, "--add"]) == 2
     assert f"--out: {tmp_path / 'targets.json'} must hold the records" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
-def test_only_what_compiles_or_only_what_does_not(tmp_path, capsys, monkeypatch):
-    def note(run, workload, *_rest):
-        asked.append((workload.op, [provider.name for provider in run.providers]))
-
-    monkeypatch.setattr(targets_run, "measure_workload", note)
-    asked = []
-    quick = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
-    targets_run.main([*quick, "--compiled"])
-    assert asked == [("second_question", ["hia", "gemms", "released", "released_compile"])], "all of it, in turns"
-    monkeypatch.setattr(targets_run, "TARGETS", (replace(catalogue.TARGETS[0], against=("released_compile",)),))
-    asked.clear()
-    targets_run.main([*quick, "--no-compile"])
-    assert not asked and "not begun: whom it is compared with compiles" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        targets_run.main([*quick, "--no-compile", "--compiled"])
-    assert "not allowed with" in capsys.readouterr().err
+def test_only_what_compiles_or_only_what_does_not(capsys, monkeypatch):
+    tasks = targets.tasks_of(targets.choose("cpu", [], compiled_only=True))
+    asked = [(one.workload.op, one.providers) for one in tasks]
+    assert asked == [("second_question", ("hia", "gemms", "released", "released_compile"))], "all of it, in turns"
+    monkeypatch.setattr(targets, "TARGETS", (replace(catalogue.TARGETS[0], against=("released_compile",)),))
+    assert targets.tasks_of(targets.choose("cpu", [], compile=False)) == [], "ours would be compared with nobody"
+    roofline = replace(catalogue.TARGETS[0], name="own", kind="roofline", against=())
+    monkeypatch.setattr(targets, "TARGETS", (roofline,))
+    assert [one.providers for one in targets.tasks_of(targets.choose("cpu", [], compile=False))] == [("hia",)]
+    assert bench(["targets", "--device", "cpu", "--no-compile", "--compiled"]) == 2
+    assert "--compiled: must not be given with --no-compile" in capsys.readouterr().err
 
 
 def test_a_deadline_cuts_the_least_important():
-    found = [(one.op, one.name) for one in targets_run.grouped(TARGETS)]
+    found = [(one.op, one.name) for one in targets.grouped(TARGETS)]
     attention = [f"{kind}-896:extract" for kind in ("13b-released", "7b-released", "13b")]  # heads of 640, 512, 128
     assert found[:7] == [
         ("adapter_layer", CASE),
@@ -191,49 +184,39 @@ def test_a_deadline_cuts_the_least_important():
 
 @pytest.mark.usefixtures("tiny")
 def test_nothing_begins_when_the_time_is_over(tmp_path, capsys):
-    assert targets_run.main(["--device", "cpu", "--quick", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr()
-    assert printed.err.count("not begun: the time is over") == 2 and "3 not measured" in printed.out
+    assert bench(["targets", "--device", "cpu", "--quick", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not begun, the time is over: ") == 2 and "3 not measured" in printed
     assert not (tmp_path / "targets.json").exists()
 
 
 @pytest.mark.usefixtures("tiny")
 def test_ctrl_c_keeps_the_workload_it_was_at(tmp_path, monkeypatch):
-    measure = targets_run.measure_workload
+    run = session.Measuring.run
 
-    def interrupted(run, *rest):
-        measure(run, *rest)
+    def interrupted(self):
+        run(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(targets_run, "measure_workload", interrupted)
-    assert targets_run.main(["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]) == 130
+    monkeypatch.setattr(session.Measuring, "run", interrupted)
+    assert bench(["targets", "--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]) == 130
     assert {one.op for one in read_records(tmp_path / "targets.json")} == {"second_question"}
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_fresh_run_goes_on_where_the_device_failed(tmp_path, monkeypatch, capsys):
-    before = kernels.synchronize
+def test_the_run_goes_on_without_whom_the_device_failed_in(tmp_path, monkeypatch, capsys):
+    failures = [RuntimeError("CUDA error: an illegal memory access was encountered")]
 
     def synchronize(_device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if failures:
+            raise failures.pop()
 
-    monkeypatch.setattr(kernels, "synchronize", synchronize)
-    arguments = ["--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]
-    assert targets_run.main(arguments) == 1
-    assert "with --resume 0:hia goes on" in capsys.readouterr().out
-    monkeypatch.setattr(kernels, "synchronize", before)
-    assert targets_run.main([*arguments, "--resume", "0:hia"]) == 0
+    monkeypatch.setattr(session, "synchronize", synchronize)
+    assert bench(["targets", "--device", "cpu", "--quick", "--no-compile", "--out", str(tmp_path)]) == 1
+    assert "in hia second_question tiny-released: the rest went on" in capsys.readouterr().out.replace("\n", " ")
     found = {(one.op, one.provider): one.status for one in read_records(tmp_path / "targets.json")}
     assert found.pop(("second_question", "hia")) == "failed" and set(found.values()) == {"ok"}
     assert len(found) == 4
-
-
-@pytest.mark.usefixtures("tiny")
-def test_some_targets_are_no_record_of_the_device():
-    options = targets_run.parse(["--device", "cpu", "--only", "step"])
-    assert targets_run.output_path(options, "A CPU") is None
-    whole = targets_run.output_path(targets_run.parse(["--device", "cpu"]), "A CPU")
-    assert whole.parts[-4:] == ("bench", "results", "a-cpu", "targets.json")
 
 
 def test_bad_flags(capsys):
@@ -241,17 +224,15 @@ def test_bad_flags(capsys):
         (["--only", "layer-986"], "did you mean layer-896"),
         (["--minutes", "0"], "more than 0"),
     ):
-        with pytest.raises(SystemExit):
-            targets_run.main(["--device", "cpu", *arguments])
+        assert bench(["targets", "--device", "cpu", *arguments]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_set_of_the_suite_is_the_targets(capsys):
-    assert kernels.main(["--device", "cpu", "--set", "targets", "--list"]) == 0
+    assert bench(["ops", "--device", "cpu", "--set", "targets", "--list"]) == 0
     listed = {tuple(line.split("  ")[:2]) for line in capsys.readouterr().out.splitlines() if line.count("  ") > 2}
     assert listed == {(target.op, target.case) for target in TARGETS if target.mode}
-    with pytest.raises(SystemExit):
-        kernels.main(["--device", "cpu", "--set", "target"])
+    assert bench(["ops", "--device", "cpu", "--set", "target"]) == 2
     assert "did you mean targets" in capsys.readouterr().err
 
 
@@ -281,7 +262,7 @@ def test_gemms_are_the_plans_products():
     bound = providers.Gemms().bind(found, given, weights, gradients=False)
     ours = providers.Ours().bind(found, given, weights, gradients=False)
     assert bound.limit.endswith("our encoder") and bound.notes()["gemm_flops"] == ours.notes()["plan_flops"]
-    assert kernels.checked(bound, None, gradients=False) == (None, None)
+    assert entries.checked(bound, None, gradients=False) == (None, None)
     assert not providers.Gemms().serves(workloads.Workload("encode", workloads.CASES["px-tiny"]))
 
 
@@ -410,11 +391,12 @@ def test_compiling_too_long_is_a_reason(tmp_path, monkeypatch):
         def bind(self, *args, **kwargs):
             time.sleep(5)
 
-    monkeypatch.setattr(targets_run, "all_providers", lambda: {"hia": providers.Ours(), "eager": Slow()})
+    for module in (targets, session):
+        monkeypatch.setattr(module, "all_providers", lambda: {"hia": providers.Ours(), "eager": Slow()})
     chosen = (Target("slow", "speedup", "stem", "px-tiny", "forward", ("eager",), 1.0),)
-    for module in (catalogue, targets_run):
+    for module in (catalogue, targets):
         monkeypatch.setattr(module, "TARGETS", chosen)
     arguments = ["--device", "cpu", "--quick", "--compile-minutes", "0.001", "--out", str(tmp_path)]
-    assert targets_run.main(arguments) == 0
+    assert bench(["targets", *arguments]) == 0
     (verdict,) = json.loads((tmp_path / "targets.json").read_text())["targets"]
     assert verdict["verdict"] == "not measured" and "compiling took more than the 0 s" in verdict["note"]

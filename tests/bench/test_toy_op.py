@@ -10,15 +10,14 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bench import workloads
+from bench.__main__ import main as bench
 from bench.compare import regression
 from bench.compare import worker as regression_worker
 from bench.launches import limits
 from bench.launches import workloads as launches
 from bench.launches.compile import compile_all
 from bench.launches.device import TARGETS
-from bench.ops import options as kernels_args
-from bench.ops import run as kernels
-from bench.ops import tune
+from bench.ops.plan import Request, make_plan
 from bench.records.record import read_records
 from hia_kernels.core import backend, triton_support
 
@@ -35,7 +34,7 @@ def test_it_is_unknown_elsewhere():
 
 
 def measured(path) -> tuple[int, dict]:
-    code = kernels.main(["--quick", "--device", "cpu", "--op", OP, "--json", str(path)])
+    code = bench(["ops", "--quick", "--device", "cpu", "--op", OP, "--json", str(path)])
     return code, {(record.provider, record.mode): record for record in read_records(path)}
 
 
@@ -93,5 +92,5 @@ def test_it_gets_a_compile_case_and_is_tuned(toy, monkeypatch):
         inputs = workloads.make_inputs(large, torch.bfloat16, "cpu")
     assert all(isinstance(x, FakeTensor) and x.shape == (4096, 5120) for x in inputs.values())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(["--op", OP]) == 2, "tuning knows the op; it lacks a device alone"
-    assert [workload.name for workload, _ in kernels_args.parse(["--device", "cpu", "--op", OP]).plan] == ["small"]
+    assert bench(["tune", "--op", OP]) == 2, "tuning knows the op; it lacks a device alone"
+    assert [workload.name for workload, _ in make_plan(Request(device="cpu", op=[OP])).steps] == ["small"]

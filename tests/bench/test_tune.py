@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import types
 
@@ -9,8 +10,13 @@ import pytest
 import torch
 
 import hia_kernels
+from bench.__main__ import main as bench
 from bench.measure.timing import Budget
-from bench.ops import tune
+from bench.measure.worker import DeviceFailed, Inline
+from bench.records import files
+from bench.tune import race as races
+from bench.tune import run as tune_run
+from bench.tune import search as tune
 from bench.workloads.conv_norm_act import resnet50_shapes
 from hia_kernels.core import tuning
 from hia_kernels.ops.conv_norm_act import cpu
@@ -109,7 +115,7 @@ def test_the_file_is_what_launchers_read(tmp_path, monkeypatch):
     path = tmp_path / "fake-9000.json"
     path.write_text(json.dumps({"configurations": {"fake/old": {"num_warps": 1}, "fake/fwd-c64": {"num_warps": 2}}}))
     tuned = tuned_by(lambda config: 1.0 if config["num_warps"] == 8 else 2.0)
-    tune.write(path, tuned, {"device": "Fake 9000"})
+    tune_run.write(path, tuned, {"device": "Fake 9000"})
     assert tuning.stored("fake-9000") == {"fake/fwd-c64": {"num_warps": 8}, "fake/old": {"num_warps": 1}}
     launcher = Launcher()
     launcher()
@@ -122,9 +128,9 @@ SMALL_KEY = "conv_norm_act/k3s1-px32-c8-oc16-float32"
 
 
 @pytest.fixture
-def rivals(monkeypatch):
+def candidates(monkeypatch):
     """Two that the CPU has."""
-    monkeypatch.setitem(tune.RIVALS, "conv_norm_act", ("reference", "cpu"))
+    monkeypatch.setitem(races.CANDIDATES, "conv_norm_act", ("reference", "cpu"))
 
 
 def race(seconds_by_backend):
@@ -134,41 +140,41 @@ def race(seconds_by_backend):
         call()
         return seconds_by_backend[hia_kernels.last_backend("conv_norm_act")]
 
-    return tune.race(SMALL, torch.float32, tuned, clock, "cpu", BUDGET), tuned
+    return races.race(SMALL, torch.float32, tuned, clock, "cpu", BUDGET), tuned
 
 
-def test_the_faster_backend_is_kept(rivals):
+def test_the_faster_backend_is_kept(candidates):
     name, tuned = race({"reference": 2.0, "cpu": 1.0})
     assert name == SMALL_KEY
     assert tuned.backends == {name: "cpu"} and tuned.gains == {name: 2.0}
 
 
-def test_the_usual_backend_stays_within_the_noise_and_says_so(rivals):
+def test_the_usual_backend_stays_within_the_noise_and_says_so(candidates):
     for seconds in (0.98, 5.0):
         name, tuned = race({"reference": 1.0, "cpu": seconds})
         assert tuned.backends == {SMALL_KEY: "reference"} and tuned.gains == {name: 1.0}
 
 
-def test_a_backend_that_is_wrong_or_missing_does_not_race(rivals, monkeypatch):
+def test_a_backend_that_is_wrong_or_missing_does_not_race(candidates, monkeypatch):
     assert cpu.unavailable_reasons() == []
-    original = tune.hia_kernels.conv_norm_act
+    original = races.hia_kernels.conv_norm_act
 
     def wrong(**arguments):
         out = original(**arguments)
         return out + 1 if hia_kernels.last_backend("conv_norm_act") == "cpu" else out
 
-    monkeypatch.setattr(tune.hia_kernels, "conv_norm_act", wrong)
+    monkeypatch.setattr(races.hia_kernels, "conv_norm_act", wrong)
     assert race({"reference": 2.0, "cpu": 1.0})[0] is None
-    monkeypatch.setattr(tune.hia_kernels, "conv_norm_act", original)
+    monkeypatch.setattr(races.hia_kernels, "conv_norm_act", original)
     assert race({"reference": 2.0, "cpu": 1.0})[0] == SMALL_KEY
-    monkeypatch.setitem(tune.RIVALS, "conv_norm_act", ("reference", "cudnn"))
+    monkeypatch.setitem(races.CANDIDATES, "conv_norm_act", ("reference", "cudnn"))
     name, tuned = race({"reference": 2.0, "cudnn": 1.0})
     assert name is None and tuned.backends == {}
 
 
-def test_a_shape_is_measured_once(rivals):
+def test_a_shape_is_measured_once(candidates):
     tuned = tune.Tuned(backends={SMALL_KEY: "cpu"})
-    assert tune.race(SMALL, torch.float32, tuned, None, "cpu") is None
+    assert races.race(SMALL, torch.float32, tuned, None, "cpu") is None
 
 
 def test_the_shapes_of_resnet50():
@@ -184,7 +190,7 @@ def test_backends_are_in_the_file_that_the_table_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     path, old = tmp_path / "fake-9000.json", "conv_norm_act/k1s1-px64-c8-oc8-float32"
     path.write_text(json.dumps({"configurations": {}, "backends": {old: "triton"}, "gains": {old: 1.0, "gone": 2.0}}))
-    tune.write(path, tune.Tuned(backends={SMALL_KEY: "cudnn"}, gains={SMALL_KEY: 1.5}), {})
+    tune_run.write(path, tune.Tuned(backends={SMALL_KEY: "cudnn"}, gains={SMALL_KEY: 1.5}), {})
     assert json.loads(path.read_text())["gains"] == {old: 1.0, SMALL_KEY: 1.5}
     key = SMALL_KEY.removeprefix("conv_norm_act/")
     assert tuning.measured_backend("conv_norm_act", key, DEVICE) == "cudnn"
@@ -195,8 +201,52 @@ def test_backends_are_in_the_file_that_the_table_reads(tmp_path, monkeypatch):
 
 def test_needs_a_device(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main([]) == 2
+    assert bench(["tune"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        tune.main(["--op", "stemm"])
+    assert bench(["tune", "--op", "stemm"]) == 2
     assert "did you mean stem" in capsys.readouterr().err
+
+
+class Fake:
+    """Runs tasks: finds a key in each, and breaks the device in another that it has not seen."""
+
+    def __init__(self, dtype, tuned):
+        self.tuned = copy.deepcopy(tuned)
+
+    def run(self, task, channel):
+        channel.say("fake/bad", "fake/bad")
+        if "fake/bad" not in self.tuned.seen:
+            raise DeviceFailed("the device failed (illegal access)")
+        self.tuned.seen[f"fake/{task.name}"] = {"num_warps": 4}
+        self.tuned.configurations[f"fake/{task.name}"] = {"num_warps": 8}
+        self.tuned.gains[f"fake/{task.name}"] = 1.5
+        channel.found(copy.deepcopy(self.tuned))
+
+
+@pytest.fixture
+def run_without_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
+    monkeypatch.setattr(tune_run.environment, "describe", lambda _device: {"device": "Fake 9000"})
+    monkeypatch.setattr(tune_run, "Session", Fake)
+    monkeypatch.setattr(tune_run, "Isolated", Inline)
+    names = [types.SimpleNamespace(op="fake", name=name) for name in ("one", "two")]
+    monkeypatch.setattr(tune_run, "tasks_of", lambda ops: names)
+
+
+@pytest.mark.usefixtures("run_without_gpu")
+def test_a_key_that_breaks_the_device_costs_itself_alone(capsys):
+    assert tune_run.run(["fake"], "bf16", minutes=None, out=None, record=False) == 0
+    printed = capsys.readouterr().out
+    assert "failed: fake/bad: the device failed (illegal access)" in printed
+    assert "fake/one: {'num_warps': 8}, 1.5 times as fast" in printed and "2 of 3 keys" in printed
+    found = json.loads((files.OUT / "fake-9000" / "tuned.json").read_text())
+    assert set(found["configurations"]) == {"fake/one", "fake/two"} and not tuning.FOLDER.exists()
+    assert "--record writes there" in printed
+    assert tune_run.run(["fake"], "bf16", minutes=None, out=None, record=True) == 0
+    assert (tuning.FOLDER / "fake-9000.json").exists()
+
+
+@pytest.mark.usefixtures("run_without_gpu")
+def test_tuning_ends_when_the_time_is_over(capsys):
+    assert tune_run.run(["fake"], "bf16", minutes=-1.0, out=None, record=False) == 0
+    assert "the time is over, 2 of 2 tasks were not begun" in capsys.readouterr().out

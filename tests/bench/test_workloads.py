@@ -58,3 +58,31 @@ def test_rows_are_those_of_the_layout(name):
     layout = layout_of(case, "cpu")
     for runs, rows in ((case.visual_runs, layout.visual_rows), (case.instruction_runs, layout.instruction_rows)):
         assert torch.equal(torch.cat([torch.arange(start, stop) for start, stop in runs]), rows)
+
+
+def test_the_named_shapes_are_the_real_ones():
+    case = workloads.CASES["13b-896-2img-b4"]
+    assert (case.hidden_size, case.batch, case.images, case.seq_len) == (5120, 4, 8, 2 * 576 + 60)
+    assert case.feature_lengths == [28 * 28] * 8 and case.config.head_dim == 128
+    assert workloads.CASES["13b-released-896-2img"].config.head_dim == 640
+    assert workloads.CASES["7b-released-448"].config.head_dim == 512
+    assert workloads.CASES["lite-4096"].config.dim == 1024 and workloads.CASES["lite-4096"].feature_lengths == [
+        128 * 128
+    ]
+    assert not workloads.CASES["13b-ragged-b4"].is_even
+    for host in ("13b", "7b"):
+        for side in (448, 896, 1792, 4096):
+            assert {f"{host}-{side}", f"{host}-{side}-2img", f"{host}-{side}-b4", f"{host}-{side}-2img-b4"} <= set(
+                workloads.CASES
+            )
+
+
+@pytest.mark.parametrize("op", workloads.ops() + workloads.composites())
+def test_every_op_has_cases_in_every_set(op):
+    for name in ("cpu", "gpu", "quick"):
+        assert [found for found in workloads.workloads(op) if workloads.in_set(found, name)], f"{op} has none in {name}"
+
+
+def test_unknown_op_of_workloads():
+    with pytest.raises(ValueError, match="op must be among .*, got 'stemm'"):
+        workloads.workloads("stemm")

@@ -72,7 +72,7 @@ COUNTS = (
         file="hia_kernels/core/costs.py",
         old='"backward": backward,',
         new='"backward": forward + backward,',
-        tests=(f"{TESTS}/test_kernels.py::test_costs_of_attention_are_those_of_its_page",),
+        tests=(f"{TESTS}/test_costs.py::test_costs_of_attention_are_those_of_its_page",),
         why="a backward seems to run at more than the device can do",
     ),
     Mutant(
@@ -81,7 +81,7 @@ COUNTS = (
         file="bench/measure/costs.py",
         old='return both if mode == "both" else both - forward',
         new="return both",
-        tests=(f"{TESTS}/test_kernels.py::test_a_composites_passes_add_up",),
+        tests=(f"{TESTS}/test_costs.py::test_a_composites_passes_add_up",),
         why="a training step's backward seems to run at more than the device can do",
     ),
     Mutant(
@@ -90,7 +90,7 @@ COUNTS = (
         file="hia_kernels/ops/norm_linear/inputs.py",
         old="read, out = itemsize * rows * channels + parameters + index",
         new="read, out = itemsize * shape.tokens * channels + parameters + index",
-        tests=(f"{TESTS}/test_kernels.py::test_gathering_reads_the_rows_that_are_named",),
+        tests=(f"{TESTS}/test_costs.py::test_gathering_reads_the_rows_that_are_named",),
         why="a roofline holds rows that nobody reads, and ops seem to beat the memory",
     ),
     Mutant(
@@ -196,13 +196,13 @@ VERDICTS = (
         why="a record names a commit that its numbers are not of",
     ),
     Mutant(
-        name="a-failed-gate-is-timed",
+        name="wrong-results-are-timed",
         kind="missing check",
-        file="bench/ops/run.py",
+        file="bench/ops/entries.py",
         old="if problem is not None:",
         new='if problem == "":',
         after="return refusal(raised, [str(warning.message)",
-        tests=(f"{TESTS}/test_kernels.py::test_a_peer_that_fails_is_a_red_row_and_absence_a_reason",),
+        tests=(f"{TESTS}/test_ops.py::test_a_peer_that_fails_is_a_red_row_and_absence_a_reason",),
         why="a provider that computes something else wins the comparison",
     ),
     Mutant(

@@ -1,0 +1,76 @@
+"""The commands ``encoder-forms`` and ``deep-forms``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import cli
+
+Numbers = list[int] | None
+
+
+def encoder_forms(
+    px: Annotated[
+        Numbers,
+        typer.Option(metavar="PX", help="Sides: by default 896 2048.", callback=cli.within(64, 8192)),
+    ] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="parameters, whole, fresh, onednn, strips, budget; by default all."),
+    ] = None,
+    budget_mib: Annotated[int, typer.Option(metavar="M", help="Of activations.", callback=cli.within(low=1))] = 128,
+    width: Annotated[
+        int, typer.Option(metavar="C", help="Of the encoder; 64 is ResNet-50's.", callback=cli.within(low=1))
+    ] = 64,
+    seconds: Annotated[float, typer.Option(metavar="S", help="For each side.", callback=cli.within(above=0))] = 30,
+) -> int:
+    """Time ways to run the folded encoder on the CPU, in turns, with their memory.
+
+    - `parameters`: not folded; each convolution scales its weight first
+    - `whole`: folded, every map as a whole
+    - `fresh`: the same without the memory that is kept between images
+    - `onednn`: the same by oneDNN alone, `HIA_BACKEND=cpu`
+    - `strips`: folded, as it is by default: in strips up to the first halving where maps are large
+    - `budget`: folded, in strips through the whole network, within `--budget-mib`
+    """
+    from .encoder import FORMS, run
+
+    forms = cli.some_of("--form", form or FORMS, FORMS)
+    return run(px or (896, 2048), forms, width=width, budget_mib=budget_mib, seconds=seconds)
+
+
+def deep_forms(
+    tokens: Annotated[Numbers, typer.Option(metavar="N", help="Of the image: by default 8192 16384.")] = None,
+    channels: Annotated[int, typer.Option(metavar="C", help="Of the features, a multiple of 32.")] = 2048,
+    dim: Annotated[int, typer.Option(metavar="D", help="Of the adapter.")] = 5120,
+    queries: Annotated[int, typer.Option(metavar="M", help="Of the adapter.")] = 256,
+    heads: Annotated[int, typer.Option(metavar="H", help="Of the attention.")] = 8,
+    forms: Annotated[list[str] | None, typer.Option(metavar="NAME", help="By default ln_folded_kv ln_folded_absorbed.")] = None,
+    features: Annotated[
+        str, typer.Option(metavar="NAME", help="What they are drawn from: rectified, far-from-zero, heavy-tailed.")
+    ] = "rectified",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of what is judged: fp32, bf16, fp16.")] = "bf16",
+    exact: Annotated[str, typer.Option(metavar="DTYPE", help="Of what it is judged by: fp32 or fp64.")] = "fp32",
+    device: cli.Device = "cpu",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of weights and features.")] = 0,
+) -> int:
+    """Show how exact the extractor's ln_folded forms are in half precision at many tokens, beside direct's own error."""
+    from ..records.devices import DTYPES
+    from .deep import EXACT, FEATURES, Sizes, run
+
+    if channels % 32:
+        raise cli.BadOption(f"--channels: must be a multiple of 32, got {channels}")
+    sizes = Sizes(
+        channels,
+        dim,
+        queries,
+        heads,
+        cli.one_of("--features", features, FEATURES),
+        cli.one_of("--dtype", dtype, DTYPES),
+        cli.one_of("--exact", exact, EXACT),
+        cli.device_of(device),
+        seed,
+    )
+    return run(sizes, tokens or (8192, 16384), forms or ("ln_folded_kv", "ln_folded_absorbed"))

@@ -1,0 +1,38 @@
+"""The command ``profile``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import cli
+
+
+def profile(
+    op: Annotated[str, typer.Argument(help="An op or a composite.")],
+    case: Annotated[str, typer.Argument(help="One of its cases, as the tables of `ops` name them.")],
+    role: Annotated[str, typer.Option(metavar="NAME", help="Where the op has several: by default the first.")] = "",
+    provider: Annotated[str, typer.Option(metavar="NAME", help="Who is profiled.")] = "hia",
+    mode: Annotated[
+        str | None, typer.Option(metavar="MODE", help="forward or both; by default both for training steps.")
+    ] = None,
+    dtype: cli.Dtype = None,
+    device: cli.Device = "auto",
+    rows: Annotated[int, typer.Option(metavar="N", help="The largest are shown.", callback=cli.within(low=1))] = 16,
+    shapes: Annotated[bool, typer.Option("--shapes", help="A row for each op and shapes of its tensors.")] = False,
+    out: cli.Out = None,
+    record: cli.Record = False,
+) -> int:
+    """Show where the time of one call goes, op by op, as a Markdown table."""
+    from ..records.environment import device_name
+    from ..records.files import results_folder, shown, write_text
+    from .run import choose, run
+
+    choice = choose(op, case, role=role, provider=provider, mode=mode, dtype=dtype, device=device)
+    text = run(choice, rows=rows, shapes=shapes)
+    print(text)
+    folder = results_folder(device_name(choice.device), out=out, record=record)
+    name = "-".join((op, choice.workload.name.replace(":", "-"), provider))
+    print(f"\nwritten: {shown(write_text(folder / 'profiles' / f'{name}.md', text + chr(10)))}")
+    return 0

@@ -1,0 +1,1 @@
+"""The fastest configurations of the Triton kernels and backends on a GPU."""

@@ -1,0 +1,37 @@
+"""The command ``tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import cli
+
+
+def tune(
+    op: Annotated[list[str] | None, typer.Option("--op", metavar="NAME", help="Ops. By default all.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Of the inputs: fp32, bf16 or fp16.")] = "bf16",
+    minutes: cli.Minutes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Instead of `out/<device>/tuned.json`.")
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Write to `hia_kernels/core/tuned/<device>.json`, which launchers read."),
+    ] = False,
+) -> int:
+    """Time configurations of the Triton kernels on this GPU, and backends against each other; keep the fastest.
+
+    What has wrong results is not timed, and a configuration that breaks the device costs its key alone. The file keeps
+    what it held of keys that this run does not meet.
+    """
+    from ..records.devices import DTYPES
+    from ..workloads import ops
+    from .run import run
+
+    chosen = cli.some_of("--op", op or ["*"], ops())
+    dtype = cli.one_of("--dtype", dtype, DTYPES)
+    cli.device_of("cuda")
+    return run(chosen, dtype, minutes=minutes, out=out, record=record)

@@ -1,0 +1,67 @@
+"""Backends timed against each other at the shapes of ResNet-50: the op's table takes the fastest from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import hia_kernels
+from hia_kernels.ops.conv_norm_act import cudnn
+from hia_kernels.ops.conv_norm_act import inputs as convolution
+from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
+from hia_kernels.testing import analysed
+
+from ..measure.accuracy import Truth
+from ..measure.timing import Budget, Clock, interleaved
+from .search import BUDGET, GAIN, Tuned, using
+
+CANDIDATES = {"conv_norm_act": ("triton", "cudnn")}  # the first serves where nothing was measured
+
+
+def race(
+    shape: convolution.Shape,
+    dtype: torch.dtype,
+    tuned: Tuned,
+    clock: Clock,
+    device: str = "cuda",
+    budget: Budget = BUDGET,
+) -> str | None:
+    """Time the backends of ``conv_norm_act`` at a shape; the first keeps what another does not clearly win.
+
+    Returns:
+        Its name in the file; None if that was measured before, or if only one of them has right results here.
+    """
+    inputs = convolution.make_inputs(shape, dtype, device)
+    inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
+    name = f"conv_norm_act/{cudnn.backend_key(inputs['x'], inputs['weight'], shape.stride)}"
+    if name in tuned.backends:
+        return None
+    truth = Truth({"out0": conv_norm_act_ref(**analysed(inputs, dtype))}, {"out0": conv_norm_act_ref(**inputs)}, dtype)
+
+    def with_backend(name: str) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with hia_kernels.use_backend(name), using(tuned.configurations):
+                return hia_kernels.conv_norm_act(**inputs)
+
+        return run
+
+    calls = {}
+    for candidate in CANDIDATES["conv_norm_act"]:
+        try:
+            wrong = truth.check({"out0": with_backend(candidate)()})[0]
+        except (NotImplementedError, RuntimeError) as raised:
+            wrong = str(raised)
+        if wrong is None:
+            calls[candidate] = with_backend(candidate)
+    if len(calls) < 2:
+        return None
+    times = interleaved(calls, clock, budget, shortest_ms=0.0)
+    medians = {candidate: samples.percentile(50) for candidate, samples in times.items() if samples.times_ms}
+    usual = CANDIDATES["conv_norm_act"][0]
+    if usual not in medians:
+        return None
+    best = min(medians, key=lambda candidate: medians[candidate])
+    tuned.backends[name] = best if medians[usual] > (1 + GAIN) * medians[best] else usual
+    tuned.gains[name] = round(medians[usual] / medians[tuned.backends[name]], 3)
+    return name

@@ -1,0 +1,170 @@
+"""``python -m bench tune``: what is fastest on this GPU, kept in a file that launchers and backend tables read."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hia_kernels.core import tuning
+from hia_kernels.ops.conv_norm_act import inputs as convolution
+
+from ..measure.timing import CudaClock, exact_matmuls, synchronize
+from ..measure.worker import Channel, DeviceFailed, Isolated, Worker
+from ..progress import Progress
+from ..records import environment
+from ..records.devices import torch_dtype
+from ..records.files import read_json, results_folder, shown, write_json
+from ..workloads import RESOLUTIONS, Workload, gpu_workloads
+from ..workloads.conv_norm_act import resnet50_shapes
+from .race import race
+from .search import Tuned, tune_workload
+
+FILE = "tuned.json"
+Task = Workload | convolution.Shape  # whose keys are tuned, or at which backends race
+
+
+class Session:
+    """Runs tasks on the GPU, and hands over all that is known after each.
+
+    Args:
+        dtype: of the inputs.
+        tuned: what is known before.
+    """
+
+    def __init__(self, dtype: str, tuned: Tuned) -> None:
+        os.environ["HIA_TUNED"] = "1"
+        self.dtype, self.tuned, self.clock = dtype, tuned, CudaClock()
+
+    def run(self, task: Task, channel: Channel) -> None:
+        """Run a task.
+
+        Raises:
+            DeviceFailed: a configuration broke the device.
+        """
+        with exact_matmuls():
+            if isinstance(task, Workload):
+                tune_workload(task, self.dtype, self.tuned, self.clock, begin=lambda name: channel.say(name, name))
+            else:
+                channel.say(f"backends at {task}")
+                race(task, torch_dtype(self.dtype), self.tuned, self.clock)
+        try:
+            synchronize("cuda")
+            torch.cuda.empty_cache()
+        except Exception as raised:
+            raise DeviceFailed(f"the device failed ({str(raised).partition(chr(10))[0]})") from raised
+        channel.found(self.tuned)
+
+
+@dataclass
+class Found:
+    """What is known so far; the channel of the tasks.
+
+    Attributes:
+        progress: told what is done.
+        tuned: everything.
+        failures: keys whose configurations broke the device, and why.
+    """
+
+    progress: Progress
+    tuned: Tuned = field(default_factory=Tuned)
+    failures: list[str] = field(default_factory=list)
+
+    def say(self, text: str, who: str = "", seconds: float | None = None) -> None:
+        """Show what is being done."""
+        self.progress.detail(text)
+
+    def found(self, item: Tuned) -> None:
+        """Keep what is known, and print what is new."""
+        for name in item.seen.keys() - self.tuned.seen.keys():
+            gain = item.gains.get(name)
+            print(f"{name}: " + (f"{item.configurations[name]}, {gain} times as fast" if gain else "as it is"))
+        for name in item.backends.keys() - self.tuned.backends.keys():
+            print(f"{name}: {item.backends[name]}, {item.gains[name]} times as fast")
+        self.tuned = item
+
+
+def tasks_of(ops: Iterable[str]) -> list[Task]:
+    """List the tasks of some ops: the GPU's workloads, then the convolutions at which backends race."""
+    chosen = set(ops)
+    found: list[Task] = [one for one in gpu_workloads() if one.op in chosen]
+    if "conv_norm_act" in chosen:
+        found += dict.fromkeys(shape for side in RESOLUTIONS for shape in resnet50_shapes(side))
+    return found
+
+
+def run(ops: Sequence[str], dtype: str, *, minutes: float | None, out: Path | None, record: bool) -> int:
+    """Tune and write.
+
+    Returns:
+        0; 130 after Ctrl-C, with what was found written.
+    """
+    facts = environment.describe("cuda")
+    path = out or path_of(facts["device"], record=record)
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    tasks, interrupted = tasks_of(ops), False
+    make = partial(Session, dtype)
+    worker = Isolated(partial(make, Tuned()))
+    with Progress(len(tasks)) as progress, closing(worker):
+        found = Found(progress)
+        try:
+            for number, task in enumerate(tasks):
+                if end is not None and time.monotonic() > end:
+                    print(f"the time is over, {len(tasks) - number} of {len(tasks)} tasks were not begun")
+                    break
+                progress.step(str(task) if isinstance(task, convolution.Shape) else f"{task.op} {task.name}")
+                run_task(task, worker, make, found)
+                worker.make = partial(make, found.tuned)  # what a fresh process knows
+                write(path, found.tuned, facts)
+                progress.done()
+        except KeyboardInterrupt:
+            interrupted = True
+            print("interrupted: what was found is kept")
+    tuned = found.tuned
+    for failure in found.failures:
+        print(f"failed: {failure}")
+    print(f"{len(tuned.configurations)} of {len(tuned.seen)} keys have a better configuration; written: {shown(path)}")
+    if not record and out is None:
+        print(f"launchers read {shown(tuning.FOLDER)}: --record writes there")
+    return 130 if interrupted else 0
+
+
+def run_task(task: Task, worker: Worker, make: Callable[[Tuned], Session], found: Found) -> None:
+    """Run a task, and again where one of its keys failed, which then counts as seen."""
+    failure = worker.run(task, found)
+    while failure is not None:
+        found.failures.append(f"{failure.who or task}: {failure.reason}")
+        if not failure.who or failure.who in found.tuned.seen:
+            return
+        found.tuned.seen[failure.who] = {}
+        worker.make = partial(make, found.tuned)
+        failure = worker.run(task, found)
+
+
+def path_of(device: str, *, record: bool) -> Path:
+    """Return the file of a device: the one that launchers read, or one beside the other results."""
+    return tuning.FOLDER / f"{tuning.device_slug(device)}.json" if record else results_folder(device) / FILE
+
+
+def write(path: Path, tuned: Tuned, facts: dict[str, Any]) -> None:
+    """Write the device's file: what was found now beside what it held of other keys."""
+    before = read_json(path) if path.exists() else {}
+    kept = {name: config for name, config in before.get("configurations", {}).items() if name not in tuned.seen}
+    backends = {**before.get("backends", {}), **tuned.backends}
+    gains = {name: gain for name, gain in before.get("gains", {}).items() if name in kept or name in backends}
+    content = {
+        "configurations": dict(sorted({**kept, **tuned.configurations}.items())),
+        "backends": dict(sorted(backends.items())),
+        "gains": dict(sorted({**gains, **tuned.gains}.items())),
+        "environment": facts,
+    }
+    write_json(path, content)
+    tuning.stored.cache_clear()
+    tuning.stored_backends.cache_clear()
