@@ -47,7 +47,7 @@ def deep_forms(
     dim: Annotated[int, typer.Option(metavar="D", help="Of the adapter.")] = 5120,
     queries: Annotated[int, typer.Option(metavar="M", help="Of the adapter.")] = 256,
     heads: Annotated[int, typer.Option(metavar="H", help="Of the attention.")] = 8,
-    forms: Annotated[list[str] | None, typer.Option(metavar="NAME", help="By default ln_folded_kv ln_folded_absorbed.")] = None,
+    forms: Annotated[list[str] | None, typer.Option(metavar="NAME", help="By default all folded ones.")] = None,
     features: Annotated[
         str, typer.Option(metavar="NAME", help="What they are drawn from: rectified, far-from-zero, heavy-tailed.")
     ] = "rectified",
@@ -56,7 +56,7 @@ def deep_forms(
     device: cli.Device = "cpu",
     seed: Annotated[int, typer.Option(metavar="N", help="Of weights and features.")] = 0,
 ) -> int:
-    """Show how exact the extractor's ln_folded forms are in half precision at many tokens, beside direct's own error."""
+    """Show how exact the extractor's ln_folded forms are in half precision, beside the direct form's own error."""
     from ..records.devices import DTYPES
     from .deep import EXACT, FEATURES, Sizes, run
 
