@@ -21,8 +21,7 @@ from hia.encoder import strips, workspace
 from hia.encoder.encoder import Encoder
 from hia.layers import plan
 from hia_kernels import use_backend
-from hia_kernels.ops.conv_norm_act import native
-from hia_kernels.ops.conv_norm_act.functional import packing_reasons
+from hia_kernels.ops.conv_norm_act.packed import serving_layout
 
 from .memory import StorageMeter, tensors_in
 
@@ -174,16 +173,10 @@ def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
             continue
         convs = [conv for conv in folded.convs if conv is not module.conv1]
         with unset_fake_temporarily():
-            if packing_reasons(torch.zeros(16, 16, 1, 1, dtype=module.conv1.weight.dtype)):
-                continue
-            native_serves = [
-                not native.unavailable_reasons() and not native.packing_unsupported_reasons(conv.weight)
-                for conv in convs
-            ]
-        for conv, serves in zip(convs, native_serves, strict=True):
-            points = native.POINTS if serves and native.is_winograd(conv.weight, conv.stride[0]) else 0
-            total += conv.weight.nbytes * (points or 9) // 9
-        if all(native_serves):
+            layouts = [serving_layout(conv.weight) for conv in convs]
+        packed = [(layout, conv) for layout, conv in zip(layouts, convs, strict=True) if layout is not None]
+        total += sum(layout.nbytes(conv.weight, conv.stride[0]) for layout, conv in packed)
+        if len(packed) == len(convs) and all(layout.writes_out for layout, _ in packed):
             total += max((_workspace_bytes(module, image) for image in pixels), default=0)
     return total
 

@@ -104,6 +104,8 @@ class BackendTable:
         for backend in self.backends:
             if forced is not None and backend.name != forced:
                 continue
+            if forced is None and function not in backend.functions:
+                continue  # which says nothing of the call
             reasons = backend.refusals(function, arguments, forced=forced is not None)
             if not reasons:
                 return backend, rejected

@@ -58,6 +58,13 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
     torch.library.impl(f"hia::{name}", "default")(run)
 
 
+def packing_unsupported_reasons(device_type: str) -> list[str]:
+    """Return why weights packed beforehand can't be used in this context, whoever serves; empty if they can."""
+    if torch.compiler.is_compiling():  # first: what else is asked can't be traced
+        return ["torch.compile is tracing"]
+    return ["autocast is on"] if autocast.is_enabled(device_type) else []
+
+
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give ``hia::name`` gradients, by what its forward's ``use_backend`` block forced if ``backward`` is in none.
 

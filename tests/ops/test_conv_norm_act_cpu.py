@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 import hia_kernels
 from hia_kernels import conv_norm_act
 from hia_kernels.core.products import Products
-from hia_kernels.ops.conv_norm_act import cpu, functional
-from hia_kernels.ops.conv_norm_act.functional import (
+from hia_kernels.ops.conv_norm_act import cpu
+from hia_kernels.ops.conv_norm_act import packed as packing
+from hia_kernels.ops.conv_norm_act.packed import (
     conv_norm_act_packed,
     conv_norm_act_packed_,
     conv_norm_act_packed_out,
@@ -219,9 +220,10 @@ def test_sizes_share_layouts_and_the_last_are_kept(monkeypatch):
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
     assert packed.layout(8, 8) is packed.layout(8, 8)
     made = []
-    pack_weight = functional.cpu.pack_weight
-    monkeypatch.setattr(functional.cpu, "pack_weight", lambda *args: made.append(args[3:]) or pack_weight(*args))
-    monkeypatch.setattr(functional.cpu, "layout_of", lambda _: b"even" if made[-1][0][0] % 2 == 0 else b"odd")
+    layout = type(cpu.LAYOUT)
+    pack = layout.__call__
+    monkeypatch.setattr(layout, "__call__", lambda *args: made.append(args[4:]) or pack(*args))
+    monkeypatch.setattr(layout, "describe", lambda *_: b"even" if made[-1][0][0] % 2 == 0 else b"odd")
     packed.layouts.clear(), packed.kinds.clear()
     even = packed.layout(8, 8)
     assert packed.layout(6, 6) is even and packed.layout(5, 5) is not even and packed.layout(6, 6, False) is even
@@ -229,13 +231,13 @@ def test_sizes_share_layouts_and_the_last_are_kept(monkeypatch):
     assert made == [((8, 8), True), ((6, 6), True), ((5, 5), True), ((6, 6), False)]  # no size twice
     assert packed.nbytes == 2 * 4 * inputs["weight"].numel() + 2 * 4 * 128
 
-    monkeypatch.setattr(functional.cpu, "layout_of", lambda _: b"")  # an older torch: a layout a size
+    monkeypatch.setattr(layout, "describe", lambda *_: b"")  # an older torch: a layout a size
     for side in (9, 10, 11, 12):
         packed.layout(side, side)
-    assert len(packed.layouts) == functional.KEPT_LAYOUTS == 3
-    monkeypatch.setattr(functional, "KEPT_SIZES", 2)
+    assert len(packed.layouts) == packing.KEPT_LAYOUTS == 3
+    monkeypatch.setattr(packing, "KEPT_SIZES", 2)
     packed.layout(13, 13)
-    assert list(packed.kinds) == [(13, 13, True)]
+    assert list(packed.kinds) == [("oneDNN", 13, 13, True)]
     x = torch.randn(1, 11, 3, 64)
     expected = conv_norm_act(x, inputs["weight"], inputs["scale"], inputs["shift"])
     assert_close("out", conv_norm_act_packed(x, packed), expected.double(), expected, dtype=F32)
@@ -264,7 +266,11 @@ def test_packed_errors():
     x, weight, scale, shift, residual = (inputs[name] for name in ("x", "weight", "scale", "shift", "residual"))
     packed = pack_conv(weight, scale, shift)
     calls = [
-        (lambda: pack_conv(weight.half(), scale, shift), NotImplementedError, "weight can't be packed: float16 is"),
+        (
+            lambda: pack_conv(weight.half(), scale, shift),
+            NotImplementedError,
+            "weight can't be packed: cpu: float16 is",
+        ),
         (lambda: pack_conv(weight, scale[1:], shift), ValueError, r"scale must have shape \[OC\], got \[23\]"),
         (lambda: pack_conv(weight, scale.double(), shift), TypeError, "scale must be float32, got float64"),
         (lambda: pack_conv(weight, scale, shift, 3), ValueError, "stride must be 1 or 2, got 3"),
@@ -286,7 +292,24 @@ def test_packed_errors():
         conv_norm_act_packed_out(residual, x, packed)
     with pytest.raises(ValueError, match=r"^hia::conv_norm_act_packed_out: out must have the output's"):
         conv_norm_act_packed_out(residual[:, 1:], x, packed)
-    with hia_kernels.use_backend("reference"), pytest.raises(NotImplementedError, match="HIA_BACKEND=reference"):
+    message = "weight can.t be packed: reference: has no conv_norm_act_pack"
+    with hia_kernels.use_backend("reference"), pytest.raises(NotImplementedError, match=message):
         pack_conv(weight, scale, shift)
     with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast is on"):
         pack_conv(weight, scale, shift)
+
+
+def test_a_backend_that_was_forced_after_packing():
+    """The table is asked again at every call: another layout, or every reason why there is none."""
+    inputs = make_inputs((5, 4), F32, channels=(32, 32))
+    packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
+    assert packed.unsupported_reasons() == []
+    with hia_kernels.use_backend("reference"):
+        assert packed.unsupported_reasons() == ["reference: has no conv_norm_act_pack"] and not packed.writes_out()
+        with pytest.raises(
+            NotImplementedError, match="^hia::conv_norm_act_packed: weight can't be packed: reference: "
+        ):
+            conv_norm_act_packed(inputs["x"], packed)
+    with hia_kernels.use_backend("auto"):
+        out = conv_norm_act_packed(inputs["x"], packed)
+    assert_close("out", out, conv_norm_act_ref(**analysed(inputs, F32)), conv_norm_act_ref(**inputs), dtype=F32)

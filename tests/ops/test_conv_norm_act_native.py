@@ -12,11 +12,12 @@ import hia_kernels
 from hia_kernels import conv_norm_act
 from hia_kernels.core import native as extension
 from hia_kernels.ops.conv_norm_act import native
-from hia_kernels.ops.conv_norm_act.functional import (
+from hia_kernels.ops.conv_norm_act.packed import (
     conv_norm_act_packed,
     conv_norm_act_packed_,
     conv_norm_act_packed_out,
     pack_conv,
+    serving_layout,
 )
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from hia_kernels.testing import analysed, assert_close, expect, upcast
@@ -157,11 +158,12 @@ def test_strips_bring_their_own_rows(kernel, stride):
 def test_one_layout_for_all_sizes():
     inputs = make_inputs((8, 8), F32, **WIDE)
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
-    assert packed.is_native() and packed.layout(8, 8) is packed.layout(5, 31, False)
+    assert packed.writes_out() and packed.layout(8, 8) is packed.layout(5, 31, False)
     assert packed.layout(8, 8).shape == (64, 32, 16)
     assert packed.nbytes == 4 * 64 * 32 * 16 + 2 * 4 * 64
+    assert serving_layout(inputs["weight"]).nbytes(inputs["weight"], 1) == 4 * 64 * 32 * 16
     with hia_kernels.use_backend("cpu"):
-        assert not packed.is_native() and packed.layout(8, 8).shape == (64, 32, 3, 3)
+        assert not packed.writes_out() and packed.layout(8, 8).shape == (64, 32, 3, 3)
 
 
 def test_what_takes_which_backend():

@@ -5,8 +5,7 @@ import torch
 
 from hia_kernels import last_backend, stem, use_backend
 from hia_kernels.core import tuning
-from hia_kernels.ops.stem import library
-from hia_kernels.ops.stem.functional import pack_stem, stem_packed, stem_packing_reasons
+from hia_kernels.ops.stem import library, pack_stem, packing_unsupported_reasons, stem_packed
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
 from hia_kernels.testing import analysed, assert_close, bounded, upcast
 from tests.hia.encoders import encoder_of, pixels_of
@@ -191,12 +190,15 @@ def test_a_packed_weight_is_checked(triton_device):
     for error, message, (some, windows) in errors:
         with pytest.raises(error, match=f"^hia::stem_packed: {message}"):
             stem_packed(some, windows, packed)
-    with pytest.raises(NotImplementedError, match="hia::stem_packed: weight can't be packed: float64 is left to"):
+    with pytest.raises(
+        NotImplementedError, match="hia::stem_packed: weight can't be packed: triton: float64 is left to"
+    ):
         packed_of(make_inputs((11, 12), torch.float64, triton_device))
     with use_backend("reference"):
-        assert stem_packing_reasons(inputs["weight"]) == ["HIA_BACKEND=reference is forced"]
+        assert packing_unsupported_reasons(inputs["weight"]) == ["reference: has no stem_pack"]
+        assert packed.unsupported_reasons(pixels) == ["reference: has no stem_packed"]
     with torch.autocast(triton_device, dtype=BF16):
-        assert stem_packing_reasons(inputs["weight"]) == ["autocast is on"]
+        assert packing_unsupported_reasons(inputs["weight"]) == packed.unsupported_reasons(pixels) == ["autocast is on"]
 
 
 def test_opcheck_of_the_packed_op(triton_device):

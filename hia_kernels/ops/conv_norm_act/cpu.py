@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.products import Products, Size
+from .layout import PACK, PACKED, Layout
 
-PACKED = ("conv_norm_act_packed", "conv_norm_act_packed_", "conv_norm_act_packed_out")  # functions of a packed weight
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
 LONGEST_SUM = (
     3 * 2**10
@@ -30,21 +30,17 @@ def unavailable_reasons() -> list[str]:
     return [] if torch.backends.mkldnn.is_available() else ["torch was built without oneDNN"]
 
 
-def unsupported_reasons(function: str, x: Tensor, weight: Tensor, **rest: Any) -> list[str]:
-    """Return why a call of any of the op's functions can't be served.
+def unsupported_reasons(function: str, weight: Tensor, x: Tensor | None = None, **rest: Any) -> list[str]:
+    """Return why a call of any of the op's functions can't be served, or a weight can't be packed.
 
     bf16 is for packed weights alone: to round a weight again after scaling it flips more of ReLU's decisions than the
     gradients' bound has room for.
     """
-    if function in PACKED:
-        if weight.dim() == 3:
-            return ["the weight is packed for the native kernels"]
-        return packing_unsupported_reasons(x)
-    return _reasons(x, (torch.float32,))
-
-
-def packing_unsupported_reasons(tensor: Tensor) -> list[str]:
-    """Why a weight, or an image that meets one, can't be of packed weights."""
+    if function in PACKED and weight.dim() == 3:
+        return ["the weight is packed for the native kernels"]
+    tensor = weight if x is None else x
+    if function != PACK and function not in PACKED:
+        return _reasons(tensor, (torch.float32,))
     found = _reasons(tensor, (torch.float32, torch.bfloat16))
     if tensor.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         found.append("bfloat16 needs AVX-512 here")
@@ -75,18 +71,29 @@ def _scaled_near(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(weight, scale[:, None, None, None], out=out)
 
 
-def pack_weight(weight: Tensor, scale: Tensor, stride: int, size: tuple[int, int], pad_rows: bool = True) -> Tensor:
-    """Scale a weight and lay it out as oneDNN wants it for images of ``size``; others are correct too, and slow."""
-    padding, strides, dilation, groups = _geometry(weight, stride, pad_rows)
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        _scaled(weight, scale).contiguous(), padding, strides, dilation, groups, [1, weight.shape[1], *size]
-    )
+class OneDnnLayout(Layout):
+    """What oneDNN wants for images of a size; for others it is correct too, and slow."""
+
+    name, by_size, writes_out = "oneDNN", True, False
+
+    def __call__(self, weight: Tensor, scale: Tensor, stride: int, size: tuple[int, int], pad_rows: bool) -> Tensor:
+        """Return a tensor of oneDNN's own, seen as [OC, C, K, K]."""
+        padding, strides, dilation, groups = _geometry(weight, stride, pad_rows)
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            _scaled(weight, scale).contiguous(), padding, strides, dilation, groups, [1, weight.shape[1], *size]
+        )
+
+    def nbytes(self, weight: Tensor, stride: int) -> int:
+        """Return those of the weight itself."""
+        return weight.nbytes
+
+    def describe(self, packed: Tensor) -> bytes:
+        """Return oneDNN's description; empty if this torch can't tell."""
+        describe = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
+        return b"" if describe is None else bytes(describe(packed).tolist())
 
 
-def layout_of(packed: Tensor) -> bytes:
-    """oneDNN's description of a packed weight: equal ones are interchangeable. Empty if this torch can't tell."""
-    describe = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
-    return b"" if describe is None else bytes(describe(packed).tolist())
+LAYOUT = OneDnnLayout()
 
 
 def _geometry(weight: Tensor, stride: int, pad_rows: bool) -> tuple[list[int], list[int], list[int], int]:

@@ -11,6 +11,7 @@ from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
 from ...core.products import BLAS
 from . import cpu, cudnn, native
+from .layout import PACK
 from .reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 
 registration.define(
@@ -67,6 +68,7 @@ BACKENDS = register_table(
             "conv_norm_act_packed": native.conv_norm_act_packed,
             "conv_norm_act_packed_": native.conv_norm_act_packed_inplace,
             "conv_norm_act_packed_out": native.conv_norm_act_packed_out,
+            PACK: native.LAYOUT,
         },
         native.unsupported_reasons,
         native.unavailable_reasons,
@@ -80,6 +82,7 @@ BACKENDS = register_table(
             "conv_norm_act_packed": cpu.conv_norm_act_packed,
             "conv_norm_act_packed_": cpu.conv_norm_act_packed_inplace,
             "conv_norm_act_packed_out": cpu.conv_norm_act_packed_out,
+            PACK: cpu.LAYOUT,
         },
         cpu.unsupported_reasons,
         cpu.unavailable_reasons,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...core import native
 from ...core.products import LARGE, is_large
 from . import cpu
+from .layout import PACK, PACKED, Layout
 
 CHANNELS = 32  # both channel counts are multiples of it: the kernels' panels
 POINTS = 16  # of a weight that the Winograd form has transformed, [OC, C, 16]; the direct form's is [OC, C, K * K]
@@ -21,8 +22,8 @@ FEWEST_TILES = 32  # of 2 x 2 outputs: below, transforming a weight for one call
 unavailable_reasons = native.cpu_unavailable_reasons
 
 
-def packing_unsupported_reasons(weight: Tensor) -> list[str]:
-    """Why a weight [OC, C, K, K] can't be packed for these kernels."""
+def _weight_reasons(weight: Tensor) -> list[str]:
+    """Return why a weight [OC, C, K, K] can't be these kernels'."""
     found = []
     if weight.device.type != "cpu":
         found.append(f"tensors must be on the CPU, got {weight.device}")
@@ -34,18 +35,20 @@ def packing_unsupported_reasons(weight: Tensor) -> list[str]:
 
 
 def is_winograd(weight: Tensor, stride: int) -> bool:
-    """Whether a weight [OC, C, K, K] takes the Winograd form."""
+    """Return whether a weight [OC, C, K, K] takes the Winograd form."""
     return weight.shape[-1] == 3 and stride == 1
 
 
-def unsupported_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
-    """Return why a call of any of the op's functions can't be served."""
-    if function in cpu.PACKED:
+def unsupported_reasons(function: str, weight: Tensor, **rest: Any) -> list[str]:
+    """Return why a call of any of the op's functions can't be served, or a weight can't be packed."""
+    if function == PACK:
+        return _weight_reasons(weight)
+    if function in PACKED:
         return [] if weight.dim() == 3 else ["the weight is not packed for the native kernels"]
-    if has_large_product(function, x, weight, stride, **rest):
-        return cpu.unavailable_reasons() + cpu.unsupported_reasons(function, x, weight)
-    found = packing_unsupported_reasons(weight)
-    if function == "conv_norm_act_bwd" and not is_winograd(weight, stride):
+    if has_large_product(function, weight=weight, **rest):
+        return cpu.unavailable_reasons() + cpu.unsupported_reasons(function, weight, rest["x"])
+    found = _weight_reasons(weight)
+    if function == "conv_norm_act_bwd" and not is_winograd(weight, rest["stride"]):
         found.append("gradients are for 3 x 3 with stride 1, or for a large product")
     return found
 
@@ -55,13 +58,13 @@ def has_large_product(function: str, x: Tensor, weight: Tensor, stride: int, act
     return any(is_large(*size) for size in cpu.product_sizes(function, x, weight, stride, activation, **rest))
 
 
-def slower_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
+def slower_reasons(function: str, weight: Tensor, **rest: Any) -> list[str]:
     """Return why oneDNN is faster; a packed weight has its transform behind it."""
-    if function in cpu.PACKED or has_large_product(function, x, weight, stride, **rest):
+    if function == PACK or function in PACKED or has_large_product(function, weight=weight, **rest):
         return []
-    if not is_winograd(weight, stride):
+    if not is_winograd(weight, rest["stride"]):
         return ["the direct form is oneDNN's, and packing its weight for one call costs more"]
-    images, height, width, _ = x.shape  # with stride 1 the gradient's too
+    images, height, width, _ = rest["x"].shape  # with stride 1 the gradient's too
     tiles = images * ((height + 1) // 2) * ((width + 1) // 2)
     return [] if tiles >= FEWEST_TILES else [f"{tiles} tiles don't pay for transforming the weight"]
 
@@ -85,8 +88,25 @@ def pack_weight(weight: Tensor, scale: Tensor, stride: int, turned: bool = False
     return out
 
 
+class PanelLayout(Layout):
+    """What these kernels want, for images of any size."""
+
+    name, by_size, writes_out = "native", False, True
+
+    def __call__(self, weight: Tensor, scale: Tensor, stride: int, size: tuple[int, int], pad_rows: bool) -> Tensor:
+        """Return :func:`pack_weight`'s."""
+        return pack_weight(weight, scale, stride)
+
+    def nbytes(self, weight: Tensor, stride: int) -> int:
+        """Return those of the weight, or of its transform."""
+        return weight.nbytes // 9 * POINTS if is_winograd(weight, stride) else weight.nbytes
+
+
+LAYOUT = PanelLayout()
+
+
 def kernel_size(weight_shape: torch.Size) -> int:
-    """Of a weight, packed for these kernels or not."""
+    """Return K of a weight, packed for these kernels or not."""
     if len(weight_shape) == 4:
         return weight_shape[2]
     return 1 if weight_shape[2] == 1 else 3

@@ -22,14 +22,13 @@ registration.define(
 
 _TRITON = "hia_kernels.ops.stem.triton"
 _FAR = 2**22  # elements; within a program's tile the Triton kernels count in 32 bits
+PACK = "stem_pack"  # the function of a row by which it packs a weight
 
 
-def _triton_unsupported(function, pixels, weight=None, taps=None, **rest):
-    return triton_reasons(pixels, taps if weight is None else weight)
-
-
-def triton_reasons(pixels, weight):
-    """Return why the Triton kernels can't serve these pixels with this weight, packed or not."""
+def _triton_unsupported(function, pixels=None, weight=None, taps=None, **rest):
+    if function == PACK:
+        return triton_support.device_reasons(weight)
+    weight = taps if weight is None else weight
     found = triton_support.device_reasons(pixels)
     if weight.dtype == torch.float64 and pixels.dtype != torch.float64:
         found += triton_support.device_reasons(weight)
@@ -46,6 +45,7 @@ BACKENDS = register_table(
             "stem": triton_support.lazy(f"{_TRITON}_fwd", "stem_fwd"),
             "stem_packed": triton_support.lazy(f"{_TRITON}_fwd", "stem_packed_fwd"),
             "stem_bwd": triton_support.lazy(f"{_TRITON}_bwd", "stem_bwd"),
+            PACK: triton_support.lazy(f"{_TRITON}_fwd", "pack_taps"),
         },
         _triton_unsupported,
         triton_support.unavailable_reasons,
@@ -54,9 +54,6 @@ BACKENDS = register_table(
     Backend("cpu", {"stem": cpu.stem_fwd, "stem_bwd": cpu.stem_bwd}, cpu.unsupported_reasons, cpu.unavailable_reasons),
     Backend("reference", {"stem": stem_ref, "stem_bwd": stem_bwd_ref}),
 )
-
-
-pack_taps = triton_support.lazy(f"{_TRITON}_fwd", "pack_taps")
 
 
 def _check_values(window, **rest):

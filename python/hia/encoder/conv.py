@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hia_kernels
-from hia_kernels.ops.conv_norm_act.functional import (
+from hia_kernels.ops import conv_norm_act as conv_op
+from hia_kernels.ops import stem as stem_op
+from hia_kernels.ops.conv_norm_act import (
     PackedConv,
     conv_norm_act_packed,
     conv_norm_act_packed_,
     conv_norm_act_packed_out,
     pack_conv,
-    packing_reasons,
 )
-from hia_kernels.ops.stem.functional import PackedStem, pack_stem, stem_packing_reasons
+from hia_kernels.ops.stem import PackedStem, pack_stem
 
 from ..versions import WeightVersion
 from .cuda_graphs import GraphCache
@@ -95,6 +96,11 @@ class FoldedEncoder:
     graphs: GraphCache = field(default_factory=GraphCache, repr=False)
     workspace_cache: WorkspaceCache = field(default_factory=WorkspaceCache, repr=False)
 
+    def packed_serves(self) -> bool:
+        """Tell whether the packed weights serve now: no other backend is forced, autocast is off."""
+        packs = [conv.packed for conv in self.convs.values() if conv.packed is not None]
+        return bool(packs) and not any(packed.unsupported_reasons() for packed in packs)
+
     @property
     def nbytes(self) -> int:
         """Count the bytes they occupy, memory that is kept for their use included."""
@@ -118,9 +124,9 @@ def fold_conv(
     weight, packed = conv.weight.detach(), None
     if weight.device.type != "cpu":
         weight = weight.contiguous(memory_format=torch.channels_last)
-    if pack and not packing_reasons(weight):
+    if pack and not conv_op.packing_unsupported_reasons(weight):
         packed = pack_conv(weight, scale, shift, conv.stride[0])
-    if stem is None or stem_packing_reasons(weight):
+    if stem is None or stem_op.packing_unsupported_reasons(weight):
         return FoldedConv(weight, scale, shift, packed)
     mean, std, pool = stem
     return FoldedConv(weight, scale, shift, packed, pack_stem(weight, mean, std, scale, shift, pool))
@@ -155,7 +161,7 @@ class ConvExecutor:
             dtype: of the activations.
             keep: whether the memory stays for the next image.
         """
-        if self.workspace_cache is None or not self.packed or not self._all_native():
+        if self.workspace_cache is None or not self.packed or not self._writes_out():
             yield
             return
         lease = self.workspace_cache.lease if keep else temporary_workspace
@@ -165,9 +171,9 @@ class ConvExecutor:
             finally:
                 self.workspace = None
 
-    def _all_native(self) -> bool:
+    def _writes_out(self) -> bool:
         """Tell whether every packed convolution writes into the memory it is given."""
-        return all(step.packed is None or step.packed.is_native() for step in self.weights.values())
+        return all(step.packed is None or step.packed.writes_out() for step in self.weights.values())
 
     def advance(self, out: Tensor) -> None:
         """Free a unit's input: ``out`` is the next unit's."""

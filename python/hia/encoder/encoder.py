@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hia_kernels
-from hia_kernels.ops.conv_norm_act.functional import packing_reasons
-from hia_kernels.ops.stem.functional import stem_packed, stem_packing_reasons, stem_reach
+from hia_kernels.ops.stem import stem_packed
+from hia_kernels.ops.stem.functional import stem_reach
 
 from ..config import HiAConfig
 from ..renamed import renamed
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
             weight, scale, shift = executor.folded(self.conv1, self.bn1)
             folded = executor.weights.get(self.conv1)
             packed = None if folded is None else folded.stem
-            if packed is not None and packed.mean is mean and not stem_packing_reasons(weight, pixels):
+            if packed is not None and packed.mean is mean and not packed.unsupported_reasons(pixels):
                 return stem_packed(pixels, window, packed)
             return hia_kernels.stem(pixels, window, mean, std, weight, scale, shift, self.pool)
         low, high = window[:, :, None, None, None].unbind(1)
@@ -269,7 +269,7 @@ class Encoder(nn.Module):
         if folded is None:
             return ConvExecutor()
         graphs = folded.graphs if self.cuda_graphs else None
-        return ConvExecutor(folded.convs, not packing_reasons(self.conv1.weight), graphs, folded.workspace_cache)
+        return ConvExecutor(folded.convs, folded.packed_serves(), graphs, folded.workspace_cache)
 
     def _encode(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: int | None) -> Tensor:
         """[N, H, W, CP], [N, 2] -> [N, H', W', C], the whole image's, whatever came in strips: positions go on last."""

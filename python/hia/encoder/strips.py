@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hia_kernels.ops.conv_norm_act.functional import packing_reasons
+from hia_kernels.ops.conv_norm_act import packing_unsupported_reasons
 
 from .conv import ConvExecutor
 
@@ -222,7 +222,8 @@ def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None
     """
     weight = encoder.conv1.weight
     size = weight.element_size()
-    if weight.device.type == "cpu" and (weight.dtype != torch.float32 or packing_reasons(weight)):
+    first = next(conv for unit in encoder.units() for conv, _ in unit.pairs())
+    if weight.device.type == "cpu" and (weight.dtype != torch.float32 or packing_unsupported_reasons(first.weight)):
         size *= 4  # plain PyTorch serves it, with temporaries in fp32 or fp64
     height, width = stem_size(encoder, height, width)
     stem_rows = height if rows is None else min(height, rows + 2 * STEM_HALO)

@@ -1,0 +1,219 @@
+"""``conv_norm_act`` with weights packed beforehand: a cache of the layouts that the rows of its table ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...core import registration
+from ...core.checks import FLOATS, check_choice, check_devices, check_dtypes, check_shapes
+from . import library
+from .functional import ACTIVATIONS
+from .layout import PACK, Layout
+
+KEPT_LAYOUTS = 3
+KEPT_SIZES = 1024
+
+
+def serving_layout(weight: Tensor) -> Layout | None:
+    """Return how the row that serves packed weights now wants ``weight``; None if no row does."""
+    row, _ = library.BACKENDS.find(PACK, {"weight": weight})
+    return None if row is None else cast(Layout, row.functions[PACK])
+
+
+def packing_unsupported_reasons(weight: Tensor) -> list[str]:
+    """Return why packed weights can't serve a call with ``weight`` now; empty if they can.
+
+    By the table, which a forced backend narrows; no autocast, and outside torch.compile (which packs by itself when its
+    freezing is on).
+    """
+    reasons = registration.packing_unsupported_reasons(weight.device.type)
+    if reasons:
+        return reasons
+    row, rejected = library.BACKENDS.find(PACK, {"weight": weight})
+    return rejected if row is None else []
+
+
+@dataclass(frozen=True)
+class PackedConv:
+    """Inference weights of one step, made by :func:`pack_conv`: plain values, no parameters.
+
+    The row of the table that serves now says how the weight is laid out. The native kernels have one layout. oneDNN
+    chooses one by the image's size, and reading another one's is slower than packing again; most sizes share one of a
+    few layouts, so the last of those are kept, and which size takes which is remembered.
+
+    Attributes:
+        weight: [OC, C, K, K], the caller's: not copied, and read again for a new layout.
+        scale: [OC].
+        shift: [OC].
+        stride: 1 or 2.
+        layouts: packed weights by the description of their layout, at most :data:`KEPT_LAYOUTS`, oldest first.
+            oneDNN's can't be indexed or saved.
+        kinds: which of them images take, by the layout's name, height, width and whether rows are padded; at most
+            :data:`KEPT_SIZES`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    stride: int
+    layouts: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+    kinds: dict[tuple[Any, ...], bytes] = field(default_factory=dict, repr=False)
+
+    def layout(self, height: int, width: int, pad_rows: bool = True) -> Tensor:
+        """Return the scaled weight as the row that serves images of this size wants it.
+
+        Raises:
+            NotImplementedError: no row serves packed weights now.
+        """
+        layout = _layout_or_raise(self.weight)
+        size = (layout.name, height, width, pad_rows) if layout.by_size else (layout.name,)
+        kind = self.kinds.get(size)
+        found = None if kind is None else self.layouts.pop(kind, None)
+        if kind is None or found is None:
+            packed = layout(self.weight, self.scale, self.stride, (height, width), pad_rows)
+            kind = layout.describe(packed) or repr(size).encode()
+            found = self.layouts.pop(kind, packed)
+            while len(self.layouts) >= KEPT_LAYOUTS:
+                self.layouts.pop(next(iter(self.layouts)))
+            if len(self.kinds) >= KEPT_SIZES:
+                self.kinds.clear()
+            self.kinds[size] = kind
+        self.layouts[kind] = found
+        return found
+
+    def unsupported_reasons(self) -> list[str]:
+        """Return why it can't be used now; empty if it can."""
+        return packing_unsupported_reasons(self.weight)
+
+    def writes_out(self) -> bool:
+        """Return whether :func:`conv_norm_act_packed_out` would write where it is told to now, without a copy."""
+        layout = serving_layout(self.weight)
+        return layout is not None and layout.writes_out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        kept = sum(layout.numel() * layout.element_size() for layout in self.layouts.values())
+        return kept + self.scale.nbytes + self.shift.nbytes
+
+
+def _layout_or_raise(weight: Tensor) -> Layout:
+    layout = serving_layout(weight)
+    if layout is None:
+        reasons = "; ".join(packing_unsupported_reasons(weight))
+        raise NotImplementedError(f"hia::conv_norm_act_packed: weight can't be packed: {reasons}")
+    return layout
+
+
+def pack_conv(weight: Tensor, scale: Tensor, shift: Tensor, stride: int = 1) -> PackedConv:
+    """Prepare to fold the scale into the weight and lay it out once, or once for a size, instead of in every call.
+
+    Args:
+        weight: [OC, C, K, K] fp32 or bf16 on the CPU; it must not change afterwards.
+        scale:  [OC] fp32, likewise.
+        shift:  [OC] fp32, likewise.
+        stride: 1 or 2.
+
+    Returns:
+        For :func:`conv_norm_act_packed`.
+
+    Raises:
+        NotImplementedError: see :func:`packing_unsupported_reasons`. ValueError, TypeError: as :func:`conv_norm_act`.
+    """
+    op = "conv_norm_act_packed"
+    check_choice(op, "stride", stride, (1, 2))
+    check_dtypes(op, weight=(weight, FLOATS))
+    reasons = packing_unsupported_reasons(weight)
+    if reasons:
+        raise NotImplementedError(f"hia::{op}: weight can't be packed: " + "; ".join(reasons))
+    check_dtypes(op, scale=(scale, torch.float32), shift=(shift, torch.float32))
+    dims = check_shapes(op, weight=(weight, "OC C K K"), scale=(scale, "OC"), shift=(shift, "OC"))
+    check_devices(op, weight=weight, scale=scale, shift=shift)
+    check_choice(op, "weight's K", dims["K"], (1, 3))
+    return PackedConv(weight.detach(), scale.detach(), shift.detach(), stride)
+
+
+def _check_packed(
+    op: str, x: Tensor, packed: PackedConv, residual: Tensor | None, activation: str, pad: bool, name: str = "residual"
+) -> None:
+    check_choice(op, "activation", activation, ACTIVATIONS)
+    out_channels, channels, kernel, _ = packed.weight.shape
+    dtypes: dict[str, Any] = {"x": (x, packed.weight.dtype), name: (residual, packed.weight.dtype)}
+    check_dtypes(op, **dtypes)
+    shapes: dict[str, Any] = {"x": (x, f"N IH IW {channels}"), name: (residual, f"N OH OW {out_channels}")}
+    check_shapes(op, **shapes)
+    if x.shape[1] < (1 if pad else kernel) or x.shape[2] < 1:
+        raise ValueError(f"hia::{op}: x must hold at least one output's rows and columns, got shape {list(x.shape)}")
+    rows = x.shape[1] - 1 if pad else x.shape[1] - kernel
+    expected = [x.shape[0], rows // packed.stride + 1, (x.shape[2] - 1) // packed.stride + 1]
+    if residual is not None and list(residual.shape[:3]) != expected:
+        raise ValueError(
+            f"hia::{op}: {name} must have the output's [N, OH, OW] {expected}, got {list(residual.shape[:3])}"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual)):
+        raise RuntimeError(f"hia::{op}: x and {name} must not be part of a gradient graph; use conv_norm_act")
+
+
+def conv_norm_act_packed(
+    x: Tensor, packed: PackedConv, residual: Tensor | None = None, activation: str = "relu", pad_rows: bool = True
+) -> Tensor:
+    """Compute :func:`conv_norm_act` with weights packed beforehand. For inference.
+
+    Args:
+        x:        [N, IH, IW, C], dtype of the weight that was packed.
+        packed:   of :func:`pack_conv`.
+        residual: [N, OH, OW, OC], dtype of ``x``, or None.
+        activation: "none", "relu" or "gelu".
+        pad_rows: False: no zero rows above and below, for a strip that brings its neighbours' rows;
+            OH = (IH - K) // stride + 1 then.
+
+    Returns:
+        [N, OH, OW, OC] contiguous.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit. RuntimeError: gradients are recorded.
+        NotImplementedError: another backend is forced.
+    """
+    _check_packed("conv_norm_act_packed", x, packed, residual, activation, pad_rows)
+    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
+    return torch.ops.hia.conv_norm_act_packed(x, weight, packed.shift, residual, packed.stride, activation, pad_rows)
+
+
+def conv_norm_act_packed_(
+    residual: Tensor, x: Tensor, packed: PackedConv, activation: str = "relu", pad_rows: bool = True
+) -> Tensor:
+    """Write :func:`conv_norm_act_packed`'s result over ``residual``, contiguous and apart from ``x``.
+
+    Returns:
+        ``residual`` itself.
+    """
+    op = "conv_norm_act_packed_"
+    _check_packed(op, x, packed, residual, activation, pad_rows)
+    if not residual.is_contiguous():
+        raise ValueError(f"hia::{op}: residual must be contiguous, got strides {list(residual.stride())}")
+    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
+    torch.ops.hia.conv_norm_act_packed_(residual, x, weight, packed.shift, packed.stride, activation, pad_rows)
+    return residual
+
+
+def conv_norm_act_packed_out(
+    out: Tensor, x: Tensor, packed: PackedConv, activation: str = "relu", pad_rows: bool = True
+) -> Tensor:
+    """Write :func:`conv_norm_act_packed`'s result to a tensor that exists, contiguous and apart from ``x``.
+
+    Fresh memory costs page faults. oneDNN makes its own result and copies it; :meth:`PackedConv.writes_out` tells.
+
+    Returns:
+        ``out`` itself.
+    """
+    op = "conv_norm_act_packed_out"
+    _check_packed(op, x, packed, out, activation, pad_rows, "out")
+    if not out.is_contiguous():
+        raise ValueError(f"hia::{op}: out must be contiguous, got strides {list(out.stride())}")
+    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
+    torch.ops.hia.conv_norm_act_packed_out(out, x, weight, packed.shift, packed.stride, activation, pad_rows)
+    return out
