@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from bench import cli
+from bench.ablation.cli import ablation, ablation_detail
 from bench.end_to_end.cli import end_to_end
 from bench.forms.cli import deep_forms, encoder_forms
 from bench.ops.cli import ops
@@ -48,8 +49,8 @@ _register(encoder_forms, INSIDE)
 _register(deep_forms, INSIDE)
 _register(end_to_end, MEASURE)
 _register(table3, MEASURE)
-_passed_on("ablation", "bench.ablation.cli", MEASURE, "The paper's Tables 2 and 4 in small.")
-_passed_on("ablation.detail", "bench.ablation.detail", MEASURE, "What of a lesion is left in a host's small view.")
+_register(ablation, MEASURE)
+_register(ablation_detail, MEASURE)
 _passed_on("gpu", "bench.gpu.run", MEASURE, "GPU tests, then every benchmark.")
 _passed_on("compare", "bench.compare.run", JUDGE, "Two revisions measured together.")
 _register(report, JUDGE)

@@ -1,4 +1,4 @@
-"""``python -m bench ablation.detail``: what of a phantom's lesion is left in the 42 px view of a host.
+"""The lesion of a phantom in the 42 px view of a host, and what is left of it: ``python -m bench ablation-detail``.
 
 Twice, without any language model: for a matched filter that knows everything but whether the lesion is there, and for a
 small CNN that is trained to say so. The premise of the ablation is that radii of 1.5 to 3.25 are plain at 192 px and
@@ -7,10 +7,9 @@ lost at 42 px.
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.records.environment import REPOSITORY, describe, device_name, slug
+from bench.records.environment import describe, device_name
+from bench.records.files import results_folder, write_json
 from hia.images.radiograph import Radiograph
 from hia.phantom import BONES, PhantomConfig, PhantomDataset, draw_study
 from hia.phantom.host import LARGE
-
-from .workers import write_json
 
 FULL, VIEW = 192, 42  # px
 RADII = (1.5, 2.5, 3.25, 5.0, 10.0, 20.0)
@@ -158,20 +156,9 @@ def measure(say: Callable[[str], None], studies: int = 40, lesions: int = 10) ->
     return {"matched_filter": filters, "classifier": trainings, "studies": studies, "lesions": lesions, "test": TEST}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and with --record keep."""
-    parser = argparse.ArgumentParser(prog="python -m bench ablation.detail", description=__doc__)
-    parser.add_argument("--record", action="store_true", help="write bench/results/<device>/phantom_detail.json")
-    options = parser.parse_args(argv)
-    record = {"environment": describe("cpu", "bench.ablation.detail")}
-    record |= measure(lambda line: print(line, flush=True))
-    if options.record:
-        place: Path = REPOSITORY / "bench" / "results" / slug(device_name("cpu")) / "phantom_detail.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, place)
-        print(f"written: {place.relative_to(REPOSITORY)}")
+def run(*, out: Path | None = None, record: bool = False) -> int:
+    """Measure, print, write phantom_detail.json."""
+    found = {"environment": describe("cpu")} | measure(lambda line: print(line, flush=True))
+    path = results_folder(device_name("cpu"), out=out, record=record) / "phantom_detail.json"
+    print(f"written: {os.path.relpath(write_json(path, found))}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the ablation does, settled before it is run: phantoms, sizes, steps, rates, rows, seeds, metrics.
+"""The ablation's protocol, settled before it is run: phantoms, sizes, steps, rates, rows, seeds, metrics.
 
 A change after a result was seen goes into a commit of its own that says why; :meth:`Protocol.fingerprint` names the
 protocol in every record, and records of different ones don't share a table.
@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.cli import did_you_mean
 from hia.phantom import TASKS
 from hia.phantom.host import TinyHostRecipe, inputs_fingerprint
 
@@ -158,5 +159,5 @@ def row_named(name: str) -> Row:
     """
     found = {row.name: row for row in (*ROWS, *START_ROWS)}
     if name not in found:
-        raise ValueError(f"bench ablation: rows must be among {', '.join(found)}, got {name!r}")
+        raise ValueError(f"--rows: must be among {', '.join(found)}, got {name!r}{did_you_mean(name, found)}")
     return found[name]

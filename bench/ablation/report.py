@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import statistics
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..plotting import COLOURS, INK, finish, new_figure, unavailable, write_png
+from ..records.files import replacing, write_json, write_text
+from ..records.markdown import table
 from .protocol import CHANCE, FULL, ROWS, START_ROWS, Row
 
+OURS, LIMIT, OTHERS = COLOURS[0], COLOURS[1], "#9fc9c7"
 SHORT = {"description": "Des", "disease": "Dis", "location": "Loc", "comparative": "Com"}
 # HiA, Tables 2 and 4, BLEU-4 of description, disease, location, comparative; M there is 128, 256, 512
 PAPER = {
@@ -50,8 +51,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _table(runs: list[dict[str, Any]], rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
-    lines = ["| row | seeds | " + " | ".join(SHORT[task] for task in tasks) + " | mean | paper, B4 |"]
-    lines.append("|---|---:|" + "---:|" * (len(tasks) + 2))
+    lines = []
     for row in rows:
         seeds = sum(run["row"] == row.name for run in runs)
         if not seeds:
@@ -59,24 +59,21 @@ def _table(runs: list[dict[str, Any]], rows: Sequence[Row], tasks: Sequence[str]
         columns = [scores_of(runs, row.name, task) for task in tasks]
         means = [statistics.mean(values) for values in zip(*columns, strict=True)]
         paper = " / ".join(map(str, PAPER.get(row.name, ())))
-        cells = " | ".join(map(_cell, columns))
-        lines.append(f"| {row.title} | {seeds} | {cells} | {_cell(means)} | {paper} |")
-    chance = " | ".join(f"{CHANCE[task]:.2f}" for task in tasks)
-    lines.append(f"| *chance* | | {chance} | {statistics.mean(CHANCE[task] for task in tasks):.2f} | |")
-    return lines
+        lines.append([row.title, seeds, *map(_cell, columns), _cell(means), paper])
+    chance = [CHANCE[task] for task in tasks]
+    lines.append(["*chance*", "", *(f"{share:.2f}" for share in chance), f"{statistics.mean(chance):.2f}", ""])
+    return table(["row", "seeds", *(SHORT[task] for task in tasks), "mean", "paper, B4"], lines)
 
 
 def _health(runs: list[dict[str, Any]], rows: Sequence[Row]) -> list[str]:
     names = [name for name in HEALTH if any(name in key for run in runs for key in run["health"]["after"])]
-    lines = ["| row | " + " | ".join(f"{HEALTH[name]}: before, after" for name in names) + " |"]
-    lines.append("|---|" + "---:|" * len(names))
+    lines = []
     for row in rows:
         own = [run["health"] for run in runs if run["row"] == row.name]
-        if not own:
-            continue
-        cells = [f"{_mean_of(own, 'before', name)}, {_mean_of(own, 'after', name)}" for name in names]
-        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
-    return lines
+        if own:
+            cells = [f"{_mean_of(own, 'before', name)}, {_mean_of(own, 'after', name)}" for name in names]
+            lines.append([row.title, *cells])
+    return table(["row", *(f"{HEALTH[name]}: before, after" for name in names)], lines)
 
 
 def _mean_of(healths: list[dict[str, Any]], when: str, name: str) -> str:
@@ -86,9 +83,8 @@ def _mean_of(healths: list[dict[str, Any]], when: str, name: str) -> str:
 
 def _host(scores: dict[str, dict[str, float]]) -> list[str]:
     tasks = list(next(iter(scores.values())))
-    lines = ["| the bare host on | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
-    lines += [f"| {name} | " + " | ".join(f"{own[task]:.2f}" for task in tasks) + " |" for name, own in scores.items()]
-    return [*lines, ""]
+    lines = [[name, *(f"{own[task]:.2f}" for task in tasks)] for name, own in scores.items()]
+    return [*table(["the bare host on", *tasks], lines), ""]
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -122,38 +118,31 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
+def draw(record: dict[str, Any]) -> Any:
     """Draw every row's score of each task: a bar for the mean, a dot a seed, a line for chance."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     runs, tasks = record["runs"], record["protocol"]["tasks"]
     rows = [row for row in (*ROWS, *START_ROWS) if any(run["row"] == row.name for run in runs)]
-    figure = Figure(figsize=(11.5, 1.2 + 0.42 * len(rows)), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    figure, axes = new_figure(len(tasks), width=11.5 / len(tasks), height=0.7 + 0.42 * len(rows))
     for axis, task in zip(axes, tasks, strict=True):
         for place, row in enumerate(rows):
             values = scores_of(runs, row.name, task)
-            axis.barh(place, statistics.mean(values), color="#2b7a78" if row is FULL else "#9fc9c7", height=0.7)
-            axis.plot(values, [place] * len(values), ".", color="#222222", markersize=4)
-        axis.axvline(CHANCE[task], color="#c44e52", linewidth=1, linestyle=":")
-        axis.set_title(task, fontsize=10)
+            axis.barh(place, statistics.mean(values), color=OURS if row is FULL else OTHERS, height=0.7)
+            axis.plot(values, [place] * len(values), ".", color=INK, markersize=4)
+        axis.axvline(CHANCE[task], color=LIMIT, linewidth=1, linestyle=":")
+        finish(axis, task, "answered word for word", log="")
         axis.set_xlim(0, 1)
-        axis.set_xlabel("answered word for word", fontsize=8)
-    axes[0].set_yticks(range(len(rows)), [row.title for row in rows], fontsize=8)
-    axes[0].invert_yaxis()
-    figure.suptitle("Ablation on phantoms: bars are means, dots are seeds, dotted is chance", fontsize=10.5)
-    figure.savefig(path)
+        axis.set_yticks(
+            range(len(rows)), [row.title for row in rows] if axis is axes[0] else [""] * len(rows), fontsize=8
+        )
+        axis.invert_yaxis()
+    figure.suptitle("Ablation on phantoms: bars are means, dots are seeds, dotted is chance", fontsize=10.5, color=INK)
+    return figure
 
 
 def write(record: dict[str, Any], folder: Path) -> None:
     """Write ablation.json, ablation.md and, with matplotlib, ablation.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        (Path(scratch) / "ablation.json").write_text(json.dumps(record, indent=1) + "\n")
-        (Path(scratch) / "ablation.md").write_text(markdown(record))
-        if importlib.util.find_spec("matplotlib"):
-            draw(record, Path(scratch) / "ablation.png")
-        for written in sorted(Path(scratch).iterdir()):
-            written.replace(folder / written.name)
+    write_json(folder / "ablation.json", record)
+    write_text(folder / "ablation.md", markdown(record))
+    if unavailable() is None:
+        with replacing(folder / "ablation.png") as scratch:
+            write_png(draw(record), scratch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..records.files import write_json
 from .protocol import Protocol, Row
 from .train import Material, run
 
@@ -78,31 +78,12 @@ def say(start: float, who: str, text: str) -> None:
     print(f"[{(time.monotonic() - start) / 60:5.1f} min] {who}: {text}", flush=True)
 
 
-def write_json(value: Any, place: Path) -> None:
-    """Write a file whole or not at all."""
-    scratch = place.with_name(f".{place.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=1) + "\n")
-    scratch.replace(place)
-
-
-def read_json(place: Path) -> Any:
-    """Read a file of :func:`write_json`.
-
-    Raises:
-        ValueError: it is not JSON; names the file.
-    """
-    try:
-        return json.loads(place.read_text())
-    except ValueError as error:
-        raise ValueError(f"bench ablation: {place} must be JSON, got: {error}; delete it") from error
-
-
 def run_row(
     protocol: Protocol, cache: Path, row: Row, seed: int, environment: dict[str, Any], start: float, place: Path
 ) -> None:
     """Run one row with one seed; the result is on disk as soon as it is there."""
     result = run(Material(protocol, cache), row, seed, lambda text: say(start, f"{row.name} {seed}", text))
-    write_json({**result, "environment": environment}, place)
+    write_json(place, {**result, "environment": environment})
 
 
 def make(protocol: Protocol, cache: Path, what: str, arguments: tuple[Any, ...], start: float) -> None:

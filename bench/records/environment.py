@@ -144,6 +144,11 @@ def git_or_none(*arguments: str, root: Path | None = None) -> str | None:
         return None
 
 
+def without_folders(command: str) -> str:
+    """Leave out of a command where caches and results lie: it changes no result, and is somebody's own."""
+    return re.sub(r" --(?:cache|out)[ =]\S+", "", command)
+
+
 def commit_of(environment: dict[str, Any]) -> str:
     """Name the commit of a record's environment in a line of text, and whether there were changes."""
     commit = str(environment.get("commit") or "unknown")[:SHORT]

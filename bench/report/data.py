@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..records.environment import REPOSITORY, commit_of, git_or_none
+from ..records.environment import REPOSITORY, commit_of, git_or_none, without_folders
 from ..records.files import read_json
 from ..records.record import Measurement, read_records
 
@@ -17,7 +17,6 @@ FILES = ("kernels.json", "end_to_end.json")
 TARGETS, TABLE3 = "targets.json", "table3.json"
 VERDICT = ("name", "kind", "where", "target", "ratio", "verdict", "note")  # of bench.targets
 CHANGED = 0.05  # a median that moved less counts as unchanged
-FOLDERS = re.compile(r" --(?:out|cache)[ =]\S+")
 SIDE = re.compile(r"(?<![0-9a-z])(?:px)?(\d{3,4})(?:px)?(?=[-:]|$)")
 
 
@@ -157,8 +156,8 @@ def sources(records: Iterable[Measurement]) -> list[str]:
 
 
 def command_of(environment: dict[str, Any]) -> str:
-    """Return the command of a run without its folders, which change no result and are somebody's own."""
-    return FOLDERS.sub("", str(environment.get("command", "unknown command")))
+    """Return the command of a run, without its folders."""
+    return without_folders(str(environment.get("command", "unknown command")))
 
 
 def source_line(environment: dict[str, Any]) -> str:

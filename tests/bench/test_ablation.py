@@ -17,12 +17,14 @@ import pytest
 import torch
 from torch import nn
 
-from bench.ablation import cli as command
+from bench import __main__ as bench
 from bench.ablation import report, train
+from bench.ablation import run as command
 from bench.ablation.pretrain import pretrain, targets
 from bench.ablation.protocol import FULL, ROWS, START_ROWS, Protocol, row_named
 from bench.ablation.train import TEST, TRAIN, Material, build, run, start_parts
-from bench.records.environment import REPOSITORY
+from bench.records import files
+from bench.records.environment import REPOSITORY, without_folders
 from hia.layers.extractor import CONDITION_GAIN
 from hia.phantom.host import TinyHostRecipe
 
@@ -57,6 +59,10 @@ def material(tmp_path_factory):
 
 def silent(_text):
     pass
+
+
+def typed(words) -> int:
+    return bench.main(["ablation", *map(str, words)])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -154,14 +160,14 @@ def test_the_command_runs_what_is_missing_and_writes_tables(tmp_path, monkeypatc
     monkeypatch.setattr(command, "Protocol", lambda: TINY)
     monkeypatch.setattr(command, "workers", in_this_process)
     words = ["--rows", "full", "m4", "--jobs", "1", "--cache", str(material.cache), "--out", str(tmp_path / "runs")]
-    assert command.main(words) == 0
+    assert typed(words) == 0
     text = (tmp_path / "runs" / "ablation.md").read_text()
     assert "| full | 2 |" in text and "| M = 4 | 2 |" in text and "*chance*" in text and "54.8 / 49.5" in text
     assert (tmp_path / "runs" / "ablation.png").stat().st_size > 10_000
     record = json.loads((tmp_path / "runs" / "ablation.json").read_text())
     assert len(record["runs"]) == 4 and record["protocol"]["steps"] == 2
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*-?.json")}
-    assert command.main(words) == 0
+    assert typed(words) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*-?.json")}
     assert "step 1 of 2" in capsys.readouterr().out
 
@@ -181,19 +187,20 @@ def test_runs_of_another_protocol_are_not_reused(tmp_path, monkeypatch, material
     words = ["--rows", "full", "--seeds", "1", "1", "--cache", str(material.cache), "--out", str(tmp_path)]
     for steps in (2, 1):
         monkeypatch.setattr(command, "Protocol", lambda steps=steps: dataclasses.replace(TINY, steps=steps))
-        assert command.main(words) == 0
+        assert typed(words) == 0
         (run,) = json.loads((tmp_path / "ablation.json").read_text())["runs"]
         assert run["steps"] == steps
     monkeypatch.setattr(command, "row_named", lambda name: dataclasses.replace(FULL, changes={"num_queries": 2}))
-    assert command.main(words) == 0
+    assert typed(words) == 0
     (again,) = json.loads((tmp_path / "ablation.json").read_text())["runs"]
     assert again["protocol"] != run["protocol"]  # the row means something else now: it was run again
     capsys.readouterr()
     (tmp_path / "full-1.json").write_text("{")
-    assert command.main(words) == 2
-    assert "full-1.json must be JSON, got: " in capsys.readouterr().err
+    assert typed(words) == 2
+    said = capsys.readouterr().err
+    assert "full-1.json must be a JSON file, got: " in said and "; delete it" in said
     (tmp_path / "full-1.json").write_text("{}")
-    assert command.main(words) == 2
+    assert typed(words) == 2
     assert "full-1.json must hold a run of this command, got something else" in capsys.readouterr().err
 
 
@@ -203,7 +210,8 @@ def told_runs(monkeypatch):
 
     def told(protocol, _cache, row, seed, environment, _start, place):
         health = {"layers.0.update_ratio": 1.0}
-        command.write_json(
+        files.write_json(
+            place,
             {
                 "row": row.name,
                 "seed": seed,
@@ -213,7 +221,6 @@ def told_runs(monkeypatch):
                 "health": {"before": health, "after": health},
                 "seconds_a_step": 1.0,
             },
-            place,
         )
 
     monkeypatch.setattr(command, "workers", in_this_process)
@@ -230,25 +237,34 @@ def test_other_files_and_another_protocols_host_stay_out_of_the_tables(tmp_path,
         scores = {"lesions": {"disease": size / 100}}
         monkeypatch.setattr(command, "Protocol", lambda size=size: dataclasses.replace(TINY, size=size))
         monkeypatch.setattr(command.Material, "host_scores", lambda _, scores=scores: scores)
-        assert command.main(words) == 0
+        assert typed(words) == 0
         record = json.loads((tmp_path / "runs" / "ablation.json").read_text())
         assert record["host"] == scores and len(record["runs"]) == 1
 
 
 def test_only_whole_tables_are_recorded(tmp_path, monkeypatch, told_runs, capsys):
     monkeypatch.setattr(command, "Protocol", lambda: TINY)
-    monkeypatch.setattr(command, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "repository")
     words = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs"), "--record"]
-    assert command.main([*words, "--rows", "full"]) == 2
+    assert typed([*words, "--rows", "full"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
         "--record must have all rows and seeds of the tables, 22 are left: early 0, early 1, half 0,"
     )
     assert not (tmp_path / "repository").exists()
-    assert command.main(words) == 0
+    assert typed(words) == 0
     (written,) = {path.parent for path in (tmp_path / "repository").rglob("ablation.*")}
     assert sorted(path.name for path in written.iterdir()) == ["ablation.json", "ablation.md", "ablation.png"]
     assert "`python -m bench" in (written / "ablation.md").read_text()
+
+
+def test_without_folders_runs_and_tables_go_to_out(tmp_path, monkeypatch, told_runs):
+    monkeypatch.setattr(command, "Protocol", lambda: TINY)
+    monkeypatch.setattr(files, "OUT", tmp_path / "out")
+    assert typed(["--rows", "full", "--seeds", "1", "--cache", tmp_path / "cache"]) == 0
+    (folder,) = {path.parent for path in (tmp_path / "out").rglob("*.json")}
+    assert folder.name == f"ablation-{TINY.fingerprint()}"
+    assert {"ablation.md", "full-1.json"} <= {path.name for path in folder.iterdir()}
 
 
 def test_a_damaged_cache_says_what_to_delete(tmp_path):
@@ -260,7 +276,7 @@ def test_a_damaged_cache_says_what_to_delete(tmp_path):
 
 def test_a_command_is_kept_without_its_folders():
     said = "python -m bench ablation --rows full --out /home/me/runs --cache=/data/c --record"
-    assert command.without_places(said) == "python -m bench ablation --rows full --record"
+    assert without_folders(said) == "python -m bench ablation --rows full --record"
 
 
 def test_workers_end_with_the_command(tmp_path):
@@ -324,11 +340,17 @@ def test_tables_show_mean_and_spread():
 def test_names_and_errors(capsys):
     names = [row.name for row in (*ROWS, *START_ROWS)]
     assert len(set(names)) == len(names)
-    assert command.main(["--rows", "fulll"]) == 2
-    assert "rows must be among full" in capsys.readouterr().err
-    for words in (["--jobs", "0"], ["--quick", "--rows", "m4"], ["--quick", "--record"], ["--rows", "m4", "--start"]):
-        with pytest.raises(SystemExit):
-            command.arguments(words)
+    assert typed(["--rows", "fulll"]) == 2
+    said = capsys.readouterr().err
+    assert "--rows: must be among full" in said and "did you mean full?" in said
+    for words, said in (
+        (["--jobs", "0"], "--jobs: must be at least 1, got 0"),
+        (["--quick", "--rows", "m4"], "--rows: must not be given with --quick"),
+        (["--quick", "--record"], "--record: must not be given with --quick"),
+        (["--rows", "m4", "--start"], "--rows: must not be given with --start"),
+    ):
+        assert typed(words) == 2
+        assert said in capsys.readouterr().err
     assert Protocol().fingerprint() == dataclasses.replace(Protocol(), seeds=(7,)).fingerprint()
     assert Protocol().fingerprint() != dataclasses.replace(Protocol(), lr=1.0).fingerprint()
     assert Protocol().test_samples >= 240 and len(Protocol().seeds) == 3 and Protocol().host.layers >= 12

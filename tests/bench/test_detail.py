@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
+from bench import __main__ as bench
 from bench.ablation import detail
-from bench.ablation.workers import read_json
+from bench.records import files
 
 
 def test_the_classifier_takes_any_side():
@@ -29,12 +29,12 @@ def test_half_of_the_phantoms_hold_a_lesion_of_the_radius():
 
 
 def test_the_command_prints_and_records_both_tables(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(detail, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
     monkeypatch.setattr(detail, "RADII", (2.5,))
     monkeypatch.setattr(detail, "TRAININGS", (("large lesions", 42, ((detail.LARGE, 2), (detail.SMALL, 1))),))
     monkeypatch.setattr(detail, "matched_filter", lambda radius, px, studies, lesions: (px / 10, radius / px))
     monkeypatch.setattr(detail, "train_classifier", lambda px, stages: [0.5] * len(stages))
-    assert detail.main(["--record"]) == 0
+    assert bench.main(["ablation-detail", "--record"]) == 0
     printed = capsys.readouterr().out
     assert "radius 2.5   largest difference at 192 / 42 px 0.013 / 0.06, matched filter 19 / 4.2" in printed
     assert (
@@ -42,12 +42,11 @@ def test_the_command_prints_and_records_both_tables(monkeypatch, capsys, tmp_pat
         in printed
     )
     (place,) = tmp_path.rglob("phantom_detail.json")
-    record = read_json(place)
+    record = files.read_json(place)
     assert record["matched_filter"] == [{"radius": 2.5, "192": [19.2, 2.5 / 192], "42": [4.2, 2.5 / 42]}]
-    assert record["environment"]["command"].startswith("python -m bench ablation.detail")
+    assert record["environment"]["command"].startswith("python -m bench ablation-detail")
 
 
 def test_help_says_what_it_measures(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        detail.main(["--help"])
-    assert stopped.value.code == 0 and "matched filter" in capsys.readouterr().out
+    assert bench.main(["ablation-detail", "--help"]) == 0
+    assert "matched filter" in capsys.readouterr().out
