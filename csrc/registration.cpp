@@ -1,4 +1,4 @@
-// Which native function serves which op on which device: one line an op. Schemas: hia_kernels/core/native.py.
+// Registers the native functions by device, one line each. Schemas: hia_kernels/core/native.py.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/conv_norm_act.h"

@@ -1,4 +1,4 @@
-// All kernels of one instruction set; see product.h for where this is included.
+// All kernels of one instruction set; product.h says where this is included.
 #pragma once
 
 #include "direct_kernels.h"

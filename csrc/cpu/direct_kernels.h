@@ -1,4 +1,4 @@
-// The direct form, for one instruction set; see product.h for where it is included.
+// The direct algorithm (im2col by blocks), for one instruction set; product.h says where it is included.
 #pragma once
 
 #include "product.h"
@@ -6,17 +6,17 @@
 namespace hia::cpu {
 namespace {
 
-constexpr int64_t kSmallWeight = 1 << 16;  // floats of a weight that stays in the second-level cache
+constexpr int64_t kSmallWeight = 1 << 16;  // floats of a weight that fits the second-level cache
 
-// Shift, residual and ReLU on the way out of the registers.
+// Stores a register tile through shift, residual and ReLU.
 template <class Isa>
-struct Finish {
+struct StoreEpilogue {
   const float* shift;
   const float* residual;
   float* out;
   int64_t row;
   bool relu;
-  Finish at(int64_t i, int64_t j) const {
+  StoreEpilogue at(int64_t i, int64_t j) const {
     const int64_t offset = i * row + j;
     return {shift ? shift + j : nullptr, residual ? residual + offset : nullptr, out + offset, row, relu};
   }
@@ -32,7 +32,7 @@ void copy(const float* from, float* to, int64_t count) {
   for (int64_t c = 0; c < count; c += Isa::kWidth) Isa::store(to + c, Isa::load(from + c));
 }
 
-// What output `index` looks at: kernel * kernel * channels floats, zeros outside the image.
+// Gathers the receptive field of output `index`: kernel * kernel * channels floats, zeros outside the image.
 template <class Isa>
 void gather(const Convolution& p, int64_t index, float* to) {
   const int64_t column = index % p.columns * p.stride - p.left;
@@ -47,37 +47,38 @@ void gather(const Convolution& p, int64_t index, float* to) {
     }
 }
 
-// Ask for what will be added to and written a little later: waiting for it is most of a shallow convolution's time.
-inline void fetch(const float* rows, int64_t count, int64_t row) {
+// Prefetches rows that are read and written soon: waiting for them is most of a shallow convolution's time.
+inline void prefetch_rows(const float* rows, int64_t count, int64_t row) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < kPanel; j += kLine) __builtin_prefetch(rows + i * row + j, 1, 2);
 }
 
 template <class Isa>
 void direct(const Convolution& p, int64_t begin, int64_t end, float* work) {
-  const int64_t depth = p.depth(), at_once = pixels_at_once(depth), panels = p.outputs / kPanel;
-  const int64_t row = depth + kPad;  // rows a large power of two apart would share the cache's sets
+  const int64_t depth = p.depth(), block = pixels_per_block(depth), panels = p.outputs / kPanel;
+  const int64_t row = depth + kPad;  // strides of a large power of two map to one set of the cache
   const bool plain = p.kernel == 1 && p.stride == 1;
   const bool small = depth * p.outputs <= kSmallWeight;
-  const int64_t group = small ? Isa::kRows : at_once;
-  for (int64_t start = begin; start < end; start += at_once) {
-    const int64_t count = end - start < at_once ? end - start : at_once;
+  const int64_t group = small ? Isa::kRows : block;
+  for (int64_t start = begin; start < end; start += block) {
+    const int64_t count = end - start < block ? end - start : block;
     for (int64_t t = 0; t < count; ++t) gather<Isa>(p, start + t, work + t * row);
     for (int64_t first = 0; first < count; first += group) {
       const int64_t rows = count - first < group ? count - first : group;
       const int64_t offset = (start + first) * p.outputs;
-      const Finish<Isa> finish{p.shift, p.residual ? p.residual + offset : nullptr, p.out + offset, p.outputs, p.relu};
+      const StoreEpilogue<Isa> store{p.shift, p.residual ? p.residual + offset : nullptr, p.out + offset, p.outputs,
+                                     p.relu};
       const int64_t left = end - start - first - rows;
-      // the same rows of the next block, which lie together
-      const float* ahead = plain && left > at_once ? p.x + (start + at_once + first) * depth : nullptr;
+      // the same rows of the next block, which are contiguous
+      const float* prefetch = plain && left > block ? p.x + (start + block + first) * depth : nullptr;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        float* out = finish.out + panel * kPanel;
+        float* out = store.out + panel * kPanel;
         if (small)  // the next rows of this panel, or these rows of the next one
-          fetch(out + rows * p.outputs, left < rows ? left : rows, p.outputs);
+          prefetch_rows(out + rows * p.outputs, left < rows ? left : rows, p.outputs);
         else if (panel + 1 < panels)
-          fetch(out + kPanel, rows, p.outputs);
+          prefetch_rows(out + kPanel, rows, p.outputs);
         product<Isa>(rows, work + first * row, row, 1, p.weight + panel * depth * kPanel, depth,
-                     finish.at(0, panel * kPanel), panel ? nullptr : ahead);
+                     store.at(0, panel * kPanel), panel ? nullptr : prefetch);
       }
     }
   }

@@ -1,4 +1,4 @@
-// all_kernels.h for AVX2 with FMA: 6 x 16 floats of a product in 12 of the 16 registers.
+// all_kernels.h for AVX2 with FMA: a register tile of 6 x 16 floats in 12 of the 16 registers.
 #include "kernels.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -27,7 +27,7 @@ struct Avx2 {
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
-  // Of numbers that are not negative: their bits are in their order, and NaN's are above all.
+  // For numbers that are not negative: as integers their bits compare like the numbers, and NaN's are the largest.
   static V max_or_nan(V a, V b) {
     const __m256i without_sign = _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7fffffff));
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), without_sign));

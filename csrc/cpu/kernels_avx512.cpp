@@ -1,4 +1,4 @@
-// all_kernels.h for AVX-512F: 14 x 32 floats of a product in 28 of the 32 registers.
+// all_kernels.h for AVX-512F: a register tile of 14 x 32 floats in 28 of the 32 registers.
 #include "kernels.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -7,7 +7,7 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,fma"))), apply_to = function)
 #else
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own header takes undefined vectors where a mask is full
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own header uses undefined vectors under a full mask
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,fma")
@@ -29,7 +29,7 @@ struct Avx512 {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
-  // Of numbers that are not negative: their bits are in their order, and NaN's are above all.
+  // For numbers that are not negative: as integers their bits compare like the numbers, and NaN's are the largest.
   static V max_or_nan(V a, V b) {
     const __m512i without_sign = _mm512_and_epi32(_mm512_castps_si512(b), _mm512_set1_epi32(0x7fffffff));
     return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), without_sign));

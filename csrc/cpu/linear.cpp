@@ -1,4 +1,4 @@
-// linear on the CPU: arguments checked, columns split among torch's threads; the arithmetic is in kernels.h.
+// linear on the CPU: checks arguments and splits the columns among torch's threads; kernels.h has the arithmetic.
 #include "linear.h"
 
 #include "tensors.h"
@@ -9,8 +9,8 @@ namespace {
 constexpr Checks check{"hia::linear"};
 
 void matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == torch::headeronly::ScalarType::Float, "hia::linear: ", name,
-                  " must be float32 on the CPU");
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "hia::linear: ", name, " must be float32 on the CPU");
   STD_TORCH_CHECK(tensor.dim() == 2, "hia::linear: ", name, " must have 2 dimensions, got ", tensor.dim());
 }
 
@@ -31,10 +31,10 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
                   out.stride(0), ", ", out.stride(1), "]");
   STD_TORCH_CHECK(!(add && bias.has_value()), "hia::linear: bias must be None where out is added to");
   STD_TORCH_CHECK(p.depth > 0, "hia::linear: x must have at least one column");
-  p.a = data(x), p.a_row = x.stride(0), p.a_step = x.stride(1);
-  p.b = data(weight), p.b_row = weight.stride(0), p.b_step = weight.stride(1);
+  p.a = data(x), p.a_row_stride = x.stride(0), p.a_col_stride = x.stride(1);
+  p.b = data(weight), p.b_row_stride = weight.stride(0), p.b_col_stride = weight.stride(1);
   p.bias = check.vector(bias, "bias", p.columns);
-  p.c = mutable_data(out), p.c_row = out.stride(0), p.add = add;
+  p.c = mutable_data(out), p.c_row_stride = out.stride(0), p.add = add;
   if (!add) prefer_huge_pages(out);
   const cpu::Kernels& run = check.kernels();
   torch::stable::parallel_for(0, (p.columns + cpu::kPanel - 1) / cpu::kPanel, 1, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// What registration.cpp registers for linear on the CPU. Schema: hia_kernels/core/native.py.
+// Function that registration.cpp registers for linear on the CPU. Schema: hia_kernels/core/native.py.
 #pragma once
 
 #include <optional>
@@ -7,7 +7,8 @@
 
 namespace hia {
 
-// x [R, C], weight [D, C], any strides, bias [D] -> out [R, D], rows of any distance; `add` to it, without a bias.
+// Computes x [R, C], weight [D, C], of any strides, bias [D] -> out [R, D], of any row stride; `add` adds to out,
+// without a bias.
 void linear(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
             const std::optional<torch::stable::Tensor>& bias, torch::stable::Tensor out, bool add);
 

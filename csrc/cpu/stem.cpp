@@ -1,4 +1,4 @@
-// stem on the CPU: arguments checked, rows of the result split among torch's threads; the arithmetic is in kernels.h.
+// stem on the CPU: checks arguments and splits the result's rows among torch's threads; kernels.h has the arithmetic.
 #include "stem_op.h"
 
 #include "tensors.h"

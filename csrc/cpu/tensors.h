@@ -1,4 +1,4 @@
-// What the CPU functions ask of their tensors, and their work memory.
+// Checks of the CPU functions' tensors, and their workspace.
 #pragma once
 
 #include <algorithm>
@@ -36,9 +36,9 @@ inline float* mutable_data(const Tensor& tensor) { return static_cast<float*>(te
 
 constexpr uintptr_t kHugePage = 2 << 20;
 
-// Asks Linux for huge pages where a result is about to be written: what the C library has just got from the system is
-// faulted in page by page else, which shows in products of few terms, such as weights' gradients. Nothing outside the
-// tensor is touched, and a system that has none, or gives none when asked, goes on as before.
+// Asks Linux for huge pages where a result is about to be written: memory that the C library has just got from the
+// system is otherwise faulted in page by page, which shows in products of few terms, such as weights' gradients.
+// Nothing outside the tensor is affected, and a system without huge pages goes on as before.
 inline void prefer_huge_pages([[maybe_unused]] const Tensor& out) {
 #if defined(MADV_HUGEPAGE)
   int64_t last = 0;
@@ -53,7 +53,7 @@ inline void prefer_huge_pages([[maybe_unused]] const Tensor& out) {
 #endif
 }
 
-// Checks for one op; its name begins each message.
+// Checks for one op, whose name begins each message.
 struct Checks {
   const char* op;
 

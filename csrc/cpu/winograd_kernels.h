@@ -1,9 +1,10 @@
-// Winograd's minimal filtering F(2 x 2, 3 x 3), for one instruction set; see product.h for where it is included.
+// Winograd's minimal filtering F(2 x 2, 3 x 3), for one instruction set; product.h says where it is included.
 //
 //   A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1:
 //   Y = A^T [(G g G^T) . (B^T d B)] A for every 4 x 4 tile d of the image and 2 x 2 tile Y of the result.
 //
-// A product over the channels stands for the dot at each of the 16 points.
+// At each of the 16 points, the elementwise product is a matrix product over the channels. The weight's gradient is the
+// adjoint, G^T [(A dY A^T) . (B^T d B)] G, summed over tiles.
 #pragma once
 
 #include "product.h"
@@ -11,13 +12,13 @@
 namespace hia::cpu {
 namespace {
 
-constexpr int64_t kLongestSum = 64;  // terms of a weight's gradient that are added one after the other
+constexpr int64_t kSumTiles = 64;  // tiles of a weight's gradient summed in sequence; these sums are added then
 
-// Where tile `index` begins in the result: its image, first row and first column.
-struct Place {
+// Origin of tile `index` in the result: its image, first row and first column.
+struct TileOrigin {
   int64_t image, row, column;
 
-  Place(const Convolution& p, int64_t index) {
+  TileOrigin(const Convolution& p, int64_t index) {
     const int64_t columns = p.tile_columns(), rows = p.tile_rows();
     column = index % columns * 2;
     row = index / columns % rows * 2;
@@ -25,17 +26,17 @@ struct Place {
   }
 };
 
-// B^T d B of the 4 x 4 pixels that tile `index` looks at: 16 vectors of channels, `stride` floats apart.
+// Computes B^T d B of tile `index`'s 4 x 4 pixels: 16 vectors of channels, `stride` floats apart.
 template <class Isa>
 void image_tile(const Convolution& p, int64_t index, const float* zeros, float* to, int64_t stride) {
   using V = typename Isa::V;
-  const Place place(p, index);
+  const TileOrigin origin(p, index);
   const float* from[4][4];
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) {
-      const int64_t row = place.row + i - p.top, column = place.column + j - p.left;
+      const int64_t row = origin.row + i - p.top, column = origin.column + j - p.left;
       const bool inside = row >= 0 && row < p.height && column >= 0 && column < p.width;
-      from[i][j] = inside ? p.x + ((place.image * p.height + row) * p.width + column) * p.channels : zeros;
+      from[i][j] = inside ? p.x + ((origin.image * p.height + row) * p.width + column) * p.channels : zeros;
     }
   for (int64_t c = 0; c < p.channels; c += Isa::kWidth) {
     V half[4][4];
@@ -59,11 +60,11 @@ void image_tile(const Convolution& p, int64_t index, const float* zeros, float* 
   }
 }
 
-// A^T m A, shift, residual and ReLU: one panel's 32 outputs of tile `index`, from 16 rows `stride` floats apart.
+// Computes A^T m A, shift, residual and ReLU: a panel of 32 outputs of tile `index`, from 16 rows `stride` floats apart.
 template <class Isa>
 void result_tile(const Convolution& p, int64_t index, int64_t panel, const float* from, int64_t stride) {
   using V = typename Isa::V;
-  const Place place(p, index);
+  const TileOrigin origin(p, index);
   for (int64_t c = 0; c < kPanel; c += Isa::kWidth) {
     V half[2][4];
 #pragma GCC unroll 4
@@ -76,16 +77,16 @@ void result_tile(const Convolution& p, int64_t index, int64_t panel, const float
     const float* shift = p.shift ? p.shift + panel * kPanel + c : nullptr;
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      if (place.row + i >= p.rows) break;
-      V pair[2] = {Isa::add(half[i][0], Isa::add(half[i][1], half[i][2])),
+      if (origin.row + i >= p.rows) break;
+      V columns[2] = {Isa::add(half[i][0], Isa::add(half[i][1], half[i][2])),
                    Isa::sub(Isa::sub(half[i][1], half[i][2]), half[i][3])};
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        if (place.column + j >= p.columns) break;
-        const int64_t pixel = (place.image * p.rows + place.row + i) * p.columns + place.column + j;
+        if (origin.column + j >= p.columns) break;
+        const int64_t pixel = (origin.image * p.rows + origin.row + i) * p.columns + origin.column + j;
         const int64_t offset = pixel * p.outputs + panel * kPanel + c;
         const float* residual = p.residual ? p.residual + offset : nullptr;
-        Isa::store(p.out + offset, epilogue<Isa>(pair[j], shift, residual, p.relu));
+        Isa::store(p.out + offset, epilogue<Isa>(columns[j], shift, residual, p.relu));
       }
     }
   }
@@ -93,26 +94,26 @@ void result_tile(const Convolution& p, int64_t index, int64_t panel, const float
 
 template <class Isa>
 void winograd(const Convolution& p, int64_t begin, int64_t end, float* work) {
-  const int64_t at_once = tiles_at_once(p.channels);
-  const int64_t blocks = (end - begin + at_once - 1) / at_once;
-  const int64_t most = blocks ? (end - begin + blocks - 1) / blocks : 0;
-  const int64_t seen_stride = point_stride(most, p.channels), made_stride = point_stride(most, kPanel);
-  float *seen = work, *made = seen + kPoints * seen_stride, *zeros = made + kPoints * made_stride;
+  const int64_t tiles_per_cache = tiles_per_block(p.channels);
+  const int64_t blocks = (end - begin + tiles_per_cache - 1) / tiles_per_cache;
+  const int64_t block = blocks ? (end - begin + blocks - 1) / blocks : 0;
+  const int64_t x_stride = point_stride(block, p.channels), out_stride = point_stride(block, kPanel);
+  float *x_tiles = work, *out_tiles = x_tiles + kPoints * x_stride, *zeros = out_tiles + kPoints * out_stride;
   for (int64_t c = 0; c < p.channels; ++c) zeros[c] = 0;
-  for (int64_t start = begin; start < end; start += most) {
-    const int64_t count = end - start < most ? end - start : most;
-    for (int64_t t = 0; t < count; ++t) image_tile<Isa>(p, start + t, zeros, seen + t * p.channels, seen_stride);
+  for (int64_t start = begin; start < end; start += block) {
+    const int64_t count = end - start < block ? end - start : block;
+    for (int64_t t = 0; t < count; ++t) image_tile<Isa>(p, start + t, zeros, x_tiles + t * p.channels, x_stride);
     for (int64_t panel = 0; panel < p.outputs / kPanel; ++panel) {
       for (int64_t point = 0; point < kPoints; ++point)
-        product<Isa>(count, seen + point * seen_stride, p.channels, 1,
+        product<Isa>(count, x_tiles + point * x_stride, p.channels, 1,
                      p.weight + (panel * kPoints + point) * p.channels * kPanel, p.channels,
-                     Put<Isa>{made + point * made_stride, kPanel});
-      for (int64_t t = 0; t < count; ++t) result_tile<Isa>(p, start + t, panel, made + t * kPanel, made_stride);
+                     StoreTo<Isa>{out_tiles + point * out_stride, kPanel});
+      for (int64_t t = 0; t < count; ++t) result_tile<Isa>(p, start + t, panel, out_tiles + t * kPanel, out_stride);
     }
   }
 }
 
-// G g G^T of kWidth outputs and one channel, from nine vectors of taps to 16 places `stride` floats apart.
+// Computes G g G^T of kWidth outputs and one channel, from nine vectors of taps to 16 points `stride` floats apart.
 template <class Isa>
 inline void taps_to_points(const typename Isa::V (&taps)[3][3], float* to, int64_t stride) {
   using V = typename Isa::V;
@@ -155,18 +156,18 @@ void winograd_weight(const float* weight, const float* scale, float* out, int64_
       }
 }
 
-// A dY A^T of tile `index` of the gradient (p.out): 16 vectors of each panel, `stride` floats apart.
+// Computes A dY A^T of tile `index` of the gradient (p.out): 16 vectors of each panel, `stride` floats apart.
 template <class Isa>
 void gradient_tile(const Convolution& p, int64_t index, const float* zeros, float* to, int64_t panel_stride,
                    int64_t stride) {
   using V = typename Isa::V;
-  const Place place(p, index);
+  const TileOrigin origin(p, index);
   const float* from[2][2];
   for (int i = 0; i < 2; ++i)
     for (int j = 0; j < 2; ++j) {
-      const int64_t row = place.row + i, column = place.column + j;
+      const int64_t row = origin.row + i, column = origin.column + j;
       const bool inside = row < p.rows && column < p.columns;
-      from[i][j] = inside ? p.out + ((place.image * p.rows + row) * p.columns + column) * p.outputs : zeros;
+      from[i][j] = inside ? p.out + ((origin.image * p.rows + row) * p.columns + column) * p.outputs : zeros;
     }
   for (int64_t c = 0; c < p.outputs; c += Isa::kWidth) {
     V half[4][2];
@@ -192,26 +193,26 @@ void gradient_tile(const Convolution& p, int64_t index, const float* zeros, floa
 
 template <class Isa>
 void gradient_tiles(const Convolution& p, int64_t first, int64_t block, int64_t begin, int64_t end, const float* zeros,
-                    float* seen, float* grads) {
+                    float* x_tiles, float* dout_tiles) {
   for (int64_t t = begin; t < end; ++t) {
-    image_tile<Isa>(p, first + t, zeros, seen + t * p.channels, point_stride(block, p.channels));
-    gradient_tile<Isa>(p, first + t, zeros, grads + t * kPanel, block * kPanel, point_stride(block, p.outputs));
+    image_tile<Isa>(p, first + t, zeros, x_tiles + t * p.channels, point_stride(block, p.channels));
+    gradient_tile<Isa>(p, first + t, zeros, dout_tiles + t * kPanel, block * kPanel, point_stride(block, p.outputs));
   }
 }
 
 template <class Isa>
-void gradient_product(const Convolution& p, const float* seen, const float* grads, int64_t block, int64_t count,
+void gradient_product(const Convolution& p, const float* x_tiles, const float* dout_tiles, int64_t block, int64_t count,
                       int64_t point, int64_t begin, int64_t end, float* sums) {
-  const float* left = seen + point * point_stride(block, p.channels) + begin;
-  const float* right = grads + point * point_stride(block, p.outputs);
+  const float* left = x_tiles + point * point_stride(block, p.channels) + begin;
+  const float* right = dout_tiles + point * point_stride(block, p.outputs);
   float* to = sums + (point * p.channels + begin) * p.outputs;
   for (int64_t panel = 0; panel < p.outputs / kPanel; ++panel)
-    for (int64_t t = 0; t < count; t += kLongestSum)
+    for (int64_t t = 0; t < count; t += kSumTiles)
       product<Isa>(end - begin, left + t * p.channels, 1, p.channels, right + (panel * block + t) * kPanel,
-                   count - t < kLongestSum ? count - t : kLongestSum, Add<Isa>{to + panel * kPanel, p.outputs});
+                   count - t < kSumTiles ? count - t : kSumTiles, AddTo<Isa>{to + panel * kPanel, p.outputs});
 }
 
-// G^T s G.
+// Computes G^T s G, the gradient of the taps, from the sums s at the 16 points.
 template <class Isa>
 void gradient_weight(const float* sums, float* out, int64_t outputs, int64_t channels, int64_t begin, int64_t end) {
   using V = typename Isa::V;
