@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ PRESETS = {
     "lite": {"dim": 32, "num_heads": 2},
 }
 PRESETS |= {f"{name}-unaware": {**changes, "instruction_aware": False} for name, changes in PRESETS.items()}
-IMAGES = range(1, 9)
 SHAPES = [(3, 5), (1, 1), (7, 4), (2, 2), (1, 9), (6, 6), (5, 3), (33, 33)]
 EXACT = {
     torch.float64: torch.float64,
@@ -30,8 +30,35 @@ EXACT = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-TRAINED = [("folded", "direct"), ("absorbed", "absorbed"), ("folded_absorbed", "direct")]
 FORMS = [(extract, "direct") for extract in plan.EXTRACT_FORMS] + [("direct", "absorbed"), ("absorbed", "absorbed")]
+
+
+def available(forms, preset, dtype):
+    """Tell whether a preset has the forms, and whether the dtype's scores can take them."""
+    extract, inject = forms
+    folds = not extract.startswith("folded") or preset.startswith("released")
+    return folds and not (inject == "absorbed" and dtype.itemsize < plan.LEAST_SCORES)
+
+
+def each_form_and_dtype():
+    """List every form in every dtype, each time with another preset of those that have the form."""
+    cases = []
+    pairs = itertools.product([torch.float32, torch.float16, torch.bfloat16], FORMS)
+    for number, (dtype, forms) in enumerate(pairs):
+        presets = [preset for preset in PRESETS if available(forms, preset, dtype)]
+        if presets:
+            preset = presets[number % len(presets)]
+            cases.append(pytest.param(forms, preset, dtype, id="/".join((*forms, preset, str(dtype)[6:]))))
+    return cases
+
+
+# The released maths alone has every form; of the others each form meets one, and all of them some form.
+EXACT_CASES = [(forms, preset) for forms in FORMS for preset in ("released", "released-unaware")]
+EXACT_CASES += zip(
+    [forms for forms in FORMS if available(forms, "paper", torch.float64)],
+    itertools.cycle(["paper", "lite", "paper-unaware", "lite-unaware"]),
+    strict=False,
+)
 
 
 def adapter_of(preset, dtype, **changes):
@@ -65,42 +92,45 @@ def run(adapter, forms, hidden, maps, layout, kept=None):
     return layer(hidden.clone(), packed, layout)
 
 
-def available(adapter, forms, dtype):
-    extract, inject = forms
-    folds = not extract.startswith("folded") or adapter.config.shared_projection
-    return folds and not (inject == "absorbed" and dtype.itemsize < plan.LEAST_SCORES)
+def folded_of(adapter):
+    """Fold the adapter's weights; return its layer's."""
+    adapter.fold_weights()
+    return adapter.layer(2).extractor.current()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("forms", FORMS, ids="/".join)
+def kept_by(forms):
+    """Name the products that the features keep for a cached form."""
+    return forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
+
+
+@pytest.mark.parametrize(
+    ("forms", "preset"), EXACT_CASES, ids=["/".join((*forms, preset)) for forms, preset in EXACT_CASES]
+)
 @torch.no_grad()
 def test_every_form_is_the_direct_ones_in_double(forms, preset):
-    adapter = adapter_of(preset, torch.float64)
-    if not available(adapter, forms, torch.float64):
-        with pytest.raises(ValueError, match=f"plan must be a form that can run here .* got '{forms[0]}'; it folds"):
-            run(adapter, forms, *question(1, torch.float64))
-        return
+    adapter, kept = adapter_of(preset, torch.float64), kept_by(forms)
     adapter.fold_weights()
-    kept = forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
-    for images in IMAGES:
+    for images in (1, 3, len(SHAPES)):
         asked = question(images, torch.float64)
         expected = run(adapter, ("direct", "direct"), *asked)
         torch.testing.assert_close(run(adapter, forms, *asked, kept), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("forms", FORMS, ids="/".join)
+@pytest.mark.parametrize("preset", ["paper", "lite", "paper-unaware"])
+@pytest.mark.parametrize("form", ["folded", "folded_absorbed"])
+def test_forms_that_fold_need_the_released_maths(form, preset):
+    with pytest.raises(ValueError, match=f"plan must be a form that can run here .* got '{form}'; it folds"):
+        run(adapter_of(preset, torch.float64), (form, "direct"), *question(1, torch.float64))
+
+
+@pytest.mark.parametrize(("forms", "preset", "dtype"), each_form_and_dtype())
 @torch.no_grad()
 def test_every_form_keeps_the_tolerance(forms, preset, dtype):
-    adapter = adapter_of(preset, dtype)
-    if not available(adapter, forms, dtype):
-        pytest.skip("not a form of this preset or dtype")
+    adapter, kept = adapter_of(preset, dtype), kept_by(forms)
     exact_adapter = adapter_of(preset, EXACT[dtype])
     exact_adapter.load_state_dict({name: value.to(EXACT[dtype]) for name, value in adapter.state_dict().items()})
     adapter.fold_weights()
-    kept = forms[0].removeprefix("cached_") if forms[0].startswith("cached_") else None
-    for images in IMAGES:
+    for images in (1, len(SHAPES)):
         hidden, maps, layout = question(images, dtype)
         exact_maps = tuple(image.to(EXACT[dtype]) for image in maps)
         exact = run(exact_adapter, ("direct", "direct"), hidden.to(EXACT[dtype]), exact_maps, layout)
@@ -109,12 +139,38 @@ def test_every_form_keeps_the_tolerance(forms, preset, dtype):
         assert_close(f"hidden, {images} images", got, exact, plain, dtype=dtype)
 
 
+@pytest.mark.parametrize("form", ["ln_folded_kv", "ln_folded_absorbed"])
+@torch.no_grad()
+def test_more_columns_than_features(form):
+    """The variance's root is then triangular."""
+    adapter, asked = adapter_of("paper", torch.float64, dim=192), question(3, torch.float64)
+    folded = folded_of(adapter)
+    assert folded.root.shape[0] == folded.root.shape[1] < 192
+    expected = run(adapter, ("direct", "direct"), *asked)
+    torch.testing.assert_close(run(adapter, (form, "direct"), *asked), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("preset", ["paper", "released"])
-@pytest.mark.parametrize("forms", TRAINED, ids="/".join)
+def test_weights_are_folded_in_fp32_and_rounded_once(preset):
+    half, full = adapter_of(preset, torch.bfloat16), adapter_of(preset, torch.float32)
+    full.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    got, expected = map(folded_of, (half, full))
+    for name in ("fold_weight", "fold_bias", "root", "kv_weight", "kv_bias"):
+        assert torch.equal(getattr(got, name), getattr(expected, name).to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize(
+    ("forms", "preset"),
+    [
+        (("folded", "direct"), "released"),
+        (("folded_absorbed", "direct"), "released"),
+        (("absorbed", "absorbed"), "released"),
+        (("absorbed", "absorbed"), "paper"),
+    ],
+    ids=["folded", "folded_absorbed", "absorbed", "absorbed-paper"],
+)
 def test_gradients_are_the_direct_forms(forms, preset):
     adapter = adapter_of(preset, torch.float64)
-    if not available(adapter, forms, torch.float64):
-        pytest.skip("nothing to fold")
     hidden, maps, layout = question(3, torch.float64)
 
     def gradients(chosen):
@@ -146,8 +202,11 @@ def injected(adapter, form, dtype, images=8):
     return {"out": out.detach(), **dict(zip(wrt, found, strict=True))}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("preset", ["paper", "released", "lite"])
+@pytest.mark.parametrize(
+    ("preset", "dtype"),
+    [("paper", torch.float64), ("released", torch.float64), ("lite", torch.float64), ("released", torch.float32)],
+    ids=str,
+)
 def test_the_absorbed_injections_gradients_are_the_direct_forms(preset, dtype, monkeypatch):
     """In fp32 they may be as wrong as plain autograd's of the same form: the gate's is one sum that cancels."""
     adapter, exact_adapter = adapter_of(preset, dtype), adapter_of(preset, torch.float64)
@@ -401,8 +460,17 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("rectified", torch.bfloat16),
+        ("far-from-zero", torch.float32),
+        ("far-from-zero", torch.float16),
+        ("far-from-zero", torch.bfloat16),
+        ("heavy-tailed", torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("form", ["ln_folded_kv", "ln_folded_absorbed"])
 @torch.no_grad()
 def test_ln_folded_forms_hold_for_features_that_are_not_centred(form, kind, dtype):
