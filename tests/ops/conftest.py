@@ -1,4 +1,4 @@
-"""Memory the library asks for uninitialised holds NaN, so that a result left unwritten shows."""
+"""Fixtures of the ops' tests: uninitialised memory holds NaN, so that a result left unwritten shows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")  # so that property tests may ask for it
 def triton_device() -> str:
-    """Where Triton kernels run: the GPU, or the CPU in the interpreter's process."""
+    """Return where Triton kernels run: the GPU, or the CPU in the interpreter's process."""
     if triton_support.interpreted():
         return "cpu"
     if torch.cuda.is_available() and not triton_support.unavailable_reasons():

@@ -1,4 +1,4 @@
-"""What every op's tests do, once: run forward and backward, compare, compile, export, count FLOPs."""
+"""Shared steps of every op's tests: run forward and backward, compare, compile, export, count FLOPs."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def with_dtypes(cases: Sequence[Any], in_halves: Collection[str]) -> list[Any]:
 
 
 def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> Results:
-    """``out``, and ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient."""
+    """Return ``out``, ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient."""
     return testing.forward_backward(function, inputs, differentiable(op))
 
 
 def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
-    """The tensors to differentiate in, detached, with their strides."""
+    """Return the tensors to differentiate in, detached, with their strides."""
     found = {name: inputs[name] for name in differentiable(op) if inputs[name] is not None}
     return {name: x.detach().requires_grad_() for name, x in found.items() if x.is_floating_point()}
 
@@ -50,7 +50,7 @@ def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
 def assert_matches(
     op: str, function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, dtype: torch.dtype
 ) -> None:
-    """Outputs and gradients of ``function`` against the reference, by the tolerance policy.
+    """Compare outputs and gradients of ``function`` with the reference, by the tolerance policy.
 
     On a GPU the reference may have served neither: comparing it with itself would pass.
     """
@@ -70,13 +70,13 @@ def assert_matches(
 def assert_backward_is_autograd_of_reference(
     op: str, function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs
 ) -> None:
-    """fp64: the explicit backward against PyTorch's differentiation of the reference."""
+    """Compare the explicit backward with PyTorch's differentiation of the reference, in fp64."""
     assert all(x.dtype == torch.float64 for x in leaves(op, inputs).values())
     assert_matches(op, function, reference, inputs, torch.float64)
 
 
 def assert_identical(first: Results, second: Results) -> None:
-    """Bit for bit; NaN equals NaN."""
+    """Compare bit for bit; NaN equals NaN."""
     assert set(first) == set(second)
     for name, x in first.items():
         y = second[name]
@@ -89,14 +89,14 @@ def assert_repeatable(op: str, function: Callable[..., Any], inputs: Inputs) -> 
 
 
 def assert_compiles(op: str, function: Callable[..., Any], inputs: Inputs, backend: str = "aot_eager") -> None:
-    """One graph, forward and backward, with the eager call's bits: the op is opaque to the compiler."""
+    """Compile to one graph, forward and backward, with the eager call's bits: the op is opaque to the compiler."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda **kwargs: function(**kwargs), backend=backend, fullgraph=True)
     assert_identical(forward_backward(op, compiled, inputs), forward_backward(op, function, inputs))
 
 
 def assert_exports(function: Callable[..., Any], inputs: Inputs) -> None:
-    """The exported program holds the op and nothing of its inside, and computes the same bits."""
+    """Export: the program holds the op and none of its internals, and computes the same bits."""
 
     class Call(torch.nn.Module):
         def forward(self, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def assert_exports(function: Callable[..., Any], inputs: Inputs) -> None:
 
 
 def assert_gradcheck(op: str, function: Callable[..., Any], inputs: Inputs) -> None:
-    """fp64 numerical differentiation through the public function."""
+    """Differentiate numerically through the public function, in fp64."""
     wrt = leaves(op, inputs)
 
     def call(*values: Tensor) -> Any:
@@ -122,14 +122,14 @@ def assert_gradcheck(op: str, function: Callable[..., Any], inputs: Inputs) -> N
 
 
 def opcheck(op: str, overload: Any, inputs: Inputs) -> None:
-    """torch.library's four tests, with gradients."""
+    """Run torch.library's four tests, with gradients."""
     with one_thread():
         torch.library.opcheck(overload, tuple({**inputs, **leaves(op, inputs)}.values()))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For hundreds of calls so small that waking a second thread takes longest."""
+    """Use one thread, for hundreds of calls so small that waking a second thread takes longest."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -139,14 +139,14 @@ def one_thread() -> Iterator[None]:
 
 
 def flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """What torch's counter makes of a call: registered formulas for our ops, its own for PyTorch's."""
+    """Count a call with torch's counter: registered formulas for our ops, its own for PyTorch's."""
     with FlopCounterMode(display=False) as counter:
         function(*args, **kwargs)
     return counter.get_total_flops()
 
 
 def flops_by_op(function: Callable[..., Any]) -> dict[str, int]:
-    """By the op's full name, e.g. ``hia.stem``."""
+    """Count FLOPs by the op's full name, e.g. ``hia.stem``."""
     with FlopCounterMode(display=False) as counter:
         function()
     return {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
@@ -161,7 +161,7 @@ def assert_autocast(
     cast: tuple[str, ...],
     out_dtype: torch.dtype,
 ) -> None:
-    """fp32 in: the bits of casting ``cast`` by hand, ``out_dtype`` out, and gradients that arrive in fp32."""
+    """Check autocast: fp32 in, the bits of casting ``cast`` by hand, ``out_dtype`` out, gradients in fp32."""
     by_hand = {name: x.to(dtype) if name in cast and x is not None else x for name, x in inputs.items()}
     with torch.autocast(device_type(inputs), dtype=dtype):
         got = forward_backward(op, function, inputs)
@@ -174,7 +174,7 @@ def assert_autocast(
 
 
 def product_row() -> str:
-    """The row that serves a large product on this CPU."""
+    """Return the row that serves a large product on this CPU."""
     return "cpu" if native.cpu_unavailable_reasons() else "native"
 
 

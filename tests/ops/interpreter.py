@@ -1,4 +1,4 @@
-"""Triton's interpreter with a NumPy that it does not know yet."""
+"""Workarounds for Triton's interpreter with a newer NumPy than it supports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hia_kernels.core import triton_support
 
 @pytest.fixture(autouse=True)
 def loop_bounds_are_ints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 holds a scalar as an array of one element, which NumPy 2.4 no longer takes for a loop's bound."""
+    """Convert loop bounds: Triton 3.6 keeps a scalar as an array of one element, which NumPy 2.4 rejects as a bound."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     original = interpreter._patch_lang_tensor
 
@@ -23,10 +23,10 @@ def loop_bounds_are_ints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every element of an interpreted ``tl.dot`` adds its products in their order, wherever it is in the tile.
+    """Make every element of an interpreted ``tl.dot`` add its products in order, wherever it is in the tile.
 
-    For tests that compare bits of rows at different places of a tile: of NumPy's BLAS, which the interpreter calls,
-    the bits depend on the place, and on which processor it finds. On a GPU this changes nothing.
+    For tests that compare the bits of rows at different places of a tile: the bits of NumPy's BLAS, which the
+    interpreter calls, depend on the place and on the processor. On a GPU this changes nothing.
     """
     if not triton_support.interpreted():
         return

@@ -50,7 +50,7 @@ def test_backward_is_autograd_of_reference(device):
 
 
 def test_agrees_with_a_loop(device):
-    """A second opinion on the reference: Eq. 2, sample by sample and query by query."""
+    """Check the reference against Eq. 2, sample by sample and query by query."""
     inputs = make_inputs(12, 3, torch.float64, device)
     linear = torch.nn.Linear(48, 32, device=device, dtype=torch.float64)
     linear.weight.data, linear.bias.data = inputs["weight"], inputs["bias"]

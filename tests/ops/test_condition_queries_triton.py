@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::condition_queries``, in the interpreter or on a GPU."""
+"""Triton kernels of ``hia::condition_queries``, in the interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_two_runs_are_bit_identical(triton_device):
 @pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_samples_together_are_one_at_a_time_bit_for_bit(dtype, triton_device):
-    """More samples than a tile holds. Backward: sums over samples in their order, which fp32 shows."""
+    """Take more samples than a tile holds; backward sums over samples in their order, which fp32 shows."""
     inputs = make_inputs(40, 37, dtype, triton_device)
     together = condition_queries(**inputs)
     rows = inputs["row_idx"].split(1)
@@ -106,7 +106,7 @@ def test_samples_together_are_one_at_a_time_bit_for_bit(dtype, triton_device):
 
 
 def test_rows_put_back_together_are_one_at_a_time_bit_for_bit(triton_device):
-    """dhidden behind the product, which is cuBLAS's and holds to rounding; a row named twice is a sum in order."""
+    """Check dhidden after the product, which is cuBLAS's and holds to rounding; a row named twice is a sum in order."""
     from hia_kernels.ops.condition_queries import triton_bwd
 
     inputs = make_inputs(6, 20, torch.float32, triton_device)

@@ -54,7 +54,7 @@ def test_gradcheck(activation):
 
 
 def test_agrees_with_pytorch_batch_norm(device):
-    """A second opinion on the reference: convolution with bias, then BatchNorm2d in evaluation, folded."""
+    """Check the reference against a convolution with bias and a folded BatchNorm2d in evaluation."""
     conv = torch.nn.Conv2d(16, 24, 3, stride=2, padding=1, device=device, dtype=torch.float64)
     norm = torch.nn.BatchNorm2d(24, device=device, dtype=torch.float64).eval()
     with torch.no_grad():

@@ -30,7 +30,7 @@ NEEDS_BF16 = pytest.mark.skipif(not HAS_BF16, reason="oneDNN has no bfloat16 on 
 
 @pytest.fixture(autouse=True)
 def only_onednn():
-    """The native kernels, where they are built, come first."""
+    """Keep the native kernels, which come first where they are built, out of the way."""
     with hia_kernels.use_backend("cpu"):
         yield
 
@@ -68,7 +68,7 @@ def test_backend_used():
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_size(data):
-    """Odd and prime sizes, one row or column, channels that fill no vector; forward, packed, and written over."""
+    """Run odd and prime sizes, one row or column, channels that fill no vector; forward, packed, and in place."""
     size = data.draw(st.tuples(st.sampled_from([1, 2, 3, 7, 16, 31]), st.sampled_from([1, 2, 5, 13, 32])))
     stride, residual = data.draw(st.sampled_from([1, 2])), data.draw(st.booleans())
     options = {"kernel": data.draw(st.sampled_from([1, 3])), "stride": stride, "residual": residual}
@@ -86,14 +86,14 @@ def test_any_size(data):
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_scales_of_zero_have_gradients(activation):
-    """A block's last norm starts at zero, where the convolution's output can't be had back from the result."""
+    """Start a block's last norm at zero, where the convolution's output cannot be recovered from the result."""
     inputs = make_inputs((6, 5), F32, activation=activation, residual=True)
     inputs["scale"][:5] = torch.tensor([0.0, -1.0, 0.0, 1e-20, -0.0])
     assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
 
 
 def test_gradients_of_a_large_image():
-    """25,600 outputs a channel: the scale's gradient comes from the weight's, which must not lose digits there."""
+    """Sum 25,600 outputs a channel: the scale's gradient comes from the weight's, which must not lose digits there."""
     inputs = make_inputs((160, 160), F32, images=1, channels=(64, 64))
     inputs["x"].relu_()
     assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
@@ -110,7 +110,7 @@ def test_gradients_in_strips(kernel, stride, monkeypatch):
 @pytest.mark.parametrize("channels", [(4, 4), (8, 8), (8, 32), (32, 8), (16, 16), (12, 128)], ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
 def test_gradients_of_a_narrow_stack(kernel, stride, channels, monkeypatch):
-    """Strips of several images and of a few rows, the last ones smaller; short sums with a rest."""
+    """Run strips of several images and of a few rows, the last ones smaller; short sums with a remainder."""
     monkeypatch.setattr(cpu, "SHORT_SUM", 32)
     for longest in (30, 400):
         monkeypatch.setattr(cpu, "LONGEST_SUM", longest)
@@ -122,7 +122,7 @@ def test_gradients_of_a_narrow_stack(kernel, stride, channels, monkeypatch):
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_few_pixels_of_many_channels_are_a_product(stride, activation, monkeypatch):
-    """1 x 1 on 4 x 3 pixels: with many channels oneDNN would spend its time on the weight's layout."""
+    """Run 1 x 1 on 4 x 3 pixels: with many channels oneDNN would spend its time on the weight's layout."""
     called, linear = [], Products.linear
     monkeypatch.setattr(Products, "linear", lambda *args: called.append(args) or linear(*args))
     for channels, products in ((95, 0), (96, 1)):
@@ -204,7 +204,7 @@ def test_packed_over_its_residual(dtype, activation):
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 2)])
 def test_strips_bring_their_own_rows(kernel, stride):
-    """Rows cut out of an image, with their neighbours and zeros at its borders: the image's own rows."""
+    """Cut rows out of an image, with their neighbours and zeros at its borders: they give the image's own rows."""
     inputs = make_inputs((13, 10), F32, images=1, kernel=kernel, stride=stride)
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"], stride)
     whole, pad = conv_norm_act_packed(inputs["x"], packed), kernel // 2
@@ -300,7 +300,7 @@ def test_packed_errors():
 
 
 def test_a_backend_that_was_forced_after_packing():
-    """The table is asked again at every call: another layout, or every reason why there is none."""
+    """Ask the table again at every call: it gives another layout, or every reason why there is none."""
     inputs = make_inputs((5, 4), F32, channels=(32, 32))
     packed = pack_conv(inputs["weight"], inputs["scale"], inputs["shift"])
     assert packed.unsupported_reasons() == []

@@ -1,4 +1,4 @@
-"""``hia::conv_norm_act`` through cuDNN: which shapes take it; without a GPU, another convolution stands for cuDNN's."""
+"""``hia::conv_norm_act`` through cuDNN: which shapes take it; without a GPU, another convolution replaces cuDNN's."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ CASES = [
 
 
 def as_cudnn(calls):
-    """What ``torch.cudnn_convolution`` computes; its arguments go to ``calls``."""
+    """Compute what ``torch.cudnn_convolution`` does, and append its arguments to ``calls``."""
 
     def convolution(x, weight, padding, stride, dilation, groups, **flags):
         calls.append({"x": x, "weight": weight, "groups": groups, "dilation": dilation, **flags})
@@ -44,7 +44,7 @@ def as_cudnn(calls):
 
 @pytest.fixture
 def calls(monkeypatch, triton_device):
-    """The backend can run: on the GPU as it is, in the interpreter with another convolution."""
+    """Make the backend run: on the GPU as it is, in the interpreter with another convolution."""
     found = []
     if triton_device == "cuda":
         original = torch.cudnn_convolution
@@ -103,7 +103,7 @@ def test_two_runs_are_bit_identical(calls, triton_device):
 
 @pytest.mark.interpreter
 def test_auto_takes_it_where_it_was_measured_to_be_faster(calls, triton_device, monkeypatch):
-    """Forward and backward alike, at that shape alone."""
+    """Take it forward and backward alike, at that shape alone."""
     measured = {}
     monkeypatch.setattr(tuning, "measured_backend", lambda op, key, device: measured.get(f"{op}/{key}"))
     monkeypatch.delenv("HIA_BACKEND", raising=False)
@@ -216,7 +216,7 @@ def test_resnet_steps(dtype):
 
 
 def _with_tf32_allowed(**inputs):
-    """It must not matter to us; the reference, whose error is the bound, runs without."""
+    """Allow TF32, which must not matter to us; the reference, whose error is the bound, runs without."""
     torch.backends.cudnn.allow_tf32 = True
     try:
         return conv_norm_act(**inputs)

@@ -1,4 +1,4 @@
-"""``hia::conv_norm_act`` by the native extension: direct and Winograd forms, packed weights, gradients, every ISA."""
+"""``hia::conv_norm_act`` by the native extension: direct and Winograd, packed weights, gradients, every ISA."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def assert_forward_matches(run, inputs):
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_size(data):
-    """Odd and prime sizes, one row or column, half panels; forward, packed, written over, written into."""
+    """Run odd and prime sizes, one row or column, half panels; forward, packed, in place, into a given tensor."""
     size = data.draw(st.tuples(st.sampled_from([1, 2, 3, 7, 16, 31]), st.sampled_from([1, 2, 5, 13, 32, 67])))
     stride, residual = data.draw(st.sampled_from([1, 2])), data.draw(st.booleans())
     options = {"kernel": data.draw(st.sampled_from([1, 3])), "stride": stride, "residual": residual}
@@ -68,7 +68,7 @@ def test_any_size(data):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_gradient(data):
-    """The Winograd form's, of the image and of the weight."""
+    """Compare Winograd's gradients of the image and of the weight."""
     size = data.draw(st.tuples(st.sampled_from([1, 2, 3, 7, 16, 31]), st.sampled_from([1, 2, 5, 13, 32, 67])))
     options = {"channels": data.draw(st.tuples(st.sampled_from([32, 64, 160]), st.sampled_from([32, 96]))), "images": 4}
     options |= {
@@ -80,7 +80,7 @@ def test_any_gradient(data):
 
 
 def off_the_kink(inputs):
-    """A residual that moves what lies so near zero that rounding would decide ReLU's derivative."""
+    """Return a residual that moves whatever lies so near zero that rounding would decide ReLU's derivative."""
     if inputs["activation"] != "relu":
         return inputs
     z = conv_norm_act_ref(**upcast({**inputs, "activation": "none"}, torch.float64))
@@ -90,7 +90,7 @@ def off_the_kink(inputs):
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 160), (512, 40)])
 def test_gradients_of_many_tiles(channels, side):
-    """Several blocks of tiles, and sums long enough to lose digits if they were one after the other.
+    """Run several blocks of tiles, and sums long enough to lose digits if they were summed in sequence.
 
     Without an activation: among so many outputs one lies so near ReLU's kink that rounding decides its side.
     """
@@ -204,7 +204,7 @@ PRODUCTS = {  # images, side, channels, stride: who serves forward and backward,
     ("images", "side", "channels", "stride", "served", "with_gelu"), PRODUCTS.values(), ids=PRODUCTS
 )
 def test_large_products_of_1x1(images, side, channels, stride, served, with_gelu, monkeypatch):
-    """What oneDNN's row computes by a product is the extension's where that is large, and this row's then."""
+    """Serve large products of oneDNN's row by the extension, whose row it then is."""
     extension, called = torch.ops.hia_native.linear, []
     monkeypatch.setattr(torch.ops.hia_native, "linear", lambda *args: called.append(1) or extension(*args))
     options = {"kernel": 1, "images": images, "channels": channels, "stride": stride}
@@ -281,7 +281,7 @@ def test_native_functions_check_their_arguments():
 
 @pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 1)])
 def test_nan_stays_near_its_pixel(kernel, reach):
-    """No further than in the direct form, though the Winograd form has a tile in common with more outputs."""
+    """Spread NaN no further than the direct algorithm, though Winograd's tiles are shared by more outputs."""
     inputs = make_inputs((12, 12), F32, kernel=kernel, images=1, **WIDE)
     for row, column in ((6, 6), (5, 6), (5, 5)):
         x = inputs["x"].clone()
@@ -323,7 +323,7 @@ def test_avx2_where_there_is_more(monkeypatch):
 
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (1, 2)])
 def test_borders_and_residual_are_the_references(kernel, stride):
-    """At one odd size: the tests above compare native forms with each other, or draw their sizes."""
+    """Compare at one odd size: the tests above compare native algorithms with each other, or draw their sizes."""
     inputs = make_inputs((9, 13), F32, kernel=kernel, stride=stride, residual=True, **WIDE)
     assert_forward_matches(lambda given: conv_norm_act(**given), inputs)
     assert_forward_matches(packed_call, inputs)

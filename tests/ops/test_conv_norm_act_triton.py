@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::conv_norm_act``, in the interpreter."""
+"""Triton kernels of ``hia::conv_norm_act``, in the interpreter."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def forced():
 
 
 def blocks_become(monkeypatch, **changes):
-    """Other meta-parameters than the heuristic's; returns the list of what it had chosen."""
+    """Replace the heuristic's meta-parameters; return the list of what it had chosen."""
     chosen = []
 
     def pick(op, key, device, heuristic):
@@ -61,7 +61,7 @@ def test_matches_reference(size, options, dtype, triton_device):
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_split_sums(activation, triton_device, monkeypatch):
-    """Few pixels and many steps: the heuristic splits the sums, in whichever dtype."""
+    """Take few pixels and many steps: the heuristic splits the sums, in every dtype."""
     for dtype in (torch.float32, torch.bfloat16):
         chosen = blocks_become(monkeypatch)
         inputs = make_inputs((5, 4), dtype, triton_device, activation=activation, **SPLIT)
@@ -72,7 +72,7 @@ def test_split_sums(activation, triton_device, monkeypatch):
 
 
 def test_a_split_may_get_nothing(triton_device, monkeypatch):
-    """A measured configuration with more shares than steps."""
+    """Use a tuned configuration with more splits than steps."""
     blocks_become(monkeypatch, SPLITS=8, BLOCK_M=16, BLOCK_OC=16)
     inputs = make_inputs((5, 9), torch.float32, triton_device, kernel=1, channels=(40, 20), residual=True)
     exact, plain = conv_norm_act_ref(**analysed(inputs, torch.float32)), conv_norm_act_ref(**inputs)
@@ -80,7 +80,7 @@ def test_a_split_may_get_nothing(triton_device, monkeypatch):
 
 
 def test_small_blocks(triton_device, monkeypatch):
-    """Several tiles along every axis, forward and backward, with edges that do not fill them."""
+    """Run several tiles along every axis, forward and backward, with edges that do not fill them."""
     blocks_become(monkeypatch, BLOCK_M=16, BLOCK_OC=16, BLOCK_C=16)
     for options in ({"stride": 2, "residual": True}, {"activation": "gelu", "kernel": 1}):
         inputs = make_inputs((9, 7), torch.float32, triton_device, channels=(37, 35), **options)
@@ -88,7 +88,7 @@ def test_small_blocks(triton_device, monkeypatch):
 
 
 def test_backward_masks(triton_device):
-    """Only what is asked for is computed, from whatever strides."""
+    """Compute only what is asked for, from any strides."""
     for activation in ("none", "relu", "gelu"):
         inputs = make_inputs((5, 4), torch.float32, triton_device, activation=activation, residual=True)
         out = conv_norm_act_ref(**inputs)
@@ -111,7 +111,7 @@ def test_backward_masks(triton_device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_dscale_out_of_the_weight_s_gradient(activation, dtype, triton_device, monkeypatch):
-    """In 16 bits, where that gradient is wanted: y is computed again for gelu alone. Results share no memory."""
+    """Recompute y for gelu alone in 16 bits, where the weight's gradient is wanted; results share no memory."""
     keys, pick = [], tuning.pick
     monkeypatch.setattr(tuning, "pick", lambda op, key, *rest: keys.append(key) or pick(op, key, *rest))
     inputs = make_inputs((6, 5), dtype, triton_device, activation=activation, residual=True, images=1)
@@ -137,7 +137,7 @@ def test_dscale_out_of_the_weight_s_gradient(activation, dtype, triton_device, m
 
 @pytest.mark.parametrize("op", ["conv_norm_act", "stem"])
 def test_gradients_never_use_tf32(op, triton_device, monkeypatch):
-    """PyTorch allows it by default; inside it is off, and afterwards as it was."""
+    """Turn TF32, PyTorch's default, off inside and restore it afterwards."""
     inputs = make_inputs((9, 7), torch.float32, triton_device)
     if op == "stem":
         inputs = inputs_of("stem")((16, 17), torch.float32, triton_device)
@@ -176,7 +176,7 @@ def test_nan_in_another_image_does_not_leak(triton_device):
 
 
 def test_nan_around_a_crop_does_not_leak(triton_device):
-    """x, weights and residual are views of larger tensors that hold NaN elsewhere."""
+    """Take x, weights and residual as views of larger tensors that hold NaN elsewhere."""
     inputs = make_inputs((6, 5), torch.float32, triton_device, channels=(13, 11), residual=True)
     clean = conv_norm_act(**inputs)
 
@@ -205,7 +205,7 @@ def test_fp64_is_left_to_the_reference(triton_device):
 
 
 def test_grids_of_large_batches(monkeypatch):
-    """Pixels may be billions and the axes y and z of a grid end at 65,535. Meta tensors: nothing is computed."""
+    """Launch billions of pixels, though axes y and z of a grid end at 65,535; meta tensors, nothing is computed."""
     grids = {}
 
     def record(module, name):
@@ -231,7 +231,7 @@ def test_grids_of_large_batches(monkeypatch):
 
 
 def _large_inputs(images, size, **options):
-    """bf16 on the GPU, more than 2**31 elements of x, drawn there."""
+    """Draw bf16 on the GPU, more than 2**31 elements of x."""
     inputs = make_inputs((4, 4), torch.bfloat16, "cuda", channels=(64, 64), images=1, **options)
     inputs["x"] = torch.randn(images, *size, 64, dtype=torch.bfloat16, device="cuda")
     if inputs["residual"] is not None:
@@ -245,7 +245,7 @@ def _large_inputs(images, size, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kernel": 1}, {"residual": True}], ids=["1x1", "3x3-residual"])
 def test_more_elements_than_32_bits_count(options):
-    """The last image's offsets need 64 bits in the batch and not alone: the bits must be the same."""
+    """Compare the last image's bits in the batch, where its offsets need 64 bits, with those it has alone."""
     inputs = _large_inputs(2**31 // (256 * 256 * 64) + 1, (256, 256), **options)
     last = {name: x[-1:] for name, x in inputs.items() if name in ("x", "residual") and x is not None}
     assert torch.equal(conv_norm_act(**inputs)[-1:], conv_norm_act(**{**inputs, **last}))
@@ -254,7 +254,7 @@ def test_more_elements_than_32_bits_count(options):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_an_image_of_more_elements_than_32_bits_count():
-    """The last rows of one image, against a crop of them alone (other blocks, so to rounding)."""
+    """Compare the last rows of one image with a crop of them alone (other blocks, so to rounding)."""
     inputs = _large_inputs(1, (8200, 4096), kernel=1)
     crop = {**inputs, "x": inputs["x"][:, -4:]}
     exact, plain = conv_norm_act_ref(**analysed(crop, torch.bfloat16)), conv_norm_act_ref(**crop)

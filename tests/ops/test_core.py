@@ -1,4 +1,4 @@
-"""What the ops share: argument checks, backend choice, packing, autocast, the poison of these tests, the policy."""
+"""Parts that ops share: argument checks, backend choice, packing, autocast, the poison of these tests, the policy."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ F32 = torch.float32
 
 
 def _convolution_switches():
-    """All that cuDNN's convolutions look at; the old switch can't be read while the new ones disagree with it."""
+    """Return all that cuDNN's convolutions look at; the old switch is unreadable while the new ones disagree with it."""
     try:
         allowed = torch.backends.cudnn.allow_tf32
     except RuntimeError:
@@ -106,7 +106,7 @@ class TestExactConvolutions:
 
     @pytest.mark.gpu
     def test_gradients_have_all_their_digits(self):
-        """With TF32 allowed, as PyTorch does by default; ten of its bits would be some 5e-4 off."""
+        """Allow TF32, as PyTorch does by default: its ten bits would be some 5e-4 off."""
         torch.backends.cudnn.allow_tf32 = True
         dy, x = torch.randn(2, 28, 28, 64, device="cuda"), torch.randn(2, 28, 28, 64, device="cuda")
         weight = torch.randn(64, 64, 3, 3, device="cuda") / 24
@@ -250,7 +250,7 @@ class TestPacking:
 
 
 class TestPoison:
-    """The fixture in conftest.py that every test of this folder runs under."""
+    """Tests of the fixture in conftest.py that every test of this folder runs under."""
 
     def allocate(self, module, expression):
         return eval(expression, {"__name__": module, "torch": torch, "x": torch.ones(2)})
@@ -268,7 +268,7 @@ class TestPoison:
         assert not torch.empty(0).isnan().any()
 
     def test_a_result_left_unwritten_is_seen(self):
-        """An op that forgets its last row."""
+        """Run an op that forgets its last row."""
         source = "def half(x):\n out = torch.empty_like(x)\n out[:-1] = x[:-1]\n return out"
         namespace = {"__name__": "hia_kernels.ops.half", "torch": torch}
         exec(source, namespace)

@@ -75,7 +75,7 @@ def test_without_keys_the_result_is_zero(device):
 
 
 def test_agrees_with_scaled_dot_product_attention(device):
-    """A second opinion on the reference itself."""
+    """Check the reference itself against PyTorch."""
     inputs = make_inputs([33], [65], torch.float64, device, head_dim=48)
     q, k, v = (inputs[name].transpose(0, 1)[None] for name in "qkv")
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
@@ -90,7 +90,7 @@ def test_default_scale(device):
 
 
 def test_large_scores_do_not_overflow(device):
-    """Of the order of 1e4. Their gradients only finite: a score's rounding is then as large as its softmax is wide."""
+    """Take scores of about 1e4. Gradients need only be finite: a score's rounding is as large as its softmax is wide."""
     inputs = make_inputs([5, 3], [7, 2], torch.float32, device)
     inputs["q"] = inputs["q"] * 1e4
     got = forward_backward(OP, cross_attention_with_lse, inputs)

@@ -1,4 +1,4 @@
-"""``hia::cross_attention`` out of PyTorch's own kernels: what the CPU uses unless told otherwise."""
+"""``hia::cross_attention`` by PyTorch's own kernels: the default on the CPU."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def forced():
 
 
 def assert_both_match(inputs, dtype):
-    """lse with a gradient of its own, and without one, which another kernel may serve."""
+    """Compare with lse, which has a gradient of its own, and without, which another kernel may serve."""
     assert_matches(OP, cross_attention_with_lse, cross_attention_with_lse_ref, inputs, dtype)
     assert_matches(OP, cross_attention, cross_attention_ref, inputs, dtype)
     assert last_backend(OP) == "cpu"
@@ -80,7 +80,7 @@ def test_what_serves_which_shape(monkeypatch):
 @pytest.mark.parametrize("head_dim", [32, 144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_strides(head_dim, dtype):
-    """Channels apart, one head's keys for all, a gradient that came through a transpose."""
+    """Take strided channels, one head's keys for all, and a gradient that came through a transpose."""
     inputs = make_inputs([5, 4], [6, 3], dtype, head_dim=head_dim)
     inputs["q"] = inputs["q"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     inputs["k"] = inputs["k"][:, :1].expand(-1, 2, -1)
@@ -160,7 +160,7 @@ def test_reasons_why_not():
 
 
 def test_reasons_why_not_sdpa():
-    """On CUDA, behind Triton, without gradients: what the reasons look at, without such a device."""
+    """Read the reasons for CUDA, after Triton, without gradients, without such a device."""
 
     def on_cuda(x):
         return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::cross_attention``, in the interpreter or on a GPU."""
+"""Triton kernels of ``hia::cross_attention``, in the interpreter or on a GPU."""
 
 from importlib import import_module
 from itertools import product
@@ -53,7 +53,7 @@ def forced():
 
 @pytest.fixture
 def modules():
-    """Kernels are imported when first used: after this process has made up its mind about the interpreter."""
+    """Import the kernels when first used: after this process has decided on the interpreter."""
     names = ("fwd", "bwd", "split", "unfused", "unfused_fwd", "unfused_bwd")
     return SimpleNamespace(**{n: import_module(f"hia_kernels.ops.cross_attention.triton_{n}") for n in names})
 
@@ -97,7 +97,7 @@ def test_splits_of_the_keys(head_dim, dtype, split, triton_device):
 
 @pytest.mark.parametrize("head_dim", [64, 272])
 def test_splits_without_keys_change_no_bit(head_dim, split, triton_device):
-    """So neither does a generous max_seqlen, which bounds the number of splits."""
+    """Keep the bits with empty splits and with a generous max_seqlen, which bounds the number of splits."""
     inputs = make_inputs([7, 5], [9, 20], torch.float16, triton_device, head_dim=head_dim)
     results = []
     for splits in (1, 4):
@@ -120,7 +120,7 @@ RULES = [  # heads, head_dim, dtype, block_m, slices: splits of (0, 1, 4095, 614
 
 @pytest.mark.parametrize(("sizes", "expected"), RULES)
 def test_number_of_splits(sizes, expected, modules):
-    """For a device of 132 multiprocessors, as the interpreter plays: full rounds of programs from one image."""
+    """Count splits for 132 multiprocessors, as in the interpreter: full waves of programs from one image."""
     heads, head_dim, dtype, block_m, slices = sizes
     heuristic = modules.split.split_heuristic(torch.empty(1, heads, head_dim, dtype=dtype), block_m, slices)
     assert tuple(heuristic.count(length) for length in (0, 1, 4095, 6143, 6144, 16384, 2**20)) == expected
@@ -129,7 +129,7 @@ def test_number_of_splits(sizes, expected, modules):
 
 
 def test_number_of_splits_grows_with_the_keys(modules):
-    """Else ``max_seqlen_k`` would not bound it."""
+    """Check that the count never falls: else ``max_seqlen_k`` would not bound it."""
     for sizes in ((1, 1, 1), (1, 3, 7), (5, 5, 4), (2, 3, 100)):
         counts = [modules.split.SplitHeuristic(*sizes).count(length) for length in range(400)]
         assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == sizes[1]
@@ -156,7 +156,7 @@ def test_workspace_for_a_few_heads_at_a_time(dtype, modules, monkeypatch, triton
 
 @pytest.mark.parametrize("head_dim", [32, 320])
 def test_any_strides(head_dim, triton_device):
-    """Channels apart, one head's keys for all, a gradient that came through a transpose, one of lse that is strided."""
+    """Take strided channels, one head's keys for all, a gradient through a transpose and a strided one of lse."""
     dtype = torch.float16
     inputs = make_inputs([5, 4], [6, 3], dtype, triton_device, head_dim=head_dim)
     inputs["q"] = inputs["q"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -201,7 +201,7 @@ def test_large_scores_do_not_overflow(head_dim, dtype, triton_device):
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(48, torch.float16), (48, torch.float32)], ids=str)
 def test_nan_beyond_a_sequence_does_not_leak(head_dim, dtype, triton_device):
-    """The neighbours hold NaN, infinity, and an lse that would overflow."""
+    """Fill the neighbours with NaN, infinity, and an lse that would overflow."""
     inputs = make_inputs([4, 6, 3], [8, 3, 9], dtype, triton_device, head_dim=head_dim)
     clean = forward_backward(OP, cross_attention_with_lse, inputs)
     dirty = {name: inputs[name].clone() for name in "qkv"}
@@ -216,7 +216,7 @@ def test_nan_beyond_a_sequence_does_not_leak(head_dim, dtype, triton_device):
 
 
 def assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k):
-    """Forward and backward, every sequence alone with a max_seqlen of its own."""
+    """Compare every sequence with itself alone, forward and backward, with a max_seqlen of its own."""
     device = inputs["q"].device
     seeded = torch.Generator().manual_seed(7)
     dout = torch.randn(inputs["q"].shape, generator=seeded).to(device, inputs["q"].dtype)
@@ -235,7 +235,7 @@ def assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k):
 
 
 def with_gradients(inputs, dout, dlse):
-    """out, lse, dq, dk, dv."""
+    """Return out, lse, dq, dk, dv."""
     q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
     out, lse = cross_attention_with_lse(**{**inputs, "q": q, "k": k, "v": v})
     return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
@@ -248,7 +248,7 @@ def with_gradients(inputs, dout, dlse):
     ids=str,
 )
 def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, splits, split, triton_device):
-    """Few queries and many, no keys, one, and more than a block of them."""
+    """Pack few queries and many, no keys, one, and more than a block of them."""
     split(splits)
     lengths_q, lengths_k = [7, 0, 70, 1, 3], [9, 30, 300, 0, 1]
     inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, head_dim=head_dim)
@@ -259,7 +259,7 @@ def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, splits, split, tri
     ("head_dim", "dtype"), [(16, torch.float16), (16, torch.float32), (272, torch.float16)], ids=str
 )
 def test_packed_is_one_at_a_time_with_the_splits_of_its_own(head_dim, dtype, modules, triton_device):
-    """Long enough for one sequence to be split as a launcher chooses, beside some that are not."""
+    """Pack a sequence long enough for the launcher to split it beside some that are not."""
     lengths_q, lengths_k = [7, 1, 3], [9, 4500, 0]
     inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, heads=1, head_dim=16)
     assert modules.split.split_heuristic(inputs["q"], 64).count(4500) > 1

@@ -1,4 +1,4 @@
-"""Who serves a call: the ops' tables, what is forced, in which threads and tasks it holds, the environment."""
+"""Dispatch: the ops' tables, what is forced, in which threads and tasks it holds, the environment."""
 
 import asyncio
 import contextvars
@@ -21,7 +21,7 @@ F32 = torch.float32
 
 @pytest.fixture
 def two_backends(monkeypatch):
-    """A table with a fast row that takes small numbers only, and an unavailable one."""
+    """Return a table with a fast row that takes small numbers only, and an unavailable one."""
 
     def too_large(function, x):
         return [f"{x} is larger than 9", "and that is too large"] if x > 9 else []
@@ -38,7 +38,7 @@ def two_backends(monkeypatch):
 
 
 def served(table, x, function="double"):
-    """Who serves the call, by its result."""
+    """Return which row served the call, by its result."""
     return table.select(function, {"x": x})(x)[0]
 
 
@@ -102,7 +102,7 @@ class TestBackendChoice:
             served(BackendTable("double", [slower]), 3)
 
     def test_what_runs_forced_alone(self, two_backends):
-        """A row that takes the large parts of a call takes all of them where it is forced."""
+        """Force a row that takes the large parts of a call: it takes all of them."""
         parts, whole = ({"double": lambda x, how=how: (how, 2 * x)} for how in ("parts", "whole"))
         table = BackendTable("double", [Backend("triton", parts, forced_functions=whole)])
         assert served(table, 3) == "parts"
@@ -195,7 +195,7 @@ class TestBackendChoice:
 
 
 class TestContexts:
-    """Blocks and what was served belong to the thread or task; a backward pass to the call of ``backward``."""
+    """Tests that blocks, and what was served, belong to the thread or task; a backward pass, to the caller's."""
 
     @pytest.fixture(autouse=True)
     def nothing_forced(self, monkeypatch):
@@ -223,7 +223,7 @@ class TestContexts:
             assert backend.requested_backend() == "reference"
 
     def test_a_generator_shares_its_callers_context(self):
-        """Its block holds for the caller while it is suspended, and ends with it, whatever was entered meanwhile."""
+        """Suspend a generator: its block holds for the caller meanwhile, and ends with it, whatever came since."""
 
         def steps():
             with use_backend("reference"):
@@ -327,7 +327,7 @@ class TestContexts:
         assert last_backend("linear") == "cpu"
 
     def test_on_a_thread_of_autograd(self):
-        """What a thread of PyTorch's own sees: an empty context, and where ``backward`` was called from."""
+        """See an empty context on PyTorch's own thread, and the one that ``backward`` was called from."""
         x, seen = torch.ones(2, 3, requires_grad=True), []
 
         class Elsewhere(torch.autograd.Function):
@@ -383,7 +383,7 @@ class TestContexts:
         assert last_backend("linear") == "reference"
 
     def test_a_block_inside_a_compiled_function(self):
-        """It breaks the graph, so that it holds; where no break is allowed it is an error."""
+        """Break the graph, so that the block holds; where no break is allowed it is an error."""
 
         def forced(x):
             with use_backend("reference"):
@@ -402,7 +402,7 @@ class TestContexts:
 
 
 class TestSettings:
-    """Environment variables: what none of a variable's choices is raises, and never means its default."""
+    """Tests of environment variables: a value that is none of the choices raises and never means the default."""
 
     @pytest.mark.parametrize(
         ("name", "value", "choices"),

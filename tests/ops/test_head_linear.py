@@ -79,7 +79,7 @@ def test_other_dtypes_are_left_to_the_reference(dtype):
 @pytest.mark.parametrize("merge_heads", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_which_products_are_large(transposed, merge_heads):
-    """The gradient of a transposed weight is computed transposed: its rows are the input's channels."""
+    """Compute the gradient of a transposed weight transposed: its rows are the input's channels."""
     skip_unless_here("native")
     inputs = make_inputs(1, 4000, torch.float32, channels=300, dim=20, heads=2, merge_heads=merge_heads)
     inputs["x"] = inputs["x"].contiguous()
@@ -120,7 +120,7 @@ def test_forcing_triton_leaves_it_to_auto():
     ],
 )
 def test_batched_products_match_the_reference(images, merge_heads, transposed, dtype):
-    """What CUDA runs, on the CPU, where nothing picks it."""
+    """Run CUDA's products on the CPU, where nothing picks them."""
     inputs = make_inputs(images, 9, dtype, merge_heads=merge_heads)
     x, weight = inputs["x"], inputs["weight"]
     if transposed:
@@ -147,7 +147,7 @@ def test_backward_is_autograd_of_reference(merge_heads, device):
 
 @pytest.mark.parametrize("merge_heads", [False, True])
 def test_agrees_with_einsum(merge_heads, device):
-    """A second opinion on the reference."""
+    """Check the reference against einsum."""
     inputs = make_inputs(2, 12, torch.float64, device, merge_heads=merge_heads)
     expected = torch.einsum("nhrc,hdc->nrhd" if merge_heads else "nhrc,hdc->nhrd", inputs["x"], inputs["weight"])
     expected = expected.flatten(2) if merge_heads else expected
@@ -215,7 +215,7 @@ def test_two_runs_are_bit_identical(merge_heads, device):
 
 
 def test_images_are_independent():
-    """Bit for bit on the CPU, where each image has products of its own."""
+    """Compare bit for bit on the CPU, where each image has products of its own."""
     inputs = make_inputs(3, 300, torch.float32, **LARGE)
     together = head_linear(**inputs)
     for image in range(3):
@@ -232,7 +232,7 @@ def test_nan_stays_in_its_image_head_and_row(device):
 
 @pytest.mark.parametrize("rows", [9, 300])
 def test_any_strides(rows, device):
-    """Row-major, column-major, steps between elements, one image or head for all."""
+    """Take row-major and column-major tensors, steps between elements, one image or head for all."""
     views = {
         "columns": lambda x: x.mT.contiguous().mT,
         "steps": lambda x: x.repeat_interleave(2, -1)[..., ::2],
@@ -247,7 +247,7 @@ def test_any_strides(rows, device):
 
 
 def test_the_weights_gradient_lies_as_the_weight():
-    """As the parameter then does, of which it is a view: no copy when it is put there."""
+    """Lay the gradient out as the weight, a view of the parameter: no copy is needed to accumulate it."""
     inputs = make_inputs(2, 300, torch.float32, **LARGE)
     inputs["weight"] = inputs["weight"].mT.contiguous().mT.requires_grad_()
     out = head_linear(**inputs)

@@ -27,7 +27,7 @@ OPS = [
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Write a package that can be imported for the length of the test."""
+    """Write packages that can be imported for the length of the test."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name, text):
@@ -68,7 +68,7 @@ def test_report_names_every_op_and_backend(monkeypatch):
 
 
 def test_what_forcing_a_backend_means(monkeypatch):
-    """For every name that a row has: the ops that obey, and those that run auto."""
+    """List, for every name that a row has, the ops that obey and those that run auto."""
     found = info.collect()["forcing"]
     assert list(found) == list(backend.backend_names()[1:])
     for name, ops in found.items():

@@ -54,7 +54,7 @@ def test_backward_is_autograd_of_reference(device):
 
 
 def test_agrees_with_a_loop(device):
-    """A second opinion on the reference: row by row."""
+    """Check the reference row by row."""
     inputs = make_inputs(12, 5, torch.float64, device)
     linear = torch.nn.Linear(32, 48, device=device, dtype=torch.float64)
     linear.weight.data, linear.bias.data = inputs["weight"], inputs["bias"]

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::inject_rows``, in the interpreter."""
+"""Triton kernels of ``hia::inject_rows``, in the interpreter."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def forced():
 
 @pytest.fixture(params=["triton", "cublas"])
 def route(request):
-    """Both ways to the same result, whatever the table would choose."""
+    """Force each way to the same result, whatever the table would choose."""
     with use_backend(request.param):
         yield request.param
 
@@ -65,7 +65,7 @@ def test_routes_agree_with_the_reference(route, dtype, triton_device):
 
 
 def test_tiles_of_a_large_product(monkeypatch, triton_device):
-    """The wide configuration and several groups of tiles."""
+    """Run the wide configuration and several groups of tiles."""
     config = {"BLOCK_R": 16, "BLOCK_C": 16, "BLOCK_D": 16, "GROUP_R": 2}
     monkeypatch.setattr(triton_fwd, "_fused_config", lambda *_: config)
     inputs = make_inputs(100, 75, torch.float32, triton_device)
@@ -74,7 +74,7 @@ def test_tiles_of_a_large_product(monkeypatch, triton_device):
 
 @pytest.mark.parametrize("function", ["inject_rows", "inject_rows_", "inject_rows_bwd"])
 def test_which_row_of_the_table(function, triton_device, monkeypatch):
-    """The 13B host's two images go through cuBLAS, a narrow host's through one kernel. Nothing is computed."""
+    """Send the 13B host's two images through cuBLAS, a narrow host's through one kernel; nothing is computed."""
     monkeypatch.setattr(triton_support, "device_reasons", lambda tensor: [])  # meta tensors cost nothing
 
     def chosen(rows, channels, dim, dtype):
@@ -100,7 +100,7 @@ def test_why_not_the_one_kernel():
 
 
 def test_grids_of_many_rows(monkeypatch):
-    """Rows may be millions and the axes y and z of a grid end at 65,535."""
+    """Launch millions of rows, though axes y and z of a grid end at 65,535."""
     triton_bwd, grids = pytest.importorskip("hia_kernels.ops.inject_rows.triton_bwd"), {}
 
     def record(module, name):

@@ -1,4 +1,4 @@
-"""``inputs.py`` of every op: what is drawn, and what is counted."""
+"""``inputs.py`` of every op: the arguments it draws and the costs it counts."""
 
 import dataclasses
 import inspect
@@ -29,12 +29,12 @@ OPTIONS = [
 
 
 def shape_of(op, **options):
-    """Small, with options."""
+    """Return a small shape, with options."""
     return dataclasses.replace(module_of(op).SMALL, **options)
 
 
 def counted(op, given, *, gradients):
-    """By the formulas registered with the ops."""
+    """Count by the formulas registered with the ops."""
     wrt = leaves(op, given) if gradients else {}
     with FlopCounterMode(display=False) as counter:
         out = getattr(hia_kernels, op)(**{**given, **wrt})
@@ -69,7 +69,7 @@ def nbytes(values):
 @pytest.mark.parametrize(("op", "options"), OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 def test_forward_bytes_are_those_of_arguments_and_results(op, options, dtype):
-    """Of what is gathered, the rows alone."""
+    """Count only the rows of what is gathered."""
     shape = shape_of(op, **options)
     with FakeTensorMode():
         given = module_of(op).make_inputs(shape, dtype)

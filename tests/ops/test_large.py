@@ -1,7 +1,4 @@
-"""Tensors of more than 2**31 elements and grids beyond 65535: the last of many equals itself alone, bit for bit.
-
-An offset that wraps at 32 bits reads or writes somewhere else, so the last sequence, row, image or sample would differ.
-"""
+"""Tensors of more than 2**31 elements and grids beyond 65535: the last of many equals itself alone, bit for bit."""
 
 import pytest
 import torch
@@ -44,7 +41,7 @@ def needs(gib):
 
 
 def normal(*shape):
-    """Drawn on the GPU, a part at a time: the CPU would take minutes, and fp32 twice the memory."""
+    """Draw on the GPU, a part at a time: the CPU would take minutes, and fp32 twice the memory."""
     out = torch.empty(shape, dtype=BF16, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     for part in out.split(max(1, 2**26 // max(1, out[0].numel()))):
@@ -53,7 +50,7 @@ def normal(*shape):
 
 
 def attended(q, k, v, dout, lengths_q, lengths_k):
-    """out, lse, dq, dk, dv."""
+    """Return out, lse, dq, dk, dv."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out, lse = cross_attention_with_lse(q, k, v, **packing(lengths_q, lengths_k, "cuda"))
     return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout)
@@ -78,7 +75,7 @@ def test_cross_attention(heads, head_dim):
 
 @pytest.mark.parametrize("columns", [16384, 32768], ids=["whole-rows", "in-chunks"])
 def test_row_softmax(columns):
-    """More rows than an axis y of a grid could have, too."""
+    """Take more rows, too, than axis y of a grid could have."""
     needs(22)
     rows = TOO_MANY // columns + 3
     rows = max(rows, 65536 + 3)
@@ -95,7 +92,7 @@ def test_row_softmax(columns):
 
 
 def test_stem():
-    """Of pixels and of outputs there are too many."""
+    """Exceed 2**31 elements of pixels and of outputs."""
     needs(16)
     inputs = inputs_of("stem")((16, 16), BF16, "cuda", images=1, out_channels=16)
     generator = torch.Generator("cuda").manual_seed(0)

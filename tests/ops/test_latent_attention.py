@@ -84,7 +84,7 @@ def test_backend_on_the_cpu():
 @pytest.mark.skipif(triton_support.interpreted(), reason="the interpreter's process")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_large_products_are_the_extensions(dtype):
-    """All but fp64's: halves are multiplied in fp32."""
+    """Multiply all but fp64 by the extension: halves are multiplied in fp32."""
     skip_unless_here("native")
     inputs = make_inputs(20, 400, [4000, 0, 3], dtype)
     inputs["q"].requires_grad_()
@@ -120,7 +120,7 @@ def test_backward_is_autograd_of_reference(device):
 
 
 def test_is_attention_with_one_key_value_head(device):
-    """A second opinion: the op ``cross_attention`` with the latent as every head's key and value."""
+    """Check against ``cross_attention`` with the latent as every head's key and value."""
     lengths = [7, 3]
     inputs = make_inputs(6, 16, lengths, torch.float64, device)
     cu_q, cu_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 6, 12], [0, 7, 10]))
@@ -179,7 +179,7 @@ def test_repeatable(device):
 
 
 def test_an_image_does_not_see_its_neighbours(device):
-    """To rounding: the products are the vendor's."""
+    """Compare to rounding: the products are the vendor's."""
     inputs = make_inputs(24, 32, [5, 1, 40], torch.float32, device)
     together, start = latent_attention(**inputs), 0
     for image, length in enumerate(inputs["lengths"]):
@@ -248,7 +248,7 @@ def test_no_second_derivatives():
 @pytest.mark.parametrize(("rows", "lengths"), [(24, [5, 0, 40]), (300, [900])], ids=["ragged", "several-blocks"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_log_sum_exp_is_the_references(rows, lengths, dtype, device):
-    """The public function returns none, and no backward but the reference's reads it: nothing else would show it."""
+    """Compare lse itself: the public function returns none, and only the reference's backward reads it."""
     inputs = make_inputs(rows, 32, lengths, dtype, device)
     lse, plain = torch.ops.hia.latent_attention(**inputs)[1], reference_module.latent_attention_ref(**inputs)[1]
     exact = reference_module.latent_attention_ref(**analysed(inputs, torch.float32))[1]

@@ -90,7 +90,7 @@ def test_backward_is_autograd_of_reference(device):
 
 
 def test_agrees_with_the_product(device):
-    """A second opinion on the reference."""
+    """Check the reference against the matrix product."""
     inputs = make_inputs(12, torch.float64, device)
     expected = (inputs["x"][:, None] * inputs["weight"]).sum(-1) + inputs["bias"]
     assert_close("out", linear(**inputs), expected, expected, dtype=torch.float64, slack=FP64_SLACK)
@@ -150,7 +150,7 @@ def test_two_runs_are_bit_identical(device):
 
 
 def test_rows_are_independent(device):
-    """To rounding: the products are the vendor's."""
+    """Compare to rounding: the products are the vendor's."""
     inputs = make_inputs(400, torch.float32, device, **LARGE)
     together = linear(**inputs)
     apart = torch.cat([linear(**{**inputs, "x": rows}) for rows in inputs["x"].split(130)])
@@ -167,7 +167,7 @@ def test_nan_stays_in_its_row(device):
 
 @pytest.mark.parametrize("rows", [9, 300])
 def test_any_strides(rows, device):
-    """Of x and of the weight: row-major, column-major, steps between elements, repeated rows."""
+    """Take x and weight row-major, column-major, with steps between elements, and with repeated rows."""
     views = {
         "columns": lambda x: x.T.contiguous().T,
         "steps": lambda x: x.repeat_interleave(2, 1)[:, ::2],

@@ -50,7 +50,7 @@ def test_backward_is_autograd_of_reference(device):
 
 
 def test_agrees_with_pytorch_modules(device):
-    """A second opinion on the reference."""
+    """Check the reference against PyTorch's modules."""
     inputs = make_inputs(12, 20, torch.float64, device)
     norm = torch.nn.LayerNorm(48, eps=inputs["eps"], device=device, dtype=torch.float64)
     linear = torch.nn.Linear(48, 32, device=device, dtype=torch.float64)

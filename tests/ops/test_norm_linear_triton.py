@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::norm_linear``, in the interpreter."""
+"""Triton kernels of ``hia::norm_linear``, in the interpreter."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def forced():
 
 @pytest.fixture(params=["triton", "cublas"])
 def route(request):
-    """Both ways to the same result, whatever the table would choose."""
+    """Force each way to the same result, whatever the table would choose."""
     with use_backend(request.param):
         yield request.param
 
@@ -69,7 +69,7 @@ def test_routes_agree_with_the_reference(route, dtype, triton_device):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_which_row_of_the_table(backward, triton_device, monkeypatch):
-    """Sizes of the 13B host go through cuBLAS; few rows and narrow hosts through one kernel. Nothing is computed."""
+    """Send the 13B host's sizes through cuBLAS, few rows and narrow hosts through one kernel; nothing is computed."""
     monkeypatch.setattr(triton_support, "device_reasons", lambda tensor: [])  # meta tensors cost nothing
 
     def chosen(rows, channels, dim, dtype=torch.bfloat16, tokens=None):
@@ -115,7 +115,7 @@ def test_nothing_to_do(route, rows, channels, dim, triton_device):
 
 
 def test_grid_of_many_rows(monkeypatch):
-    """Rows may be millions and the axes y and z of a grid end at 65,535."""
+    """Launch millions of rows, though axes y and z of a grid end at 65,535."""
     grids = []
 
     class Kernel:
@@ -140,7 +140,7 @@ def test_more_tiles_of_rows_than_an_axis_has():
 
 
 def test_rows_longer_than_a_chunk_of_the_index(monkeypatch, triton_device):
-    """A row named often, across chunks of row_idx, gets the sum in the order of the names."""
+    """Name a row often, across chunks of row_idx: it gets the sum in the order of the names."""
     triton_bwd = pytest.importorskip("hia_kernels.ops.norm_linear.triton_bwd")
     monkeypatch.setattr(triton_bwd, "IDX_CHUNK", 16)
     inputs = make_inputs(5, 70, torch.float32, triton_device)

@@ -1,4 +1,4 @@
-"""``hia_kernels.core.products``, and the ops' rows that are made of it, at sizes that the native kernel takes."""
+"""``hia_kernels.core.products``, and the ops' rows built on it, at sizes that the native kernel takes."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ ROWS = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every product made, whether the extension made it."""
+    """Record for every product whether the extension made it."""
     made: list[bool] = []
     if native.cpu_unavailable_reasons():
         pytest.skip("; ".join(native.cpu_unavailable_reasons()))
@@ -101,7 +101,7 @@ def test_a_product_of_any_strides(first, second, calls):
     [(1, 1100, 1101), (1100, 1, 1101), (1100, 1101, 1), (2, 1100, 1101), (1, 1, 2**20), (2**20, 1, 1), (1, 2**20, 1)],
 )
 def test_thin_products(rows, inner, columns, calls, monkeypatch):
-    """A size of one leaves a stride that means nothing."""
+    """Take sizes of one, whose strides mean nothing."""
     monkeypatch.setattr(products, "MIN_FLOPS", 2**21)
     torch.manual_seed(0)
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
@@ -160,7 +160,7 @@ def test_every_empty_product(rows, inner, columns, calls):
 
 @pytest.mark.parametrize("inner", [1, 255, 256, 257, 767, 768, 769, 1600])
 def test_sums_of_any_length(inner, calls, monkeypatch):
-    """Ends of the chains and of the panels; a sum of thousands of terms has no more of an error than PyTorch's."""
+    """End at blocks of the sums and of the panels; a sum of thousands of terms is as accurate as PyTorch's."""
     torch.manual_seed(0)
     monkeypatch.setattr(products, "MIN_FLOPS", 2**21)
     rows, columns = 113, max(65, 2**21 // (2 * 113 * inner) + 1)
@@ -208,7 +208,7 @@ def test_native_function_checks_its_arguments(calls):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("inner", [5, 300, 1600])
 def test_into_a_part_of_something_larger(inner, transposed, calls):
-    """Written or added to; nothing around it is touched."""
+    """Write or add into a view; nothing around it is touched."""
     torch.manual_seed(0)
     rows, columns = 270, max(257, 2**25 // (2 * 270 * inner) + 1)
     a, b, start = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(rows, columns)
@@ -262,7 +262,7 @@ def test_small_calls_match_the_reference(op, backend, calls):
 @pytest.mark.parametrize(("rows", "dim"), [(4000, 20), (20, 4000)])
 @pytest.mark.parametrize("op", ROWS)
 def test_a_call_with_one_large_product_is_natives(op, rows, dim, calls):
-    """Few rows of the layer, or of its weight's gradient: each product is the extension's by its own size."""
+    """Multiply few rows of the layer, or of its weight's gradient: the size of each product decides."""
     function = ROWS[op][0]
     make = {"norm_linear": norm_linear_inputs, "inject_rows": inject_rows_inputs}.get(op)
     if make is None:
@@ -323,14 +323,14 @@ def test_injection_in_place(calls):
 
 
 def test_a_mean_of_many_deviations():
-    """The norm's gradients at a size and an offset where PyTorch's own backward of the norm loses digits."""
+    """Take the norm's gradients at a size and an offset where PyTorch's own backward of the norm loses digits."""
     inputs = norm_linear_inputs(260, None, F32, **WIDE, offset=100.0)
     with use_backend("cpu"):
         assert_matches("norm_linear", hia_kernels.norm_linear, norm_linear_ref, inputs, F32)
 
 
 def test_norm_alone_and_weight_alone():
-    """Each mask of gradients gives the bits that all together give."""
+    """Give each mask of gradients the bits that all together have."""
     inputs = norm_linear_inputs(260, 300, F32, **WIDE)
     x, norm_weight, norm_bias, weight, _, row_idx, eps = inputs.values()
     dout = torch.randn(300, 257)

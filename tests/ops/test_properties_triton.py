@@ -1,4 +1,4 @@
-"""Triton kernels on sizes, dtypes, values and memory layouts that hypothesis draws."""
+"""Triton kernels on sizes, dtypes, values and memory layouts drawn by hypothesis."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def forced():
 
 
 def laid_out(x, layout, expanded_dim=0):
-    """``x`` in other memory. Expanded it has other values too: its first, all along ``expanded_dim``, of stride 0."""
+    """Put ``x`` into other memory; expanded, it repeats its first values along ``expanded_dim``, with stride 0."""
     if layout == "transposed":
         reverse = tuple(reversed(range(x.ndim)))
         return x.permute(reverse).contiguous().permute(reverse)
@@ -56,7 +56,7 @@ def laid_out(x, layout, expanded_dim=0):
 
 
 def with_dout(function, layout):
-    """The gradient that arrives at ``function``'s first output comes through a transpose, or from a sum over rows."""
+    """Let the gradient of ``function``'s first output arrive through a transpose, or from a sum over rows."""
 
     def call(**inputs):
         first, *rest = outs if isinstance(outs := function(**inputs), tuple) else (outs,)
@@ -86,7 +86,7 @@ DOUT = st.sampled_from(["as drawn", "transposed"])
     dout=DOUT,
 )
 def test_cross_attention(lengths, heads, head_dim, dtype, layouts, dout, triton_device):
-    """Over a key or few that are alike a gradient is the rounding of a difference that should be zero: not asked."""
+    """Leave out few or equal keys, whose gradient is the rounding of a difference that should be zero."""
     lengths_q, lengths_k = zip(*((q, k + 7 if k else 0) for q, k in lengths), strict=True)
     inputs = inputs_of("cross_attention")(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
     for name, layout in zip("qkv", layouts, strict=True):
@@ -106,7 +106,7 @@ def test_cross_attention(lengths, heads, head_dim, dtype, layouts, dout, triton_
     share_bytes=st.sampled_from([16, 64, 4096]),
 )
 def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype, share_bytes, triton_device):
-    """Bit for bit, each sequence in as many shares as its launcher likes; small ones here, for splits of few keys."""
+    """Compare bit for bit, each sequence in as many splits as its launcher chooses; small ones here."""
     from hia_kernels.ops.cross_attention import triton_split
 
     lengths_q, lengths_k = zip(*lengths, strict=True)
@@ -141,7 +141,7 @@ def test_row_softmax(rows, columns, spread, scale, dtype, layout, dout, triton_d
     layout=st.sampled_from(APART),
 )
 def test_row_softmax_in_place(rows, columns, scale, dtype, layout, triton_device):
-    """The bits of the other, in the same memory, and nothing beside it."""
+    """Give the bits of the other, in the same memory and no more."""
     scores = laid_out(inputs_of("row_softmax")(rows, columns, dtype, triton_device)["scores"], layout)
     base = scores if scores._base is None else scores._base
     inside = torch.zeros(base.shape, dtype=torch.bool, device=triton_device)

@@ -21,7 +21,7 @@ FITTING = {  # what the small inputs are not: rows of the extension have panels 
 
 
 def reference(op, **arguments):
-    """The op's reference, as its public function returns it."""
+    """Return the op's reference, as its public function returns it."""
     outs = backend.TABLES[op].row("reference").functions[op](**arguments)
     return outs[0] if op == "latent_attention" else outs
 
@@ -58,7 +58,7 @@ def test_a_forced_row_serves_or_says_why_not(op, name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_auto_takes_the_first_row_that_would_serve_forced(op):
-    """By the rows' own reasons, one by one."""
+    """Ask the rows' own reasons, one by one."""
     table, inputs = backend.TABLES[op], small_inputs(op, F32)
     first = next(row for row in table.backends if not row.refusals(op, inputs, forced=False))
     with use_backend("auto"):
@@ -68,7 +68,7 @@ def test_auto_takes_the_first_row_that_would_serve_forced(op):
 
 @pytest.mark.parametrize("name", backend.backend_names()[1:])
 def test_forcing_for_a_whole_model(name, monkeypatch):
-    """Ops without the row run auto: no name makes another op impossible."""
+    """Run auto for ops without the row: no name makes another op impossible."""
     monkeypatch.setenv("HIA_BACKEND", name.upper())
     for op in OPS:
         table, inputs = backend.TABLES[op], small_inputs(op, F32)

@@ -1,4 +1,4 @@
-"""``hia::row_softmax`` and its in-place twin."""
+"""``hia::row_softmax`` and its in-place form."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_matches_reference(rows, columns, options, dtype, device):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_fp32_scores_half_probabilities(dtype, device):
-    """The main use. Truth is the fp64 of the fp32 scores; what is rounded is p."""
+    """Round only p: the truth is the fp64 of the fp32 scores. This is the main use."""
     inputs = make_inputs(33, 200, torch.float32, device, out_dtype=dtype)
     got, plain = (forward_backward(OP, function, inputs) for function in (row_softmax, row_softmax_ref))
     exact = forward_backward(OP, row_softmax_ref, {**upcast(inputs, torch.float64), "out_dtype": None})
@@ -70,7 +70,7 @@ def test_backward_is_autograd_of_reference(device):
 
 
 def test_agrees_with_pytorch(device):
-    """A second opinion on the reference: torch.softmax, torch.logsumexp, and autograd of the former."""
+    """Check the reference against torch.softmax, torch.logsumexp, and autograd of the former."""
     inputs = make_inputs(9, 40, torch.float64, device)
     scores = inputs["scores"].detach().requires_grad_()
     scaled = scores * inputs["scale"]
@@ -146,7 +146,7 @@ def test_autocast_changes_nothing(dtype, device):
 
 
 def test_flops():
-    """No products, and the counter counts those alone."""
+    """Count none: the counter counts products alone."""
     inputs = make_inputs(9, 20, torch.float32)
     scores, scale, _ = inputs.values()
     assert flops_by_op(lambda: row_softmax(**inputs)) == {"hia.row_softmax": 0}
@@ -183,7 +183,7 @@ def test_rows_are_independent(device):
 
 
 def test_infinite_scores(device):
-    """-inf is a column that is not there; a row of nothing else is as in torch.softmax."""
+    """Treat -inf as an absent column; a row of nothing else is as in torch.softmax."""
     inputs = make_inputs(3, 50, torch.float32, device)
     scores = inputs["scores"]
     scores[0, 10:] = scores[1] = float("-inf")

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::row_softmax``, in the interpreter or on a GPU."""
+"""Triton kernels of ``hia::row_softmax``, in the interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_in_place_gives_the_same_bits_and_touches_nothing_else(columns, dtype, t
 @pytest.mark.parametrize("columns", [64, 5000, 20000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_together_are_one_at_a_time_bit_for_bit(columns, dtype, triton_device):
-    """Forward and backward. Whole multiples of 16 bytes: a row that lies askew may be read, and added up, otherwise."""
+    """Take multiples of 16 bytes: a misaligned row may be read, and summed, in another order."""
     inputs = make_inputs(5, columns, torch.float32, triton_device, out_dtype=dtype)
     dp = make_inputs(5, columns, torch.float32, triton_device, spread=1.0)["scores"].flip(0)
     p, lse = row_softmax(**inputs)
@@ -99,7 +99,7 @@ def test_backward_takes_a_wider_dp_and_dlse(columns, triton_device):
 
 @pytest.mark.parametrize("columns", [60, 20000])
 def test_infinite_and_nan_scores(columns, triton_device):
-    """A first chunk of -inf must not poison the row."""
+    """Keep a first chunk of -inf from poisoning the row."""
     inputs = make_inputs(4, columns, torch.float32, triton_device)
     scores = inputs["scores"]
     scores[0, : columns - 10] = scores[1] = float("-inf")

@@ -50,7 +50,7 @@ def test_matches_reference(size, options, dtype, device):
 
 
 def test_strided_pixels(device):
-    """A crop of a planar image: no dim is contiguous with the next."""
+    """Take a crop of a planar image: no dim is contiguous with the next."""
     inputs = make_inputs((37, 53), torch.float32, device, pixel_dtype=torch.float32, channels=3)
     planar = torch.zeros(2, 3, 45, 60, device=device)
     planar[:, :, 3:40, 5:58] = inputs["pixels"].permute(0, 3, 1, 2)
@@ -68,7 +68,7 @@ def test_backward_is_autograd_of_reference(channels, pool, device):
 
 
 def test_agrees_with_pytorch_modules(device):
-    """A second opinion on the reference: ResNet's stem, batch-norm not folded, on images normalised beforehand."""
+    """Check the reference against ResNet's stem, batch-norm not folded, on images normalised beforehand."""
     inputs = make_inputs((37, 53), torch.float64, device, images=1, channels=3)
     conv = torch.nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False, device=device, dtype=torch.float64)
     norm = torch.nn.BatchNorm2d(8, eps=0, device=device, dtype=torch.float64).eval()
@@ -147,7 +147,7 @@ def test_nan_in_another_image_does_not_leak(device):
 
 
 def test_inverted_window_is_the_negative(device):
-    """MONOCHROME1: bright means dark."""
+    """Invert the window, as MONOCHROME1 does: bright means dark."""
     inputs = make_inputs((37, 53), torch.float32, device, images=1)
     window = torch.tensor([[20.0, 235.0]], device=device)
     negative = {**inputs, "pixels": 255 - inputs["pixels"], "window": 255 - window}
@@ -167,7 +167,7 @@ def test_grey_is_three_equal_channels(device):
 
 
 def test_grey_is_one_channel_of_summed_weights(device):
-    """Exact inside. The padding is zero after normalisation, so along the border the mean's share is not constant."""
+    """Check the interior exactly: padding is zero after normalisation, so the mean's part varies along the border."""
     inputs = make_inputs((37, 53), torch.float64, device, images=1, pixel_dtype=torch.float64, pool=1)
     low, high = inputs["window"][0].double()
     p = ((inputs["pixels"] - low) / (high - low)).clamp(0, 1).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""``hia::stem`` on the CPU: strips of rows, a border of its own, summed weights."""
+"""``hia::stem`` on the CPU: strips of rows, an exact border, summed weights."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def assert_forward_matches(inputs, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("channels", "pool"), [(1, 3), (3, 1)])
 def test_one_row_at_a_time(dtype, channels, pool, monkeypatch):
-    """Every row of the result is a strip's first and last: halos, borders and the pool's windows all show."""
+    """Make every row of the result a strip's first and last: halos, borders and pooling windows all show."""
     monkeypatch.setattr(cpu, "STRIP_BYTES", 1)
     assert_matches(OP, stem, stem_ref, make_inputs((37, 52), dtype, channels=channels, pool=pool), dtype)
 
@@ -62,14 +62,14 @@ def test_any_size(data):
 
 
 def test_a_window_far_from_zero_keeps_its_bits():
-    """Low is taken off before anything is scaled: 65000 to 65100 of 16 bits."""
+    """Subtract low before anything is scaled: 65000 to 65100 of 16 bits."""
     inputs = make_inputs((23, 31), torch.float32, images=1, pixel_dtype=torch.uint16)
     inputs["pixels"] = (65000 + inputs["pixels"].int() % 101).to(torch.uint16)
     assert_forward_matches({**inputs, "window": torch.tensor([[65000.0, 65100.0]])})
 
 
 def test_the_grey_border_is_exact():
-    """With one mean far from the others the padding's share is large; a constant would miss it."""
+    """Set one mean far from the others: the padding's part is then large, and a constant would miss it."""
     inputs = make_inputs((24, 29), torch.float32, pool=1)
     assert_forward_matches({**inputs, "mean": torch.tensor([0.9, 0.1, 0.3]), "std": torch.tensor([0.1, 0.5, 1.0])})
 
@@ -102,7 +102,7 @@ def test_memory_is_the_result_and_a_strip():
 
 @pytest.mark.parametrize(("pool", "convolutions"), [(1, 0), (3, 1)])
 def test_the_backward_computes_again_what_a_pool_hides(pool, convolutions, monkeypatch):
-    """Without a pool the output that the forward gave says where the ReLU passed; nothing is kept with one."""
+    """Read from the output where the ReLU passed, unless a pool hides it; nothing is kept with one."""
     inputs = make_inputs((33, 30), torch.float32, pool=pool)
     weight, kept = inputs["weight"].requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
@@ -115,7 +115,7 @@ def test_the_backward_computes_again_what_a_pool_hides(pool, convolutions, monke
 
 
 def test_gradients_do_not_depend_on_a_kept_output():
-    """The backward op without the output computes it: the same numbers, all from one sum over taps."""
+    """Recompute the output that the backward op lacks: the same numbers, all from one sum over taps."""
     inputs = make_inputs((31, 26), torch.float32, pool=1)
     dout = torch.randn(2, 16, 13, 8)
     mask = [False, True, True, True]
@@ -130,7 +130,7 @@ def test_gradients_do_not_depend_on_a_kept_output():
 
 @pytest.mark.parametrize("pool", [1, 3])
 def test_gradients_along_the_grey_border(pool, monkeypatch):
-    """Means far apart make the ones' share of the taps large; rows of a strip each have their own padding."""
+    """Set the means far apart: the ones' part of the taps is large, and each row of a strip has its own padding."""
     inputs = make_inputs((25, 30), torch.float32, pool=pool)
     inputs |= {"mean": torch.tensor([0.9, 0.1, 0.3]), "std": torch.tensor([0.1, 0.5, 1.0])}
     assert_matches(OP, stem, stem_ref, inputs, torch.float32)

@@ -1,4 +1,4 @@
-"""``hia::stem`` by the native extension: borders, the pool's windows across threads, every kind of pixel."""
+"""``hia::stem`` by the native extension: borders, pooling windows across threads, every pixel type."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_neighbours_and_number_of_threads_change_no_bit(pool):
 
 
 def test_a_grey_image_is_three_equal_channels():
-    """The summed weights are exact: to rounding, what three copies of the channel give."""
+    """Sum the weights: to rounding, the result is that of three copies of the channel."""
     inputs = make_inputs((37, 52), F32, out_channels=32)
     exact = stem_ref(**analysed({**inputs, "pixels": inputs["pixels"].expand(-1, -1, -1, 3)}, F32))
     assert_close("out", stem(**inputs), exact, stem_ref(**inputs), dtype=F32)
@@ -81,7 +81,7 @@ def test_nan_stays_where_it_is(sign):
 
 
 def test_the_grey_border_is_exact():
-    """With one mean far from the others the padding's share is large; a constant would miss it."""
+    """Set one mean far from the others: the padding's part is then large, and a constant would miss it."""
     inputs = make_inputs((24, 29), F32, pool=1, out_channels=32)
     assert_forward_matches({**inputs, "mean": torch.tensor([0.9, 0.1, 0.3]), "std": torch.tensor([0.1, 0.5, 1.0])})
 

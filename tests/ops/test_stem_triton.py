@@ -1,4 +1,4 @@
-"""The Triton kernels of ``hia::stem``, in the interpreter or on a GPU."""
+"""Triton kernels of ``hia::stem``, in the interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def forced():
 
 
 def blocks_become(monkeypatch, **changes):
-    """Other meta-parameters than the heuristic's."""
+    """Replace the heuristic's meta-parameters."""
 
     def pick(op, key, device, heuristic):
         return {**heuristic, **{name: value for name, value in changes.items() if name in heuristic}}
@@ -58,7 +58,7 @@ def test_matches_reference(size, options, dtype, triton_device):
 
 @pytest.mark.parametrize(("channels", "pool", "rows"), [(1, 3, 2), (1, 3, 4), (1, 1, 1), (3, 3, 4)])
 def test_tiles_inside_and_along_the_borders(channels, pool, rows, triton_device, monkeypatch):
-    """Several programs along both axes; strips that end inside and outside the image."""
+    """Run several programs along both axes; strips end inside and outside the image."""
     blocks_become(monkeypatch, ROWS=rows, BLOCK_R=2, BLOCK_Q=4)
     inputs = make_inputs((41, 43), F32, triton_device, channels=channels, images=1, kernel=3, pool=pool)
     inputs["mean"] = torch.tensor([0.9, 0.5, -0.7], device=triton_device)  # a wrong share of them would show
@@ -71,7 +71,7 @@ def test_tiles_inside_and_along_the_borders(channels, pool, rows, triton_device,
 
 
 def test_backward_masks(triton_device):
-    """Only what is asked for is computed, from whatever strides; pixels of an integer dtype have no gradient."""
+    """Compute only what is asked for, from any strides; pixels of an integer dtype have no gradient."""
     for pixel_dtype, pool in ((F32, 3), (F32, 1), (torch.uint8, 3)):
         inputs = make_inputs((11, 9), F32, triton_device, pixel_dtype=pixel_dtype, pool=pool, kernel=3)
         out = stem_ref(**inputs)
@@ -86,7 +86,7 @@ def test_backward_masks(triton_device):
 
 
 def test_a_tie_goes_to_the_first(triton_device):
-    """A constant image and weights of few bits: every window of the pool ties inside, and dpixels tells who got it."""
+    """Tie every pooling window inside, by a constant image and weights of few bits; dpixels tells which got it."""
     inputs = make_inputs((15, 13), F32, triton_device, images=1, pixel_dtype=F32, kernel=3)
     inputs |= {"mean": torch.zeros(3, device=triton_device), "std": torch.ones(3, device=triton_device)}
     inputs |= {"pixels": inputs["pixels"].fill_(0.5), "window": torch.tensor([[0.0, 1.0]], device=triton_device)}
@@ -102,7 +102,7 @@ def test_a_tie_goes_to_the_first(triton_device):
 
 
 def test_strided_pixels(triton_device):
-    """A crop of a planar image, NaN around it."""
+    """Take a crop of a planar image, with NaN around it."""
     inputs = make_inputs((9, 13), F32, triton_device, pixel_dtype=F32, channels=3, kernel=3)
     planar = torch.full((2, 3, 17, 20), float("nan"), device=triton_device)
     crop = planar[:, :, 3:12, 5:18]
@@ -115,7 +115,7 @@ def test_strided_pixels(triton_device):
 @pytest.mark.parametrize(("channels", "kernel"), [(1, 7), (3, 7), (1, 3)])
 @pytest.mark.parametrize("pool", [1, 3])
 def test_nan_reaches_as_far_as_in_the_reference(channels, kernel, pool, triton_device):
-    """Tiles of taps are two rows higher than the kernel: those may not carry a NaN."""
+    """Spread no NaN by tiles of taps, which are two rows higher than the kernel."""
     options = {"pixel_dtype": F32, "channels": channels, "kernel": kernel, "pool": pool}
     inputs = make_inputs((22, 19), F16, triton_device, images=1, **options)
     for place in ((0, 0), (9, 8), (10, 9), (21, 18)):
@@ -161,7 +161,7 @@ def packed_of(inputs):
 
 @pytest.mark.parametrize(("kernel", "pool", "dtype"), [(7, 3, BF16), (7, 1, F16), (3, 3, F32)], ids=str)
 def test_a_packed_weight_has_the_same_bits(kernel, pool, dtype, triton_device):
-    """One for grey images and others, of any pixels."""
+    """Pack once for grey images and others, of any pixels."""
     first = packed = None
     for channels, pixel_dtype in ((1, torch.uint8), (3, torch.uint8), (1, U16), (3, F32)):
         options = {"kernel": kernel, "pool": pool, "channels": channels, "pixel_dtype": pixel_dtype, "images": 1}
@@ -213,7 +213,7 @@ def test_opcheck_of_the_packed_op(triton_device):
 
 @torch.no_grad()
 def test_a_folded_encoder_packs_its_stem_once(triton_device, monkeypatch):
-    """The bits of one that packs in every call, and nothing left when it is no longer folded."""
+    """Give the bits of packing in every call, and leave nothing when it is no longer folded."""
     from hia_kernels.ops.stem import triton_fwd
 
     made, pack_taps = [], triton_fwd.pack_taps
@@ -241,7 +241,7 @@ def test_a_folded_encoder_packs_its_stem_once(triton_device, monkeypatch):
 
 @pytest.mark.parametrize("pool", [1, 3])
 def test_the_upper_half_of_16_bits(pool, triton_device):
-    """uint16 comes to Triton as int16; pixels of 12 bits, which the cases above have, would not show it."""
+    """Pass uint16 as int16; the 12-bit pixels of the cases above would not show it."""
     inputs = make_inputs((13, 15), F32, triton_device, pixel_dtype=U16, kernel=3, pool=pool)
     inputs["pixels"] = (65_000 + inputs["pixels"].int() % 101).to(U16)
     inputs["window"] = torch.tensor([[65_000.0, 65_100.0], [65_100.0, 65_000.0]], device=triton_device)

@@ -1,4 +1,4 @@
-"""``hia_kernels.testing``: the policy lets roundings pass and nothing else, for every op and where terms cancel."""
+"""``hia_kernels.testing``: the policy accepts roundings and nothing else, for every op and where terms cancel."""
 
 import math
 
@@ -31,7 +31,7 @@ INPUTS = {
 
 
 def replaced(**changes):
-    """A fault: the reference on other arguments, which ``changes`` makes of the right ones."""
+    """Seed a fault: the reference on other arguments, which ``changes`` makes of the right ones."""
     return lambda reference, given: reference(**{**given, **{name: change(given) for name, change in changes.items()}})
 
 
@@ -40,7 +40,7 @@ def first(results):
 
 
 def without(name, index):
-    """``name`` with zeros at ``index``: a mask that drops too much."""
+    """Return ``name`` with zeros at ``index``: a mask that drops too much."""
 
     def drop(given):
         x = given[name].clone()
@@ -51,7 +51,7 @@ def without(name, index):
 
 
 def half_precision_sums(reference, given):
-    """Every product rounded to bf16 before it is added."""
+    """Round every product to bf16 before it is added."""
     return (given["x"].bfloat16() @ given["weight"].mT.bfloat16()).float() + given["bias"]
 
 
@@ -134,7 +134,7 @@ def test_a_wrong_output_is_caught(op, fault):
 
 @pytest.mark.parametrize("op", INPUTS)
 def test_one_wrong_element_of_thousands_is_caught_in_bf16(op):
-    """Half of an ordinary element off: a root mean square over thousands doesn't see it."""
+    """Shift one element by half its size: a root mean square over thousands does not show it."""
     given = INPUTS[op](BF16)
     expected = testing.expect(REFERENCES[op], given, dtype=BF16)
     out = first(getattr(hia_kernels, op)(**given)).clone()
@@ -149,7 +149,7 @@ def test_one_wrong_element_of_thousands_is_caught_in_bf16(op):
 @pytest.mark.parametrize("op", INPUTS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_wrong_gradient_is_caught(op, dtype):
-    """One too large, one of other rows. In 16 bits the stem's plain gradient is rough: roundings decide its maxima."""
+    """Take one too large, one of other rows. In 16 bits the stem's plain gradient is rough: roundings decide maxima."""
     given, wrt = INPUTS[op](dtype), differentiable(op)
     expected = testing.expect(REFERENCES[op], given, wrt, dtype=dtype)
     results = testing.forward_backward(getattr(hia_kernels, op), given, wrt)
@@ -165,7 +165,7 @@ def test_the_wrong_results_of_every_op_are_listed(op):
 
 
 class TestCancellation:
-    """A sum of 215 products that is 0 but for 1e-6 of its terms."""
+    """Sum of 215 products that is 0 but for 1e-6 of its terms."""
 
     x = torch.randn(1, 215, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(1, 215, generator=torch.Generator().manual_seed(1))
@@ -192,7 +192,7 @@ class TestCancellation:
 
 
 class TestRoundingAnalysis:
-    """Terms and spread, against sums written out."""
+    """Tests of terms and spread, against sums written out."""
 
     def setup_method(self):
         generator = torch.Generator().manual_seed(0)
@@ -222,7 +222,7 @@ class TestRoundingAnalysis:
         assert isinstance(gradient, Bounded) and (gradient.terms >= gradient.value.abs() * 0.99).all()
 
     def test_a_branch_that_a_rounding_decides_is_in_the_terms(self):
-        """The gradient of ReLU at a sum that is 0 but for roundings may be all or nothing; far away it may not."""
+        """Let ReLU's gradient be all or nothing at a sum that is 0 but for roundings; farther away it may not."""
         x = bounded(torch.tensor([1.0, 1.0]), F32).requires_grad_()
         out = torch.relu(x - bounded(torch.tensor([1.0, 0.5]), F32))
         (gradient,) = torch.autograd.grad(out.sum(), x)
@@ -245,7 +245,7 @@ class TestRoundingAnalysis:
         assert lse.bound().isfinite().all()
 
     def test_fewer_digits_inside_a_reference_are_its_own(self):
-        """A conversion in the middle must not make the truth as wrong as what is tested."""
+        """Convert in the middle: it must not make the truth as wrong as what is tested."""
         found = bounded(self.a, F32).half().float() @ bounded(self.b, F32)
         assert torch.equal(found.value, self.a.double() @ self.b.double())
 
@@ -281,7 +281,7 @@ class TestRoundingAnalysis:
         ],
     )
     def test_references_of_others_are_analysed(self, reference, shapes):
-        """What people write references with, gradients included: right results pass, wrong ones don't."""
+        """Analyse the operators that people write references with, and gradients: right passes, wrong does not."""
         inputs = {name: torch.randn(shape) for name, shape in zip("xw", shapes, strict=False)}
         named = lambda **given: reference(*given.values())  # noqa: E731
         expected = testing.expect(named, inputs, tuple(inputs), dtype=F32)
@@ -298,7 +298,7 @@ class TestRoundingAnalysis:
 
 
 def test_a_kink_that_only_one_side_takes_is_no_failure_in_fp32():
-    """A pre-activation nearer to 0 than its roundings: the gradients behind it are one branch's or the other's."""
+    """Set a pre-activation nearer to 0 than its roundings: its gradients are one branch's or the other's."""
     x, weight = torch.ones(100, 2), torch.tensor([[1.0, -1.0]])
     x[:, 1] = torch.linspace(0.5, 1.5, 100)
     x[50] = torch.tensor([1.0, 1.0 - 2**-24])  # 6e-8 above the kink, of terms of size 1
@@ -312,7 +312,7 @@ def test_a_kink_that_only_one_side_takes_is_no_failure_in_fp32():
 
 
 def test_sums_in_half_precision_are_seen_in_an_attention():
-    """2048 keys, four at a time, added up in bf16: errors that an element may have alone, and not all of them."""
+    """Sum 2048 keys in bf16, four at a time: one element may have such errors, but not all of them."""
     q, k, v = (
         torch.randn(size, 64, generator=torch.Generator().manual_seed(n)).bfloat16()
         for n, size in enumerate((40, 2048, 2048))
@@ -365,7 +365,7 @@ def test_an_overflowing_bound_binds_nothing_and_the_rest_is_compared():
 
 
 class TestTolerance:
-    """Without an analysis: the root mean square and the patterns, which must be able to fail."""
+    """Tests without an analysis: the root mean square and the patterns, which must be able to fail."""
 
     exact = torch.linspace(1, 2, 100, dtype=torch.float64)
 

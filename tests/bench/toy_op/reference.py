@@ -1,4 +1,4 @@
-"""Plain PyTorch truth of ``row_dot``."""
+"""Reference of ``row_dot`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def row_dot_ref(x: Tensor, y: Tensor) -> Tensor:
-    """[R, C] and [R, C] -> [R]."""
+    """Compute [R, C] and [R, C] -> [R]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * y.to(wide)).sum(1).to(x.dtype)

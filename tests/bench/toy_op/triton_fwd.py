@@ -20,7 +20,7 @@ def _row_dot_fwd_kernel(
     stride_y_r,
     BLOCK_C: tl.constexpr,
 ):
-    """One row a program; grid = (R,)."""
+    """Compute one row a program; grid = (R,)."""
     row = tl.program_id(0).to(tl.int64)
     acc = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -32,7 +32,7 @@ def _row_dot_fwd_kernel(
 
 
 def row_dot_fwd(x: Tensor, y: Tensor) -> Tensor:
-    """[R, C] and [R, C] -> [R]."""
+    """Compute [R, C] and [R, C] -> [R]."""
     x, y = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (x, y))
     out = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
     if out.numel():
