@@ -14,7 +14,7 @@ F32 = torch.float32
 
 
 def _convolution_switches():
-    """Return all that cuDNN's convolutions look at; the old switch is unreadable while the new ones disagree with it."""
+    """Return all that cuDNN's convolutions look at; the old switch is unreadable while the new ones disagree."""
     try:
         allowed = torch.backends.cudnn.allow_tf32
     except RuntimeError:

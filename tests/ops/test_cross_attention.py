@@ -90,7 +90,7 @@ def test_default_scale(device):
 
 
 def test_large_scores_do_not_overflow(device):
-    """Take scores of about 1e4. Gradients need only be finite: a score's rounding is as large as its softmax is wide."""
+    """Take scores near 1e4. Gradients need only be finite: a score's rounding is as large as the softmax is wide."""
     inputs = make_inputs([5, 3], [7, 2], torch.float32, device)
     inputs["q"] = inputs["q"] * 1e4
     got = forward_backward(OP, cross_attention_with_lse, inputs)
