@@ -1,4 +1,4 @@
-"""What the pictures of reports and tables share: one look, as PNG for Markdown and as SVG inside an HTML page."""
+"""The look that the pictures of reports and tables share, as PNG for Markdown and as SVG inside an HTML page."""
 
 from __future__ import annotations
 

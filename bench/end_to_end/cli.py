@@ -9,23 +9,36 @@ import typer
 from .. import cli
 
 Names = list[str] | None
+Providers = Annotated[
+    Names,
+    typer.Option("--provider", metavar="NAME", help="plain, baseline, anyres, released, hia. By default all."),
+]
+Quantities = Annotated[
+    Names,
+    typer.Option(
+        "--op", metavar="NAME", help="time_to_first_token, second_question, decode, train_step. By default all."
+    ),
+]
+Resolutions = Annotated[
+    Names,
+    typer.Option("--resolutions", metavar="PX", help="By default 448 896 on the CPU, 896 448 1792 on CUDA."),
+]
+Deadline = Annotated[
+    int | None,
+    typer.Option(
+        metavar="S",
+        help="Seconds for the whole run, memory last; what is left then is recorded so. By default 900 on the CPU.",
+        callback=cli.within(1, 86400),
+    ),
+]
+NewTokens = Annotated[int, typer.Option(metavar="N", help="Decode steps a repetition.", callback=cli.within(1, 512))]
+Repeats = Annotated[int, typer.Option(metavar="N", help="Timed repetitions, at most.", callback=cli.within(1, 1000))]
 
 
 def end_to_end(
-    provider: Annotated[
-        Names,
-        typer.Option("--provider", metavar="NAME", help="plain, baseline, anyres, released, hia. By default all."),
-    ] = None,
-    op: Annotated[
-        Names,
-        typer.Option(
-            "--op", metavar="NAME", help="time_to_first_token, second_question, decode, train_step. By default all."
-        ),
-    ] = None,
-    resolutions: Annotated[
-        Names,
-        typer.Option("--resolutions", metavar="PX", help="By default 448 896 on the CPU, 896 448 1792 on CUDA."),
-    ] = None,
+    provider: Providers = None,
+    op: Quantities = None,
+    resolutions: Resolutions = None,
     batch: Annotated[Names, typer.Option("--batch", metavar="N", help="Prompts at a time. By default 1 4.")] = None,
     images_per_prompt: Annotated[
         int, typer.Option(metavar="N", help="2 are a comparison.", callback=cli.within(1, 64))
@@ -33,26 +46,15 @@ def end_to_end(
     text_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens beside the images'.", callback=cli.within(8, 4096))
     ] = 60,
-    new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Decode steps a repetition.", callback=cli.within(1, 512))
-    ] = 8,
+    new_tokens: NewTokens = 8,
     dtype: cli.Dtype = None,
     attention: Annotated[str, typer.Option(metavar="NAME", help="The host's: sdpa or eager.")] = "sdpa",
     device: cli.Device = "auto",
-    repeats: Annotated[
-        int, typer.Option(metavar="N", help="Timed repetitions, at most.", callback=cli.within(1, 1000))
-    ] = 4,
+    repeats: Repeats = 4,
     budget: Annotated[
         int, typer.Option(metavar="S", help="Seconds a case, roughly.", callback=cli.within(1, 3600))
     ] = 10,
-    deadline: Annotated[
-        int | None,
-        typer.Option(
-            metavar="S",
-            help="Seconds for the whole run, memory last; what is left then is recorded so. By default 900 on the CPU.",
-            callback=cli.within(1, 86400),
-        ),
-    ] = None,
+    deadline: Deadline = None,
     images: cli.Images = None,
     listing: cli.Listing = False,
     out: cli.Out = None,

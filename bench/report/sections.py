@@ -1,4 +1,4 @@
-"""What the report says, section by section, for both of its renderers."""
+"""The report section by section, for both of its renderers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a place of a table.
+    """A place of a table.
 
     Attributes:
         text: of the cell.

@@ -1,4 +1,4 @@
-"""How much faster ours is than its peers: the only place that computes and judges it."""
+"""Speedups of ours over its peers: the only place that computes and judges them."""
 
 from __future__ import annotations
 

@@ -11,18 +11,30 @@ from .. import cli
 from ..records.devices import DTYPES
 
 Names = list[str] | None
+Methods = Annotated[
+    Names, typer.Option("--methods", metavar="NAME", help="baseline, anyres, released, hia. By default all.")
+]
+Resolutions = Annotated[
+    Names, typer.Option("--resolutions", metavar="PX", help="Sides of the images. By default 448 to 4096.")
+]
+Attentions = Annotated[
+    Names, typer.Option("--attention", metavar="NAME", help="Whose memory is shown: eager, sdpa. By default both.")
+]
+CardGB = Annotated[
+    float, typer.Option(metavar="GB", help="Card of the column 'fits', in 1e9 bytes.", callback=cli.within(above=0))
+]
+HostConfig = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="config.json of another LLaMA instead of LLaMA-2-13B.")
+]
+ImagesPerSample = Annotated[
+    int, typer.Option(metavar="N", help="Images in the one sample: 2 are a comparison.", callback=cli.within(1, 64))
+]
 
 
 def table3(
-    methods: Annotated[
-        Names, typer.Option("--methods", metavar="NAME", help="baseline, anyres, released, hia. By default all.")
-    ] = None,
-    resolutions: Annotated[
-        Names, typer.Option("--resolutions", metavar="PX", help="Sides of the images. By default 448 to 4096.")
-    ] = None,
-    images_per_sample: Annotated[
-        int, typer.Option(metavar="N", help="Images in the one sample: 2 are a comparison.", callback=cli.within(1, 64))
-    ] = 2,
+    methods: Methods = None,
+    resolutions: Resolutions = None,
+    images_per_sample: ImagesPerSample = 2,
     text_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens beside the images'.", callback=cli.within(1, 4096))
     ] = 60,
@@ -32,15 +44,9 @@ def table3(
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help=f"Of the 13B host's weights and activations: {', '.join(DTYPES)}.")
     ] = "bf16",
-    attention: Annotated[
-        Names, typer.Option("--attention", metavar="NAME", help="Whose memory is shown: eager, sdpa. By default both.")
-    ] = None,
-    card_gb: Annotated[
-        float, typer.Option(metavar="GB", help="Card of the column 'fits', in 1e9 bytes.", callback=cli.within(above=0))
-    ] = 32.0,
-    host_config: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="config.json of another LLaMA instead of LLaMA-2-13B.")
-    ] = None,
+    attention: Attentions = None,
+    card_gb: CardGB = 32.0,
+    host_config: HostConfig = None,
     device: cli.Device = "auto",
     skip_measured: Annotated[
         bool, typer.Option("--skip-measured", "--no-measure", help="Predict only, run nothing.")

@@ -22,7 +22,7 @@ RESNET_BLOCKS = (3, 4, 6, 3)
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What the adapter's FLOPs depend on.
+    """The sizes that the adapter's FLOPs depend on.
 
     Attributes:
         dim: D.
@@ -54,7 +54,7 @@ def prefill_flops(
     device: str = "cuda",
     itemsize: int = 2,
 ) -> int:
-    """FLOPs of one prefill.
+    """Count the FLOPs of one prefill.
 
     Args:
         method: of ``methods.METHODS``.
@@ -72,7 +72,7 @@ def prefill_flops(
 
 
 def outside_flops(method: str, spec: HostSpec, resolution: int, images: int, text_tokens: int) -> int:
-    """Of a prefill all but the adapter's layers: LLM, CLIP, and the high-resolution encoder."""
+    """Count all of a prefill but the adapter's layers: LLM, CLIP, and the high-resolution encoder."""
     total = llm_flops(spec.text, methods.sequence_length(method, resolution, images, text_tokens))
     if method == "baseline":
         return total + images * _seen(spec, visual_tokens(resolution))
@@ -86,7 +86,7 @@ def outside_flops(method: str, spec: HostSpec, resolution: int, images: int, tex
 def layers_flops(
     method: str, spec: HostSpec, resolution: int, images: int, device: str = "cuda", itemsize: int = 2
 ) -> int:
-    """The HiA layers without the encoder, of "hia" or "released"; ours with folded weights."""
+    """Count the HiA layers without the encoder, of "hia" or "released"; ours with folded weights."""
     width = int(spec.text["hidden_size"])
     if method == "released":  # it conditions the queries once per image, ours once per sample
         shape = AdapterShape(width, shared_projection=True)
@@ -100,7 +100,7 @@ def layers_flops(
 
 
 def llm_flops(text: dict[str, Any], tokens: int) -> int:
-    """LLaMA's prefill."""
+    """Count LLaMA's prefill."""
     width, inner = int(text["hidden_size"]), int(text["intermediate_size"])
     heads = int(text["num_attention_heads"])
     kv_width = width // heads * int(text.get("num_key_value_heads") or heads)
@@ -110,7 +110,7 @@ def llm_flops(text: dict[str, Any], tokens: int) -> int:
 
 
 def _seen(spec: HostSpec, patches: int) -> int:
-    """One image through CLIP (all layers run, though the last one's output is not used) and the projector."""
+    """Count one image through CLIP (all layers run, though the last one's output is not used) and the projector."""
     vision, out = spec.vision, int(spec.text["hidden_size"])
     width, inner = int(vision["hidden_size"]), int(vision["intermediate_size"])
     embed = 2 * patches * 3 * int(vision["patch_size"]) ** 2 * width
@@ -120,14 +120,14 @@ def _seen(spec: HostSpec, patches: int) -> int:
 
 
 def adapter_flops(shape: AdapterShape, host_width: int, resolution: int, images: int, query_sets: int) -> int:
-    """All injections for ``images`` images, and the projection that the released layers share."""
+    """Count all injections for ``images`` images, and the projection that the released layers share."""
     features = feature_count(resolution)
     shared = 2 * features * shape.channels * host_width if shape.shared_projection else 0
     return images * shared + shape.injections * injection_flops(shape, host_width, features, images, query_sets)
 
 
 def injection_flops(shape: AdapterShape, host_width: int, features: int, images: int, query_sets: int) -> int:
-    """One layer: condition, extract, inject; ``features`` tokens an image."""
+    """Count one layer: condition, extract, inject; ``features`` tokens an image."""
     dim, queries = shape.dim, shape.queries
     per_set = 2 * host_width * dim + 2 * queries * dim * dim
     read = images * features * _token_flops(shape, host_width)
@@ -142,7 +142,7 @@ def _latent_width(shape: AdapterShape) -> int:
 
 
 def _token_flops(shape: AdapterShape, host_width: int) -> int:
-    """What extracting does with one feature token."""
+    """Count what extracting does with one feature token."""
     dim, form = shape.dim, shape.forms[0]
     wide = shape.channels + EXTRA_COLUMNS
     if form.startswith("ln_folded"):
@@ -157,7 +157,7 @@ def _token_flops(shape: AdapterShape, host_width: int) -> int:
 
 
 def _inject_flops(shape: AdapterShape, host_width: int) -> int:
-    """What injecting does for one image."""
+    """Count what injecting does for one image."""
     dim, queries, visual = shape.dim, shape.queries, visual_tokens(BASE_RESOLUTION)
     keys_values = 4 * queries * dim * dim
     if shape.forms[1] == "absorbed":
@@ -166,12 +166,12 @@ def _inject_flops(shape: AdapterShape, host_width: int) -> int:
 
 
 def feature_count(resolution: int) -> int:
-    """N = ceil(R / 32) ** 2 tokens of a square image."""
+    """Return N = ceil(R / 32) ** 2, the tokens of a square image."""
     return (-(-resolution // 32)) ** 2
 
 
 def resnet50_flops(resolution: int, width: int = 64) -> int:
-    """ResNet-50's convolutions without the classifier; stride on the 3 x 3."""
+    """Count ResNet-50's convolutions without the classifier; stride on the 3 x 3."""
     side = _half(resolution)
     total = 2 * side * side * 3 * width * 49
     side, channels = _half(side), width

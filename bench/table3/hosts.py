@@ -101,12 +101,12 @@ class HostSpec:
 
     @property
     def context(self) -> int:
-        """Tokens the LLM was trained to read."""
+        """Return the tokens that the LLM was trained to read."""
         return int(self.text.get("max_position_embeddings", 4096))
 
     @property
     def image_token(self) -> int:
-        """Id of the image placeholder: the first one behind the LLM's vocabulary."""
+        """Return the id of the image placeholder: the first one behind the LLM's vocabulary."""
         return int(self.text["vocab_size"])
 
 
@@ -115,7 +115,7 @@ SMALL_LLAVA = HostSpec("small LLaVA", SMALL_LLM, SMALL_VIT)
 
 
 def host_from_file(path: str | Path) -> HostSpec:
-    """LLaVA with another LLM, from a LLaMA ``config.json``.
+    """Read LLaVA with another LLM from a LLaMA ``config.json``.
 
     Raises:
         ValueError: no JSON object, another model type, or missing fields.
@@ -138,18 +138,18 @@ def host_from_file(path: str | Path) -> HostSpec:
 
 
 def _kv_heads(fields: dict[str, Any]) -> dict[str, Any]:
-    """As transformers does: as many key-value heads as heads where the config names none."""
+    """Return as many key-value heads as heads, as transformers does where the config names none."""
     return {"num_key_value_heads": fields["num_attention_heads"]}
 
 
 def build_llava(spec: HostSpec, dtype: torch.dtype, attention: str) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's architecture in eval mode, on the default device."""
+    """Build LLaVA-1.5's architecture in eval mode, on the default device."""
     config = LlavaConfig(**_config_fields(spec))
     return LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def build_llava_next(spec: HostSpec, dtype: torch.dtype, attention: str) -> LlavaNextForConditionalGeneration:
-    """LLaVA-NeXT's architecture in eval mode, on the default device."""
+    """Build LLaVA-NeXT's architecture in eval mode, on the default device."""
     config = LlavaNextConfig(**_config_fields(spec), image_grid_pinpoints=GRID_PINPOINTS)
     return LlavaNextForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
@@ -165,7 +165,7 @@ def _config_fields(spec: HostSpec) -> dict[str, Any]:
 
 
 def visual_tokens(resolution: int) -> int:
-    """Tokens a square image of ``resolution`` pixels has behind CLIP (patch 14, class token dropped)."""
+    """Return the tokens of a square image behind CLIP (patch 14, class token dropped)."""
     return (resolution // PATCH) ** 2
 
 
@@ -191,7 +191,7 @@ def interpolate_positions(model: nn.Module, resolution: int) -> None:
 
 
 def resampled_positions(table: Tensor, old_side: int, side: int) -> Tensor:
-    """[1 + old_side**2, C] -> [1 + side**2, C]: the class token's row, then the grid, bicubic."""
+    """Resample [1 + old_side**2, C] to [1 + side**2, C]: the class token's row, then the grid, bicubic."""
     class_row, grid = table[:1], table[1:]
     grid = grid.float().T.reshape(1, -1, old_side, old_side)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
@@ -199,5 +199,5 @@ def resampled_positions(table: Tensor, old_side: int, side: int) -> Tensor:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters, shared ones once."""
+    """Count parameters, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""What a run of Table 3 produces: the protocol it states, its rows, and the claims it checks."""
+"""The product of a run of Table 3: the protocol it states, its rows, and the claims it checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYER_METHODS = ("hia", "released")
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is counted, stated in every output.
+    """The protocol, stated in every output.
 
     Attributes:
         images_per_sample: images in the one sample of the batch.
@@ -44,7 +44,7 @@ class Protocol:
 
     @property
     def card_bytes(self) -> int:
-        """The card's memory."""
+        """Return the card's memory."""
         return round(self.card_gb * BYTES_PER_GB)
 
     def flops_unit(self) -> tuple[str, int]:
@@ -106,28 +106,28 @@ class Row:
 
     @property
     def formula_deviation(self) -> float | None:
-        """Formula over count, minus 1."""
+        """Return formula over count, minus 1."""
         if self.flops is None or self.formula_flops is None:
             return None
         return self.formula_flops / self.flops - 1
 
     @property
     def prediction_deviation(self) -> float | None:
-        """Prediction over measurement, minus 1; for measured rows."""
+        """Return prediction over measurement, minus 1; for measured rows."""
         if self.predicted_bytes is None or self.memory_bytes is None:
             return None
         return self.predicted_bytes / self.memory_bytes - 1
 
     @property
     def key(self) -> tuple[int, str, str]:
-        """(resolution, method, attention)."""
+        """Return (resolution, method, attention)."""
         return self.resolution, self.method, self.attention
 
 
 def predicted_row(
     case: tuple[int, str, str], footprint: Footprint, flops: int, formula: int, tokens: int, protocol: Protocol
 ) -> Row:
-    """A row of the predicted table; ``flops`` is counted once for all attentions."""
+    """Make a row of the predicted table; ``flops`` is counted once for all attentions."""
     resolution, method, attention = case
     figure = paper.figure(method, resolution)
     return Row(
@@ -167,7 +167,7 @@ class Layers:
 
     @property
     def ratio(self) -> float:
-        """Ours over theirs."""
+        """Return ours over theirs."""
         return self.hia / self.released
 
 
@@ -207,11 +207,11 @@ class Report:
     wall_s: float = 0.0
 
     def find(self, resolution: int, method: str, attention: str) -> Row | None:
-        """A predicted row."""
+        """Find a predicted row."""
         return next((row for row in self.rows if row.key == (resolution, method, attention)), None)
 
     def claims(self) -> list[Claim]:
-        """All checks on what is there."""
+        """Make all checks on what is there."""
         attention = self.protocol.attention
         return [
             growth_claim(self.rows, "hia", attention[0]),
@@ -222,7 +222,7 @@ class Report:
         ]
 
     def layers(self) -> list[Layers]:
-        """At every resolution that has both, our layers' FLOPs beside the released maths'."""
+        """List our layers' FLOPs beside the released maths', at every resolution that has both."""
         found, attention = [], self.protocol.attention[0]
         for resolution in sorted({row.resolution for row in self.rows}):
             counts = [_layer_flops(self.find(resolution, name, attention), self.protocol) for name in LAYER_METHODS]
@@ -265,7 +265,7 @@ class Claim:
 
 
 def growth_claim(rows: Sequence[Row], method: str, attention: str) -> Claim:
-    """FLOPs from 448 to 896 pixels: HiA's hardly grow, the baseline's more than fourfold."""
+    """Check FLOPs from 448 to 896 pixels: HiA's hardly grow, the baseline's more than fourfold."""
     if method == "hia":
         text = f"HiA's FLOPs grow by less than {HIA_FLOPS_GROWTH:.0%} from 448 to 896 (paper: 6.3 %)"
     else:
@@ -280,7 +280,7 @@ def growth_claim(rows: Sequence[Row], method: str, attention: str) -> Claim:
 
 
 def memory_claim(rows: Sequence[Row], attention: str) -> Claim:
-    """HiA's predicted memory at 896 against the paper's."""
+    """Check HiA's predicted memory at 896 against the paper's."""
     text = f"HiA's predicted memory at 896, {attention}, is below the paper's {paper.MEMORY_BOUND_GB} GB"
     row = next((row for row in rows if row.key == (896, "hia", attention)), None)
     if row is None or row.memory_bytes is None:
@@ -290,7 +290,7 @@ def memory_claim(rows: Sequence[Row], attention: str) -> Claim:
 
 
 def formula_claim(rows: Sequence[Row]) -> Claim:
-    """The formula and the counter agree."""
+    """Check that formula and counter agree."""
     text = f"counted FLOPs and the formula agree within {FORMULA_TOLERANCE:.0%} in every row"
     worst = _worst((row.formula_deviation, row) for row in rows)
     if worst is None:
@@ -300,7 +300,7 @@ def formula_claim(rows: Sequence[Row]) -> Claim:
 
 
 def tracker_claim(measured: Sequence[Row]) -> Claim:
-    """Predicted and really measured peaks agree; where ours works in place and in strips it may need less."""
+    """Check that predicted and measured peaks agree; where ours works in place and in strips it may need less."""
     text = (
         f"predicted and measured peaks agree within {TRACKER_TOLERANCE:.0%} in every measured row; hia's on a CPU, "
         "in place and in strips, may be lower"
@@ -317,7 +317,7 @@ def tracker_claim(measured: Sequence[Row]) -> Claim:
 
 
 def _needs_less(row: Row) -> bool:
-    """Whether what runs needs less than the plain implementation, which is what a prediction follows."""
+    """Tell whether what runs needs less than the plain implementation, which is what a prediction follows."""
     return row.method == "hia" and "cuda" not in row.memory_kind
 
 

@@ -9,6 +9,7 @@ import pytest
 from bench import workloads
 from bench.records import files
 from hia_kernels.core import backend
+from tests.bench import made_up
 
 OP = "row_dot"
 
@@ -30,3 +31,17 @@ def toy():
     yield entry
     workloads.unregister(OP)
     del backend.TABLES[OP]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """The folder of a made-up device's folder."""
+    made_up.write_results(tmp_path / "results" / "made-up-cpu")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def written(results, tmp_path):
+    """The report of it."""
+    assert made_up.run("--results", results, "--out", tmp_path / "out") == 0
+    return tmp_path / "out"

@@ -1,4 +1,4 @@
-"""What is left of a lesion in a small view: the small CNN learns what it is shown, and is scored on other phantoms."""
+"""A lesion in a small view: the small CNN learns what it is shown, and is scored on other phantoms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_classifier_takes_any_side():
 
 
 def test_large_lesions_are_learnt_in_the_view():
-    """As the record's last row, in a sixth of its steps: no other row's failure is the network's or the training's."""
+    """Train as the record's last row in a sixth of the steps: no other row fails by the network or its training."""
     state = torch.get_rng_state()
     (right,) = detail.train_classifier(detail.VIEW, ((detail.LARGE, 50),), test=64)
     assert right > 0.85

@@ -92,7 +92,7 @@ FOLLOWED = ("condition_queries", "inject_rows", "latent_attention", "linear", "n
 
 @pytest.mark.parametrize("op", FOLLOWED)
 def test_what_an_op_of_ours_allocates_inside_is_followed_to_the_byte(op):
-    """Under fake tensors, where the op's own fake would show its result alone."""
+    """The op's own fake would show its result alone."""
     inputs, function = small_inputs(op, torch.float32), getattr(hia_kernels, op)
     with torch.no_grad(), use_backend("reference"):
         function(**inputs)
@@ -106,7 +106,7 @@ def test_what_an_op_of_ours_allocates_inside_is_followed_to_the_byte(op):
 
 
 def test_frozen_models_may_run_twice_in_a_meter():
-    """What torch's tracker refuses by itself: it hooks every parameter's gradient, and takes one pass a model."""
+    """torch's tracker refuses both by itself: it hooks every parameter's gradient, and takes one pass a model."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).requires_grad_(False)
     meter = StorageMeter()
     meter.track(*model.parameters())

@@ -54,7 +54,7 @@ def test_bad_options_are_named_with_what_is_allowed(options, message, capsys):
 
 @pytest.fixture
 def options_of(monkeypatch):
-    """What a command line comes to; nothing is run."""
+    """Parse a command line; nothing is run."""
 
     def parse(*arguments):
         seen = []

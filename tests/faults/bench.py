@@ -183,7 +183,7 @@ VERDICTS = (
         file="bench/report/html.py",
         old='return f"<td{_class(kind)}>{escape(cell)}</td>"',
         new='return f"<td{_class(kind)}>{cell}</td>"',
-        tests=(f"{TESTS}/test_report.py::test_page_is_self_contained",),
+        tests=(f"{TESTS}/test_report_page.py::test_page_is_self_contained",),
         why="what a provider raised becomes part of the page",
     ),
     Mutant(
