@@ -173,9 +173,9 @@ def _tally(found: Sequence[Speedup], modes: Sequence[str]) -> str:
     lines = []
     for mode in modes:
         counts = Counter(one.verdict for one in found if one.mode == mode)
-        words = ", ".join(f"{word} in {counts[word]}" for word in ("faster", "even", "slower") if counts[word])
-        lines.append(f"{MODES[mode]}: {words}")
-    return f"Of the rows, ours is: {'; '.join(lines)}."
+        words = ", ".join(f"{counts[word]} {word}" for word in ("faster", "even", "slower") if counts[word])
+        lines.append(f"{MODES[mode]} {words}")
+    return f"In counts: {'; '.join(lines)}."
 
 
 def _every_peer(found: Sequence[Speedup]) -> Table:

@@ -175,7 +175,7 @@ def test_markdown_tables(written):
     page = (written / "made-up-cpu.md").read_text()
     assert page.index("## Verdicts") < page.index("![Roofline]") < page.index("## Not measured")
     assert "| stem | op | 0.50 slower (compile; 5 % of roofline) |" in page
-    assert "Of the rows, ours is: forward: even in 1, slower in 2." in page
+    assert "In counts: forward 1 even, 2 slower." in page
     assert "| failed | output: <script>alert(1)</script> \\| rel-RMS" in page
     assert "| decode | 896px-2img-b1 | hia | fp32 | 80.0 | 1.00 | 12.5 | 2.00 |" in page
     assert "| 13b-448-2img | forward | fp32 | 1.00 (1.0) | **0.500 (1.0)** | 2.00 (1.0) | 10.0 |" in page
