@@ -10,46 +10,58 @@ import time
 
 import pytest
 
+from bench.__main__ import main as bench
+from bench.cli import BadOption
+from bench.gpu import available, plan, steps, tables
 from bench.gpu import run as gpu
-from bench.gpu.run import Step
+from bench.gpu.steps import Step
+from bench.records import files
+from bench.records.environment import REPOSITORY
 from bench.records.record import Measurement, write_records
 
 FAKE = ["NVIDIA Fake 9000"]
+DEFAULTS = {"out": None, "record": False, "seconds": 540.0, "only": (), "listing": False}
 
 
 def nothing_missing(_packages):
     return []
 
 
+def run_step(step, seconds, log):
+    return steps.run_step(step, seconds, log, steps.child_environment())
+
+
 def test_order_and_commands(tmp_path):
-    steps = gpu.plan("cuda", FAKE, tmp_path, None)
-    order = ["info", "build", "tests", "targets", "kernels", "end_to_end", "table3", "compiled"]
-    assert [step.name for step in steps] == order
-    commands = {step.name: " ".join(step.command) for step in steps}
+    found = plan.plan("cuda", FAKE, tmp_path, None)
+    order = ["info", "build", "tests", "targets", "ops", "end-to-end", "table3", "compiled"]
+    assert [step.name for step in found] == order
+    commands = {step.name: " ".join(step.command) for step in found}
     assert commands["build"] == "setup.py build_ext --inplace"
     assert "-m gpu" in commands["tests"]
     assert commands["targets"].endswith("--add --no-compile --minutes {minutes}")
     assert "--add --compiled --compile-minutes 1 --minutes {minutes}" in commands["compiled"]
-    names = {"targets": "targets", "kernels": "ops", "end_to_end": "end-to-end", "table3": "table3"}
-    for step, name in names.items():
-        assert f"-m bench {name} --device cuda --out {tmp_path}" in commands[step]
+    for name in ("targets", "ops", "end-to-end", "table3"):
+        assert f"-m bench {name} --device cuda --out {tmp_path}" in commands[name]
     assert not any("pip" in command for command in commands.values()), "nothing is installed"
 
 
-def test_without_a_device(capsys):
-    assert gpu.main(["--list"], devices=[]) == 2
-    assert "--device cuda needs a CUDA device that torch can see, got none" in capsys.readouterr().err
+def test_without_a_device():
+    with pytest.raises(BadOption, match="--device: cuda needs a CUDA device that torch can see, got none"):
+        gpu.run("cuda", devices=[], **DEFAULTS)
 
 
-def test_fake_device_names_the_folder(capsys):
-    assert gpu.main(["--list"], devices=FAKE) == 0
-    assert "bench/results/nvidia-fake-9000" in capsys.readouterr().out
+@pytest.mark.parametrize("record", [False, True])
+def test_fake_device_names_the_folder(record, capsys):
+    """Only a record goes where git looks."""
+    assert gpu.run("cuda", devices=FAKE, **{**DEFAULTS, "listing": True, "record": record}) == 0
+    folder = files.RESULTS if record else files.OUT
+    assert f"--out {folder / 'nvidia-fake-9000'} " in capsys.readouterr().out
 
 
 def test_unknown_step(capsys):
-    assert gpu.main(["--list", "--device", "cpu", "--only", "kernel"]) == 2
+    assert bench(["gpu", "--list", "--device", "cpu", "--only", "target"]) == 2
     error = capsys.readouterr().err
-    assert "--only: must be among info, build, tests" in error and "got 'kernel'; did you mean kernels" in error
+    assert "--only: must be among info, build, tests" in error and "got 'target'; did you mean targets" in error
 
 
 @pytest.mark.parametrize(
@@ -61,7 +73,7 @@ def test_unknown_step(capsys):
     ],
 )
 def test_build_is_left_out_aloud(nvcc, sources, reason):
-    found = gpu.build_skipped(nvcc, sources)
+    found = available.build_skipped(nvcc, sources)
     assert found is None if reason is None else reason in found
 
 
@@ -90,14 +102,12 @@ def test_a_failure_does_not_stop_the_rest(tmp_path, capsys):
 
 
 def test_deadline_interrupts_first_and_kills_what_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_S", 1.0)
+    monkeypatch.setattr(steps, "GRACE_S", 1.0)
     polite = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('written')"
     stubborn = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
     started = time.monotonic()
     for name, script in (("polite", polite), ("stubborn", stubborn)):
-        done = gpu.run_step(
-            Step(name, ("-c", script), 4), 4.0, tmp_path / f"{name}.log", gpu.child_environment(tmp_path)
-        )
+        done = run_step(Step(name, ("-c", script), 4), 4.0, tmp_path / f"{name}.log")
         assert done.status == "out of time"
     assert time.monotonic() - started < 30
     assert "written" in (tmp_path / "polite.log").read_text()
@@ -110,35 +120,35 @@ def test_no_step_starts_when_the_time_is_up(tmp_path):
 
 
 def test_time_is_shared_by_what_is_left():
-    steps = [Step("a", (), 100), Step("b", (), 300), Step("c", (), 100, skip="not here")]
-    assert gpu.share(steps, 0, 1000) == 100
-    assert gpu.share(steps, 0, 200) == 50
-    assert gpu.share(steps, 1, 200) == 200
+    found = [Step("a", (), 100), Step("b", (), 300), Step("c", (), 100, skip="not here")]
+    assert steps.share(found, 0, 1000) == 100
+    assert steps.share(found, 0, 200) == 50
+    assert steps.share(found, 1, 200) == 200
 
 
 def test_a_spare_step_takes_what_is_left_alone():
-    steps = [Step("a", (), 100), Step("b", (), 300), Step("more", (), 400, spare=True)]
-    assert gpu.share(steps, 0, 200) == 50 and gpu.share(steps, 1, 150) == 150, "nothing is kept for it"
-    assert gpu.share(steps, 2, 90) == 90 and gpu.share(steps, 2, 900) == 400
+    found = [Step("a", (), 100), Step("b", (), 300), Step("more", (), 400, spare=True)]
+    assert steps.share(found, 0, 200) == 50 and steps.share(found, 1, 150) == 150, "nothing is kept for it"
+    assert steps.share(found, 2, 90) == 90 and steps.share(found, 2, 900) == 400
 
 
 def test_everything_fits_into_nine_minutes(tmp_path):
     """Even if every step takes all it may and has to be killed, there is time for the tables."""
-    steps = gpu.plan("cuda", FAKE, tmp_path, None)
+    found = plan.plan("cuda", FAKE, tmp_path, None)
     now = 15.0  # torch's import
-    for number, _ in enumerate(steps):
-        left = gpu.TOTAL_S - now - gpu.RESERVE_S
+    for number, _ in enumerate(found):
+        left = plan.TOTAL_S - now - gpu.RESERVE_S
         if left >= 5:
-            now += gpu.share(steps, number, left) + gpu.GRACE_S + 5
-    assert now < gpu.TOTAL_S - 10
+            now += steps.share(found, number, left) + steps.GRACE_S + 5
+    assert now < plan.TOTAL_S - 10
 
 
 def test_the_clock_starts_before_torch_is_imported():
-    script = "import sys, bench.gpu.run; print('torch' in sys.modules)"
+    script = "import sys, bench.__main__, bench.gpu.run; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=gpu.child_environment(gpu.REPOSITORY),
-        cwd=gpu.REPOSITORY,
+        env=steps.child_environment(),
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=True,
@@ -147,32 +157,9 @@ def test_the_clock_starts_before_torch_is_imported():
 
 
 def test_a_trial_is_no_record_of_the_device(capsys):
-    assert gpu.main(["--device", "cpu", "--list"]) == 0
+    assert bench(["gpu", "--device", "cpu", "--list"]) == 0
     printed = capsys.readouterr().out
-    assert f"--out {gpu.REPOSITORY / 'build' / 'gpu'} " in printed and "bench/results" not in printed
-
-
-RESUMED = """
-import sys
-if "--resume" not in sys.argv:
-    print("the device failed in ffpa: ...; the same command with --resume 3:ffpa goes on")
-elif sys.argv[-1] == "3:ffpa":
-    print("the device failed in hia: ...; the same command with --resume 3:ffpa,hia goes on")
-else:
-    print("done with", sys.argv[-1])
-    sys.exit()
-sys.exit(1)
-"""
-
-
-def test_a_fresh_process_goes_on_where_the_device_failed(tmp_path):
-    step = Step("kernels", ("-c", RESUMED), 60)
-    done = gpu.run_step(step, 60.0, tmp_path / "log", gpu.child_environment(tmp_path))
-    assert (done.status, done.detail) == ("failed", "the device failed, and 2 fresh processes went on")
-    assert (tmp_path / "log").read_text().strip().endswith("done with 3:ffpa,hia")
-    step = Step("kernels", ("-c", RESUMED.replace("    sys.exit()\n", "")), 60)  # a failure of another kind at last
-    assert gpu.run_step(step, 60.0, tmp_path / "log", gpu.child_environment(tmp_path)).status == "failed"
-    assert (tmp_path / "log").read_text().count("done with") == 1
+    assert f"--out {files.OUT / 'trial'} " in printed and "bench/results" not in printed
 
 
 FAILING = """
@@ -189,7 +176,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("last", ["nothing", "===== 1 failed, 3 passed in 2.31s ====="], ids=["killed", "summary"])
 def test_tests_that_had_failed_at_the_deadline_are_a_failure(last, tmp_path):
     step = Step("tests", ("-c", FAILING % last, "pytest"), 3)
-    done = gpu.run_step(step, 3.0, tmp_path / "log", gpu.child_environment(tmp_path))
+    done = run_step(step, 3.0, tmp_path / "log")
     assert (done.status, done.detail) == ("failed", "1 tests had failed when it was stopped after 3 s")
 
 
@@ -205,7 +192,7 @@ def test_tests_that_had_failed_at_the_deadline_are_a_failure(last, tmp_path):
 )
 def test_failures_are_read_from_the_log(log, failures, tmp_path):
     (tmp_path / "log").write_text(log)
-    assert gpu.failed_tests(tmp_path / "log") == failures
+    assert steps.failed_tests(tmp_path / "log") == failures
 
 
 def test_test_files_without_their_packages_are_left_out(tmp_path):
@@ -223,30 +210,30 @@ def test_test_files_without_their_packages_are_left_out(tmp_path):
     }
     for name, text in files.items():
         (ops / name).write_text(text)
-    found = gpu.unimportable_tests(tmp_path, lambda packages: [name for name in packages if name == "hypothesis"])
+    found = available.unimportable_tests(tmp_path, lambda packages: [name for name in packages if name == "hypothesis"])
     assert found == ["tests/ops/test_a.py", "tests/ops/test_c.py", "tests/ops/test_e.py"]
-    assert gpu.unimportable_tests(tmp_path, nothing_missing) == []
+    assert available.unimportable_tests(tmp_path, nothing_missing) == []
     asked = []
-    gpu.unimportable_tests(tmp_path, lambda packages: asked.extend(packages) or [])
+    available.unimportable_tests(tmp_path, lambda packages: asked.extend(packages) or [])
     assert set(asked) == {"torch", "hypothesis"}, "neither ours nor the standard library's"
 
 
 def test_steps_are_told_their_time(tmp_path):
-    step = Step("told", ("-c", "import sys; print(sys.argv[1:])", gpu.SECONDS, gpu.MINUTES), 75)
-    assert gpu.run_step(step, 75.0, tmp_path / "told.log", gpu.child_environment(tmp_path)).status == "ok"
+    step = Step("told", ("-c", "import sys; print(sys.argv[1:])", steps.SECONDS, steps.MINUTES), 75)
+    assert run_step(step, 75.0, tmp_path / "told.log").status == "ok"
     assert (tmp_path / "told.log").read_text().strip() == "['60', '1.00']"
 
 
 def test_sources_of_the_checkout_come_first(tmp_path):
     script = "from importlib.util import find_spec as f; print(f('hia').origin, f('hia_kernels').origin)"
-    gpu.run_step(Step("where", ("-c", script), 60), 60, tmp_path / "log", gpu.child_environment(tmp_path))
+    run_step(Step("where", ("-c", script), 60), 60, tmp_path / "log")
     where = (tmp_path / "log").read_text()
-    assert str(gpu.REPOSITORY / "python" / "hia") in where
-    assert str(gpu.REPOSITORY / "hia_kernels") in where
+    assert str(REPOSITORY / "python" / "hia") in where
+    assert str(REPOSITORY / "hia_kernels") in where
 
 
 def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
-    assert "nothing was measured" in gpu.furthest_table(tmp_path)[0]
+    assert "nothing was measured" in tables.furthest_table(tmp_path)[0]
     environment = {"device": "made up", "command": "python -m bench ops", "commit": "0123456789abcdef"}
     records = [
         Measurement(
@@ -270,7 +257,7 @@ def test_ends_with_the_rows_furthest_from_their_floor(tmp_path):
         for side, share in zip(range(100, 115), range(5, 95, 6))
     ]
     write_records(tmp_path / "kernels.json", records)
-    lines = gpu.furthest_table(tmp_path)
+    lines = tables.furthest_table(tmp_path)
     assert lines[0].startswith("the 10 rows of ours")
     assert [line.split()[-1] for line in lines[2:12]] == [f"px{side}" for side in range(100, 110)]
     assert "python -m bench ops" in lines[12]
@@ -304,14 +291,14 @@ BEFORE, AFTER = "2026-05-05T11:59:59+00:00", "2026-05-05T12:00:00+00:00"
 
 def test_the_tables_are_of_this_run_alone(tmp_path):
     write_records(tmp_path / "kernels.json", [measured("old", BEFORE), measured("new", AFTER)])
-    lines = gpu.furthest_table(tmp_path, SINCE)
+    lines = tables.furthest_table(tmp_path, SINCE)
     assert lines[0].startswith("the 1 rows") and lines[2].endswith("new")
     (tmp_path / "kernels.json").write_text("[")
-    assert "kernels.json can't be read: " in gpu.furthest_table(tmp_path, SINCE)[0]
+    assert "kernels.json can't be read: " in tables.furthest_table(tmp_path, SINCE)[0]
 
 
 def test_verdicts_are_of_this_run_alone(tmp_path):
-    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["targets: none was measured"]
+    assert tables.verdict_table(tmp_path, "cuda", SINCE) == ["targets: none was measured"]
     stored = [
         {
             "name": "table3-flops-896",
@@ -325,24 +312,24 @@ def test_verdicts_are_of_this_run_alone(tmp_path):
     ]
     rows = [measured("px2048-16bit", AFTER), measured("px2048-16bit", AFTER, "eager_rgb", 4.0)]
     write_records(tmp_path / "targets.json", rows, targets=stored)
-    lines = gpu.verdict_table(tmp_path, "cuda", SINCE)
+    lines = tables.verdict_table(tmp_path, "cuda", SINCE)
     (line,) = [line for line in lines if " stem-16bit " in line]
     assert line.split()[:3] == ["MISSED", "4.00", "5.00"] and line.endswith("hia 1 ms, eager_rgb 4 ms")
     assert any(line.endswith("as stored") for line in lines)
     assert any("1 MISSED" in line and "not measured" in line for line in lines)
     write_records(tmp_path / "targets.json", [measured("px2048-16bit", BEFORE)], targets=stored)
-    assert gpu.verdict_table(tmp_path, "cuda", SINCE) == ["targets: none was measured"]
+    assert tables.verdict_table(tmp_path, "cuda", SINCE) == ["targets: none was measured"]
     (tmp_path / "targets.json").write_text("[")
-    assert "targets.json can't be read" in gpu.verdict_table(tmp_path, "cuda", SINCE)[0]
+    assert "targets.json can't be read" in tables.verdict_table(tmp_path, "cuda", SINCE)[0]
 
 
 def test_ctrl_c_ends_with_the_tables(tmp_path, monkeypatch, capsys):
     def interrupted(_steps, _out, _seconds, results):
-        results.append(gpu.Done("info", "ok", "", 1.0))
+        results.append(steps.Done("info", "ok", "", 1.0))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu, "run_all", interrupted)
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert bench(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 130
     printed = capsys.readouterr().out
     assert "info        ok" in printed and "interrupted: what was measured is kept" in printed
 
@@ -350,14 +337,14 @@ def test_ctrl_c_ends_with_the_tables(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_trial_on_the_cpu(tmp_path, capsys):
     """The steps for real, as far as a CPU goes: their commands are accepted, their records become the tables."""
-    steps = ["info", "tests", "targets", "kernels", "compiled"]
+    chosen = ["info", "tests", "targets", "ops", "compiled"]
     began = time.monotonic()
-    code = gpu.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "105", "--only", *steps])
+    code = bench(["gpu", "--device", "cpu", "--out", str(tmp_path), "--seconds", "105", "--only", *chosen])
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert time.monotonic() - began < 120
     results = {entry["name"]: entry for entry in json.loads((tmp_path / "gpu.json").read_text())}
-    assert list(results) == steps and results.pop("compiled")["status"] == "left out"
+    assert list(results) == chosen and results.pop("compiled")["status"] == "left out"
     assert {entry["status"] for entry in results.values()} <= {"ok", "out of time"}, printed
     assert results["targets"]["status"] == "ok", printed
     for name in ("targets.json", "kernels.json", *(f"logs/{step}.log" for step in results)):
@@ -367,5 +354,5 @@ def test_a_trial_on_the_cpu(tmp_path, capsys):
 
 
 def test_interpreter_is_the_running_one(tmp_path):
-    gpu.run_step(Step("python", ("-c", "import sys; print(sys.executable)"), 9), 9, tmp_path / "log", {})
+    steps.run_step(Step("python", ("-c", "import sys; print(sys.executable)"), 9), 9, tmp_path / "log", {})
     assert (tmp_path / "log").read_text().strip() == sys.executable

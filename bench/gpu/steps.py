@@ -1,0 +1,167 @@
+"""The steps of a run on a GPU: processes with deadlines, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..records.environment import REPOSITORY
+
+GRACE_S = 8.0  # between asking a step to stop and ending it
+SECONDS, MINUTES = "{seconds}", "{minutes}"
+MARGIN_S = 15.0  # for a step to start and to finish what it is at
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with a deadline.
+
+    Attributes:
+        name: of the step and its log.
+        command: without the interpreter: arguments of Python; "{seconds}" and "{minutes}" become what it may
+            take, less a margin.
+        at_most_s: its own deadline, seconds.
+        needs: packages without which it is left out.
+        without: packages it can do without, and what is lost then.
+        skip: why it is left out; None if it isn't.
+        spare: takes what the others leave, and none of their time.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    at_most_s: float
+    needs: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    skip: str | None = None
+    spare: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a step.
+
+    Attributes:
+        name: of the step.
+        status: "ok", "failed", "out of time" or "left out".
+        detail: exit code, reason, or nothing.
+        seconds: it took.
+    """
+
+    name: str
+    status: str
+    detail: str
+    seconds: float
+
+
+def share(steps: Sequence[Step], number: int, left: float) -> float:
+    """Return the seconds that a step may take: its own deadline, or its part of what is left where not all fit."""
+    step = steps[number]
+    if step.spare:
+        return min(step.at_most_s, left)
+    wanted = sum(one.at_most_s for one in steps[number:] if one.skip is None and not one.spare)
+    return step.at_most_s * min(1.0, left / wanted)
+
+
+def run_step(
+    step: Step,
+    seconds: float,
+    log: Path,
+    environment: dict[str, str],
+    waiting: Callable[[float], None] = lambda _seconds: None,
+) -> Done:
+    """Run a step in a process group of its own; at its deadline ask it to stop, as Ctrl-C does, and then end it.
+
+    Args:
+        step: what to run.
+        seconds: it may take.
+        log: of its output.
+        environment: variables.
+        waiting: told about every second how long it has run.
+    """
+    started = time.monotonic()
+    code = _run(step, seconds, log, environment, waiting)
+    taken = time.monotonic() - started
+    failed = failed_tests(log) if "pytest" in step.command else 0
+    if code is None and failed:
+        return Done(step.name, "failed", f"{failed} tests had failed when it was stopped after {seconds:.0f} s", taken)
+    if code is None:
+        return Done(step.name, "out of time", f"stopped after {seconds:.0f} s; what it had measured is written", taken)
+    return Done(step.name, "failed" if code else "ok", f"exit code {code}" if code else "", taken)
+
+
+def _run(
+    step: Step, seconds: float, log: Path, environment: dict[str, str], waiting: Callable[[float], None]
+) -> int | None:
+    """Return its exit code; None if it had to be stopped."""
+    own = max(1, round(seconds - MARGIN_S))
+    known = {SECONDS: str(own), MINUTES: f"{own / 60:.2f}"}
+    command = [sys.executable, *(known.get(part, part) for part in step.command)]
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=interruptible,
+        )
+        try:
+            while (taken := time.monotonic() - started) < seconds:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=min(1.0, seconds - taken))
+                waiting(taken)
+            return None
+        finally:
+            stop(process)
+
+
+def failed_tests(log: Path) -> int:
+    """Count tests that had failed, by pytest's last line or, where it was ended before that, by its letters."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in reversed(lines):
+        if re.search(r" in \d+\.\d+s\b", line):
+            return sum(int(number) for number in re.findall(r"(\d+) (?:failed|error)", line))
+    letters = [line for line in lines if re.fullmatch(r"[.FEsxX]+(\s+\[\s*\d+%\])?", line.strip())]
+    return sum(line.count("F") + line.count("E") for line in letters)
+
+
+def interruptible() -> None:
+    """Undo what nohup and a shell's ``&`` do to their children, or a step couldn't be asked to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the group and wait a little, then kill it."""
+    for sign, wait in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, 5.0)):
+        if process.poll() is not None:
+            break
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=wait)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+    # children of a step that ended by itself
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def child_environment() -> dict[str, str]:
+    """Return this environment, with the checkout's sources first."""
+    paths = [str(REPOSITORY), str(REPOSITORY / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def tail(log: Path, lines: int = 12) -> str:
+    """Return the end of a log, indented."""
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join("    " + line[:200] for line in text[-lines:])
