@@ -1,18 +1,18 @@
 """Calls of the small CPU set: of ops with inputs that are given, and of composites of the adapter.
 
-This file also runs by itself, as a worker of ``bench.compare.run``, against whichever revision is on the path: it
-imports
-torch, the public functions of that revision's ``hia_kernels`` and, for what is composed of them, its ``hia``; nothing
-else of ours. Inputs come in a file, so that every revision has the same.
+This file also runs by itself, as a worker of ``bench compare``, against whichever revision is on the path: it imports
+torch, the public functions of that revision's ``hia_kernels`` and, for what is composed of them, its ``hia``, where its
+modules lie now or lay before; nothing else of ours. Inputs come in a file, so that every revision has the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,21 +24,33 @@ DIM, QUERIES, CHANNELS, FEATURES, VISUAL = 768, 256, 2048, 196, 576
 WIDE = 5120  # LLaMA-13B's hidden size
 
 
+def _part(name: str) -> ModuleType:
+    """Import a module of the adapter: of ``hia.layers``, in older revisions of ``hia`` itself.
+
+    Which one is seen by the folder: where the package is installed from a checkout, importing would find the other
+    revision's.
+    """
+    import hia
+
+    is_new = (Path(hia.__file__).parent / "layers").is_dir()
+    return importlib.import_module(f"hia.layers.{name}" if is_new else f"hia.{name}")
+
+
 def _adapter(preset: str, hidden_size: int, layers: int) -> Any:
-    """This revision's adapter with one layer, its weights folded.
+    """Make this revision's adapter with one layer, its weights folded.
 
     Raises:
         RuntimeError: the path has another checkout's.
     """
     import hia
     import hia_kernels
-    from hia.layers.adapter import HiAAdapter
 
     tree = Path(hia_kernels.__file__).resolve().parents[1]
     if tree not in Path(hia.__file__).resolve().parents:
-        raise RuntimeError(f"bench.compare.worker: hia must come from {tree}, got {hia.__file__}")
+        raise RuntimeError(f"bench compare: hia must come from {tree}, got {hia.__file__}")
     host = SimpleNamespace(hidden_size=hidden_size, num_hidden_layers=layers, model_type="llama")
-    adapter = HiAAdapter(getattr(hia.HiAConfig, preset)(host, layers="half", num_queries=QUERIES)).eval()
+    config = getattr(hia.HiAConfig, preset)(host, layers="half", num_queries=QUERIES)
+    adapter = _part("adapter").HiAAdapter(config).eval()
     with torch.no_grad():
         for layer in adapter.layers.values():  # a new adapter injects nothing
             for parameter in layer.injection.parameters():
@@ -49,7 +61,7 @@ def _adapter(preset: str, hidden_size: int, layers: int) -> Any:
 
 @torch.no_grad()
 def encode() -> Call:
-    """One grey 224-pixel image through the small host's encoder."""
+    """Encode one grey 224-pixel image by the small host's encoder."""
     encoder = _adapter("paper", DIM, 6).encoder
     pixels, window = torch.randint(0, 256, (224, 224, 1), dtype=torch.uint8), torch.tensor([0.0, 255.0])
     return torch.no_grad()(lambda: encoder(pixels, window))
@@ -57,11 +69,9 @@ def encode() -> Call:
 
 @torch.no_grad()
 def second_question() -> Call:
-    """A later question about one 448-pixel image: the narrow adapter's layer on the 13B host's width."""
+    """Ask a later question about one 448-pixel image: the narrow adapter's layer on the 13B host's width."""
     adapter = _adapter("lite", WIDE, 40)
-    from hia.layers.features import ImageFeatures
-    from hia.layers.layout import build_layout
-
+    ImageFeatures, build_layout = _part("features").ImageFeatures, _part("layout").build_layout
     side = round(FEATURES**0.5)
     maps = (torch.randn(side, side, CHANNELS).relu_(),)
     keep = adapter.layer_caches if hasattr(adapter, "layer_caches") else adapter.sides  # older revisions' name
@@ -80,7 +90,7 @@ COMPOSITES: dict[str, Callable[[], Call]] = {"encode": encode, "second_question"
 
 
 def op_call(function: Callable[..., Any], inputs: dict[str, Any], trained: Sequence[str] = ()) -> Call:
-    """One call of an op; with ``trained``, names of arguments, one with the backward into those."""
+    """Make one call of an op; with ``trained``, names of arguments, one with the backward into those."""
     if not trained:
         return lambda: _forward(function, inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in trained}
@@ -92,7 +102,7 @@ def op_call(function: Callable[..., Any], inputs: dict[str, Any], trained: Seque
 
 
 def composite_call(name: str) -> Call:
-    """One call of a composite of this revision's."""
+    """Make one call of a composite of this revision's."""
     torch.manual_seed(0)
     return COMPOSITES[name]()
 
@@ -120,7 +130,7 @@ def _forward(function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
 
 
 def time_call(call: Call, times: int) -> float:
-    """Milliseconds a call, the mean of ``times``."""
+    """Return milliseconds a call, the mean of ``times``."""
     start = time.perf_counter()
     for _ in range(times):
         call()

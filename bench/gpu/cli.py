@@ -13,7 +13,7 @@ def gpu(
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cuda; cpu only to try the steps.")] = "cuda",
     out: cli.Out = None,
     record: cli.Record = False,
-    seconds: Annotated[float, typer.Option(metavar="S", help="For everything.", callback=cli.within(above=0))] = TOTAL_S,
+    seconds: Annotated[float, typer.Option(metavar="S", help="For everything.", callback=cli.within(above=0))] = 540,
     only: Annotated[list[str] | None, typer.Option(metavar="STEP", help="These steps.")] = None,
     listing: cli.Listing = False,
 ) -> int:

@@ -12,7 +12,7 @@ from .steps import MINUTES, SECONDS, Step
 TEST_PACKAGES = ("pytest", "transformers", "safetensors", "numpy", "PIL")
 HOST_PACKAGES = ("transformers", "safetensors", "numpy", "PIL")
 MEASURING = (*HOST_PACKAGES, "rich", "typer")
-TOTAL_S = 540.0
+TOTAL_S = 540.0  # what the command takes unless it is told otherwise
 TRIAL_TARGETS = ("attention-*-784-forward",)  # what a CPU does in seconds
 
 

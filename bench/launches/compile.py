@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import multiprocessing
 import os
 import re
@@ -16,11 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..records.environment import REPOSITORY
+from ..records.files import read_json, write_json
 from .device import TARGETS, Target
 from .record import Launch
 
 Item = tuple[Launch, str]  # a launch and the name of its target
-FOLDER = Path(__file__).resolve().parents[2] / "build" / "launches"
+FOLDER = REPOSITORY / "build" / "launches"
 REVISION = 1  # of what is read out of a compiled kernel; raised with every change of Resources or of how they are read
 MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma", "mfma")
 REDUCED = {"cuda": "tf32", "hip": "xf32"}  # products of fp32 operands that are cut to 10 bits first
@@ -123,7 +124,7 @@ def _amd(text: str) -> tuple[int, int]:
 def stored(key: str, folder: Path) -> Resources | None:
     """Read what was found before; None where nothing was, or where the entry is damaged."""
     try:
-        content = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+        content = read_json(folder / f"{key}.json")
         found = Resources(**{**content, "matrix": tuple(content["matrix"]), "dots": tuple(content["dots"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -134,10 +135,7 @@ def stored(key: str, folder: Path) -> Resources | None:
 
 def store(key: str, found: Resources, folder: Path) -> None:
     """Keep a result; a reader sees all of it or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{key}.{os.getpid()}.part"
-    part.write_text(json.dumps(asdict(found)), encoding="utf-8")
-    part.replace(folder / f"{key}.json")
+    write_json(folder / f"{key}.json", asdict(found))
 
 
 def _work(launch: Launch, target: str) -> Resources:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from bench.records import markdown
+from bench.records.environment import REPOSITORY
 from bench.workloads import composites
 
 from .compile import Item, Resources
@@ -13,7 +14,7 @@ from .device import TARGETS
 from .limits import OTHER_MATRIX, WAIVERS
 from .record import Launch, Recording
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "compiled.md"
+PATH = REPOSITORY / "docs" / "compiled.md"
 NAMED = 3  # workloads of a row; the others are counted
 
 
@@ -100,14 +101,14 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
         "the deepest pipelined load. Launches that differ only in the alignment of their arguments share a row: it "
         "shows the most that one of them takes.",
     ]
-    kernel = ""
+    header = ["configuration", "warps", "stages", *TARGETS, "workloads"]
+    tables: dict[str, list[list[str]]] = {}
     for (name, described, warps), row in rows(recordings).items():
-        if name != kernel:
-            kernel = name
-            header = ["configuration", "warps", "stages", *TARGETS, "workloads"]
-            lines += ["", f"## `{name}`", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         cells = [_cell([results[launch, target] for launch in row.launches.get(target, [])]) for target in TARGETS]
-        lines.append("| " + " | ".join([described, str(warps), stages(row), *cells, _workloads(row.workloads)]) + " |")
+        line = [described, str(warps), stages(row), *cells, _workloads(row.workloads)]
+        tables.setdefault(name, []).append(line)
+    for name, found in tables.items():
+        lines += ["", f"## `{name}`", "", *markdown.table(header, found, text=header)]
     lines += ["", "## Not asserted", ""]
     lines += [
         f"- `{waiver.kernel}`, {waiver.target}, {waiver.dtype}: {waiver.spilled} bytes spilled: {waiver.reason}"
@@ -127,7 +128,7 @@ def listed(page: str) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
     for line in page.splitlines():
         if line.startswith("## `"):
             kernel = line.strip("# `")
-        elif line.startswith("| ") and not line.startswith("| configuration"):
+        elif line.startswith("| ") and not line.startswith(("| configuration", "| ---")):
             described, warps, of_targets, *cells, _ = (cell.strip() for cell in line.strip("|").split("|"))
             targets = tuple(target for target, cell in zip(TARGETS, cells, strict=True) if cell)
             found.append((kernel, described, warps, of_targets, targets))

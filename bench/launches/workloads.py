@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hia_kernels
 from bench.providers.layers import make_weights, our_step
+from bench.records.devices import torch_dtype
 from bench.workloads import (
     Workload,
     composite_entry,
@@ -34,7 +35,6 @@ from hia_kernels.core import backend
 from .device import TARGETS, Target
 from .record import Recording, recorded
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # rows of the tables that launch Triton kernels on a GPU, or may: the others are plain PyTorch
 ROWS = ("triton", "cuda", "cudnn", "cublas")
 CHOSEN = "chosen"  # in place of a row: a composite's ops run what their tables choose
@@ -47,7 +47,7 @@ class Call:
     Attributes:
         op: name of its table.
         name: of the workload or the edge.
-        dtype: a key of :data:`DTYPES`.
+        dtype: a key of :data:`bench.records.devices.DTYPES`.
         inputs: makes the arguments by name, on the fake device.
         differentiable: arguments whose gradients are recorded as well; none where it is empty.
         function: what is called.
@@ -98,7 +98,7 @@ def _workload_calls() -> Iterable[Call]:
     for workload in gpu_workloads():
         found = op_entry(workload.op)
         role = (workload.op, workload.role)
-        for dtype in ("bf16",) if role in seen else DTYPES:
+        for dtype in ("bf16",) if role in seen else ("bf16", "fp16", "fp32"):
 
             def inputs(dtype: torch.dtype, workload: Workload = workload) -> dict[str, Any]:
                 return make_inputs(workload, dtype, "cuda")
@@ -210,7 +210,7 @@ def _weights(case: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _step(call: CompositeCall) -> None:
-    workload, dtype = call.workload, DTYPES[call.dtype]
+    workload, dtype = call.workload, torch_dtype(call.dtype)
     step = our_step(workload.case, dict(_weights(workload.case, dtype)))
     inputs = make_inputs(workload, dtype, "cuda")
     if not composite_entry(call.op).trains:
@@ -227,7 +227,7 @@ def _step(call: CompositeCall) -> None:
 
 
 def _forward_backward(call: Call) -> None:
-    inputs, function = call.inputs(DTYPES[call.dtype]), call.function
+    inputs, function = call.inputs(torch_dtype(call.dtype)), call.function
     with torch.no_grad():
         function(**inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in call.differentiable if _is_leaf(inputs[name])}

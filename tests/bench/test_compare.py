@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from bench import workloads
-from bench.compare import regression
+from bench.__main__ import main as bench
+from bench.compare import regression, worker
 from bench.compare import run as compare
-from bench.compare.run import Row
+from bench.compare.rows import Row
+from bench.records.environment import REPOSITORY
 
 STUB = '''"""Stands in for the package: each op sleeps."""
 import time
@@ -69,10 +72,23 @@ def test_what_moved_is_measured_three_times(medians, verdict, monkeypatch):
     assert not left
 
 
+def test_all_numbers_of_a_line_are_the_deciding_pairs():
+    """Not the ratio of one pair beside the times of another, which a process's place in memory changes."""
+    found = Row(
+        "stem",
+        base_ms=[[1.5, 1.5, 1.5], [2.8, 2.8, 2.8], [1.5, 1.6, 1.5]],
+        now_ms=[[1.8, 1.8, 1.8], [2.75, 2.75, 2.75], [2.8, 2.9, 2.7]],
+    )
+    assert [round(median, 3) for median in found.medians] == [1.2, 0.982, 1.812] and found.deciding == 0
+    line = found.line(0.10).split()
+    assert line[:4] == ["stem", "1.5000", "1.8000", "1.200"] and line[-3:] == ["1.200", "0.982", "1.812"]
+    assert float(line[2]) / float(line[1]) == pytest.approx(float(line[3]), rel=1e-3)
+
+
 def test_what_cannot_run_is_not_compared():
     bad = Row("stem", [[]], [[]], problem="BASE can't run it: AttributeError: no stem")
     assert bad.verdict(0.10) == "not compared"
-    assert "BASE can't run it" in compare.line_of(bad, 0.10)
+    assert "BASE can't run it" in bad.line(0.10) and bad.to_dict(0.10)["ratio"] is None
 
 
 def git(folder, *arguments):
@@ -102,41 +118,45 @@ def worktrees(folder) -> int:
     return len(listed.stdout.splitlines())
 
 
-def test_a_regression_fails_and_the_worktree_goes(repository, capsys, monkeypatch):
+def test_a_regression_fails_and_the_worktree_goes(repository, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "PAIRS", 2)
     write_stub(repository, {"stem": 0.04, "norm_linear": 0.01, "inject_rows": 0.01})
-    arguments = ["HEAD", "--rounds", "3", "--case", "stem", "norm_linear", "inject_rows"]
-    assert compare.main(arguments, root=repository) == 1
+    cases = ["stem", "norm_linear", "inject_rows"]
+    assert compare.run("HEAD", cases, rounds=3, threshold=0.10, root=repository, out=tmp_path) == 1
     said = capsys.readouterr().out
     assert "again, in new processes: stem\n" in said
     verdicts = {line.split()[0]: line for line in said.splitlines() if line.startswith(("stem", "norm", "inject"))}
-    assert verdicts["stem"].endswith("slower")
-    assert verdicts["norm_linear"].endswith("same")
+    assert verdicts["stem"].split()[8] == "slower" and len(verdicts["stem"].split()) == 9 + 2
+    assert verdicts["norm_linear"].split()[8] == "same"
+    written = {one["case"]: one for one in json.loads((tmp_path / "compare.json").read_text())["rows"]}
+    assert written["stem"]["verdict"] == "slower" and len(written["stem"]["now_ms"]) == 2
     assert "not compared: BASE can't run it: AttributeError" in verdicts["inject_rows"]
     assert "1 slower, 0 faster, 1 same, 0 noisy, 1 not compared" in said
     assert worktrees(repository) == 1
 
 
 def test_an_unchanged_tree_passes(repository):
-    assert compare.main(["HEAD", "--rounds", "3", "--case", "norm_linear"], root=repository) == 0
+    assert compare.run("HEAD", ["norm_linear"], rounds=3, threshold=0.10, root=repository) == 0
 
 
 def test_unknown_revision(repository, capsys):
-    assert compare.main(["no-such-rev"], root=repository) == 2
+    assert compare.run("no-such-rev", ["stem"], rounds=3, threshold=0.10, root=repository) == 2
     assert "BASE: must be a revision of this repository, got 'no-such-rev'" in capsys.readouterr().err
 
 
 def test_unknown_case(capsys):
-    with pytest.raises(SystemExit):
-        compare.parse(["HEAD", "--case", "stm"])
-    assert re.search(r"--case: must be among .*stem, .*, got 'stm'; did you mean stem\?", capsys.readouterr().err)
+    assert bench(["compare", "HEAD", "--case", "linear", "stm"]) == 2
+    assert re.search(r"--case: must be among .*stem, .*, got 'stm'; did you mean stem", capsys.readouterr().err)
+    assert bench(["compare", "HEAD", "--rounds", "1"]) == 2
+    assert "--rounds: must be at least 2, got 1" in capsys.readouterr().err
+    assert bench(["compare", "HEAD", "--threshold", "0"]) == 2
+    assert "--threshold: must be more than 0, got 0" in capsys.readouterr().err
 
 
 def test_help_says_the_rule(capsys):
-    with pytest.raises(SystemExit):
-        compare.parse(["--help"])
+    assert bench(["compare", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Beyond it, 2 more pairs are run, and the median of all 3 decides" in said
+    assert "Beyond it, two more pairs are run, and the pair with the median of all three decides" in said
     assert "noisy, if it is either and some pair points the other way" in said
 
 
@@ -172,11 +192,21 @@ def test_composites_of_another_checkout_are_refused(tmp_path, monkeypatch):
     import hia
 
     monkeypatch.setattr(hia, "__file__", str(tmp_path / "python" / "hia" / "__init__.py"))
-    with pytest.raises(RuntimeError, match="bench.compare.worker: hia must come from .*, got .*__init__.py"):
+    with pytest.raises(RuntimeError, match="bench compare: hia must come from .*, got .*__init__.py"):
         regression.make_call("encode")
 
 
 def test_the_small_set_is_no_part_of_make_test():
-    collected = (compare.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    collected = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert 'testpaths = ["tests"]' in collected
-    assert (compare.REPOSITORY / "bench" / "compare" / "test_regression.py").exists()
+    assert (REPOSITORY / "bench" / "compare" / "test_regression.py").exists()
+
+
+def test_a_base_from_before_the_folders_is_served(tmp_path, monkeypatch):
+    """``hia.adapter`` of older revisions, though the installed package would offer its ``hia.layers.adapter``."""
+    import hia
+
+    monkeypatch.setattr(worker.importlib, "import_module", lambda name: name)
+    assert worker._part("adapter") == "hia.layers.adapter"
+    monkeypatch.setattr(hia, "__file__", str(tmp_path / "hia" / "__init__.py"))
+    assert worker._part("adapter") == "hia.adapter"
