@@ -35,7 +35,7 @@ PACKAGES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformer
 
 
 def _probe(read: Callable[[], Any]) -> Any:
-    """What ``read`` says, or what went wrong with it."""
+    """Return what ``read`` says, or what went wrong with it."""
     try:
         return read()
     except Exception as error:
@@ -43,7 +43,7 @@ def _probe(read: Callable[[], Any]) -> Any:
 
 
 def package_version(module: str) -> str:
-    """The version of an importable package, or "not installed". What else goes wrong on importing it is raised."""
+    """Return the version of an importable package, or "not installed"; raise what else goes wrong on importing it."""
     try:
         return str(getattr(importlib.import_module(module), "__version__", "installed, version unknown"))
     except ModuleNotFoundError as error:
@@ -53,7 +53,7 @@ def package_version(module: str) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, ``+changes`` if the working tree differs from it; None outside a checkout."""
+    """Return the checkout's commit, ``+changes`` if the working tree differs from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -71,7 +71,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """This package and all it may use."""
+    """List the versions of this package and of all it may use."""
     found: dict[str, Any] = {"hia-kernels": __version__, "commit": commit(), "python": platform.python_version()}
     found["torch"] = torch.__version__
     found["CUDA"] = torch.version.cuda or "not in this build of torch"
@@ -97,7 +97,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def devices() -> dict[str, Any]:
-    """The CPU and every CUDA device."""
+    """Describe the CPU and every CUDA device."""
     cpu = {
         "model": _probe(_cpu_model),
         "threads": _probe(torch.get_num_threads),
@@ -133,7 +133,7 @@ def forcing(name: str) -> dict[str, list[str]]:
 
 
 def collect() -> dict[str, Any]:
-    """The whole report, ready for JSON."""
+    """Return the whole report, ready for JSON."""
     return {
         "versions": versions(),
         "devices": devices(),
@@ -199,7 +199,7 @@ def support_matrix() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m hia_kernels.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="machine-readable, to standard output")
     parser.add_argument("--matrix", action="store_true", help="the operators by their backends alone, in Markdown")

@@ -1,4 +1,4 @@
-"""What a backend of plain cuBLAS products asks before it runs."""
+"""Reasons of the rows whose products are plain cuBLAS."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _set_precision = torch._C._set_fp32_precision_setter
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Convolutions inside take deterministic algorithms that nothing chose by timing, and no TF32.
+    """Make convolutions inside take deterministic algorithms that nothing chose by timing, and no TF32.
 
     PyTorch has two switches for TF32, ``cudnn.allow_tf32`` (on by default) and ``cudnn.conv.fp32_precision``, and
     refuses to read the first once they disagree: both are turned off together and come back as they were.
@@ -33,7 +33,7 @@ def exact() -> Iterator[None]:
 
 
 def _switch_tf32_off() -> tuple[str, ...]:
-    """Kinds of layers that were switched; two if the old switch was."""
+    """Switch TF32 off; return the kinds of layers that were switched, two if the old switch was."""
     if _precision("cuda", "conv") != "tf32":
         return ()
     try:
@@ -59,7 +59,7 @@ def _switch_tf32_on(kinds: tuple[str, ...]) -> None:
 def convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dweight of a convolution with padding ``K // 2``, without a bias.
+    """Compute dx and dweight of a convolution with padding ``K // 2``, without a bias.
 
     Args:
         dy: [N, OH, OW, OC].

@@ -40,7 +40,7 @@ def is_large(rows: int, inner: int, columns: int) -> bool:
 
 @dataclass(frozen=True)
 class Products:
-    """Who multiplies.
+    """One way to multiply: all by PyTorch, or some or all by the extension.
 
     Attributes:
         native: (rows, inner, columns) -> whether a product is the extension's; the others are PyTorch's.

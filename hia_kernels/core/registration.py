@@ -1,4 +1,4 @@
-"""How an op of the namespace ``hia`` is registered: the schema here in Python, one kernel that asks its table."""
+"""Registration of the ops of the namespace ``hia``: the schema here in Python, one kernel that asks the op's table."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ FEWEST_FOR_TAPS = 128  # channels: from here on a tap's product is faster than o
 
 
 def unavailable_reasons() -> list[str]:
-    """Why this build of torch can't run it."""
+    """Return why this build of torch can't run it."""
     return [] if torch.backends.mkldnn.is_available() else ["torch was built without oneDNN"]
 
 
@@ -61,18 +61,18 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _scales_result(weight: Tensor, pixels: int) -> bool:
-    """Whether 1 x 1 has so few pixels an image that a copy of the weight, scaled or in oneDNN's layout, costs more."""
+    """Tell whether 1 x 1 has so few pixels an image that a copy of the weight, scaled or laid out, costs more."""
     return weight.shape[-1] == 1 and weight.shape[1] >= SMALL_OUTPUT * pixels
 
 
 def _scaled_near(weight: Tensor, scale: Tensor) -> Tensor:
-    """As :func:`_scaled`, channels last: oneDNN takes a large one four times as fast into its own layout."""
+    """Scale as :func:`_scaled`, channels last: oneDNN takes a large one four times as fast into its own layout."""
     out = torch.empty_like(weight, memory_format=torch.channels_last)
     return torch.mul(weight, scale[:, None, None, None], out=out)
 
 
 class OneDnnLayout(Layout):
-    """What oneDNN wants for images of a size; for others it is correct too, and slow."""
+    """The layout of oneDNN for images of a size; for others it is correct too, and slow."""
 
     name, by_size, writes_out = "oneDNN", True, False
 
@@ -110,7 +110,7 @@ def conv_norm_act_packed(
     activation: str,
     pad_rows: bool,
 ) -> Tensor:
-    """[N, IH, IW, C] -> [N, OH, OW, OC], the scale folded into ``weight``, which may be packed."""
+    """Return [N, OH, OW, OC] of x [N, IH, IW, C], the scale folded into ``weight``, which may be packed."""
     geometry = _geometry(weight, stride, pad_rows)
     x_nchw = x.contiguous().permute(0, 3, 1, 2)
     name, algorithm = FUSED[activation]
@@ -131,7 +131,7 @@ def conv_norm_act_packed(
 def conv_norm_act_packed_inplace(
     residual: Tensor, x: Tensor, weight: Tensor, shift: Tensor, stride: int, activation: str, pad_rows: bool
 ) -> None:
-    """Writes the result over ``residual``, which is contiguous: a fresh output of this size costs page faults."""
+    """Write the result over ``residual``, which is contiguous: a fresh output of this size costs page faults."""
     relu = "relu" if activation == "relu" else None
     torch.ops.mkldnn._convolution_pointwise_.binary(
         residual.permute(0, 3, 1, 2),
@@ -152,7 +152,7 @@ def conv_norm_act_packed_inplace(
 def conv_norm_act_packed_out(
     out: Tensor, x: Tensor, weight: Tensor, shift: Tensor, stride: int, activation: str, pad_rows: bool
 ) -> None:
-    """Copies the result to ``out``: oneDNN, as PyTorch has it, makes its own."""
+    """Copy the result to ``out``: oneDNN, as PyTorch has it, makes its own."""
     out.copy_(conv_norm_act_packed(x, weight, shift, None, stride, activation, pad_rows))
 
 
@@ -236,7 +236,7 @@ def _image_gradient(products: Products, dz: Tensor, x: Tensor, weight: Tensor, s
 
 
 def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: bool) -> Tensor:
-    """[OC, C, K, K], by what is fastest at this shape (docs/conv_norm_act.md).
+    """Return [OC, C, K, K], by what is fastest at this shape (docs/conv_norm_act.md).
 
     Args:
         dz: [N, OH, OW, OC].
@@ -259,7 +259,7 @@ def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: 
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """[R, A], [R, B] -> left^T right, [A, B]; narrow ones as a batch of short sums, which are added in fp64."""
+    """Compute left^T right, [A, B]; narrow ones as a batch of short sums, which are added in fp64."""
     rows, short = left.shape[0], left.shape[0] // SHORT_SUM * SHORT_SUM
     if min(left.shape[1], right.shape[1]) >= NARROW or rows < 2 * SHORT_SUM:
         return left.mT @ right
@@ -273,7 +273,7 @@ def _summed_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _weight_gradient_by_taps(dz: Tensor, x: Tensor, stride: int) -> Tensor:
-    """3 x 3: the product of the gradient with what each of the nine taps saw."""
+    """Multiply the gradient of a 3 x 3 with what each of the nine taps saw."""
     rows, columns = (stride * (side - 1) + 1 for side in dz.shape[1:3])
     padded, flat = F.pad(x, (0, 0, 1, 1, 1, 1)), dz.flatten(0, 2).mT  # [OC, N * OH * OW]
     taps = x.new_empty(3, 3, dz.shape[-1], x.shape[-1])
@@ -284,21 +284,21 @@ def _weight_gradient_by_taps(dz: Tensor, x: Tensor, stride: int) -> Tensor:
     return taps.permute(2, 3, 0, 1).contiguous()
 
 
-def _strips(dz: Tensor, x: Tensor, stride: int, most: int) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+def _strips(dz: Tensor, x: Tensor, stride: int, max_outputs: int) -> Iterator[tuple[Tensor, Tensor, int, int]]:
     """Cut a 3 x 3 convolution into strips of about equal size, of several small images or of a large one's rows.
 
     Args:
         dz: [N, OH, OW, OC].
         x: [N, IH, IW, C].
         stride: of the convolution.
-        most: outputs of a strip; at least a row.
+        max_outputs: of a strip; it has at least a row.
 
     Yields:
         Some of dz, what of x they saw, and the rows of zeros above and below it.
     """
     images, height, width, _ = dz.shape
-    together = -(-images // -(-images // max(1, most // (height * width))))
-    rows = -(-height // -(-height // max(1, most // width)))
+    together = -(-images // -(-images // max(1, max_outputs // (height * width))))
+    rows = -(-height // -(-height // max(1, max_outputs // width)))
     for image in range(0, images, together):
         for first in range(0, height, rows):
             last, start = min(first + rows, height), stride * first - 1
@@ -309,7 +309,7 @@ def _strips(dz: Tensor, x: Tensor, stride: int, most: int) -> Iterator[tuple[Ten
 
 
 def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """3 x 3, as the sum of strips': oneDNN's own sum over a large image loses digits."""
+    """Add up strips' gradients of a 3 x 3: oneDNN's own sum over a large image loses digits."""
     if dz.shape[:3].numel() <= LONGEST_SUM:
         return _backward(dz, x, weight, stride, [1, 1], [False, True])[1].contiguous()
     total = torch.zeros(weight.shape, dtype=torch.float64)
@@ -322,7 +322,7 @@ def _weight_gradient_by_strips(dz: Tensor, x: Tensor, weight: Tensor, stride: in
 
 
 def _weight_gradient_by_windows(dz: Tensor, x: Tensor, stride: int) -> Tensor:
-    """3 x 3 of few channels: the product of the gradient with the windows, written side by side."""
+    """Multiply the gradient of a 3 x 3 of few channels with the windows, written side by side."""
     channels, total = x.shape[-1], torch.zeros(dz.shape[-1], 9 * x.shape[-1], dtype=torch.float64)
     for gradient, seen, above, below in _strips(dz, x, stride, WINDOWS):
         padded = F.pad(seen, (0, 0, 1, 1, above, below))
@@ -335,9 +335,10 @@ def _weight_gradient_by_windows(dz: Tensor, x: Tensor, stride: int) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """What a backward is made of: (x, weight, scale, shift, residual, stride, activation) -> out,
-    (dz, x, weight, scale, stride) -> dx, and (dz, x, weight, stride, exact) -> the gradient of the weight before its
-    scale.
+    """The functions that a backward is made of.
+
+    (x, weight, scale, shift, residual, stride, activation) -> out, (dz, x, weight, scale, stride) -> dx, and
+    (dz, x, weight, stride, exact) -> the gradient of the weight before its scale.
     """
 
     forward: Callable[..., Tensor]
@@ -364,7 +365,7 @@ def backward(
     activation: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty.
+    """Return the gradients of x, weight, scale, shift, residual; those not in ``output_mask`` are empty.
 
     The convolution is linear in its weight, so ``sum(dz * y)`` of a channel is the product of its weight with the
     weight's gradient: the convolution's output is neither kept nor computed again for it.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core import triton_support, tuning
 
 OP = "conv_norm_act"
-MOST_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN counts in 32 bits
+MAX_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN counts in 32 bits
 _epilogue = triton_support.lazy("hia_kernels.ops.conv_norm_act.triton_fwd", "epilogue")
 
 
@@ -33,8 +33,8 @@ def unsupported_reasons(function: str, x: Tensor, weight: Tensor, stride: int, *
     n, ih, iw, c = x.shape
     out = n * ((ih - 1) // stride + 1) * ((iw - 1) // stride + 1) * weight.shape[0]
     for name, elements in (("x", x.numel()), ("the result", out)):
-        if elements > MOST_ELEMENTS:
-            found.append(f"{name} must have at most {MOST_ELEMENTS} elements, got {elements}")
+        if elements > MAX_ELEMENTS:
+            found.append(f"{name} must have at most {MAX_ELEMENTS} elements, got {elements}")
     if c == 0:
         found.append("x must have channels, got 0")
     return found
@@ -57,7 +57,7 @@ def slower_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest
 def conv_norm_act_fwd(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, stride: int, activation: str
 ) -> Tensor:
-    """[N, OH, OW, OC], dtype of ``x``; y is rounded to it, as in the reference."""
+    """Return [N, OH, OW, OC], dtype of ``x``; y is rounded to it, as in the reference."""
     n, ih, iw, _ = x.shape
     if n == 0 or weight.shape[0] == 0:
         return x.new_empty(n, (ih - 1) // stride + 1, (iw - 1) // stride + 1, weight.shape[0])

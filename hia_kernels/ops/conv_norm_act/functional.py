@@ -20,7 +20,7 @@ def conv_norm_act(
     stride: int = 1,
     activation: str = "relu",
 ) -> Tensor:
-    """``act(scale * conv(x) + shift + residual)`` on channels-last images; zero padding of ``K // 2``.
+    """Compute ``act(scale * conv(x) + shift + residual)`` on channels-last images; zero padding of ``K // 2``.
 
     A ResNet-50 step of the high-resolution encoder with its batch-norm folded into ``scale`` and ``shift``
     (a convolution's bias b goes into the shift as ``scale * b``). Scale, shift, residual and activation in

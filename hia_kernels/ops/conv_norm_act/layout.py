@@ -1,4 +1,4 @@
-"""How a row of the table wants a weight that is packed for many calls."""
+"""Layouts: how the rows of the table want weights that are packed for many calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKED = ("conv_norm_act_packed", "conv_norm_act_packed_", "conv_norm_act_packed
 
 
 class Layout(ABC):
-    """Packs weights for one row of the table; an object of it is that row's function :data:`PACK`.
+    """A way to pack weights, for one row of the table: an object of it is that row's function :data:`PACK`.
 
     Attributes:
         name: told apart from other layouts by it.

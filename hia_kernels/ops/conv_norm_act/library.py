@@ -146,7 +146,7 @@ autocast.register_autocast(registration.overload("conv_norm_act"), cast=("x", "w
 
 
 def _conv_flops(out_shape, weight_shape):
-    """Of the convolution, whatever the algorithm: the Winograd kernels take fewer."""
+    """Count the convolution's, whatever the algorithm: the Winograd kernels take fewer."""
     n, oh, ow, oc = out_shape
     return 2 * n * oh * ow * oc * weight_shape[1] * native.kernel_size(weight_shape) ** 2
 

@@ -70,8 +70,9 @@ def slower_reasons(function: str, weight: Tensor, **rest: Any) -> list[str]:
 
 
 def pack_weight(weight: Tensor, scale: Tensor, stride: int, turned: bool = False) -> Tensor:
-    """[OC, C, K, K], [OC] -> the kernels' layout for images of any size: [OC, C, 16] if the Winograd form serves, else
-    [OC, C, K * K]; three dimensions tell it from all other weights.
+    """Lay a weight [OC, C, K, K] out for images of any size.
+
+    [OC, C, 16] if the Winograd form serves, else [OC, C, K * K]; three dimensions tell it from all other weights.
 
     Args:
         weight: fp32.
@@ -89,7 +90,7 @@ def pack_weight(weight: Tensor, scale: Tensor, stride: int, turned: bool = False
 
 
 class PanelLayout(Layout):
-    """What these kernels want, for images of any size."""
+    """The layout of these kernels, for images of any size."""
 
     name, by_size, writes_out = "native", False, True
 
@@ -134,7 +135,7 @@ def convolve(
 def conv_norm_act_packed(
     x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor | None, stride: int, activation: str, pad_rows: bool
 ) -> Tensor:
-    """[N, IH, IW, C] -> [N, OH, OW, OC], with a weight of :func:`pack_weight`."""
+    """Return [N, OH, OW, OC] of x [N, IH, IW, C], with a weight of :func:`pack_weight`."""
     images, height, width, _ = x.shape
     rows = height - 1 if pad_rows else height - kernel_size(weight.shape)
     out = x.new_empty(images, rows // stride + 1, (width - 1) // stride + 1, weight.shape[0])
@@ -145,14 +146,14 @@ def conv_norm_act_packed(
 def conv_norm_act_packed_inplace(
     residual: Tensor, x: Tensor, weight: Tensor, shift: Tensor, stride: int, activation: str, pad_rows: bool
 ) -> None:
-    """Writes the result over ``residual``, which is contiguous."""
+    """Write the result over ``residual``, which is contiguous."""
     convolve(residual, x, weight, shift.contiguous(), residual, stride, activation, pad_rows)
 
 
 def conv_norm_act_packed_out(
     out: Tensor, x: Tensor, weight: Tensor, shift: Tensor, stride: int, activation: str, pad_rows: bool
 ) -> None:
-    """Writes the result to ``out``, which is contiguous."""
+    """Write the result to ``out``, which is contiguous."""
     convolve(out, x, weight, shift.contiguous(), None, stride, activation, pad_rows)
 
 
@@ -167,13 +168,13 @@ def conv_norm_act_fwd(
 
 
 def _image_gradient(dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride: int) -> Tensor:
-    """The convolution with the weight turned by 180 degrees, its channels exchanged."""
+    """Convolve with the weight turned by 180 degrees, its channels exchanged."""
     turned = pack_weight(weight, scale, stride, turned=True)
     return convolve(torch.empty_like(x), dz, turned, None, None, stride, "none", True)
 
 
 def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: bool) -> Tensor:
-    """Of 64 tiles' sums, exact in any case."""
+    """Add up sums of 64 tiles, exact in any case."""
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     torch.ops.hia_native.conv_winograd_weight_gradient(dz, x, out)
     return out

@@ -96,7 +96,7 @@ class PackedConv:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it occupies."""
+        """Return the bytes it occupies."""
         kept = sum(layout.numel() * layout.element_size() for layout in self.layouts.values())
         return kept + self.scale.nbytes + self.shift.nbytes
 

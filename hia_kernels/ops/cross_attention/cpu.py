@@ -27,7 +27,7 @@ def unsupported_reasons(function: str, q: Tensor, **rest: Any) -> list[str]:
 
 
 def _batches(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[Rows]:
-    """Neighbours of equal lengths together: one call of the flash kernel serves them."""
+    """Group neighbours of equal lengths: one call of the flash kernel serves them."""
     starts = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
     lengths = [(end_q - q, end_k - k) for (q, k), (end_q, end_k) in pairwise(starts)]
     first = 0
@@ -39,18 +39,18 @@ def _batches(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[Rows]:
 
 
 def _batched(x: Tensor, count: int, rows: slice) -> Tensor:
-    """[count, H, L, D] fp32: the flash kernel's backward in fp16 takes 30 times as long."""
+    """Return [count, H, L, D] fp32: the flash kernel's backward in fp16 takes 30 times as long."""
     x = x[rows].unflatten(0, (count, (rows.stop - rows.start) // count)).transpose(1, 2).float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[count, H, L, D] -> [count * L, H, D], without a copy if the heads lie as they should."""
+    """Return [count * L, H, D] of x [count, H, L, D], without a copy if the heads lie as they should."""
     return x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
 
 
 def _singles(batch: Rows) -> Iterator[tuple[slice, slice]]:
-    """The batch's sequences one by one."""
+    """Return the batch's sequences one by one."""
     count, rows_q, rows_k = batch
     length_q, length_k = ((rows.stop - rows.start) // count for rows in (rows_q, rows_k))
     for i in range(count):
@@ -59,7 +59,7 @@ def _singles(batch: Rows) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores_of(batch: Rows) -> tuple[int, int]:
-    """Length of a sequence's keys, number of a head's scores."""
+    """Return the length of a sequence's keys and the number of a head's scores."""
     count, rows_q, rows_k = batch
     length_k = (rows_k.stop - rows_k.start) // count
     return length_k, (rows_q.stop - rows_q.start) // count * length_k
@@ -79,7 +79,7 @@ def _head_groups(heads: int, scores: int) -> Iterator[slice]:
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the products whose operand is p or ds: bf16 where the CPU multiplies it, which halves their time."""
+    """Return the dtype of products of p or ds: bf16 where the CPU multiplies it, which halves their time."""
     native = torch.backends.mkldnn.enabled and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
@@ -91,12 +91,12 @@ def _heads_first(x: Tensor, rows: slice, heads: slice) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * a b of [heads, ., .]."""
+    """Compute scale * a b of [heads, ., .]."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b of [heads, ., .], where it lies: a fresh product costs a copy and its pages."""
+    """Write a b of [heads, ., .] to out, where it lies: a fresh product costs a copy and its pages."""
     if out.dtype == a.dtype:
         torch.bmm(a, b, out=out)
     else:
@@ -226,7 +226,7 @@ def cross_attention_bwd(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. The flash kernel knows no ``dlse``: where there is one, products serve the call."""
+    """Return the gradients of q, k, v. The flash kernel knows no ``dlse``: where there is one, products serve."""
     qkv, dout = (q, k, v), dout.to(q.dtype)
     batches, has_dlse = list(_batches(cu_seqlens_q, cu_seqlens_k)), bool(dlse.any())
     if len(batches) == 1 and not has_dlse and _flash_wins(q, batches[0]):

@@ -56,7 +56,7 @@ def cross_attention(
     max_seqlen_k: int,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Packed (varlen) multi-head cross-attention, unmasked, Lq != Lk.
+    """Compute packed (varlen) multi-head cross-attention, unmasked, Lq != Lk.
 
     ``softmax(softmax_scale * q k^T) v`` within each sequence: both of HiA's attentions (paper, section 3):
     queries over image features, and visual tokens over the extracted tokens. Scores, softmax and
@@ -101,7 +101,7 @@ def cross_attention_with_lse(
     max_seqlen_k: int,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`cross_attention` and the log-sum-exp of each query's scores, to combine partial results.
+    """Compute :func:`cross_attention` and the log-sum-exp of each query's scores, to combine partial results.
 
     Args and errors as there.
 

@@ -127,8 +127,11 @@ for _name in ("cross_attention", "cross_attention_with_lse"):
 
 
 def _product_flops(q_shape, k_shape, max_seqlen_k):
-    """One of the matrix products. Shapes only: cu_seqlens' values would make the count depend on data, so every
-    query is taken to see the longest key sequence; exact when all key sequences have that length."""
+    """Count one of the matrix products, by shapes alone.
+
+    The values of cu_seqlens would make the count depend on data, so every query is taken to see the longest key
+    sequence; exact when all key sequences have that length.
+    """
     tokens_q, heads, head_dim = q_shape
     return 2 * tokens_q * min(max_seqlen_k, k_shape[0]) * heads * head_dim
 

@@ -13,7 +13,7 @@ from .reference import by_head
 
 
 def head_linear_batched(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
-    """[n, H, R, C] -> [n, H, R, D] or [n, R, H * D]."""
+    """Return [n, H, R, D] or [n, R, H * D] of x [n, H, R, C]."""
     images, heads, rows, _ = x.shape
     dim = weight.shape[1]
     if merge_heads:
@@ -27,7 +27,7 @@ def head_linear_batched(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
 def head_linear_bwd_batched(
     dout: Tensor, x: Tensor, weight: Tensor, merge_heads: bool, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
+    """Return the gradients of x, contiguous, and of weight, laid out as it; those not in ``output_mask`` are empty."""
     dout = by_head(dout, weight, merge_heads)
     dx, dweight = (x.new_empty(0) for _ in range(2))
     if output_mask[0]:
@@ -43,7 +43,7 @@ def head_linear_bwd_batched(
 
 
 def _by_image(x: Tensor, right: Tensor) -> Tensor:
-    """[n, H, R, K], [H, K, N] -> [n, H, R, N]."""
+    """Return [n, H, R, N] of x [n, H, R, K] and right [H, K, N]."""
     out = x.new_empty(*x.shape[:3], right.shape[2])
     for image, to in zip(x, out, strict=True):
         torch.bmm(image, right, out=to)

@@ -10,7 +10,7 @@ from . import library as _library  # noqa: F401  (defines the ops)
 
 
 def head_linear(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Tensor:
-    """``x[:, h] weight[h]^T`` of every head h.
+    """Compute ``x[:, h] weight[h]^T`` of every head h.
 
     What absorbs a projection (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; docs/plans.md): queries by W_k before the
     attention, its results by W_v behind it. The weight is never copied for the images, nor is the result to merge the

@@ -50,7 +50,7 @@ def inject_rows(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def inject_rows_(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
-    """:func:`inject_rows` in place: only the selected rows are read and written. For inference.
+    """Do :func:`inject_rows` in place: only the selected rows are read and written. For inference.
 
     Args and errors as there; ``hidden`` must be contiguous.
 

@@ -33,8 +33,8 @@ def _triton_unsupported(function, hidden=None, dout=None, **rest):
 
 def fused_is_slower(rows, channels, dim, dtype):
     """Return why cuBLAS before an addition is taken to be faster than one kernel, by sizes alone."""
-    flops, most = 2 * rows * channels * dim, FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
-    return [f"the product is {flops} FLOPs, more than {most}: cublas is the better at it"] if flops > most else []
+    flops, limit = 2 * rows * channels * dim, FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
+    return [f"the product is {flops} FLOPs, more than {limit}: cublas is the better at it"] if flops > limit else []
 
 
 def _fused_slower(function, update, weight, **rest):

@@ -58,7 +58,7 @@ def _softmax_bwd(dp: Tensor, p: Tensor, scale: float) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """What a block is made of: its products, (scores, scale, dtype) -> (p, lse) and (dp, p, scale) -> dscores."""
+    """The parts of a block: its products, (scores, scale, dtype) -> (p, lse) and (dp, p, scale) -> dscores."""
 
     products: Products
     softmax: Callable[..., tuple[Tensor, Tensor]]

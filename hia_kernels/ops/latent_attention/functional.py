@@ -12,7 +12,7 @@ from . import library as _library  # noqa: F401  (defines the ops)
 
 
 def latent_attention(q: Tensor, latent: Tensor, lengths: Sequence[int], softmax_scale: float) -> Tensor:
-    """``softmax(softmax_scale * q latent^T) latent``, image by image.
+    """Compute ``softmax(softmax_scale * q latent^T) latent``, image by image.
 
     The absorbed form of multi-head attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; docs/latent_attention.md):
     with K = F W_k and V = F W_v, head h's scores are (q_h W_k,h^T) F^T and its result is (P_h F) W_v,h. Neither K nor

@@ -10,7 +10,7 @@ from . import library as _library  # noqa: F401  (defines the ops)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``: what no other op of HiA takes in, and plain products as ``linear(a, b.mT)``.
+    """Compute ``x weight^T + bias``: what no other op of HiA takes in, and plain products as ``linear(a, b.mT)``.
 
     Deterministic; accumulation in fp32 (fp64 for fp64) as far as the device's library has it.
 

@@ -22,7 +22,7 @@ registration.define(
 )
 
 _TRITON = "hia_kernels.ops.norm_linear.triton"
-_MOST_CHANNELS = 16384  # of a row that a block holds whole
+_MAX_CHANNELS = 16384  # of a row that a block holds whole
 # docs/norm_linear.md, "Implemented, tried": where the fused kernel's second look at its rows is cheap
 FUSED_PANEL = 256 * 1024  # bytes of a tile's rows
 FUSED_ROWS = 64  # of such a tile
@@ -32,8 +32,8 @@ FUSED_FLOPS_FP32 = 2**28  # without matrix instructions our product is far behin
 
 def _triton_unsupported(function, x, **rest):
     reasons = triton_support.device_reasons(x)
-    if x.shape[1] > _MOST_CHANNELS:
-        reasons.append(f"channels must be at most {_MOST_CHANNELS}, got {x.shape[1]}")
+    if x.shape[1] > _MAX_CHANNELS:
+        reasons.append(f"channels must be at most {_MAX_CHANNELS}, got {x.shape[1]}")
     return reasons
 
 
@@ -43,9 +43,9 @@ def fused_is_slower(rows, channels, dim, dtype):
     panel = min(rows, FUSED_ROWS) * channels * dtype.itemsize
     if panel > FUSED_PANEL:
         found.append(f"a tile's rows are {panel} bytes, more than {FUSED_PANEL}: cublas reads them once")
-    flops, most = 2 * rows * channels * dim, FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
-    if flops > most:
-        found.append(f"the product is {flops} FLOPs, more than {most}: cublas is the better at it")
+    flops, limit = 2 * rows * channels * dim, FUSED_FLOPS_FP32 if dtype == torch.float32 else FUSED_FLOPS
+    if flops > limit:
+        found.append(f"the product is {flops} FLOPs, more than {limit}: cublas is the better at it")
     return found
 
 

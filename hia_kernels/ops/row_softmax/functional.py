@@ -10,7 +10,7 @@ from . import library as _library  # noqa: F401  (defines the ops)
 
 
 def row_softmax(scores: Tensor, scale: float, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """``softmax(scale * scores)`` of every row, in the dtype of the product that comes next, and its log-sum-exp.
+    """Compute each row's ``softmax(scale * scores)``, in the dtype of the product that comes next, and log-sum-exp.
 
     The middle of an attention whose two products are plain matrix products: fp32 scores come out of the first,
     bf16 or fp16 probabilities go into the second. Statistics in fp32 (fp64 for fp64 scores). Autocast changes nothing.
@@ -39,7 +39,7 @@ def row_softmax(scores: Tensor, scale: float, out_dtype: torch.dtype | None = No
 
 
 def row_softmax_(scores: Tensor, scale: float) -> Tensor:
-    """:func:`row_softmax` in place: the probabilities overwrite the scores. For inference.
+    """Do :func:`row_softmax` in place: the probabilities overwrite the scores. For inference.
 
     Args and errors as there; the rows must not overlap in memory.
 

@@ -21,7 +21,7 @@ ONE = [1, 1]
 
 
 def unavailable_reasons() -> list[str]:
-    """Why this build of torch can't run it."""
+    """Return why this build of torch can't run it."""
     return [] if torch.backends.mkldnn.is_available() else ["torch was built without oneDNN"]
 
 
@@ -83,7 +83,7 @@ class _Strips:
         self._buffer: Tensor | None = None
 
     def rows(self, first: int, last: int) -> Tensor:
-        """[G, CP, R, IW + 2 * pad] channels last: what the convolution's rows ``first:last`` read."""
+        """Return what the convolution's rows ``first:last`` read, [G, CP, R, IW + 2 * pad] channels last."""
         images, height, width, channels = self.pixels.shape
         start, stop = 2 * first - self.pad, 2 * (last - 1) - self.pad + self.kernel
         rows = stop - start
@@ -105,18 +105,18 @@ def half(size: int) -> int:
 
 
 def _strip_rows(width: int, channels: int, pool: int) -> int:
-    """Rows of the result to make at a time; a pooled one takes two of the convolution."""
+    """Return the rows of the result to make at a time; a pooled one takes two of the convolution."""
     return max(1, STRIP_BYTES // ((2 if pool == 3 else 1) * width * channels * 4))
 
 
 def _groups(images: int, rows: int, step: int) -> list[slice]:
-    """Images that go through at once: several where all their rows fit into a strip."""
+    """Group images that go through at once: several where all their rows fit into a strip."""
     together = max(1, step // rows)
     return [slice(first, min(first + together, images)) for first in range(0, images, together)]
 
 
 class _Border:
-    """What an image of ones adds along the border, less what it adds inside.
+    """The difference between what an image of ones adds along the border and inside.
 
     Args:
         ones: [OC, 1, K, K].
@@ -134,7 +134,7 @@ class _Border:
         self.difference = image - ones.sum((1, 2, 3))  # [OH', OW', OC]
 
     def add_to(self, y: Tensor, first: int) -> None:
-        """y [G, R, OW, OC]: the convolution's rows from ``first`` on, changed in place."""
+        """Change the convolution's rows from ``first`` on, y [G, R, OW, OC], in place."""
         edge, small, rows = self.edge, self.difference.shape[0], y.shape[1]
         top = min(max(edge - first, 0), rows)
         bottom = max(min(self.height - edge - first, rows), top)
@@ -146,13 +146,13 @@ class _Border:
             y[:, row, edge:-edge] += source[source.shape[0] // 2]
 
     def _add_columns(self, y: Tensor, source: Tensor) -> None:
-        """y [..., OW, OC], source [OW', OC]."""
+        """Add source [OW', OC] to the columns of y [..., OW, OC]."""
         y[..., : self.edge, :] += source[: self.edge]
         y[..., -self.edge :, :] += source[-self.edge :]
 
 
 def _largest_of_three(y: Tensor, first: int) -> Tensor:
-    """``y[first::2]``, each with its neighbours: a max-pool of 3, stride 2 along the first dim, in place."""
+    """Pool ``y[first::2]``, each with its neighbours: a max-pool of 3, stride 2 along the first dim, in place."""
     centres = y[first::2]
     after = y[first + 1 :: 2]
     ahead = centres[: after.shape[0]]
@@ -163,7 +163,7 @@ def _largest_of_three(y: Tensor, first: int) -> Tensor:
 
 
 def _convolved(x: Tensor, folded: _Folded, border: _Border, first: int) -> Tensor:
-    """The norm's result, [G, R, OW, OC], of what the rows from ``first`` on see."""
+    """Return the norm's result, [G, R, OW, OC], of what the rows from ``first`` on see."""
     y = torch.ops.mkldnn._convolution_pointwise(x, folded.weight, folded.bias, [0, 0], [2, 2], ONE, 1, "none", [], None)
     y = y.permute(0, 2, 3, 1).contiguous()
     border.add_to(y, first)
@@ -180,7 +180,7 @@ def stem_fwd(
     shift: Tensor,
     pool: int,
 ) -> Tensor:
-    """[N, IH, IW, CP] -> [N, PH, PW, OC]; computed in fp32 whatever the weight's dtype."""
+    """Return [N, PH, PW, OC] of pixels [N, IH, IW, CP]; computed in fp32 whatever the weight's dtype."""
     images, height, width, channels = pixels.shape
     convolved = half(height), half(width)
     pooled = (half(convolved[0]), half(convolved[1])) if pool == 3 else convolved
@@ -217,8 +217,10 @@ def stem_bwd(
     output_mask: list[bool],
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight, scale, shift; strips as in the forward, which is computed again unless ``out`` tells where
-    the ReLU passed and no pool hides which of its inputs did.
+    """Return the gradients of weight, scale, shift.
+
+    Strips are as in the forward, which is computed again unless ``out`` tells where the ReLU passed and no pool hides
+    which of its inputs did.
 
     Each pooled row's windows are whole in its strip, so strips add up. The convolution is linear in its weight, so the
     scale's gradient comes out of the weight's.
@@ -251,7 +253,7 @@ def stem_bwd(
 
 
 class _TapSums:
-    """What the outputs' gradients give the taps, summed over strips in fp64.
+    """The sums over strips, in fp64, of what the outputs' gradients give the taps.
 
     Args:
         folded: the forward's.
@@ -265,7 +267,7 @@ class _TapSums:
         self.total = torch.zeros_like(folded.bias, dtype=torch.float64)
 
     def add(self, dz: Tensor, x: Tensor, first: int) -> None:
-        """dz [G, R, OW, OC] of the rows from ``first`` on, and what they saw, [G, CP, R', IW + 2 * pad]."""
+        """Add dz [G, R, OW, OC] of the rows from ``first`` on; x [G, CP, R', IW + 2 * pad] is what they saw."""
         self.taps += _tap_gradient(dz, x, self.folded.weight)
         summed = dz.sum(0)  # [R, OW, OC]
         rows = self._inside(first, summed.shape[0], self.size[0]) @ summed.flatten(1)  # [K, OW * OC]
@@ -274,19 +276,19 @@ class _TapSums:
         self.total += summed.sum((0, 1))
 
     def _inside(self, first: int, outputs: int, side: int) -> Tensor:
-        """[K, outputs]: 1 where a tap of an output sees the image, 0 where it sees the padding."""
+        """Return [K, outputs]: 1 where a tap of an output sees the image, 0 where it sees the padding."""
         kernel = self.ones.shape[-1]
         seen = 2 * torch.arange(first, first + outputs) + torch.arange(kernel)[:, None] - kernel // 2
         return ((seen >= 0) & (seen < side)).float()
 
     def gradient(self, mean: Tensor, std: Tensor) -> Tensor:
-        """[OC, 3, K, K] fp64: a grey channel becomes three."""
+        """Return [OC, 3, K, K] fp64: a grey channel becomes three."""
         shifted = (self.folded.centre - mean)[:, None, None] * self.ones[:, None]
         return (self.taps + shifted) / std[:, None, None]
 
 
 def _unpool(dr: Tensor, y: Tensor) -> Tensor:
-    """Through ReLU and max-pool, to the first largest of each window: [G, P, PW, OC], [G, R, OW, OC] -> y's shape."""
+    """Take dr [G, P, PW, OC] back through ReLU and pool, to the first largest of each window of y [G, R, OW, OC]."""
     y = y.permute(0, 3, 1, 2)
     largest, index = torch.ops.aten.max_pool2d_with_indices(y, [3, 3], [2, 2], ONE)
     dr = torch.ops.aten.threshold_backward(dr.permute(0, 3, 1, 2), largest, 0)

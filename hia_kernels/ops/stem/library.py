@@ -143,5 +143,5 @@ def _packed_flops(pixels_shape, window, mean, std, taps_shape, *args, **kwargs):
 def _bwd_flops(
     dout, pixels_shape, window, mean, std, weight_shape, scale, shift, pool, output_mask, out=None, **kwargs
 ):
-    """With the forward once more, which a kept output saves the CPU."""
+    """Count the forward once more, which a kept output saves the CPU."""
     return (1 + sum(output_mask[:2])) * _conv_flops(pixels_shape, weight_shape)

@@ -42,7 +42,7 @@ def stem_fwd(
     shift: Tensor,
     pool: int,
 ) -> Tensor:
-    """[N, IH, IW, CP] -> [N, PH, PW, OC]."""
+    """Return [N, PH, PW, OC] of pixels [N, IH, IW, CP]."""
     images, height, width, channels = pixels.shape
     sides = [cpu.half(cpu.half(side)) if pool == 3 else cpu.half(side) for side in (height, width)]
     folded = cpu.fold(weight, scale, shift, mean, std, channels)

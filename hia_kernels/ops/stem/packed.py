@@ -58,7 +58,7 @@ class PackedStem:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it occupies beside the caller's tensors."""
+        """Return the bytes it occupies beside the caller's tensors."""
         return self.taps.nbytes
 
 
