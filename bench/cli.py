@@ -22,6 +22,7 @@ from .records.devices import AUTO, DEVICES, DTYPES, cuda_is_available
 from .records.files import BadFile
 
 MANY = 24  # names that an error lists
+KINDS = {"integer": "a whole number", "number": "a number", "float": "a number"}  # by a word of the parser's message
 UsageError: Any = typer.BadParameter.__base__  # Typer's own, or click's where Typer stands on it
 Number = TypeVar("Number", int, float)
 
@@ -97,7 +98,7 @@ def within(
             )
             if wrong:
                 raise BadOption(f"{param.opts[0]}: must be {expected}, got {one:g}")
-        return value
+        return [] if value is None and getattr(param, "multiple", False) else value  # Typer 0.12 wants a list
 
     return check
 
@@ -136,7 +137,7 @@ Out = Annotated[
 ]
 Record = Annotated[
     bool,
-    typer.Option("--record", help="Write to bench/results/<device>, which is committed, instead of `out/<device>`."),
+    typer.Option("--record", help="Write to `bench/results/<device>`, which is committed, instead of `out/<device>`."),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the records here too.")]
 Minutes = Annotated[
@@ -190,10 +191,10 @@ class Commands(typer.core.TyperGroup):
         Raises:
             BadOption: there is none of that name.
         """
-        if not args[0].startswith("-"):
-            name = args[0].replace("_", "-")
-            known = [name for name, command in self.commands.items() if not command.hidden]
-            args = [name if name in self.commands else one_of("command", name, known), *args[1:]]
+        name = args[0].replace("_", "-")
+        if name not in self.commands and not name.startswith("-"):
+            one_of("command", args[0], self.commands)
+        args = [name if name in self.commands else args[0], *args[1:]]
         return super().resolve_command(ctx, args)
 
 
@@ -224,7 +225,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     except (BadOption, BadFile) as error:
         return _refuse(str(error), arguments)
     except UsageError as error:
-        return _refuse(_usage(error), arguments)
+        return _refuse(_usage(error, arguments), arguments)
     except typer.Abort:
         return 130
     return found if isinstance(found, int) else 0
@@ -237,12 +238,15 @@ def _refuse(message: str, arguments: Sequence[str]) -> int:
     return 2
 
 
-def _usage(error: Any) -> str:
-    """Put what the parser refuses in our words: the option first, then the nearest names."""
+def _usage(error: Any, arguments: Sequence[str]) -> str:
+    """Put what the parser refuses in our words: the option first, then what it takes, and the nearest names."""
     context, wrong = getattr(error, "ctx", None), getattr(error, "option_name", None)
     if wrong is not None and context is not None and error.message.startswith("No such option"):
         known = [name for param in context.command.params for name in param.opts]
         return f"{wrong}: must be an option of this command{did_you_mean(wrong, known)} See --help"
-    param = getattr(error, "param", None)
-    option = param.opts[0] if param is not None else ""
-    return f"{option}: {error.message}" if option and error.message else error.format_message()
+    param, message = getattr(error, "param", None), error.format_message()
+    option = next((name for name in getattr(param, "opts", ()) if name in arguments), None)
+    kind = next((text for word, text in KINDS.items() if word in message), None)
+    if option is None or kind is None:
+        return message
+    return f"{option}: must be {kind}, got {arguments[arguments.index(option) + 1]!r}"

@@ -35,12 +35,12 @@ class Row:
 
     @property
     def medians(self) -> list[float]:
-        """The median of the paired ratios, one for each pair of processes."""
+        """Return the median of the paired ratios, one for each pair of processes."""
         return [statistics.median(self.ratios(pair)) for pair in range(len(self.base_ms))]
 
     @property
     def deciding(self) -> int:
-        """The number of the pair that decides: the one with the median of the pairs' medians.
+        """Return the number of the pair that decides: the one with the median of the pairs' medians.
 
         Where a process's memory happens to lie can cost more than 10 % all its life: of three pairs of processes
         one such is outvoted.
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """The deciding pair's median."""
+        """Return the deciding pair's median."""
         return self.medians[self.deciding]
 
     def verdict(self, threshold: float) -> str:

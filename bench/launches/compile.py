@@ -102,7 +102,7 @@ def compile_launch(launch: Launch, target: Target) -> Resources:
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, bytes spilled a thread."""
+    """Read registers and bytes spilled, of a thread."""
     import triton.backends.nvidia as backend
 
     tool = Path(backend.__file__).parent / "bin" / "cuobjdump"

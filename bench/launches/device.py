@@ -102,7 +102,7 @@ def _on_meta(value: Any) -> Any:
 
 
 def _convolution(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
-    """cuDNN's own function has no meta implementation; the general one has its result's shape and strides."""
+    """Run the general convolution: cuDNN's own has no meta implementation, its result the same shape and strides."""
     names = ("padding", "stride", "dilation", "groups")
     options = {**dict(zip(names, args)), **options}
     padding, stride, dilation, groups = (options[name] for name in names)
@@ -201,7 +201,7 @@ _active: list[str] = []
 
 @contextmanager
 def fake_device(target: Target) -> Iterator[Target]:
-    """Inside the block there is one CUDA device, ``cuda:0``, that is such a GPU and computes nothing.
+    """Pretend inside the block that there is one CUDA device, ``cuda:0``: such a GPU, which computes nothing.
 
     Replaces attributes of ``torch.cuda`` for the whole process and comes back to them whatever happens inside; the
     tensors' part holds for this thread alone. Tensors of the device must not leave the block: outside they are meta

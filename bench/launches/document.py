@@ -32,7 +32,7 @@ class Row:
 
 
 def _named(workload: str) -> str:
-    """Without its dtype and row; an op's without the op too, which the kernel says."""
+    """Name a workload without its dtype and row; an op's without the op too, which the kernel says."""
     name = workload.rsplit(" ", 2)[0]
     op, own = name.split(" ", 1)
     return name if op in composites() else own
@@ -63,7 +63,7 @@ def stages(row: Row) -> str:
 
 
 def _cell(results: list[Resources]) -> str:
-    """The most that any of them takes."""
+    """Show the most that any of them takes."""
     if not results:
         return ""
     if any(result.error for result in results):

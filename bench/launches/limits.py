@@ -42,7 +42,7 @@ class Waiver:
         )
 
     def without(self, found: Resources) -> Resources:
-        """The resources less the spill that is waived; a larger one stays whole."""
+        """Return the resources less the spill that is waived; a larger one stays whole."""
         return replace(found, spilled=0) if found.spilled <= self.spilled else found
 
 

@@ -40,7 +40,7 @@ class Launch:
 
     @property
     def configuration(self) -> str:
-        """Dtypes, whether strides need 64 bits, and the constexprs that the kernel declares."""
+        """Describe dtypes, whether strides need 64 bits, and the constexprs that the kernel declares."""
         types = dict.fromkeys(kind[1:] for _, kind in self.signature if kind[0] == "*" and kind not in INDICES)
         wide = ["64-bit strides"] if any(kind == "i64" for _, kind in self.signature) else []
         values = [
@@ -52,18 +52,18 @@ class Launch:
 
     @property
     def num_warps(self) -> int:
-        """Warps of a block."""
+        """Return the warps of a block."""
         return dict(self.options)["num_warps"]
 
     @property
     def num_stages(self) -> int:
-        """Iterations of a loop that Triton is asked to overlap."""
+        """Return the iterations of a loop that Triton is asked to overlap."""
         return dict(self.options)["num_stages"]
 
 
 @dataclass
 class Uses:
-    """Who launches a kernel in one way.
+    """Workloads that launch a kernel in one way.
 
     Attributes:
         workloads: names, in the order of recording.
@@ -115,17 +115,17 @@ class _Pointer:
         self._range = tensor.untyped_storage().size()
 
     def data_ptr(self) -> int:
-        """From the start of its allocation, bytes."""
+        """Return its distance from the start of its allocation, bytes."""
         return self._address
 
     def ptr_range(self) -> int:
-        """Bytes of its allocation."""
+        """Return the bytes of its allocation."""
         return self._range
 
 
 @cache
 def _binder(kernel: Any, target: Target) -> tuple[Any, Any, Any]:
-    """Triton's backend for the target, its options where a launch gives none, and how it binds the kernel."""
+    """Return Triton's backend for the target, its options where a launch gives none, and how it binds the kernel."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -166,7 +166,7 @@ def launch_of(kernel: Any, target: Target, args: tuple[Any, ...], kwargs: dict[s
 
 @contextmanager
 def recorded(target: Target) -> Iterator[Recording]:
-    """Inside the block there is a fake device, and every launch of a Triton kernel is recorded, none compiled.
+    """Record every launch of a Triton kernel inside the block, on a fake device, and compile none.
 
     Raises:
         RuntimeError: ``TRITON_INTERPRET`` is set: kernels are then no kernels.

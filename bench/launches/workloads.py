@@ -89,7 +89,7 @@ class CompositeCall:
 
 
 def _workload_calls() -> Iterable[Call]:
-    """Every op at its GPU set.
+    """List every op at its GPU set.
 
     In bf16 all of it, in the other dtypes the first workload of each role: another dtype changes a kernel's code,
     another size seldom does. Where it does, the op's entry has an edge.
@@ -108,7 +108,7 @@ def _workload_calls() -> Iterable[Call]:
 
 
 def _edge_calls() -> Iterable[Call]:
-    """Every op at its edges."""
+    """List every op at its edges."""
     for op in ops():
         found = op_entry(op)
         for edge in found.edges:
@@ -121,7 +121,7 @@ def _edge_calls() -> Iterable[Call]:
 
 
 def _composite_calls() -> Iterable[CompositeCall]:
-    """Every composite at its GPU set."""
+    """List every composite at its GPU set."""
     for composite in composites():
         yield from (CompositeCall(workload) for workload in workloads(composite) if in_set(workload, "gpu"))
 
@@ -205,7 +205,7 @@ def record_all(names: Sequence[str], jobs: int | None = None) -> dict[str, Recor
 
 @lru_cache(maxsize=64)
 def _weights(case: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A case's weights, which have no values: seven composites share them."""
+    """Make a case's weights, which have no values: seven composites share them."""
     return make_weights(case, dtype, "cuda")
 
 

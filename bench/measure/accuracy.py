@@ -38,7 +38,7 @@ class Truth:
     dtype: torch.dtype
 
     def check(self, results: dict[str, Tensor]) -> tuple[str | None, float]:
-        """Why these results aren't good enough (None if they are), and the largest relative RMS error."""
+        """Say why these results aren't good enough (None if they are), and return the largest relative RMS error."""
         missing = sorted(set(self.exact) - set(results))
         if missing:
             return f"no result for {', '.join(missing)}", float("nan")
@@ -53,13 +53,13 @@ class Truth:
         return None, worst
 
     def _flipped(self, name: str, result: Tensor, exact: Tensor) -> bool:
-        """Whether kinks explain the difference."""
+        """Tell whether kinks explain the difference."""
         comparable = name == KINKED and self.dtype == torch.float32 and result.shape == exact.shape
         return comparable and rel_rms(result, exact) <= KINK_SLACK * UNIT_ROUNDOFF[self.dtype] ** 0.5
 
 
 def results_of(bound: Bound, like: dict[str, Tensor] | None, *, gradients: bool) -> dict[str, Tensor]:
-    """Outputs, and gradients if asked for, by the reference's names.
+    """Return outputs, and gradients if asked for, by the reference's names.
 
     Args:
         bound: the provider.
@@ -80,7 +80,7 @@ def results_of(bound: Bound, like: dict[str, Tensor] | None, *, gradients: bool)
 
 
 def _joined(outs: Outputs, like: dict[str, Tensor] | None) -> Outputs:
-    """Keys and values of two products are one output here."""
+    """Join keys and values of two products, which are one output here."""
     if like is None or len(outs) == sum(name.startswith("out") for name in like):
         return outs
     return (torch.cat(outs, dim=-1),)
@@ -111,8 +111,10 @@ def _reference(
 
 
 def _cast(values: dict[str, Any] | None, exact: torch.dtype, dtype: torch.dtype) -> Any:
-    """Floating tensors to the exact dtype. Windows, means and deviations stay fp32 as the stem demands; scales and
-    shifts of halves are fp32 already."""
+    """Convert floating tensors to the exact dtype.
+
+    Windows, means and deviations stay fp32 as the stem demands; scales and shifts of halves are fp32 already.
+    """
     if values is None:
         return None
     fixed = ("window", "windows", "mean", "std")

@@ -25,7 +25,7 @@ PASSES = {"dispatch": "forward"}  # modes that cost what another one does
 
 
 def flops(workload: Workload, inputs: Inputs, weights: dict[str, Tensor] | None, mode: str) -> int:
-    """2 a multiply-add, matrix products and convolutions only; of composites by the formulas registered with the ops.
+    """Count FLOPs, 2 a multiply-add, of matrix products and convolutions; of composites by the ops' own formulas.
 
     Args:
         workload: op or composite.
@@ -45,7 +45,7 @@ def flops(workload: Workload, inputs: Inputs, weights: dict[str, Tensor] | None,
 
 
 def least_flops(workload: Workload, textbook: int, itemsize: int) -> int:
-    """Of the cheapest exact form known, which a roofline must not be above; ``textbook`` where there is one form only.
+    """Count the FLOPs of the cheapest exact form known, which a roofline must not be above.
 
     Args:
         workload: op or composite.
@@ -80,7 +80,7 @@ def least_flops(workload: Workload, textbook: int, itemsize: int) -> int:
 
 
 def _count(workload: Workload, inputs: Inputs, weights: dict[str, Tensor], *, gradients: bool) -> int:
-    """Of a composite, under fake tensors: nothing is computed."""
+    """Count a composite's FLOPs under fake tensors: nothing is computed."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(tensor: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _count(workload: Workload, inputs: Inputs, weights: dict[str, Tensor], *, gr
 
 
 def _overcount(workload: Workload) -> int:
-    """What the attention's formula, which sees shapes alone, counts beyond the ragged lengths' sum."""
+    """Return what the attention's formula, which sees shapes alone, counts beyond the ragged lengths' sum."""
     return sum(_padding(workload.case, part) for part in composite_entry(workload.op).parts)
 
 
@@ -116,7 +116,7 @@ def _padding(case: LayerCase, role: str) -> int:
 def moved_bytes(
     workload: Workload, inputs: Inputs, weights: dict[str, Tensor] | None, outs: Any, mode: str, *, itemsize: int
 ) -> int:
-    """What must at least move: every input and parameter read once, every output and gradient written once.
+    """Count what must at least move: every input and parameter read once, every output and gradient written once.
 
     What lies between, such as the activations between convolutions, isn't counted.
 
@@ -146,7 +146,7 @@ def _read_bytes(workload: Workload, inputs: Inputs) -> int:
 
 
 def _written_bytes(workload: Workload, inputs: Inputs, outs: Any) -> int:
-    """An injection is in place: only the visual rows are written."""
+    """Count what is written; an injection is in place, so only the visual rows are."""
     entry = composite_entry(workload.op)
     if "inject" in entry.parts and not entry.trains:
         return _touched_bytes(workload, inputs)
@@ -154,7 +154,7 @@ def _written_bytes(workload: Workload, inputs: Inputs, outs: Any) -> int:
 
 
 def _touched_bytes(workload: Workload, inputs: Inputs) -> int:
-    """Rows of the hidden states that it reads: the visual ones; "extract" the instruction's."""
+    """Count the rows of the hidden states that it reads: the visual ones; "extract" the instruction's."""
     layout, hidden = inputs["layout"], inputs["hidden"]
     rows = layout.instruction_rows if workload.op == "extract" else layout.visual_rows
     return rows.shape[0] * hidden.shape[-1] * hidden.element_size()

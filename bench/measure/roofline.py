@@ -31,11 +31,11 @@ class Limits:
     rates: dict[str, float] = field(default_factory=dict)
 
     def roofline_ms(self, flops: int, moved: int, dtype: str) -> float:
-        """max(bytes / bandwidth, FLOPs / rate), milliseconds."""
+        """Return max(bytes / bandwidth, FLOPs / rate), milliseconds."""
         return 1e3 * max(moved / self.bandwidth, flops / self.rates[dtype])
 
     def to_dict(self) -> dict[str, Any]:
-        """For a record's environment: GB/s and GFLOP/s."""
+        """Return them for a record's environment: GB/s and GFLOP/s."""
         return {
             "bandwidth_gb_per_s": round(self.bandwidth / 1e9, 2),
             "gemm_gflop_per_s": {name: round(rate / 1e9, 1) for name, rate in self.rates.items()},
@@ -61,7 +61,7 @@ def measure(device: str, dtypes: Iterable[str], *, quick: bool = False) -> Limit
 
 
 def _rate(device: str, dtype: torch.dtype, side: int, clock: Any) -> float:
-    """FLOPs a second. Random values: on GPUs zeros draw less power and run faster."""
+    """Measure FLOPs a second, with random values: on GPUs zeros draw less power and run faster."""
     if device == "cpu" and dtype != torch.float32:
         side = min(side, 512)  # without instructions for it, a large product takes minutes
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -72,7 +72,7 @@ def _rate(device: str, dtype: torch.dtype, side: int, clock: Any) -> float:
 
 
 def _convolution_rate(channels: int, dtype: torch.dtype, clock: Any) -> float:
-    """FLOPs a second of a 3 x 3 convolution as ResNet-50 has them, channels last."""
+    """Measure FLOPs a second of a 3 x 3 convolution as ResNet-50 has them, channels last."""
     image = torch.randn(1, channels, 56, 56).to(dtype, memory_format=torch.channels_last)
     kernel = torch.randn(channels, channels, 3, 3).to(dtype, memory_format=torch.channels_last)
     with torch.no_grad():

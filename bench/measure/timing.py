@@ -29,11 +29,11 @@ class Clock(Protocol):
     """Milliseconds of one call."""
 
     def __call__(self, call: Callable[[], object], times: int) -> float:
-        """Milliseconds a call, over ``times`` calls."""
+        """Return milliseconds a call, over ``times`` calls."""
 
 
 def cpu_clock(call: Callable[[], object], times: int) -> float:
-    """Wall-clock time; for a CUDA call, what it takes the CPU to queue it."""
+    """Return wall-clock time; for a CUDA call, what it takes the CPU to queue it."""
     start = time.perf_counter()
     for _ in range(times):
         call()
@@ -47,7 +47,7 @@ class CudaClock:
         self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
 
     def __call__(self, call: Callable[[], object], times: int) -> float:
-        """The calls' mean; ``times`` is 1 where L2 must be cold."""
+        """Return the calls' mean; ``times`` is 1 where L2 must be cold."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._cache.zero_()
         start.record()
@@ -65,7 +65,7 @@ class DispatchClock:
         self._device = device
 
     def __call__(self, call: Callable[[], object], times: int) -> float:
-        """Mean of at most 100 calls: the device's queue must not fill."""
+        """Return the mean of at most 100 calls: the device's queue must not fill."""
         synchronize(self._device)
         taken = cpu_clock(call, min(times, 100))
         synchronize(self._device)
@@ -91,7 +91,7 @@ class Samples:
     error: Exception | None = None
 
     def percentile(self, percent: float) -> float:
-        """By linear interpolation."""
+        """Return a percentile by linear interpolation."""
         ordered = sorted(self.times_ms)
         place = (len(ordered) - 1) * percent / 100
         low, high = math.floor(place), math.ceil(place)
@@ -99,7 +99,7 @@ class Samples:
 
     @property
     def noisy(self) -> bool:
-        """Whether the medians of the first and second half differ by more than 15 % of the smaller."""
+        """Tell whether the medians of the first and second half differ by more than 15 % of the smaller."""
         half = len(self.times_ms) // 2
         if half == 0:
             return True
@@ -109,7 +109,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to repeat.
+    """The time and the number of repetitions.
 
     Attributes:
         seconds: for all calls together.
@@ -156,7 +156,7 @@ def interleaved(
 
 
 def _repeats(call: Callable[[], object], clock: Clock, shortest_ms: float, samples: Samples) -> int:
-    """Warm up, and how many calls a repetition needs. A slow call has little to warm up and is called once."""
+    """Warm up, and return how many calls a repetition needs. A slow call has little to warm up and is called once."""
     try:
         one = clock(call, 1)
         if one < SLOW_MS:
@@ -198,7 +198,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 @contextmanager
 def exact_matmuls() -> Iterator[None]:
-    """TF32 off: fp32 means fp32, for every provider."""
+    """Turn TF32 off inside the block: fp32 means fp32, for every provider."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

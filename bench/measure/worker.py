@@ -26,7 +26,7 @@ class DeviceFailed(Exception):
 
 
 class Channel(Protocol):
-    """Where a task says what it does and hands over what it finds."""
+    """The end of a task's that says what it does and hands over what it finds."""
 
     def say(self, text: str, who: str = "", seconds: float | None = None) -> None:
         """Begin a step.
@@ -42,7 +42,7 @@ class Channel(Protocol):
 
 
 class Session(Protocol):
-    """What runs tasks, with all that they share; made in the process that runs them."""
+    """A runner of tasks with all that they share; made in the process that runs them."""
 
     def run(self, task: Any, channel: Channel) -> None:
         """Run a task.
@@ -54,7 +54,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a task did not end.
+    """The reason why a task did not come to its end.
 
     Attributes:
         reason: in words.
@@ -66,7 +66,7 @@ class Failure:
 
 
 class Worker(Protocol):
-    """Who runs the tasks.
+    """A process that runs the tasks, this one or another.
 
     Attributes:
         make: makes the session.

@@ -26,7 +26,7 @@ def is_ours(record: Measurement) -> bool:
 
 @dataclass
 class Collected:
-    """What a run has found; the channel of its tasks.
+    """A run's findings; the channel of its tasks.
 
     Attributes:
         environment: of the records.
@@ -45,12 +45,12 @@ class Collected:
 
     @property
     def records(self) -> list[Measurement]:
-        """Every row, once."""
+        """Return every row, once."""
         return list(self._rows.values())
 
     @property
     def cut(self) -> bool:
-        """Whether something wasn't run because the run was over, or failed."""
+        """Tell whether something wasn't run because the run was over, or failed."""
         return bool(self.not_begun or self.failures) or any(row.reason == OVER for row in self._rows.values())
 
     def say(self, text: str, who: str = "", seconds: float | None = None) -> None:

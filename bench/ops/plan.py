@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, as it is typed; nothing means the default."""
+    """A request as it is typed; nothing means the default."""
 
     op: Sequence[str] = ()
     case: Sequence[str] = ()
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be measured.
+    """The workloads that will be measured, and by whom.
 
     Attributes:
         device: "cpu" or "cuda".

@@ -43,7 +43,7 @@ LATE_S = 5.0  # what is begun just before the end of a run may take that long be
 
 @dataclass(frozen=True)
 class Settings:
-    """What is fixed for a run.
+    """Settings that hold for a whole run.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -67,7 +67,7 @@ class Settings:
 
     @property
     def left(self) -> float:
-        """Seconds until the run is over."""
+        """Return the seconds until the run is over."""
         return float("inf") if self.end is None else self.end - time.monotonic()
 
     def budget(self, entries: int) -> Budget:

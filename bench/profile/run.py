@@ -30,7 +30,7 @@ MODES = ("forward", "both")
 
 @dataclass(frozen=True)
 class Choice:
-    """What is profiled.
+    """A choice of what is profiled.
 
     Attributes:
         workload: op and case.

@@ -34,7 +34,7 @@ TEXTBOOK = "direct/direct"
 
 
 def layer_case(case: ImageCase | LayerCase) -> LayerCase:
-    """The case itself, or a smallest layer beside an image case's encoder, without the positions no peer adds."""
+    """Return the case itself; of an image case a smallest layer beside its encoder, without positions."""
     if isinstance(case, LayerCase):
         return case
     smallest: dict[str, Any] = {"num_queries": 1, "width": case.width, "encoder": case.encoder, "position": "none"}
@@ -59,7 +59,7 @@ class HiAStep(nn.Module):
 
     @torch.no_grad()
     def prepare(self, op: str, inputs: Inputs) -> None:
-        """What is done once before the first question; before a second one also what ``encode_images`` keeps."""
+        """Do what is done once before the first question; before a second one also what ``encode_images`` keeps."""
         self.adapter.fold_weights()
         if op == "second_question":
             alone = [ImageFeatures((features,)).packed() for features in inputs["maps"]]
@@ -67,11 +67,11 @@ class HiAStep(nn.Module):
 
     @property
     def kept_bytes(self) -> int:
-        """Of what is kept of the images beside their features."""
+        """Count the bytes kept of the images beside their features."""
         return sum(cache.tokens.nbytes for caches in self.caches for cache in caches.values())
 
     def forms(self, op: str, inputs: Inputs, *, gradients: bool) -> dict[str, dict[str, Form]]:
-        """For each part of a composite the form the plan chooses here, and the textbook's, as "textbook".
+        """Return for each part of a composite the form the plan chooses here, and the textbook's, as "textbook".
 
         Args:
             op: the composite.
@@ -94,7 +94,7 @@ class HiAStep(nn.Module):
         return found
 
     def _features(self, inputs: Inputs) -> PackedFeatures:
-        """The call's, or their shapes where they are yet to be encoded."""
+        """Return the call's features, or their shapes where they are yet to be encoded."""
         if "maps" in inputs:
             return ImageFeatures(inputs["maps"], self.caches).packed()
         lengths = tuple(self.case.feature_lengths)
@@ -102,33 +102,33 @@ class HiAStep(nn.Module):
         return PackedFeatures(tokens, tokens, max(lengths), lengths)
 
     def encode(self, images: Sequence[Tensor], windows: Tensor) -> Outputs:
-        """One [H', W', C] per image."""
+        """Encode: one [H', W', C] per image."""
         return tuple(self.adapter.encoder.forward_many(images, windows))
 
     def extract(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
-        """([n * M, D],)."""
+        """Extract: ([n * M, D],)."""
         extractor = self.adapter.layer(self.layer).extractor
         rows = hidden.flatten(0, 1)
         return (extractor(rows, layout.instruction_rows, ImageFeatures(maps).packed(), layout.image_to_sample),)
 
     def inject(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Outputs:
-        """([B, S, D1],), in place where no gradient is recorded."""
+        """Inject: ([B, S, D1],), in place where no gradient is recorded."""
         injection, rows = self.adapter.layer(self.layer).injection, hidden.flatten(0, 1)
         return (injection(rows, layout, extracted).view(hidden.shape),)
 
     def second_question(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
-        """([B, S, D1],)."""
+        """Answer a later question: ([B, S, D1],)."""
         return (self.adapter.layer(self.layer)(hidden, ImageFeatures(maps, self.caches).packed(), layout),)
 
     def adapter_layer(self, images: Sequence[Tensor], windows: Tensor, hidden: Tensor, layout: CallLayout) -> Outputs:
-        """([B, S, D1],)."""
+        """Answer a first question, encoding included: ([B, S, D1],)."""
         return self.second_question(self.encode(images, windows), hidden, layout)
 
     adapter_train_step = adapter_layer
     encode_train_step = encode
 
     def canonical(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By the names both classes share."""
+        """Name gradients by the names both classes share."""
         return {name.removeprefix("adapter."): gradient for name, gradient in gradients.items()}
 
 
@@ -140,7 +140,7 @@ class Unweighted(nn.Module):
         self.attention = attention
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
-        """As there."""
+        """Return what it does, and no weights."""
         return self.attention(query, key, value, need_weights=False)
 
 
@@ -169,12 +169,12 @@ class ReleasedStep(nn.Module):
 
     @property
     def layer(self) -> ReleasedInjection:
-        """Of the one decoder layer."""
+        """Return the one decoder layer's module."""
         return next(iter(self.port.gate_Con.values()))
 
     @staticmethod
     def normalised(images: Sequence[Tensor], windows: Tensor) -> list[Tensor]:
-        """[1, 3, H, W] each: what its image processor hands over, made before anything is timed."""
+        """Return [1, 3, H, W] each: what its image processor hands over, made before anything is timed."""
         mean, std = (torch.tensor(value, device=images[0].device).view(3, 1, 1) for value in (MEAN, STD))
         return [
             ((image.permute(2, 0, 1).float() / top - mean) / std)[None]
@@ -182,7 +182,7 @@ class ReleasedStep(nn.Module):
         ]
 
     def encode(self, images: Sequence[Tensor], windows: Tensor) -> Outputs:
-        """One [H', W', C] per image, ``images`` being :meth:`normalised`; a view of its [1, N, C]."""
+        """Encode: one [H', W', C] per image, ``images`` being :meth:`normalised`; a view of its [1, N, C]."""
         found = []
         for image in images:
             rows = -(-image.shape[2] // 32)
@@ -190,7 +190,7 @@ class ReleasedStep(nn.Module):
         return tuple(found)
 
     def _samples(self, maps: Outputs) -> list[tuple[int, slice, Tensor]]:
-        """(sample, rows of its tokens, [1, N, C]) of each image."""
+        """List (sample, rows of its tokens, [1, N, C]) of each image."""
         found, image = [], 0
         for sample, images in enumerate(self.case.samples):
             for position in range(len(images)):
@@ -205,7 +205,7 @@ class ReleasedStep(nn.Module):
         return hidden[sample : sample + 1, at : at + 1]
 
     def extract(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
-        """([n * M, D],)."""
+        """Extract: ([n * M, D],)."""
         layer, found = self.layer, []
         for sample, _, features in self._samples(maps):
             features = layer.hr_linear(self.port.condition_linear(features))
@@ -215,7 +215,7 @@ class ReleasedStep(nn.Module):
         return (torch.cat(found),)
 
     def inject(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Outputs:
-        """([B, S, D1],)."""
+        """Inject: ([B, S, D1],)."""
         layer, updates = self.layer, []
         parts = extracted.unflatten(0, (self.case.images, 1, -1))  # [n, 1, M, D]
         for sample, rows, part in self._samples(tuple(parts)):
@@ -225,7 +225,7 @@ class ReleasedStep(nn.Module):
         return (self._concatenated(hidden, updates),)
 
     def _concatenated(self, hidden: Tensor, updates: list[Tensor]) -> Tensor:
-        """The whole sequence again for every image, as there."""
+        """Concatenate the whole sequence again for every image, as there."""
         tokens, samples, image = self.case.visual_tokens, [], 0
         for sample, images in enumerate(self.case.samples):
             one = hidden[sample : sample + 1]
@@ -237,7 +237,7 @@ class ReleasedStep(nn.Module):
         return torch.cat(samples) if len(samples) > 1 else samples[0]
 
     def second_question(self, maps: Outputs, hidden: Tensor, layout: CallLayout) -> Outputs:
-        """([B, S, D1],)."""
+        """Answer a later question: ([B, S, D1],)."""
         updates = []
         for sample, rows, features in self._samples(maps):
             features = self.port.condition_linear(features)
@@ -246,13 +246,13 @@ class ReleasedStep(nn.Module):
         return (self._concatenated(hidden, updates),)
 
     def adapter_layer(self, images: Sequence[Tensor], windows: Tensor, hidden: Tensor, layout: CallLayout) -> Outputs:
-        """([B, S, D1],)."""
+        """Answer a first question, encoding included: ([B, S, D1],)."""
         return self.second_question(self.encode(images, windows), hidden, layout)
 
     adapter_train_step = adapter_layer
 
     def encode_train_step(self, images: Sequence[Tensor], windows: Tensor) -> Outputs:
-        """As :meth:`encode`, images of one size as one batch: what plain PyTorch trains fastest with."""
+        """Encode as :meth:`encode`, images of one size as one batch: what plain PyTorch trains fastest with."""
         found: dict[int, Tensor] = {}
         for size in dict.fromkeys(image.shape for image in images):
             group = [index for index, image in enumerate(images) if image.shape == size]
@@ -261,7 +261,7 @@ class ReleasedStep(nn.Module):
         return tuple(found[index] for index in range(len(images)))
 
     def canonical(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By ours: renamed, the packed projections split, without the convolutions' biases where ours has none."""
+        """Name gradients by ours, packed projections split, without the convolutions' biases where ours has none."""
         with torch.device("meta"):
             ours = {name.removeprefix("adapter.") for name, _ in HiAStep(self.case).named_parameters()}
         named = {name.removeprefix("port.").replace("attn.attention.", "attn."): g for name, g in gradients.items()}
@@ -270,7 +270,7 @@ class ReleasedStep(nn.Module):
 
 
 def make_weights(case: ImageCase | LayerCase, dtype: torch.dtype, device: str, seed: int = 1) -> dict[str, Tensor]:
-    """Random weights of a :class:`ReleasedStep` or :class:`HiAStep`, whichever the preset has, by our names.
+    """Draw random weights of a :class:`ReleasedStep` or :class:`HiAStep`, whichever the preset has, by our names.
 
     Every tensor counts: nothing is zero that would hide a difference. Matrices keep the size of what passes; the
     last norm of a bottleneck is small, or sixteen blocks would double the variance sixteen times.
@@ -289,7 +289,7 @@ def make_weights(case: ImageCase | LayerCase, dtype: torch.dtype, device: str, s
 
 
 def used_weights(op: str, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Those that the composite reads; none for an op."""
+    """Return those that the composite reads; none for an op."""
     parts = {
         "encode": ("encoder.",),
         "encode_train_step": ("encoder.",),
@@ -314,7 +314,7 @@ def _shaped(name: str, values: Tensor) -> Tensor:
 
 
 def our_step(case: ImageCase | LayerCase, weights: dict[str, Tensor], plan: str = AUTO) -> HiAStep:
-    """Ours with these weights, in their dtype and on their device, in eval mode; parameters want gradients."""
+    """Build ours with these weights, in their dtype and on their device, in eval mode; parameters want gradients."""
     with torch.device("meta"):
         step = HiAStep(case, plan)
     step.load_state_dict(weights, assign=True)
@@ -322,7 +322,7 @@ def our_step(case: ImageCase | LayerCase, weights: dict[str, Tensor], plan: str 
 
 
 def released_step(case: ImageCase | LayerCase, weights: dict[str, Tensor], *, sdpa: bool = False) -> ReleasedStep:
-    """The port with our weights under its names; what ours lacks (the convolutions' biases) is zero."""
+    """Build the port with our weights under its names; what ours lacks (the convolutions' biases) is zero."""
     with torch.device("meta"):
         step = ReleasedStep(case, sdpa=sdpa)
     ours = {name.removeprefix("adapter."): tensor for name, tensor in weights.items()}
@@ -335,7 +335,7 @@ def released_step(case: ImageCase | LayerCase, weights: dict[str, Tensor], *, sd
 
 
 def _find(name: str, meta: Tensor, ours: dict[str, Tensor]) -> Tensor:
-    """The tensor of this name there, out of ours."""
+    """Find the tensor of this name there, out of ours."""
     (parts,) = [hia.convert_released({name: meta})]
     some = next(iter(ours.values()))
     if not parts or not any(part in ours for part in parts):
@@ -346,7 +346,7 @@ def _find(name: str, meta: Tensor, ours: dict[str, Tensor]) -> Tensor:
 
 
 def arguments_of(step: HiAStep | ReleasedStep, op: str, inputs: Inputs) -> dict[str, Any]:
-    """The inputs, in the form that ``step`` takes them."""
+    """Return the inputs in the form that ``step`` takes them."""
     if isinstance(step, ReleasedStep) and "images" in inputs:
         dtype = step.port.spm.stem.conv1.weight.dtype
         images = step.normalised(inputs["images"], inputs["windows"])

@@ -33,7 +33,7 @@ class Attention(ABC):
         self.name = name
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """Limits known without trying."""
+        """Return limits known without trying."""
         if self.module is not None:
             if device != "cuda":
                 return f"{self.module} runs on CUDA only"
@@ -46,16 +46,16 @@ class Attention(ABC):
         return f"head_dim {head_dim} is above its {self.max_head_dim}" if head_dim > self.max_head_dim else None
 
     def prepare(self, op: str, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
-        """The function, and the inputs in its form."""
+        """Return the function, and the inputs in its form."""
         return self, inputs
 
     @abstractmethod
     def __call__(self, **arguments: Any) -> Tensor:
-        """[Tq, H, D]."""
+        """Attend: [Tq, H, D]."""
 
 
 def import_problem(module: str) -> str | None:
-    """Why a package can't be imported; None if it can. A broken one is a reason too."""
+    """Say why a package can't be imported; None if it can. A broken one is a reason too."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -75,13 +75,13 @@ class Sdpa(Attention):
         self._kind = kind
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """On CUDA, torch itself says what it takes: a refusal is turned into a reason where it is called."""
+        """Refuse what is known; on CUDA torch itself refuses, which becomes a reason where it is called."""
         if device == "cpu" and self._kind not in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
             return "torch has this SDPA backend on CUDA only"
         return super().unavailable_reason(device, dtype, workload, mode)
 
     def __call__(self, **arguments: Any) -> Tensor:
-        """[Tq, H, D]."""
+        """Attend: [Tq, H, D]."""
         with sdpa_kernel(self._kind):
             return sdpa_packed(**arguments)
 
@@ -96,7 +96,7 @@ def sdpa_packed(
     max_seqlen_k: int,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """SDPA, whichever backend torch takes."""
+    """Attend by SDPA, whichever backend torch takes."""
     triples = sequences(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     return packed([F.scaled_dot_product_attention(*triple, scale=softmax_scale) for triple in triples])
 
@@ -111,7 +111,7 @@ class FlashAttention(Attention):
         self.module, self.max_head_dim, self._takes_max = module, max_head_dim, takes_max_seqlen
 
     def __call__(self, **arguments: Any) -> Tensor:
-        """[Tq, H, D]; some versions return more."""
+        """Attend: [Tq, H, D]; some versions return more."""
         function = importlib.import_module(self.module).flash_attn_varlen_func
         if not self._takes_max:
             arguments = {name: value for name, value in arguments.items() if not name.startswith("max_seqlen")}
@@ -125,7 +125,7 @@ class Xformers(Attention):
     module = "xformers.ops"
 
     def prepare(self, op: str, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
-        """The bias is made of lengths on the host: once, outside the timing."""
+        """Make the bias of lengths on the host: once, outside the timing."""
         fmha = importlib.import_module("xformers.ops.fmha")
         lengths = [inputs[name].diff().tolist() for name in ("cu_seqlens_q", "cu_seqlens_k")]
         bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(*lengths)
@@ -139,7 +139,7 @@ class Xformers(Attention):
         return run, inputs
 
     def __call__(self, **arguments: Any) -> Tensor:
-        """[Tq, H, D]."""
+        """Attend: [Tq, H, D]."""
         function, arguments = self.prepare("cross_attention", arguments)
         return function(**arguments)
 
@@ -155,7 +155,7 @@ class Ffpa(Attention):
         self._kernel = kernel
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """Calls that it hands to SDPA would be SDPA's times under its name."""
+        """Refuse calls that it hands to SDPA: they would be SDPA's times under its name."""
         reason = super().unavailable_reason(device, dtype, workload, mode)
         if reason is not None:
             return reason
@@ -168,7 +168,7 @@ class Ffpa(Attention):
         return "its cutedsl kernel is called forward only here" if mode not in ("forward", "dispatch") else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, **packing: Any) -> Tensor:
-        """[Tq, H, D]."""
+        """Attend: [Tq, H, D]."""
         function = importlib.import_module(self.module).ffpa_attn_func
         triples = sequences(q, k, v, tuple(packing.values()))
         return packed([function(*triple, scale=softmax_scale, forward_backend=self._kernel) for triple in triples])
@@ -202,7 +202,7 @@ class ChannelsLast:
         self.name, self.compiled = name, compiled
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """Folded weights are for inference."""
+        """Refuse gradients: folded weights are for inference."""
         if mode not in ("forward", "dispatch"):
             return "its batch-norm is folded into the weights, for inference"
         if device == "cuda" and not torch.backends.cudnn.is_available():
@@ -210,7 +210,7 @@ class ChannelsLast:
         return None
 
     def prepare(self, op: str, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
-        """The op with its weights folded."""
+        """Return the op with its weights folded."""
         weight, scale, shift = inputs["weight"], inputs["scale"], inputs["shift"]
         folded = (weight.to(scale.dtype) * scale[:, None, None, None]).to(weight.dtype)
         fixed = {"weight": folded.contiguous(memory_format=torch.channels_last), "bias": shift.to(weight.dtype)}
@@ -219,11 +219,11 @@ class ChannelsLast:
         return (_folded_stem if op == "stem" else _folded_conv), arguments
 
     def encoder(self, step: Any) -> Callable[..., Any]:
-        """The whole ResNet-50 with folded weights."""
+        """Return the whole ResNet-50 with folded weights."""
         return FoldedEncoder(step.adapter)
 
     def images(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
-        """Raw pixels, as ours get them."""
+        """Return raw pixels, as ours gets them."""
         return {"images": inputs["images"], "windows": inputs["windows"]}
 
 
@@ -234,11 +234,11 @@ class EagerRgb:
     ops = ("stem",)
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """It runs everywhere."""
+        """Return None: it runs everywhere."""
         return None
 
     def prepare(self, op: str, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
-        """The copy is part of what is timed: it is what raw pixels make unnecessary."""
+        """Return the op with its copy, which is timed: it is what raw pixels make unnecessary."""
         names = ("pixels", "window", "mean", "std", "weight", "scale", "shift")
         return _rgb_stem, {name: inputs[name] for name in names} | {"running": _running(inputs)}
 
@@ -282,7 +282,7 @@ class FoldedEncoder(nn.Module):
                 self.blocks.append(nn.ModuleDict({f"conv_{name}": conv for name, conv in pairs.items()}))
 
     def forward(self, images: Sequence[Tensor], windows: Tensor) -> tuple[Tensor, ...]:
-        """One [H', W', C] per image."""
+        """Encode: one [H', W', C] per image."""
         return tuple(self._one(image[None], window[None]) for image, window in zip(images, windows, strict=True))
 
     def _one(self, pixels: Tensor, window: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class FoldedEncoder(nn.Module):
 
 
 def _fixed(conv: Any, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """The convolution with its norm folded in, channels last, without gradients."""
+    """Fold the norm into the convolution, channels last, without gradients."""
     with torch.no_grad():
         scale, shift = conv.folded(norm)
         weight = (conv.weight.to(scale.dtype) * scale[:, None, None, None]).to(conv.weight.dtype)
@@ -307,7 +307,7 @@ def _fixed(conv: Any, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def released_op(workload: Workload, *, sdpa: bool) -> tuple[Callable[..., Any], Callable[[Inputs], Inputs]]:
-    """An op as the released code does it, and what puts the inputs into its form.
+    """Return an op as the released code does it, and what puts the inputs into its form.
 
     Convolutions are NCHW with an unfused batch-norm; attention is textbook and also returns its weights, unless
     ``sdpa``; keys and values are normalised once each; rows are written by concatenating the sequence again.
@@ -345,7 +345,7 @@ def _rgb_stem(
 
 
 def _running(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Statistics with which an eval-mode batch-norm scales by its weight alone."""
+    """Return statistics with which an eval-mode batch-norm scales by its weight alone."""
     return torch.zeros_like(inputs["scale"]), torch.full_like(inputs["scale"], 1 - EPS)
 
 
@@ -356,7 +356,7 @@ def _released_stem(x: Tensor, running: tuple[Tensor, Tensor], weight: Tensor, sc
 
 
 def _channels_first(inputs: Inputs) -> Inputs:
-    """The same shapes over NCHW memory."""
+    """Lay the same shapes over NCHW memory."""
     first = {
         name: inputs[name].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         for name in ("x", "residual")
@@ -385,7 +385,7 @@ def _released_condition(hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: T
 
 
 def _weighted_attention(**arguments: Any) -> Tensor:
-    """Scores at the dtype, the heads' mean of the weights computed and thrown away, as there."""
+    """Attend with scores at the dtype, the heads' mean of the weights computed and thrown away, as there."""
     q, k, v, *packing, scale = arguments.values()
     outs = []
     for q_b, k_b, v_b in sequences(q, k, v, tuple(packing)):
@@ -405,7 +405,7 @@ def _norm_once(
 def _norm_twice(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, row_idx: None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values, each from a norm of its own."""
+    """Compute keys and values, each from a norm of its own."""
     halves = zip(weight.chunk(2), bias.chunk(2), strict=True)
     keys, values = (_norm_once(x, norm_weight, norm_bias, w, b, None, eps) for w, b in halves)
     return keys, values
@@ -418,7 +418,7 @@ class _Concatenation:
         self._case = case
 
     def __call__(self, hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor, row_idx: Tensor) -> Tensor:
-        """[T, C]."""
+        """Normalise and project: [T, C]."""
         case, samples, image = self._case, [], 0
         updates = F.linear(update, weight, bias).split(case.visual_tokens)
         for sample, images in enumerate(case.samples):

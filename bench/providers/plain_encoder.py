@@ -26,7 +26,7 @@ class PlainEncoder:
         self.name, self._layout = name, layout
 
     def encode(self, step: HiAStep, images: Sequence[Tensor], windows: Tensor) -> Outputs:
-        """One [H', W', C] per image, from raw pixels."""
+        """Encode: one [H', W', C] per image, from raw pixels."""
         found: dict[int, Tensor] = {}
         for size in dict.fromkeys(image.shape for image in images):
             group = [index for index, image in enumerate(images) if image.shape == size]
@@ -35,7 +35,7 @@ class PlainEncoder:
         return tuple(found[index] for index in range(len(images)))
 
     def _normalised(self, step: HiAStep, pixels: Tensor, windows: Tensor) -> Tensor:
-        """[N, H, W, 1] -> [N, 3, H, W], in the weights' dtype."""
+        """Normalise [N, H, W, 1] -> [N, 3, H, W], in the weights' dtype."""
         encoder = step.adapter.encoder
         mean, std = (
             torch.tensor(value, device=pixels.device).view(3, 1, 1) for value in (encoder.image_mean, encoder.image_std)
@@ -50,7 +50,7 @@ def _step(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def _features(encoder: Any, x: Tensor) -> Tensor:
-    """[N, 3, H, W] -> [N, C, H', W']."""
+    """Encode [N, 3, H, W] -> [N, C, H', W']."""
     x = F.relu(_step(encoder.conv1, encoder.bn1, x))
     if encoder.pool == 3:
         x = F.max_pool2d(x, 3, stride=2, padding=1)

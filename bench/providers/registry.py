@@ -42,10 +42,10 @@ class Provider(ABC):
 
     @abstractmethod
     def serves(self, workload: Workload) -> bool:
-        """Whether it makes sense at all; where it doesn't, there is no row."""
+        """Tell whether it makes sense at all; where it doesn't, there is no row."""
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """Why it can't run here; None if it can, as far as one can tell without trying."""
+        """Say why it can't run here; None if it can, as far as one can tell without trying."""
         return None
 
     @abstractmethod
@@ -61,20 +61,20 @@ class Ours(Provider):
         self._forced = forced
 
     def serves(self, workload: Workload) -> bool:
-        """Every workload; a forced backend those whose op has it."""
+        """Serve every workload; a forced backend those whose op has it."""
         if self._forced is None:
             return True
         table = backend.TABLES.get(workload.op)
         return table is not None and any(row.name == self._forced for row in table.backends)
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """What the op's table says about this machine."""
+        """Return what the op's table says about this machine."""
         if self._forced is None:
             return None
         return "; ".join(op_backends(backend.TABLES[workload.op])[self._forced]) or None
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """Notes which backend served the call."""
+        """Bind the op, noting which backend served the call."""
         if weights is None:
             function = self._forcing(op_entry(workload.op).public)
             bound = bind_function(function, inputs, differentiable(workload), gradients=gradients)
@@ -104,11 +104,11 @@ class Textbook(Ours):
         self.name = "textbook"
 
     def serves(self, workload: Workload) -> bool:
-        """Composites with a layer."""
+        """Serve composites with a layer."""
         return isinstance(workload.entry, CompositeEntry) and bool(workload.entry.parts)
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """As ours."""
+        """Bind as ours."""
         step = our_step(workload.case, weights or {}, TEXTBOOK)
         return _our_bound(step, workload, inputs, gradients=gradients)
 
@@ -121,12 +121,12 @@ class Gemms(Provider):
     name = "gemms"
 
     def serves(self, workload: Workload) -> bool:
-        """Composites of inference with a layer."""
+        """Serve composites of inference with a layer."""
         entry = workload.entry
         return isinstance(entry, CompositeEntry) and bool(entry.parts) and not entry.trains
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """Operands and results are allocated before; weights lie as linear layers have them."""
+        """Allocate operands and results before; weights lie as linear layers have them."""
         step = our_step(workload.case, weights or {})
         step.prepare(workload.op, inputs)
         forms = step.forms(workload.op, inputs, gradients=False)
@@ -146,7 +146,7 @@ class Gemms(Provider):
 
 
 def _bare_product(product: Product, like: Tensor) -> Callable[[], Tensor]:
-    """[m, k] @ [k, n], ``batch`` times."""
+    """Return the call of [m, k] @ [k, n], ``batch`` times."""
     batch = product.batch
     left, right, out = (
         torch.randn(batch, *shape, device=like.device).to(like.dtype)
@@ -159,7 +159,7 @@ def _bare_product(product: Product, like: Tensor) -> Callable[[], Tensor]:
 
 
 def _our_bound(step: HiAStep, workload: Workload, inputs: Inputs, *, gradients: bool) -> Bound:
-    """Notes the plan: forms by part, their FLOPs beside the textbook's, and what is kept of the images."""
+    """Bind a step, noting its forms by part, their FLOPs beside the textbook's, and what is kept of the images."""
     bound = bind_step(step, workload.op, arguments_of(step, workload.op, inputs), gradients=gradients)
     forms = step.forms(workload.op, inputs, gradients=gradients)
     if forms:
@@ -178,11 +178,11 @@ class Eager(Provider):
     name = "eager"
 
     def serves(self, workload: Workload) -> bool:
-        """Everything."""
+        """Serve everything."""
         return True
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """Composites are the adapter's modules with the ops replaced."""
+        """Bind the reference; composites are the adapter's modules with the ops replaced."""
         if weights is None:
             reference = op_entry(workload.op).reference
             return bind_function(reference, inputs, differentiable(workload), gradients=gradients)
@@ -196,15 +196,15 @@ class Compiled(Provider):
     compiles = True
 
     def serves(self, workload: Workload) -> bool:
-        """Everything."""
+        """Serve everything."""
         return True
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """As :func:`compiler_missing`."""
+        """Say what :func:`compiler_missing` does."""
         return compiler_missing(device)
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """What compiling takes happens in the first call."""
+        """Bind so that what compiling takes happens in the first call."""
         device = device_of(inputs)
         if weights is not None:
             wrap = compiling(device, gradients=gradients)
@@ -228,11 +228,11 @@ class Released(Provider):
         self.compiles = compiled
 
     def serves(self, workload: Workload) -> bool:
-        """What that code has; composites have another mathematics and need the "released" preset."""
+        """Serve what that code has; composites have another mathematics and need the "released" preset."""
         return workload.level == "composite" or workload.op in peers.RELEASED
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """The port's maths is another in the other presets, and its encoder is ResNet-50."""
+        """Refuse the other presets, whose maths is another, and encoders but ResNet-50."""
         case = workload.case
         if isinstance(case, ImageCase) and case.encoder != "resnet50":
             return "its encoder is ResNet-50"
@@ -241,7 +241,7 @@ class Released(Provider):
         return compiler_missing(device) if self.compiles else None
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """Pixels are normalised, and channels put first, before the timing."""
+        """Normalise pixels and put channels first before the timing."""
         wrap = compiling(device_of(inputs), gradients=gradients) if self.compiles else _unchanged
         if weights is None:
             function, prepare = peers.released_op(workload, sdpa=self.compiles)
@@ -260,17 +260,17 @@ class Peer(Provider):
         self.compiles = getattr(peer, "compiled", False)
 
     def serves(self, workload: Workload) -> bool:
-        """Its ops."""
+        """Serve its ops."""
         return workload.op in self._peer.ops
 
     def unavailable_reason(self, device: str, dtype: torch.dtype, workload: Workload, mode: str) -> str | None:
-        """The library's own limits."""
+        """Return the library's own limits."""
         if self.compiles and compiler_missing(device) is not None:
             return compiler_missing(device)
         return self._peer.unavailable_reason(device, dtype, workload, mode)
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """Weights are folded and layouts changed before the timing."""
+        """Fold weights and change layouts before the timing."""
         wrap = compiling(device_of(inputs), gradients=gradients) if self.compiles else _unchanged
         if weights is not None:
             run = wrap(self._peer.encoder(our_step(workload.case, weights)))
@@ -288,18 +288,18 @@ class Plain(Provider):
         self.name, self._plain = plain.name, plain
 
     def serves(self, workload: Workload) -> bool:
-        """Its composite."""
+        """Serve its composite."""
         return workload.op in self._plain.ops
 
     def bind(self, workload: Workload, inputs: Inputs, weights: Weights, *, gradients: bool) -> Bound:
-        """Pixels are stacked and normalised inside the timing, as ours are."""
+        """Stack and normalise pixels inside the timing, as ours are."""
         step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in (weights or {}).items()})
         run = partial(self._plain.encode, step)
         return bind_step(step, workload.op, dict(inputs), gradients=gradients, run=run)
 
 
 def differentiable(workload: Workload) -> tuple[str, ...]:
-    """Arguments of an op that gradients are taken of."""
+    """List the arguments of an op that gradients are taken of."""
     return op_entry(workload.op).inputs.DIFFERENTIABLE
 
 
@@ -324,13 +324,13 @@ def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def device_of(inputs: Inputs) -> str:
-    """ "cpu" or "cuda"."""
+    """Return "cpu" or "cuda"."""
     values = [item for value in inputs.values() for item in (value if isinstance(value, list | tuple) else [value])]
     return next(value.device.type for value in values if isinstance(value, Tensor))
 
 
 def compiling(device: str, *, gradients: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``torch.compile`` as one would use it there.
+    """Return ``torch.compile`` as one would use it there.
 
     CUDA graphs, which "max-autotune" brings, are left out where gradients are taken: a kept graph is differentiated
     again and again, and they would overwrite it.
@@ -346,7 +346,7 @@ def compiling(device: str, *, gradients: bool) -> Callable[[Callable[..., Any]],
 
 
 def compiler_missing(device: str) -> str | None:
-    """Why torch.compile can't make code for the device."""
+    """Say why torch.compile can't make code for the device."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") else "torch.compile needs Triton, which is not installed"
     found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
@@ -362,7 +362,7 @@ def _plain_step(
     gradients: bool,
     wrap: Callable[..., Any] = _unchanged,
 ) -> Bound:
-    """The adapter's modules with plain PyTorch in place of the registered ops, during every call."""
+    """Bind the adapter's modules with plain PyTorch in place of the registered ops, during every call."""
     step = our_step(workload.case, {name: tensor.detach().clone() for name, tensor in weights.items()}, TEXTBOOK)
     method = wrap(getattr(step, workload.op))
 
@@ -374,7 +374,7 @@ def _plain_step(
 
 
 def all_providers() -> dict[str, Provider]:
-    """By name, in the tables' order."""
+    """Return the providers by name, in the tables' order."""
     forced = sorted({row.name for table in backend.TABLES.values() for row in table.backends} - {"reference"})
     found: list[Provider] = [Ours(), *(Ours(name) for name in forced), Textbook(), Gemms(), Eager(), Compiled()]
     found += [Released(), Released(compiled=True)]

@@ -44,7 +44,7 @@ class ReleasedBottleneck(nn.Module):
             self.i_downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, 4 * width, H', W']."""
+        """Compute [N, C, H, W] -> [N, 4 * width, H', W']."""
         identity = x.clone()
         x = F.relu(self.batch_norm1(self.conv1(x)))
         x = F.relu(self.batch_norm2(self.conv2(x)))
@@ -70,7 +70,7 @@ class ReleasedResNet50(nn.Module):
             self.add_module(f"layer{stage + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W] -> [N, H' * W', 32 * width]."""
+        """Encode [N, 3, H, W] -> [N, H' * W', 32 * width]."""
         x = F.relu(self.batch_norm1(self.conv1(x)))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         for stage in range(len(BLOCKS)):
@@ -93,7 +93,7 @@ class ReleasedInjection(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim)
 
     def forward(self, visual: Tensor, instruction: Tensor, features: Tensor) -> Tensor:
-        """What replaces one image's visual tokens.
+        """Return what replaces one image's visual tokens.
 
         Args:
             visual: [1, K, D1] hidden states of the image's tokens.
@@ -141,11 +141,11 @@ class ReleasedHiA(nn.Module):
 
     @property
     def layer_indices(self) -> list[int]:
-        """0-based decoder layers whose output is changed."""
+        """List the 0-based decoder layers whose output is changed."""
         return [int(index) for index in self.gate_Con]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[n, 3, H, W] normalised -> [n, N, D1]; the images share one size, as there."""
+        """Encode [n, 3, H, W] normalised -> [n, N, D1]; the images share one size, as there."""
         return self.condition_linear(self.spm.stem(pixels))
 
     @contextmanager
@@ -192,7 +192,7 @@ class ReleasedHiA(nn.Module):
     def _injected(
         layer: nn.Module, hidden: Tensor, features: Tensor, image_rows: Sequence[slice], instruction_index: int
     ) -> Tensor:
-        """[1, S, D1] -> [1, S, D1]; a decode step, whose slice holds no visual token, passes unchanged."""
+        """Inject: [1, S, D1] -> [1, S, D1]; a decode step, whose slice holds no visual token, passes unchanged."""
         if hidden.shape[1] <= max(rows.stop for rows in image_rows) - 1:
             return hidden
         instruction = hidden[:, instruction_index : instruction_index + 1]
@@ -220,14 +220,14 @@ class ReleasedModel(nn.Module):
     def forward(
         self, *, high_res_pixels: Tensor, image_rows: Sequence[slice], instruction_index: int, **inputs: Any
     ) -> Any:
-        """The host's output for ``inputs``, with the adapter's arguments of :meth:`ReleasedHiA.attach`."""
+        """Return the host's output for ``inputs``, with the adapter's arguments of :meth:`ReleasedHiA.attach`."""
         where = {"pixels": high_res_pixels, "image_rows": image_rows, "instruction_index": instruction_index}
         with self.adapter.attach(self.base, **where):
             return self.base(**inputs)
 
 
 def build_released(base: nn.Module, injections: int = 2) -> ReleasedModel:
-    """The port for this host, with random parameters, on its device and in its dtype."""
+    """Build the port for this host, with random parameters, on its device and in its dtype."""
     text = base.config.text_config
     adapter = ReleasedHiA(text.hidden_size, text.num_hidden_layers, injections)
     weight = base.lm_head.weight

@@ -49,13 +49,8 @@ def command() -> str:
     return shlex.join(["python", "-m", "bench", *typed])
 
 
-def describe(device: str, module: str = "") -> dict[str, Any]:
-    """Return everything one needs to judge or repeat a number.
-
-    Args:
-        device: "cpu" or "cuda".
-        module: ignored; callers that still name one are about to change.
-    """
+def describe(device: str) -> dict[str, Any]:
+    """Return everything one needs to judge or repeat a number, made on "cpu" or "cuda"."""
     import torch
 
     environment: dict[str, Any] = {

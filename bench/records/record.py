@@ -106,16 +106,16 @@ class Measurement:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes a measurement the same one in another run: level, op, case, provider, mode, dtype, device."""
+        """Return what a measurement has in common with another run's: all that it is of, and none of its values."""
         return self.level, self.op, self.case, self.provider, self.mode, self.dtype, self.device
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return it JSON-ready."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measurement:
-        """The inverse of :meth:`to_dict`.
+        """Make a measurement of what :meth:`to_dict` returned.
 
         Raises:
             ValueError: no dict, unknown or missing fields, or values that don't fit.

@@ -156,7 +156,7 @@ def importance(workload: Workload) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a target.
+    """A target and what was measured of it.
 
     Attributes:
         name: of the target.

@@ -37,7 +37,7 @@ COLOURS = {"met": "green", "MISSED": "red", "not measured": "yellow", "no target
 
 @dataclass(frozen=True)
 class Choice:
-    """What is asked for.
+    """A choice of targets, and how they are measured.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -59,7 +59,7 @@ class Choice:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left out."""
+        """Tell whether nothing is left out."""
         return len(self.targets) == len(TARGETS) and self.compile and not (self.quick or self.compiled_only)
 
     def settings(self, started: float) -> Settings:
@@ -99,7 +99,7 @@ def grouped(targets: Sequence[Target]) -> dict[Workload, tuple[tuple[str, ...], 
 
 
 def tasks_of(choice: Choice) -> list[Task]:
-    """List the tasks; a workload whose every rival is left out since it compiles has none."""
+    """List the tasks; a workload has none where everybody that ours is compared with compiles and is left out."""
     everyone, tasks = all_providers(), []
     for workload, (modes, names) in grouped(choice.targets).items():
         providers = [everyone[name] for name in everyone if name in names]

@@ -65,7 +65,7 @@ class Session:
 
 @dataclass
 class Found:
-    """What is known so far; the channel of the tasks.
+    """A tuning's findings so far; the channel of its tasks.
 
     Attributes:
         progress: told what is done.

@@ -37,7 +37,7 @@ OF_KERNELS = ("triton", "cublas")  # backends whose Triton kernels ask for confi
 
 @dataclass
 class Tuned:
-    """What was found on a device.
+    """Findings of a device.
 
     Attributes:
         configurations: "<op>/<key>" -> configuration, where one is better than the heuristic.

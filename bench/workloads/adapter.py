@@ -35,7 +35,7 @@ def _hidden(case: LayerCase, draw: Draw) -> Inputs:
 
 
 def _maps(case: LayerCase, draw: Draw) -> Inputs:
-    """Features as the encoder gives them: behind a ReLU."""
+    """Draw features as the encoder gives them: behind a ReLU."""
     grids = [halved(size, 5) for size in case.sizes]
     return {"maps": tuple(draw.normal(*grid, case.channels).relu_() for grid in grids)}
 

@@ -37,7 +37,7 @@ FIRST = ("13b-896-2img", "13b-released-896-2img", "px896")
 
 
 def halved(size: Size, times: int) -> Size:
-    """A side halved several times, rounding up."""
+    """Halve a side several times, rounding up."""
     return -(-size[0] // 2**times), -(-size[1] // 2**times)
 
 
@@ -64,12 +64,12 @@ class ImageCase:
 
     @property
     def channels(self) -> int:
-        """C of the features."""
+        """Return C of the features."""
         return (32 if self.encoder == "resnet50" else 16) * self.width
 
     @property
     def pixel_dtype(self) -> torch.dtype:
-        """Of the images."""
+        """Return the dtype of the images."""
         return torch.uint8 if self.bits == 8 else torch.uint16
 
 
@@ -108,7 +108,7 @@ class LayerCase:
 
     @cached_property
     def config(self) -> HiAConfig:
-        """The adapter's, with one layer."""
+        """Return the adapter's config, with one layer."""
         hidden_size, layers = HOSTS[self.host]
         host = SimpleNamespace(hidden_size=hidden_size, num_hidden_layers=layers, model_type="llama")
         given = {"encoder": self.encoder, "position": self.position, "dim": self.dim}
@@ -120,69 +120,69 @@ class LayerCase:
 
     @property
     def hidden_size(self) -> int:
-        """D1."""
+        """Return D1."""
         return HOSTS[self.host][0]
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Of all images, sample by sample."""
+        """Return the sizes of all images, sample by sample."""
         return tuple(size for images in self.samples for size in images)
 
     @property
     def channels(self) -> int:
-        """C of the features."""
+        """Return C of the features."""
         return self.config.encoder_channels
 
     @property
     def pixel_dtype(self) -> torch.dtype:
-        """Of the images: what most of them are saved in."""
+        """Return the dtype of the images: what most of them are saved in."""
         return torch.uint8
 
     @property
     def batch(self) -> int:
-        """B, samples."""
+        """Return B, samples."""
         return len(self.samples)
 
     @property
     def images(self) -> int:
-        """n."""
+        """Return n, images."""
         return len(self.sizes)
 
     @property
     def seq_len(self) -> int:
-        """S, tokens of the longest prompt; the others are padded to it."""
+        """Return S, tokens of the longest prompt; the others are padded to it."""
         return max(len(images) for images in self.samples) * self.visual_tokens + self.text_tokens
 
     @property
     def feature_lengths(self) -> list[int]:
-        """Features of each image: N."""
+        """Return the features of each image: N."""
         return [rows * columns for rows, columns in (halved(size, 5) for size in self.sizes)]
 
     @property
     def is_even(self) -> bool:
-        """Whether all images have one size."""
+        """Tell whether all images have one size."""
         return len(set(self.sizes)) == 1
 
     @property
     def tokens(self) -> int:
-        """Rows of the batch's hidden states, padding included."""
+        """Return the rows of the batch's hidden states, padding included."""
         return self.batch * self.seq_len
 
     @property
     def visual_runs(self) -> tuple[tuple[int, int], ...]:
-        """Where the images' tokens are among those rows: of each sample in one run behind a first text token."""
+        """Find the images' tokens among those rows: of each sample in one run behind a first text token."""
         starts = (sample * self.seq_len + 1 for sample in range(self.batch))
         counts = (len(images) * self.visual_tokens for images in self.samples)
         return tuple((start, start + count) for start, count in zip(starts, counts, strict=True))
 
     @property
     def instruction_runs(self) -> tuple[tuple[int, int], ...]:
-        """Where each sample's last instruction token is among those rows: behind the images and all text."""
+        """Find each sample's last instruction token among those rows: behind the images and all text."""
         ends = (start + self.text_tokens - 2 for _, start in self.visual_runs)
         return tuple((row, row + 1) for row in ends)
 
     def attention_lengths(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Query and key lengths of each image for ``role`` "extract" or "inject"."""
+        """Return query and key lengths of each image for ``role`` "extract" or "inject"."""
         queries, visual = (self.num_queries,) * self.images, (self.visual_tokens,) * self.images
         return (queries, tuple(self.feature_lengths)) if role == "extract" else (visual, queries)
 
@@ -206,7 +206,7 @@ def _image_cases() -> list[ImageCase]:
 
 
 def _strided_cases() -> list[ImageCase]:
-    """Of the training step alone."""
+    """List the cases of the training step alone."""
     sizes, sets = ((192, 192),) * 20, {64: ()}
     return [
         ImageCase("strided-tiny", ((70, 101),) * 2, width=4, encoder="strided", sets=("quick",)),

@@ -16,7 +16,7 @@ from .registry import Edge, OpEntry
 
 
 def _with_default_scale(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The op's own signature: what it fills in itself, an attention below is given."""
+    """Give a function the op's own signature: what it fills in itself, an attention below is given."""
 
     @wraps(attention)
     def attend(

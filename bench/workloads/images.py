@@ -16,19 +16,19 @@ PROMPT = "请比较这两次检查的X光片，说明病灶的位置、大小以
 
 
 def data_folder() -> Path:
-    """Real inputs: the folder ``HIA_TEST_DATA`` names, else ``../shared/data`` beside the checkout."""
+    """Find real inputs: the folder ``HIA_TEST_DATA`` names, else ``../shared/data`` beside the checkout."""
     named = os.environ.get("HIA_TEST_DATA")
     return Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def _shown(folder: Path) -> str:
-    """As seen from the checkout, so that a record says nothing about the machine around it."""
+    """Return a path as seen from the checkout, so that a record says nothing about the machine around it."""
     return os.path.relpath(folder, Path(__file__).resolve().parents[2])
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where images come from.
+    """Images, and where they come from.
 
     Attributes:
         kind: "radiographs" or "phantoms".
@@ -41,18 +41,18 @@ class ImageSource:
     note: str
 
     def names(self, count: int) -> list[str]:
-        """File names of the first ``count`` images; empty for phantoms."""
+        """List the file names of the first ``count`` images; empty for phantoms."""
         return [self.paths[number % len(self.paths)].name for number in range(count)] if self.paths else []
 
     def load(self, count: int, size: int) -> list[Tensor]:
-        """``count`` images of ``size`` x ``size`` pixels: [size, size, 1] uint8, cropped to a square and resized."""
+        """Load ``count`` images, cropped to a square and resized: [size, size, 1] uint8."""
         if not self.paths:
             return [phantom(size, seed) for seed in range(count)]
         return [_read(self.paths[number % len(self.paths)], size) for number in range(count)]
 
 
 def find_images(folder: str | Path | None) -> ImageSource:
-    """The images of ``folder``; None means the data folder's, or phantoms where it is absent.
+    """Find the images of ``folder``; None means the data folder's, or phantoms where it is absent.
 
     Raises:
         ValueError: a folder was named and holds no image.
@@ -78,7 +78,7 @@ def _read(path: Path, size: int) -> Tensor:
 
 
 def phantom(size: int, seed: int) -> Tensor:
-    """[size, size, 1] uint8: bright ellipses on a gradient, with quantum noise; no anatomy."""
+    """Draw [size, size, 1] uint8: bright ellipses on a gradient, with quantum noise; no anatomy."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:size, 0:size] / size
     picture = 60 + 60 * y
@@ -104,7 +104,7 @@ class PromptText:
 
 
 def prompt_text(tokens: int, vocab_size: int) -> PromptText:
-    """A comparison question of ``tokens`` tokens, by LLaMA-2's tokenizer where the data folder has it."""
+    """Return a comparison question of ``tokens`` tokens, by LLaMA-2's tokenizer where the data folder has it."""
     model_file = data_folder() / "tokenizer" / "llama-2" / "tokenizer.model"
     ids, name = _sentencepiece(model_file)
     if ids is None:

@@ -23,7 +23,7 @@ class Case(Protocol):
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Those it is in; see :func:`in_set`."""
+        """List those it is in; see :func:`in_set`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class OpEntry:
 
     @property
     def public(self) -> Callable[..., Any]:
-        """The function as users call it, looked up anew each time: a provider may have replaced it."""
+        """Return the function as users call it, looked up anew each time: a provider may have replaced it."""
         return self.function or getattr(hia_kernels, self.name)
 
     @property
@@ -240,7 +240,7 @@ class Workload:
 
     @property
     def level(self) -> str:
-        """ "op" or "composite"."""
+        """Return "op" or "composite"."""
         return "op" if isinstance(self.entry, OpEntry) else "composite"
 
     @property
@@ -250,7 +250,7 @@ class Workload:
 
     @property
     def shape(self) -> Any:
-        """The op's ``Shape``."""
+        """Return the op's ``Shape``."""
         return op_entry(self.op).shape(self.case, self.role)
 
 
