@@ -36,7 +36,7 @@ from .device import TARGETS, Target
 from .record import Recording, recorded
 
 # rows of the tables that launch Triton kernels on a GPU, or may: the others are plain PyTorch
-ROWS = ("triton", "cuda", "cudnn", "cublas")
+ROWS = ("triton", "cudnn", "cublas")
 CHOSEN = "chosen"  # in place of a row: a composite's ops run what their tables choose
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from hia_kernels.core.backend import requested_backend
 
 from ..measure.accuracy import Truth, results_of, truth_of
 from ..measure.memory import memory_of, peak_bytes
@@ -128,7 +129,7 @@ def refusal(raised: Exception, warned: list[str], provider: str = "") -> Refusal
     """
     text = str(raised).strip().partition("\n")[0]
     refuses = isinstance(raised, NotImplementedError) or any(phrase in str(raised).lower() for phrase in NO_KERNEL)
-    must = provider in UNFORCED and os.environ.get("HIA_BACKEND", "auto") == "auto"
+    must = provider in UNFORCED and requested_backend() == "auto"
     if refuses and not must:
         why = "; ".join(dict.fromkeys(line.partition(" (Triggered")[0].strip() for line in warned))
         return {"status": "unavailable", "reason": f"{text} {why}".strip()}
