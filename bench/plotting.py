@@ -87,6 +87,7 @@ def finish(axis: Any, title: str, x_label: str, y_label: str = "", *, log: str =
     axis.set_xlabel(x_label, fontsize=8.5, color=INK)
     axis.set_ylabel(y_label, fontsize=8.5, color=INK)
     axis.set_facecolor("none")
+    axis.set_axisbelow(True)
     axis.grid(True, which="major", color=FAINT, lw=0.6)
     axis.tick_params(labelsize=8, colors=INK, which="both")
     for side, spine in axis.spines.items():
