@@ -41,7 +41,7 @@ table3: $(READY) ## the paper's Table 3 beside ours; ARGS="--help" shows its opt
 ablation: $(READY) ## the paper's Tables 2 and 4 in small, on phantoms, within an hour; ARGS="--quick" in five minutes
 	$(RUN) -m bench ablation $(ARGS)
 
-bench: $(READY) ## every op beside its peers on the CPU, in at most 10 minutes; ARGS="--help" shows its options
+bench: $(READY) ## every op beside its peers on the CPU, in at most 10 minutes, to out/; ARGS="--help" shows its options
 	$(RUN) -m bench ops --device cpu --minutes 9 $(ARGS)
 
 bench-compare: $(READY) ## this tree against BASE=<rev>, measured together; fails above 10 %
@@ -52,7 +52,7 @@ report: $(READY) ## Markdown, pictures and an HTML page from bench/results
 	$(RUN) -m bench report $(ARGS)
 
 # PYTHON defaults to python3 and nothing is installed: the machine brings its torch.
-gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes; OUT=dir
+gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes, to out/ or OUT=dir
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
 	  "$(or $(strip $(PYTHON)),python3)" -m bench gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
