@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..records.devices import torch_dtype
 from .timing import CudaClock, cpu_clock
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 SQUARE = {"cpu": 1536, "cuda": 8192}
 QUICK_COPY_BYTES, QUICK_SQUARE = 16 * 2**20, 256
@@ -56,7 +56,9 @@ def measure(device: str, dtypes: Iterable[str], *, quick: bool = False) -> Limit
     target = torch.empty_like(source)
     target.copy_(source)
     best = min(clock(lambda: target.copy_(source), 1) for _ in range(REPEATS))
-    rates = {name: _rate(device, DTYPES[name], QUICK_SQUARE if quick else SQUARE[device], clock) for name in dtypes}
+    rates = {
+        name: _rate(device, torch_dtype(name), QUICK_SQUARE if quick else SQUARE[device], clock) for name in dtypes
+    }
     return Limits(2 * size / (best / 1e3), rates)
 
 

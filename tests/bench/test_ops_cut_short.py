@@ -12,7 +12,7 @@ from bench import workloads
 from bench.__main__ import main as bench
 from bench.measure.roofline import Limits
 from bench.measure.timing import cpu_clock
-from bench.measure.worker import DeviceFailed, Failure, Inline
+from bench.measure.worker import DeviceFailed, Failure, Inline, Isolated
 from bench.ops import collect, entries, run, session
 from bench.ops.collect import Collected
 from bench.ops.plan import Request, Task, make_plan
@@ -192,6 +192,20 @@ def test_a_failed_device_is_in_the_record_and_the_rest_too(tmp_path, monkeypatch
         assert bench(arguments) == 1
     finally:
         Breaks.name = "breaks"
+
+
+def test_a_run_in_a_process_of_its_own_finds_the_same(tmp_path, monkeypatch):
+    """As on a GPU: tasks, limits and rows pass between the processes."""
+    monkeypatch.setattr(collect, "Inline", Isolated)
+    arguments = ["ops", "--quick", "--device", "cpu", "--op", "inject_rows,second_question", "--case", "tiny"]
+    arguments += ["--mode", "forward", "--provider", "hia,eager,flash_attn_2"]
+    assert bench([*arguments, "--json", str(tmp_path / "own.json"), "--out", str(tmp_path)]) == 0
+    found = read_records(tmp_path / "own.json")
+    assert {(one.op, one.provider, one.status) for one in found} == {
+        (op, provider, "ok") for op in ("inject_rows", "second_question") for provider in ("hia", "eager")
+    }
+    (facts,) = {str(one.environment) for one in found}
+    assert "gemm_gflop_per_s" in facts and "python -m bench ops --quick" in facts
 
 
 def test_who_crashes_twice_is_left_out_twice():
