@@ -1,4 +1,4 @@
-"""How a long run shows that it lives: a bar on a terminal; elsewhere a line now and then."""
+"""Progress of a long run: a bar on a terminal; elsewhere a line now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two revisions' times say of a case."""
+"""The verdict of two revisions' times on a case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How exact the extractor's ln_folded forms are in half precision at large N, beside the direct form's own error.
+"""Errors of the extractor's ln_folded forms in half precision at large N, beside the direct form's own.
 
 python -m bench deep-forms --tokens 8192 16384
 """

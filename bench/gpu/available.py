@@ -1,4 +1,4 @@
-"""What a machine has: packages, a CUDA compiler, sources to build, tests that can be imported."""
+"""Inventory of a machine: packages, a CUDA compiler, sources to build, tests that can be imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run on a GPU ends with: its steps, the verdicts on the targets, and the rows furthest from their roofline."""
+"""The end of a run on a GPU: its steps, the verdicts on the targets, and the rows furthest from their roofline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU has, and what is expected of a compiled kernel on it."""
+"""Resources of a GPU, and the limits that a compiled kernel must keep on it."""
 
 from __future__ import annotations
 

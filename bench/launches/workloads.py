@@ -1,4 +1,4 @@
-"""What is recorded: every op and composite at the GPU's workloads, and ops at the edges that their entries name.
+"""Recorded calls: every op and composite at the GPU's workloads, and ops at the edges that their entries name.
 
 The only module here that knows where workloads and their inputs come from.
 """

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured in the same run as what it is compared with."""
+"""The device's limits, measured in the same run as what is compared with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ``python -m bench ops`` shows itself: the list, tables, the end."""
+"""Output of ``python -m bench ops``: the list, tables, the end."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where the time of one call goes."""
+"""The time of one call, op by op."""

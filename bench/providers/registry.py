@@ -1,4 +1,4 @@
-"""Who is measured, and why one can't be measured where it can't."""
+"""The providers that are measured, and the reasons where one can't be."""
 
 from __future__ import annotations
 

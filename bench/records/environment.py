@@ -1,4 +1,4 @@
-"""Where a result was made: device, versions, commit, command."""
+"""The environment of a result: device, versions, commit, command."""
 
 from __future__ import annotations
 

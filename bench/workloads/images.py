@@ -1,4 +1,4 @@
-"""What the runs look at: real radiographs when there are any, else phantoms drawn on the spot."""
+"""Images of the runs: real radiographs where there are any, else phantoms drawn on the spot."""
 
 from __future__ import annotations
 

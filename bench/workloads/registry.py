@@ -1,4 +1,4 @@
-"""What can be measured: entries of ops and composites, and their workloads."""
+"""Entries of ops and composites, and the workloads that can be measured."""
 
 from __future__ import annotations
 

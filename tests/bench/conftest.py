@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: an op that nobody needs, and results that stay out of the checkout."""
+"""Fixtures of the benchmarks' tests: an op that nobody needs, and results that stay out of the checkout."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def test_the_small_set_has_every_op():
 
 
 def test_calls_can_be_repeated():
-    """What writes in place must not go on from where the call before left it."""
+    """A call that writes in place must not go on from where the one before left off."""
     call = regression.make_call("second_question")
     assert torch.equal(call(), call())
 

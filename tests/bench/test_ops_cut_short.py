@@ -113,7 +113,7 @@ def test_a_device_that_fails_is_one_failure():
 
 
 def test_a_device_that_fails_while_it_is_timed(monkeypatch):
-    """Whose call raised first is to blame; the others are measured again."""
+    """The provider whose call raised first has failed; the others are measured again."""
     calls, broken = [], [True]
 
     class Counts(providers.Eager):
@@ -195,7 +195,7 @@ def test_a_failed_device_is_in_the_record_and_the_rest_too(tmp_path, monkeypatch
 
 
 def test_a_run_in_a_process_of_its_own_finds_the_same(tmp_path, monkeypatch):
-    """As on a GPU: tasks, limits and rows pass between the processes."""
+    """Tasks, limits and rows pass between the processes, as on a GPU."""
     monkeypatch.setattr(collect, "Inline", Isolated)
     arguments = ["ops", "--quick", "--device", "cpu", "--op", "inject_rows,second_question", "--case", "tiny"]
     arguments += ["--mode", "forward", "--provider", "hia,eager,flash_attn_2"]

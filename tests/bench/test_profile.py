@@ -1,4 +1,4 @@
-"""Where a call's time goes: the table adds up, and bad values are refused."""
+"""The profile of a call: its table adds up, and bad values are refused."""
 
 from __future__ import annotations
 
