@@ -27,7 +27,7 @@ class Row:
         name: on the command line.
         title: in the tables.
         table: which one it is in: "2", "4a" (M), "4b" (layers) of the paper, "ours", "start".
-        changes: fields of :class:`hia.HiAConfig`.
+        changes: fields of :class:`hia.HiAConfig`, and choices of a run, as :func:`hia.get_hia_model` takes them.
         parts: of the start that are changed from PyTorch's: "linears", "queries", "condition"; None takes the config's.
         low_resolution: the adapter's images are the host's size, and so were those its encoder was pre-trained on.
     """

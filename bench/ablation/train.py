@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import hia
+from hia.config import RUN_OPTIONS
 from hia.encoder.encoder import build_encoder
 from hia.layers.adapter import HiAAdapter
 from hia.layers.extractor import CONDITION_GAIN, unit_variance_
@@ -140,8 +141,9 @@ def build(material: Material, row: Row, seed: int, tell: Tell) -> hia.HiAModel:
     """Attach the row's adapter, with the pre-trained encoder, to the frozen host."""
     host = material.host(tell)
     torch.manual_seed(seed)
-    config = hia.HiAConfig.paper(host, **{**material.protocol.config, **row.changes})
-    model = hia.get_hia_model(host, config)
+    settings = {**material.protocol.config, **row.changes}
+    options = {name: settings.pop(name) for name in RUN_OPTIONS if name in settings}
+    model = hia.get_hia_model(host, hia.HiAConfig.paper(host, **settings), **options)
     if row.parts is not None:
         start_parts(model.adapter, row.parts)
     model.adapter.encoder.load_state_dict(material.encoder_state(row.low_resolution, tell))

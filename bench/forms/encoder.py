@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hia import HiAConfig
-from hia.encoder import strips, workspace
+from hia.encoder import memory, workspace
 from hia.encoder.encoder import Encoder, build_encoder
 from hia_kernels import use_backend
 
@@ -49,12 +49,12 @@ def encoder_of(width: int) -> Encoder:
 @contextmanager
 def whole_maps() -> Iterator[None]:
     """Cut no map into strips, unless a budget asks for it."""
-    before = strips.LARGE_MAP
-    strips.LARGE_MAP = 2**62
+    before = memory.LARGE_MAP
+    memory.LARGE_MAP = 2**62
     try:
         yield
     finally:
-        strips.LARGE_MAP = before
+        memory.LARGE_MAP = before
 
 
 def calls_of(forms: Sequence[str], width: int, pixels: Tensor, budget: int) -> dict[str, Callable[[], Tensor]]:
@@ -128,7 +128,7 @@ def check_budget(sides: Sequence[int], width: int, budget_mib: int) -> None:
     for side in sides:
         try:
             with torch.device("meta"):
-                strips.strip_rows(encoder_of(width), side, side, budget_mib * 2**20)
+                memory.strip_rows(encoder_of(width), side, side, budget_mib * 2**20)
         except ValueError as error:
             raise BadOption(f"--budget-mib: {error}") from error
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hia.encoder import strips, workspace
+from hia.encoder import memory, workspace
 from hia.encoder.encoder import Encoder
 from hia.layers import plan
 from hia_kernels import use_backend
@@ -183,10 +183,10 @@ def kept_bytes(model: nn.Module, pixels: Sequence[Tensor]) -> int:
 
 def _workspace_bytes(encoder: Encoder, image: Tensor) -> int:
     height, width = image.shape[:2]
-    if strips.head(encoder, height, width)[0]:
+    if memory.head(encoder, height, width)[0]:
         return 0  # strips
-    size = (1, *strips.stem_size(encoder, height, width), encoder.conv1.out_channels)
-    kept = strips.workspace_elements(encoder.units(), size) * encoder.conv1.weight.element_size()
+    size = (1, *memory.stem_size(encoder, height, width), encoder.conv1.out_channels)
+    kept = memory.workspace_elements(encoder.units(), size) * encoder.conv1.weight.element_size()
     return kept if kept <= workspace.LARGEST else 0
 
 

@@ -13,7 +13,6 @@ Both classes have a method per composite, which takes the inputs of :func:`bench
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,15 +45,15 @@ class HiAStep(nn.Module):
 
     Args:
         case: its shapes.
-        plan: forms of the maths, as ``HiAConfig.plan``.
+        plan: forms of the maths, as ``HiAAdapter.set_plan`` takes them.
     """
 
     def __init__(self, case: ImageCase | LayerCase, plan: str = AUTO) -> None:
         super().__init__()
         self.case = layer_case(case)
-        config = dataclasses.replace(self.case.config, plan=plan)
-        self.adapter = HiAAdapter(config)
-        self.layer = config.layer_indices[0]
+        self.adapter = HiAAdapter(self.case.config)
+        self.adapter.set_plan(plan)
+        self.layer = self.case.config.layer_indices[0]
         self.caches: tuple[dict[int, LayerCache], ...] = ()
 
     @torch.no_grad()

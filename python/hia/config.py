@@ -8,18 +8,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .layers.forms import split_plan
-
 NAMED_LAYERS = {"half": 1, "thirds": 2, "quarters": 3}  # number of injections (paper, Table 4)
 ENCODERS = ("resnet50", "strided")
 NORMS = ("pre", "pre_post")
 GATES = ("zero_init", "tanh", "none")
-BATCH_NORMS = ("running", "batch")
 POSITIONS = ("sincos", "none")
 INITS = ("lecun_normal", "pytorch")
-SWITCHES = ("encoder_bias", "shared_projection", "query_residual", "instruction_aware", "high_resolution")
+SWITCHES = ("encoder_bias", "shared_projection", "query_residual", "instruction_aware")
 # What configs written before these fields existed stand for: the values of that time, not today's defaults.
 BEFORE_FIELD_EXISTED = {"position": "none", "init": "pytorch", "query_std": 0.02, "query_residual": False}
+# Fields of older configs that are choices of a run now, with the values they had where nobody chose.
+RUN_OPTIONS = {"plan": "auto", "high_resolution": True, "batch_norm": "running"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -36,7 +35,9 @@ def _positive(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class HiAConfig:
-    """The adapter's shape. Build one with a preset: ``HiAConfig.paper(host)``, ``.released(host)``, ``.lite(host)``.
+    """What an adapter's weights are. Presets make one: ``HiAConfig.paper(host)``, ``.released(host)``, ``.lite(host)``.
+
+    It says nothing of a run: plan, resolution and batch-norm's statistics are arguments of :func:`hia.get_hia_model`.
 
     Attributes:
         hidden_size: D1, the host LLM's hidden size.
@@ -51,7 +52,6 @@ class HiAConfig:
         encoder_width: channels of the stem; "resnet50" ends in 32 times that, "strided" in 16 times.
         encoder_stride: 32, or 16 with "strided": pixels per feature along an axis.
         encoder_bias: "resnet50" with biases on the convolutions behind the stem, as the released code has.
-        batch_norm: "running" statistics also in training, or live "batch" statistics then.
         shared_projection: the released code's extra Linear(C -> D1), shared by the layers.
         norms: "pre" (queries, features, visual tokens, extracted tokens) or "pre_post" (and LN after the sum).
         gate: "zero_init" (the injection's output projection starts at zero), "tanh" (a learnt scalar that
@@ -64,10 +64,6 @@ class HiAConfig:
         query_residual: add the conditioned queries to what they extract, as the decoders of DETR and Q-Former do; the
             paper's equation has no such term. It keeps the M extracted tokens apart (docs/learning.md).
         instruction_aware: condition the queries on the instruction (paper, Table 2).
-        high_resolution: False shrinks the adapter's images to the host's resolution, in :class:`hia.HiAProcessor` and
-            in the model (paper, Table 2).
-        plan: which exact form of the maths runs: "auto" (the cheapest for the sizes of a call), or
-            "<extract>/<inject>" with names of :mod:`hia.layers.plan`, e.g. "direct/direct".
         image_mean: per-channel mean of the windowed image (0 to 1) for the encoder.
         image_std: likewise, standard deviation.
     """
@@ -83,7 +79,6 @@ class HiAConfig:
     encoder_width: int = 64
     encoder_stride: int = 32
     encoder_bias: bool = False
-    batch_norm: str = "running"
     shared_projection: bool = False
     norms: str = "pre"
     gate: str = "zero_init"
@@ -92,10 +87,22 @@ class HiAConfig:
     query_std: float = 1.0
     query_residual: bool = False
     instruction_aware: bool = True
-    high_resolution: bool = True
-    plan: str = "auto"
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
+
+    def __new__(cls, *_values: Any, **fields: Any) -> HiAConfig:
+        """Refuse what older versions took for fields.
+
+        Raises:
+            TypeError: a choice of a run, not of the weights.
+        """
+        for name in RUN_OPTIONS:
+            if name in fields:
+                raise TypeError(
+                    f"HiAConfig: fields must say what the weights are, got {name}={fields[name]!r}, a choice of a run; "
+                    f"use get_hia_model(base, config, {name}={fields[name]!r}) or model.set_{name}({fields[name]!r})"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "dim", "num_heads", "num_queries", "encoder_width"):
@@ -104,7 +111,6 @@ class HiAConfig:
         _choice("encoder_stride", self.encoder_stride, (16, 32) if self.encoder == "strided" else (32,))
         _choice("norms", self.norms, NORMS)
         _choice("gate", self.gate, GATES)
-        _choice("batch_norm", self.batch_norm, BATCH_NORMS)
         _choice("position", self.position, POSITIONS)
         _choice("init", self.init, INITS)
         std = self.query_std
@@ -115,7 +121,6 @@ class HiAConfig:
                 raise ValueError(f"HiAConfig: {name} must be True or False, got {getattr(self, name)!r}")
         if self.encoder_bias and self.encoder != "resnet50":
             raise ValueError(f"HiAConfig: encoder_bias must be False with encoder {self.encoder!r}, got True")
-        split_plan(self.plan)
         for name in ("image_mean", "image_std"):
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3 or (name == "image_std" and min(values) <= 0):
@@ -150,7 +155,7 @@ class HiAConfig:
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
-        """0-based decoder layers: floor(j * L / (n + 1)), j = 1..n, for a named choice (released code)."""
+        """List the decoder layers, 0-based: floor(j * L / (n + 1)), j = 1..n, for a named choice (released code)."""
         if not isinstance(self.layers, str):
             return self.layers
         count = NAMED_LAYERS[self.layers]
@@ -158,17 +163,17 @@ class HiAConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """Return the channels of a head."""
         return self.dim // self.num_heads
 
     @property
     def encoder_channels(self) -> int:
-        """C, channels of the encoder's features."""
+        """Return C, the channels of the encoder's features."""
         return (32 if self.encoder == "resnet50" else 16) * self.encoder_width
 
     @classmethod
     def paper(cls, host: Any, **changes: Any) -> HiAConfig:
-        """The paper's adapter: D = D1, head_dim 128 (where it divides D1), M = 256, layers L/3 and 2L/3.
+        """Describe the paper's adapter: D = D1, head_dim 128 (where it divides D1), M = 256, layers L/3 and 2L/3.
 
         Args:
             host: the model, or its config.
@@ -180,7 +185,7 @@ class HiAConfig:
 
     @classmethod
     def released(cls, host: Any, **changes: Any) -> HiAConfig:
-        """The maths of the authors' released code: D = D1, 8 heads, LN after the sum, no gate."""
+        """Describe the adapter of the authors' released code: D = D1, 8 heads, LN after the sum, no gate."""
         facts = host_facts(host)
         preset = {
             "dim": facts["hidden_size"],
@@ -197,28 +202,30 @@ class HiAConfig:
 
     @classmethod
     def lite(cls, host: Any, **changes: Any) -> HiAConfig:
-        """A narrow adapter that learns fast: D = 1024, head_dim 128, queries added to what they extract."""
+        """Describe a narrow adapter that learns fast: D = 1024, head_dim 128, queries added to what they extract."""
         width = changes.get("dim", 1024)
         preset = {"dim": width, "num_heads": _heads_of(width, 128), "query_residual": True}
         return cls(**{**host_facts(host), **preset, **changes})
 
     def replace(self, **changes: Any) -> HiAConfig:
-        """A copy with other values."""
+        """Copy with other values."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
+        """Return the fields, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HiAConfig:
-        """The inverse of :meth:`to_dict`; a field that older files lack takes the value it had then.
+        """Build a config from :meth:`to_dict`'s fields; one that older files lack takes the value it had then.
 
         Raises:
-            ValueError: unknown or missing fields.
+            ValueError: unknown or missing fields. TypeError: an older file's choice of a run, which
+                :meth:`hia.HiAModel.from_pretrained` would follow.
         """
+        values = {name: value for name, value in values.items() if RUN_OPTIONS.get(name, ...) != value}
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
+        unknown = sorted(set(values) - set(fields) - set(RUN_OPTIONS))
         missing = [name for name in ("hidden_size", "num_hidden_layers") if name not in values]
         if unknown or missing:
             raise ValueError(
@@ -233,7 +240,7 @@ class HiAConfig:
 
 
 def _heads_of(width: int, head_dim: int) -> int:
-    """Heads of ``head_dim``, or of the nearest smaller size that divides a narrow or odd width."""
+    """Count heads of ``head_dim``, or of the nearest smaller size that divides a narrow or odd width."""
     for size in range(min(head_dim, width) // 16 * 16, 0, -16):
         if width % size == 0:
             return width // size
@@ -241,7 +248,7 @@ def _heads_of(width: int, head_dim: int) -> int:
 
 
 def host_facts(host: Any) -> dict[str, Any]:
-    """hidden_size, num_hidden_layers and host_type of a model or of its config.
+    """Read hidden_size, num_hidden_layers and host_type off a model or its config.
 
     Raises:
         TypeError: no such attributes: not a transformers model or config.

@@ -25,6 +25,7 @@ from bench.ablation.protocol import FULL, ROWS, START_ROWS, Protocol, row_named
 from bench.ablation.train import TEST, TRAIN, Material, build, run, start_parts
 from bench.records import files
 from bench.records.environment import REPOSITORY, without_folders
+from hia.config import RUN_OPTIONS
 from hia.layers.extractor import CONDITION_GAIN
 from hia.phantom.host import TinyHostRecipe
 
@@ -61,6 +62,10 @@ def silent(_text):
     pass
 
 
+def options_of(model):
+    return {name: getattr(model, name) for name in RUN_OPTIONS}
+
+
 def typed(words) -> int:
     return bench.main(["ablation", *map(str, words)])
 
@@ -68,13 +73,9 @@ def typed(words) -> int:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_trains_what_it_says(row, material):
     model = build(material, row, 0, silent)
-    config = model.hia_config
-    for name, value in row.changes.items():
-        assert getattr(config, name) == value
-    full = build(material, FULL, 0, silent).hia_config
-    assert {f.name for f in dataclasses.fields(full) if getattr(full, f.name) != getattr(config, f.name)} == set(
-        row.changes
-    )
+    full, own = ({**m.hia_config.to_dict(), **options_of(m)} for m in (build(material, FULL, 0, silent), model))
+    changes = json.loads(json.dumps(row.changes))
+    assert {name: value for name, value in own.items() if value != full[name]} == changes
     before = {name: p.clone() for name, p in model.named_parameters()}
     result = run(material, row, 0, silent)
     assert set(result["scores"]) == set(TINY.tasks) and result["row"] == row.name and result["steps"] == 2

@@ -6,13 +6,13 @@ import pytest
 
 from bench.__main__ import main as bench
 from bench.forms import encoder
-from hia.encoder import strips
+from hia.encoder import memory
 
 
 def test_prints_a_row_a_form(capsys):
-    before = strips.LARGE_MAP
+    before = memory.LARGE_MAP
     flags = ["--px", "300", "--width", "8", "--seconds", "0.1", "--budget-mib", "9"]
-    assert bench(["encoder-forms", *flags]) == 0 and before == strips.LARGE_MAP
+    assert bench(["encoder-forms", *flags]) == 0 and before == memory.LARGE_MAP
     text = capsys.readouterr().out
     for form in encoder.FORMS:
         assert f"| 300 | {form} |" in text

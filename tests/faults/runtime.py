@@ -59,9 +59,9 @@ WEIGHTS = (
     Mutant(
         name="kept-keys-outlive-an-update",
         kind="stale cache",
-        file=f"{HIA}/layers/extractor.py",
-        old="torch.compiler.is_compiling() or cache.version == self.weight_version():",
-        new="torch.compiler.is_compiling() or cache.version:",
+        file=f"{HIA}/layers/features.py",
+        old="if versions is not None and versions.get(layer) != first.version:",
+        new="if versions is not None and layer not in versions:",
         tests=(f"{TESTS}/test_plan.py::test_what_is_kept_is_counted_and_used_until_weights_change",),
         why="a second question is answered with the keys of weights that are gone",
     ),

@@ -33,7 +33,7 @@ def base():
 
 @pytest.fixture
 def processor(base):
-    return hia.HiAProcessor(tiny_processor(), tiny_config(base))
+    return hia.HiAProcessor(tiny_processor())
 
 
 @pytest.fixture

@@ -19,7 +19,9 @@ WINDOW = torch.tensor([0.0, 255.0])
 def encoder_of(seed: int = 0, **changes) -> Encoder:
     """In evaluation, fp32; norms have weights and statistics of their own; no positions unless they are asked for."""
     small = {"num_queries": 5, "encoder_width": 8, "dim": 32, "num_heads": 2, "position": "none", **changes}
+    statistics = small.pop("batch_norm", "running")
     encoder = build_encoder(hia.HiAConfig.paper(text_config(), **small)).eval()
+    encoder.set_batch_norm(statistics)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in encoder.state_dict().items():

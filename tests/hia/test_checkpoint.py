@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import hia
+from hia.config import RUN_OPTIONS
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava
 
 
@@ -35,6 +37,55 @@ def test_round_trip(model, batch, saved):
     assert again.hia_config == model.hia_config
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def older(saved, **options):
+    """The same files as versions wrote them that held choices of a run."""
+    path = saved / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    assert not set(RUN_OPTIONS) & set(settings["config"])
+    settings["config"] |= {**RUN_OPTIONS, **options}
+    path.write_text(json.dumps(settings))
+    return saved
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"plan": "textbook/absorbed"}, {"high_resolution": False}, {"batch_norm": "batch"}],
+    ids=lambda options: next(iter(options), "usual"),
+)
+def test_an_older_file_is_followed_with_one_warning(model, batch, saved, options):
+    held = {**RUN_OPTIONS, **options}
+    if "plan" in options:
+        held["plan"] = "direct/absorbed"  # as the form is called now
+    with pytest.warns(FutureWarning) as warned:
+        again = hia.HiAModel.from_pretrained(tiny_llava(), older(saved, **options))
+    (warning,) = warned
+    for name, value in held.items():
+        assert f"{name}={value!r}" in str(warning.message) and f"model.set_{name}(...)" in str(warning.message)
+        assert getattr(again, name) == value
+        getattr(model, f"set_{name}")(value)
+    assert warning.filename == __file__
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+    assert again.hia_config == model.hia_config
+    again.save_pretrained(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        usual = hia.HiAModel.from_pretrained(tiny_llava(), saved)
+        assert {name: getattr(usual, name) for name in RUN_OPTIONS} == RUN_OPTIONS
+
+
+def test_arguments_are_stronger_than_an_older_file(saved):
+    chosen = {"plan": "absorbed/direct", "high_resolution": True, "batch_norm": "batch"}
+    older(saved, plan="direct/direct", high_resolution=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = hia.HiAModel.from_pretrained(tiny_llava(), saved, **chosen)
+    assert {name: getattr(model, name) for name in RUN_OPTIONS} == chosen
+    with pytest.warns(FutureWarning, match=r"holds high_resolution=False, which this run follows"):
+        model = hia.HiAModel.from_pretrained(tiny_llava(), saved, plan="auto", batch_norm="running")
+    assert not model.high_resolution
 
 
 def test_saving_twice_leaves_three_files(model, saved):

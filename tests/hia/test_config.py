@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 import hia
@@ -88,6 +91,34 @@ def test_bad_values_name_the_field(changes, message):
 def test_unknown_field_in_a_file():
     with pytest.raises(ValueError, match=r"got unknown \['colour'\], missing \['num_hidden_layers'\]"):
         hia.HiAConfig.from_dict({"hidden_size": 64, "colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("plan", "direct/direct"), ("high_resolution", False), ("batch_norm", "batch")]
+)
+def test_choices_of_a_run_are_no_fields(name, value):
+    config = hia.HiAConfig.paper(LLAMA_13B)
+    assert name not in config.to_dict()
+    message = rf"fields must say what the weights are, got {name}={value!r}, a choice of a run; .* model.set_{name}\("
+    for make in (
+        lambda: hia.HiAConfig.paper(LLAMA_13B, **{name: value}),
+        lambda: hia.HiAConfig(hidden_size=64, num_hidden_layers=2, **{name: value}),
+        lambda: config.replace(**{name: value}),
+        lambda: hia.HiAConfig.from_dict({**config.to_dict(), name: value}),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
+def test_an_older_dict_that_chose_nothing_is_read():
+    config = hia.HiAConfig.paper(LLAMA_13B)
+    usual = {"plan": "auto", "high_resolution": True, "batch_norm": "running"}
+    assert hia.HiAConfig.from_dict({**config.to_dict(), **usual}) == config
+
+
+def test_a_config_is_copied_and_pickled():
+    config = hia.HiAConfig.lite(LLAMA_13B)
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))  # noqa: S301
 
 
 def test_host_that_is_no_model():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hia_kernels
-from hia.encoder import strips
+from hia.encoder import memory
 from hia.images.load import load_image
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
@@ -256,7 +256,7 @@ def live_encoder(**changes):
 @pytest.mark.parametrize("changes", [{}, {"encoder": "strided"}], ids=["resnet50", "strided"])
 def test_folded_weights_do_not_serve_live_statistics(changes, monkeypatch):
     encoder, pixels = live_encoder(**changes), pixels_of(96, 80)
-    monkeypatch.setattr("hia.encoder.strips.LARGE_MAP", 0)  # every map would go in strips, each with its own statistics
+    monkeypatch.setattr("hia.encoder.memory.LARGE_MAP", 0)  # every map would go in strips, each with its own statistics
     with torch.no_grad():
         expected = encoder(pixels, WINDOW)
         encoder.eval().fold_weights()
@@ -298,7 +298,7 @@ def test_live_statistics_of_one_feature_are_refused():
 
 def test_a_budget_never_splits_a_live_batch():
     encoder, images = live_encoder(), [pixels_of(64, 48, seed=seed) for seed in range(3)]
-    windows, one = WINDOW.expand(3, 2), strips.activation_bytes(encoder, 64, 48)
+    windows, one = WINDOW.expand(3, 2), memory.activation_bytes(encoder, 64, 48)
     with torch.no_grad():
         whole = encoder.forward_many(images, windows)
         found = encoder.forward_many(images, windows, 3 * one)

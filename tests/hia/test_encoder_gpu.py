@@ -11,7 +11,7 @@ from torch import Tensor
 import hia_kernels
 from bench.measure.accuracy import KINK_SLACK
 from bench.measure.memory import peak_bytes
-from hia.encoder import strips
+from hia.encoder import memory
 from hia.encoder.encoder import Encoder
 from hia_kernels.testing import GRADIENT_SLACK, UNIT_ROUNDOFF, assert_close, rel_rms
 from tests.hia.encoders import encoder_of, pixels_of, sides_of, without_graphs
@@ -201,9 +201,9 @@ def test_a_device_stays_within_its_budget(dtype, changes):
     encoder, window = on_device(dtype, encoder_width=16, **changes), DEEP.to(DEVICE)
     pixels, unit = deep_pixels(1237, 1101), 32 // encoder.stem_stride
     encoder.fold_weights()
-    whole = strips.activation_bytes(encoder, 1237, 1101)
-    for budget in (whole, *(strips.activation_bytes(encoder, 1237, 1101, rows) for rows in (unit, 5 * unit))):
-        assert (budget < whole) == (strips.strip_rows(encoder, 1237, 1101, budget) is not None)
+    whole = memory.activation_bytes(encoder, 1237, 1101)
+    for budget in (whole, *(memory.activation_bytes(encoder, 1237, 1101, rows) for rows in (unit, 5 * unit))):
+        assert (budget < whole) == (memory.strip_rows(encoder, 1237, 1101, budget) is not None)
         encoder(pixels, window, budget)  # kernels are loaded, which isn't an activation
         assert peak_bytes(lambda budget=budget: encoder(pixels, window, budget), DEVICE) <= budget
 

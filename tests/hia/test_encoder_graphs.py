@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hia_kernels
 from hia.encoder import cuda_graphs as graphs
 from hia.encoder import encoder as encoder_module
-from hia.encoder import strips
+from hia.encoder import memory
 from hia.encoder.cuda_graphs import GraphCache
 from hia.encoder.encoder import Encoder
 from tests.hia.encoders import WINDOW, encoder_of, pixels_of, sides_of, without_graphs
@@ -247,7 +247,7 @@ def test_where_a_graph_cannot_serve_the_call_is_eager(context, reason):
 @torch.no_grad()
 def test_without_folding_with_a_budget_and_with_live_statistics_it_is_eager():
     encoder, recorder = recorded()
-    for budget in (strips.activation_bytes(encoder, 300, 52), strips.activation_bytes(encoder, 300, 52, 8)):
+    for budget in (memory.activation_bytes(encoder, 300, 52), memory.activation_bytes(encoder, 300, 52, 8)):
         for _ in range(3):
             encoder(pixels_of(300, 52), WINDOW, budget)
     encoder.layer3[1].bn2.train()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.measure.memory import peak_bytes
-from hia.encoder import strips, workspace
+from hia.encoder import memory, strips, workspace
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
 EXACT = 1e-5  # what a strip may add in fp32; oneDNN adds nothing at most sizes
@@ -60,10 +60,10 @@ def test_stays_within_its_budget(changes, folded):
         encoder.fold_weights()
     with torch.no_grad():
         whole = encoder(pixels, WINDOW)
-        assert peak_bytes(lambda: encoder(pixels, WINDOW), "cpu") <= strips.activation_bytes(encoder, 1237, 1101)
+        assert peak_bytes(lambda: encoder(pixels, WINDOW), "cpu") <= memory.activation_bytes(encoder, 1237, 1101)
         unit = 32 // encoder.stem_stride
-        for budget in (strips.activation_bytes(encoder, 1237, 1101, rows) for rows in (unit, 5 * unit)):
-            assert strips.strip_rows(encoder, 1237, 1101, budget) is not None
+        for budget in (memory.activation_bytes(encoder, 1237, 1101, rows) for rows in (unit, 5 * unit)):
+            assert memory.strip_rows(encoder, 1237, 1101, budget) is not None
             # the first call also packs weights for its strips' sizes, which aren't activations
             assert distance(encoder(pixels, WINDOW, budget), whole) < EXACT
             assert peak_bytes(lambda budget=budget: encoder(pixels, WINDOW, budget), "cpu") <= budget
@@ -75,8 +75,8 @@ def test_a_gigabyte_is_enough_for_large_images(side, dtype):
     """By the estimate, which the test above holds against measured peaks."""
     with torch.device("meta"):
         encoder = encoder_of_width_64().to(dtype)
-    rows = strips.strip_rows(encoder, side, side, 2**30)
-    assert rows is not None and strips.activation_bytes(encoder, side, side, rows) <= 2**30
+    rows = memory.strip_rows(encoder, side, side, 2**30)
+    assert rows is not None and memory.activation_bytes(encoder, side, side, rows) <= 2**30
 
 
 def encoder_of_width_64():
@@ -90,42 +90,42 @@ def encoder_of_width_64():
 def test_large_maps_go_through_in_strips_unasked(monkeypatch):
     """With packed weights: the same features, with less memory; by kernels that need nothing beside the maps."""
     encoder, pixels = encoder_of(encoder_width=16), pixels_of(600, 701)
-    assert strips.head(encoder, 600, 701) == (0, 0)
+    assert memory.head(encoder, 600, 701) == (0, 0)
     encoder.fold_weights()
     monkeypatch.setattr(workspace, "LARGEST", 0)  # what is kept between images is not in a call's peak
     with torch.no_grad():
         whole, before = encoder(pixels, WINDOW), peak_bytes(lambda: encoder(pixels, WINDOW), "cpu")
-        monkeypatch.setattr(strips, "LARGE_MAP", 2**20)
-        monkeypatch.setattr(strips, "LARGE_STRIP", 2**19)
-        assert strips.head(encoder, 600, 701) == (4, 12)
+        monkeypatch.setattr(memory, "LARGE_MAP", 2**20)
+        monkeypatch.setattr(memory, "LARGE_STRIP", 2**19)
+        assert memory.head(encoder, 600, 701) == (4, 12)
         assert distance(encoder(pixels, WINDOW), whole) < EXACT
         after = peak_bytes(lambda: encoder(pixels, WINDOW), "cpu")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":  # the peak is then oneDNN's, 12.8 MB either way
         assert after <= before
     else:
         assert after < 0.8 * before
-    assert strips.head(encoder_of(encoder="strided"), 600, 701)[0] == 1
+    assert memory.head(encoder_of(encoder="strided"), 600, 701)[0] == 1
 
 
 def test_a_budget_for_the_whole_image_changes_nothing():
     encoder, pixels = encoder_of(), pixels_of(90, 75)
-    plenty = strips.activation_bytes(encoder, 90, 75)
-    assert strips.strip_rows(encoder, 90, 75, plenty) is None
+    plenty = memory.activation_bytes(encoder, 90, 75)
+    assert memory.strip_rows(encoder, 90, 75, plenty) is None
     assert torch.equal(encoder(pixels, WINDOW, plenty), encoder(pixels, WINDOW))
 
 
 def test_many_within_a_budget():
     encoder = encoder_of(encoder_width=16)
     images = [pixels_of(700, 500), pixels_of(64, 64), pixels_of(700, 500, seed=1)]
-    budget = strips.activation_bytes(encoder, 700, 500, 16)
-    assert budget < strips.activation_bytes(encoder, 700, 500)
+    budget = memory.activation_bytes(encoder, 700, 500, 16)
+    assert budget < memory.activation_bytes(encoder, 700, 500)
     windows = WINDOW.expand(3, 2)
     with torch.no_grad():
         maps = encoder.forward_many(images, windows, max_activation_bytes=budget)
         for found, image in zip(maps, images, strict=True):
             assert distance(found, encoder(image, WINDOW)) < EXACT
     on_meta = encoder.to("meta")
-    twice = 2 * strips.activation_bytes(on_meta, 700, 500)
+    twice = 2 * memory.activation_bytes(on_meta, 700, 500)
     same = [image.to("meta") for image in images[::2]] * 3
     assert [len(group) for group in on_meta._groups(same, twice)] == [2, 2, 2]
 
@@ -138,7 +138,7 @@ def test_errors_name_the_argument():
     for budget in (0, -5, 1.5, True, "1 GiB"):
         with pytest.raises(ValueError, match="^hia: max_activation_bytes must be a positive int or None, got"):
             encoder(pixels, WINDOW, budget)
-    budget = strips.activation_bytes(encoder, 700, 500, 16)
+    budget = memory.activation_bytes(encoder, 700, 500, 16)
     with pytest.raises(ValueError, match="^hia: max_activation_bytes must hold the whole image where gradients are"):
         encoder(pixels, WINDOW, budget)
     live = encoder_of(batch_norm="batch", encoder_width=16).train()

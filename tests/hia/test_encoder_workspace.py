@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hia.encoder import strips, workspace
+from hia.encoder import memory, workspace
 from hia_kernels.ops.conv_norm_act import native
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
 
@@ -79,7 +79,7 @@ def test_grows_with_the_image_and_no_further(monkeypatch):
     large = folded.workspace_cache.nbytes
     encode(encoder, pixels_of(64, 64))
     assert small < large == folded.workspace_cache.nbytes
-    assert large <= strips.activation_bytes(encoder, 128, 96)
+    assert large <= memory.activation_bytes(encoder, 128, 96)
     monkeypatch.setattr(workspace, "LARGEST", large)
     encode(encoder, pixels_of(160, 160))
     assert folded.workspace_cache.nbytes == large
@@ -140,7 +140,7 @@ def test_large_image_takes_it_for_one_call(monkeypatch):
     whole = encode(encoder, pixels)
     encoder.unfold_weights()
     folded = encoder.fold_weights()
-    monkeypatch.setattr(strips, "LARGE_MAP", 2**18)
-    monkeypatch.setattr(strips, "LARGE_STRIP", 2**17)
-    assert strips.head(encoder, 200, 131)[0] > 0
+    monkeypatch.setattr(memory, "LARGE_MAP", 2**18)
+    monkeypatch.setattr(memory, "LARGE_STRIP", 2**17)
+    assert memory.head(encoder, 200, 131)[0] > 0
     assert distance(encode(encoder, pixels), whole) < 2e-6 and folded.workspace_cache.nbytes == 0

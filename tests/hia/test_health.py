@@ -22,19 +22,20 @@ PRESETS = {
     "released": {},
     "tanh": {"gate": "tanh"},
     "blind": {"instruction_aware": False},
-    "absorbed": {"plan": "absorbed/absorbed"},
+    "absorbed": {},
 }
 
 
-def config_of(base, preset, **changes):
+def model_of(base, preset):
     name = preset if preset in ("paper", "lite", "released") else "paper"
-    return tiny_config(base, name, **{**PRESETS[preset], **changes})
+    plan = "absorbed/absorbed" if preset == "absorbed" else "auto"
+    return stir(hia.get_hia_model(base, tiny_config(base, name, **PRESETS[preset]), plan=plan))
 
 
-def answered(config, dtype=None):
+def answered(dtype=None):
     """Three images of different sizes in two samples, with answers."""
     a, b, c = random_images()
-    processor = hia.HiAProcessor(tiny_processor(), config)
+    processor = hia.HiAProcessor(tiny_processor())
     inputs = processor([TWO, ONE], [[a, b], [c]], answers=["no new lesion.", "yes."], padding_side="right")
     return inputs.to("cpu", dtype)
 
@@ -80,9 +81,9 @@ def healthy_start(model, inputs):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_numbers_are_those_of_a_hand_computation(preset):
     base = tiny_llava().double()
-    config = config_of(base, preset)
-    model = stir(hia.get_hia_model(base, config))
-    inputs = answered(config, torch.float64)
+    model = model_of(base, preset)
+    config = model.hia_config
+    inputs = answered(torch.float64)
     index = config.layer_indices[0]
     expected, update, visual = layer_by_hand(model, inputs, index)
     got = model.adapter_health(inputs).layers[index]
@@ -112,9 +113,9 @@ def test_numbers_are_those_of_a_hand_computation(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradient_norms_are_those_of_backward(preset):
     base = tiny_llava().double()
-    config = config_of(base, preset)
-    model = stir(hia.get_hia_model(base, config)).train()
-    inputs = answered(config, torch.float64)
+    model = model_of(base, preset).train()
+    config = model.hia_config
+    inputs = answered(torch.float64)
     found = model.adapter_health(inputs)
     loss = model(**inputs).loss
     loss.backward()
@@ -156,7 +157,7 @@ def norm_of(parameters):
 def test_the_default_start_is_called_bad_and_a_start_of_unit_variance_is_not():
     base = tiny_llava()
     config = tiny_config(base, encoder_width=16, num_queries=64, instruction_aware=False)
-    processor = hia.HiAProcessor(tiny_processor(), config)
+    processor = hia.HiAProcessor(tiny_processor())
     images = [
         np.random.default_rng(i).integers(0, 256, (14, 14), dtype=np.uint8).repeat(32, 0).repeat(32, 1) for i in (0, 1)
     ]
@@ -185,7 +186,7 @@ def test_equal_queries_have_cosine_one(base):
     with torch.no_grad():
         for layer in model.adapter.layers.values():
             layer.extractor.queries.copy_(layer.extractor.queries[:1].expand_as(layer.extractor.queries))
-    found = model.adapter_health(asked(answered(config)))
+    found = model.adapter_health(asked(answered()))
     for layer in found.layers.values():
         assert layer.query_cosine == pytest.approx(1, abs=1e-6)
         assert layer.effective_rank == pytest.approx(1, abs=1e-4)
@@ -201,7 +202,7 @@ def test_zero_query_projections_make_attention_uniform(base):
             for linear in (layer.extractor.q_proj, layer.injection.q_proj):
                 linear.weight.zero_()
                 linear.bias.zero_()
-    found = model.adapter_health(asked(answered(config)))
+    found = model.adapter_health(asked(answered()))
     for index, layer in found.layers.items():
         assert layer.extraction_entropy == pytest.approx(1, abs=1e-6)
         assert layer.injection_entropy == pytest.approx(1, abs=1e-6)
@@ -216,7 +217,7 @@ def test_scores_without_bounds_make_attention_one_hot(base):
     with torch.no_grad():
         for layer in model.adapter.layers.values():
             layer.extractor.q_proj.weight.mul_(1e4)
-    found = model.adapter_health(asked(answered(config)))
+    found = model.adapter_health(asked(answered()))
     assert all(layer.extraction_entropy < health.ONE_HOT_ENTROPY for layer in found.layers.values())
     assert any("extraction's attention is one-hot" in problem for problem in found.problems())
 
@@ -225,7 +226,7 @@ def test_scores_without_bounds_make_attention_one_hot(base):
 def test_a_zero_update_has_no_direction_and_all_else_is_defined(base, gate):
     config = tiny_config(base, gate=gate)
     model = hia.get_hia_model(base, config)
-    inputs = answered(config)
+    inputs = answered()
     found = model.adapter_health(inputs)
     for layer in found.layers.values():
         assert layer.update_ratio == 0 and layer.update_cosine is None
@@ -245,7 +246,7 @@ def test_a_zero_update_has_no_direction_and_all_else_is_defined(base, gate):
 def test_nan_and_frozen_parameters(base):
     config = tiny_config(base)
     model = stir(hia.get_hia_model(base, config))
-    inputs = answered(config)
+    inputs = answered()
     model.adapter.encoder.requires_grad_(False)
     assert "encoder" not in model.adapter_health(inputs).gradients
     model.adapter.requires_grad_(False)
@@ -273,7 +274,7 @@ def test_an_update_below_the_hosts_rounding_is_lost(base):
         for layer in model.adapter.layers.values():
             layer.injection.out_proj.weight.mul_(1e-5)
             layer.injection.out_proj.bias.zero_()
-    inputs = asked(answered(config))
+    inputs = asked(answered())
     assert not any("rounding" in problem for problem in model.adapter_health(inputs).problems())
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     problems = model.to(torch.bfloat16).adapter_health(inputs).problems()
@@ -303,9 +304,8 @@ def assert_same_state(model, before):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("statistics", ["running", "batch"])
 def test_nothing_is_left_behind(base, training, statistics):
-    config = tiny_config(base, batch_norm=statistics)
-    model = stir(hia.get_hia_model(base, config)).train(training)
-    inputs = answered(config)
+    model = stir(hia.get_hia_model(base, tiny_config(base), batch_norm=statistics)).train(training)
+    inputs = answered()
     model(**inputs).loss.backward()  # gradients of an earlier step; and transformers installs hooks in a first forward
     before = state_of(model)
     model.adapter_health(inputs)
@@ -327,7 +327,7 @@ def test_nothing_is_left_behind(base, training, statistics):
 def test_what_fold_weights_made_stays(base):
     config = tiny_config(base)
     model = stir(hia.get_hia_model(base, config)).fold_weights()
-    inputs = answered(config)
+    inputs = answered()
     expected = model.adapter_health(asked(inputs))
     assert model.adapter_health(inputs).layers[2].update_ratio == pytest.approx(
         expected.layers[2].update_ratio, rel=1e-5
@@ -338,7 +338,7 @@ def test_what_fold_weights_made_stays(base):
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_it_does_not_matter_what_the_caller_records(model, processor, around):
-    inputs = answered(model.hia_config)
+    inputs = answered()
     expected = model.adapter_health(inputs)
     with around():
         got = model.adapter_health(inputs)
@@ -346,7 +346,7 @@ def test_it_does_not_matter_what_the_caller_records(model, processor, around):
 
 
 def test_gradient_checkpointing_gives_the_same_numbers(model):
-    inputs = answered(model.hia_config)
+    inputs = answered()
     model.train()
     expected = model.adapter_health(inputs).to_dict()
     model.gradient_checkpointing_enable()
@@ -358,7 +358,7 @@ def test_beside_lora_and_dropout_only_the_adapters_gradients_are_taken(base):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
     config = tiny_config(base)
     model = stir(hia.get_hia_model(peft.get_peft_model(base, lora), config)).train()
-    inputs = answered(config)
+    inputs = answered()
     model(**inputs)  # transformers installs hooks in a first forward
     before = state_of(model)
     found = model.adapter_health(inputs)
@@ -377,8 +377,8 @@ def test_half_precision_is_measured_in_fp32(preset):
     base = tiny_llava()
     config = tiny_config(base, preset)
     model = stir(hia.get_hia_model(base, config))
-    exact = model.adapter_health(answered(config))
-    rounded = model.to(torch.bfloat16).adapter_health(answered(config, torch.bfloat16))
+    exact = model.adapter_health(answered())
+    rounded = model.to(torch.bfloat16).adapter_health(answered(torch.bfloat16))
     assert rounded.rounding == 2.0**-8
     for index, layer in rounded.layers.items():
         for name, value in vars(layer).items():
@@ -409,7 +409,7 @@ def test_llama_and_features_encoded_before():
 
 
 def test_features_of_the_caller_keep_their_graph(model):
-    inputs = answered(model.hia_config)
+    inputs = answered()
     features = model.encode_images(inputs.pop("high_res_pixels"), inputs.pop("windows"))
     assert features.maps[0].requires_grad
     found = model.adapter_health({**inputs, "features": features})
@@ -422,7 +422,7 @@ def test_where_there_is_nothing_to_compare(base):
     """One query, one feature an image."""
     config = tiny_config(base, num_queries=1)
     model = stir(hia.get_hia_model(base, config))
-    processor = hia.HiAProcessor(tiny_processor(), config)
+    processor = hia.HiAProcessor(tiny_processor())
     found = model.adapter_health(processor(ONE, np.zeros((32, 32), dtype=np.uint8)))
     for layer in found.layers.values():
         assert layer.extraction_entropy is None and layer.injection_entropy is None and layer.query_cosine is None
@@ -431,7 +431,7 @@ def test_where_there_is_nothing_to_compare(base):
 
 
 def test_table_dictionary_and_errors(model, processor):
-    inputs = answered(model.hia_config)
+    inputs = answered()
     found = model.adapter_health(inputs)
     flat = found.to_dict()
     assert json.loads(json.dumps(flat)) == flat

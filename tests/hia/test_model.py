@@ -10,7 +10,7 @@ import torch
 import hia
 from hia.layers import layout
 from hia.layers.features import ImageFeatures, PackedFeatures
-from hia.runtime import model as model_module
+from hia.runtime.context import pad_left
 from hia.runtime.hooks import split_layer_output
 from tests.hia.conftest import NONE, ONE, TWO, host_inputs, random_images
 from tests.hia.hosts import stir, tiny_config, tiny_llama, tiny_llava, tiny_processor
@@ -147,7 +147,7 @@ def test_feature_cache_equals_encoding_again(model, batch):
 
 @pytest.mark.parametrize(("plan", "calls"), [("folded_absorbed/direct", 0), ("folded/direct", 0), ("direct/direct", 1)])
 def test_the_shared_projection_is_made_only_where_a_form_reads_it(base, processor, monkeypatch, plan, calls):
-    model = stir(hia.get_hia_model(base, tiny_config(base, "released", plan=plan)))
+    model = stir(hia.get_hia_model(base, tiny_config(base, "released"), plan=plan))
     made, shared = [], PackedFeatures.shared
 
     def counted(features, linear):
@@ -370,7 +370,7 @@ def test_the_mask_comes_down_once(batch):
     right = torch.ones(2, 4, dtype=torch.int64)
     right[0, 3] = 0
     mask = watched(right)
-    here = model_module._pad_left({"attention_mask": mask, "input_ids": torch.zeros(2, 4, dtype=torch.int64)})
+    here = pad_left({"attention_mask": mask, "input_ids": torch.zeros(2, 4, dtype=torch.int64)})
     assert here.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
     assert mask.asked.count("cpu") == 1 and not {"__bool__", "item", "tolist"} & set(mask.asked)
 
@@ -417,4 +417,4 @@ def test_config_for_another_host(base):
 
 def test_processor_without_images(base):
     with pytest.raises(TypeError, match="base_processor must have tokenizer, got "):
-        hia.HiAProcessor(tiny_processor().tokenizer, tiny_config(base))
+        hia.HiAProcessor(tiny_processor().tokenizer)

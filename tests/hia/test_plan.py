@@ -88,7 +88,7 @@ def run(adapter, forms, hidden, maps, layout, kept=None):
     layer.extractor.form, layer.injection.form = forms
     packed = ImageFeatures(maps).packed()
     if kept is not None:
-        packed.caches[2] = layer.extractor.layer_cache(packed, kept)
+        packed.caches.update(adapter.layer_caches(packed, kept))
     return layer(hidden.clone(), packed, layout)
 
 
@@ -356,10 +356,13 @@ def test_what_is_kept_is_counted_and_used_until_weights_change(keep):
     assert [len(part.packed().caches) for part in (features, swapped, both)] == [len(config.layer_indices)] * 3
     extractor = model.adapter.layer(config.layer_indices[0]).extractor
     with torch.no_grad():
+        assert extractor.sizes(model.adapter.packed(features), 1).cached == (keep,)
         assert extractor.sizes(features.packed(), 1).cached == (keep,)
-        extractor.kv_proj.bias.add_(1)
-        assert extractor.sizes(features.packed(), 1).cached == ()
     assert extractor.sizes(features.packed(), 1).cached == ()  # gradients are recorded
+    with torch.no_grad():
+        extractor.kv_proj.bias.add_(1)
+        packed = model.adapter.packed(features)
+        assert extractor.sizes(packed, 1).cached == () and len(packed.caches) == len(config.layer_indices) - 1
 
 
 def test_what_is_kept_by_default_makes_a_question_cheaper():
@@ -417,7 +420,7 @@ def test_flops_of_a_form_are_what_is_counted():
     packed, layer = ImageFeatures(maps).packed(), adapter.layer(2)
     with torch.no_grad():
         adapter.fold_weights()
-        packed.caches[2] = layer.extractor.layer_cache(packed, "folded")
+        packed.caches.update(adapter.layer_caches(packed, "folded"))
         for form in plan.extract_forms(layer.extractor.sizes(packed, 2)):
             layer.extractor.form = form.name
             fresh = ImageFeatures(maps).packed()
@@ -443,14 +446,16 @@ def test_explained(capsys):
 
 
 def test_a_plan_must_be_known():
+    base = tiny_llava(layers=3)
     with pytest.raises(ValueError, match=r"plan must be 'auto' or '<extract>/<inject>' .* got 'fast'"):
-        hia.HiAConfig.paper(text_config(), plan="fast")
+        hia.get_hia_model(base, hia.HiAConfig.paper(base, encoder_width=4), plan="fast")
+    assert all(parameter.requires_grad for parameter in base.parameters())  # nothing was attached
     assert plan.split_plan("absorbed") == ("absorbed", "absorbed")
     assert plan.split_plan("ln_folded_kv") == ("ln_folded_kv", "auto")
     assert plan.split_plan("auto/direct") == ("auto", "direct")
-    for old, now in (("textbook/textbook", ("direct", "direct")), ("deep_kv/absorbed", ("ln_folded_kv", "absorbed"))):
-        with pytest.warns(FutureWarning, match=f"form '{old.partition('/')[0]}' is called '{now[0]}' now"):
-            assert plan.split_plan(old) == now
+    for old, now in (("textbook/textbook", "direct/direct"), ("deep_kv/absorbed", "ln_folded_kv/absorbed")):
+        with pytest.warns(FutureWarning, match=f"the plan '{old}' is called '{now}' now"):
+            assert plan.split_plan(old) == tuple(now.split("/"))
 
 
 FEATURES = {

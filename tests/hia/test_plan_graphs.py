@@ -29,7 +29,7 @@ TRAINED = [forms for forms in FORMS if not forms[0].startswith(("ln_folded", "ca
 @pytest.mark.compile
 @pytest.mark.parametrize("keep", ["kv", "folded"])
 @torch.no_grad()
-def test_a_compiled_question_sees_no_stale_sides(processor, keep):
+def test_a_compiled_question_sees_no_stale_caches(processor, keep):
     """What was kept of the images before a step of the optimizer answers nothing after it."""
     base = tiny_llava(layers=2)
     model = stir(hia.get_hia_model(base, tiny_config(base, encoder="strided", layers=[1])))
@@ -154,7 +154,7 @@ def layer_call(preset: str, forms: tuple[str, str], dtype: torch.dtype, training
         if not training:
             adapter.fold_weights()
         if forms[0].startswith("cached_"):
-            packed.caches[2] = layer.extractor.layer_cache(packed, forms[0].removeprefix("cached_"))
+            packed.caches.update(adapter.layer_caches(packed, forms[0].removeprefix("cached_")))
 
     def forward() -> tuple[Tensor, ...]:
         packed._memo.clear()  # or a replay would not compute what was remembered

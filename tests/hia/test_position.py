@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hia
-from hia.encoder import strips
+from hia.encoder import memory
 from hia.encoder.position import add_position, axis_codes
 from hia.layers.extractor import Extractor
 from tests.hia.conftest import ONE, random_images
@@ -74,8 +74,8 @@ def test_strips_have_the_whole_images_positions(folded):
     encoder, pixels = encoder_of(encoder_width=16, position="sincos"), pixels_of(700, 500)
     if folded:
         encoder.fold_weights()
-    budget = strips.activation_bytes(encoder, 700, 500, 16)
-    assert strips.strip_rows(encoder, 700, 500, budget) is not None
+    budget = memory.activation_bytes(encoder, 700, 500, 16)
+    assert memory.strip_rows(encoder, 700, 500, budget) is not None
     with torch.no_grad():
         assert distance(encoder(pixels, WINDOW, budget), encoder(pixels, WINDOW)) < 2e-6
         assert (

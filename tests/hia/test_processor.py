@@ -62,7 +62,7 @@ def test_windows_override(processor):
 
 
 def test_without_high_resolution_the_encoder_gets_the_hosts_size(base):
-    processor = hia.HiAProcessor(tiny_processor(), tiny_config(base, high_resolution=False))
+    processor = hia.HiAProcessor(tiny_processor(), high_resolution=False)
     batch = processor(TWO, [A, B])
     assert [tuple(p.shape) for p in batch.high_res_pixels] == [(IMAGE_SIZE, IMAGE_SIZE, 1)] * 2
     assert [p.dtype for p in batch.high_res_pixels] == [torch.uint16, torch.uint8]
@@ -147,7 +147,7 @@ def test_two_real_studies_of_a_patient(radiographs):
     assert len(studies) == 2
     base = tiny_llava()
     model = stir(hia.get_hia_model(base, tiny_config(base)))
-    processor = hia.HiAProcessor(tiny_processor(), model.hia_config)
+    processor = hia.HiAProcessor(tiny_processor())
     batch = processor(TWO, studies)
     assert [tuple(p.shape) for p in batch.high_res_pixels] == [(2000, 2000, 1)] * 2
     erased = hia.HiABatch(batch)
@@ -162,9 +162,7 @@ def test_two_real_studies_of_a_patient(radiographs):
 def test_real_dicom_and_jpeg_in_one_prompt(data_dir, radiographs):
     base = tiny_llava()
     model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
-    batch = hia.HiAProcessor(tiny_processor(), model.hia_config)(
-        TWO, [data_dir / "dicom" / "RG3_deflated.dcm", radiographs[0]]
-    )
+    batch = hia.HiAProcessor(tiny_processor())(TWO, [data_dir / "dicom" / "RG3_deflated.dcm", radiographs[0]])
     assert [p.dtype for p in batch.high_res_pixels] == [torch.uint16, torch.uint8]
     with torch.no_grad():
         assert torch.isfinite(model(**batch).logits).all()
@@ -184,7 +182,7 @@ def test_real_tokenizers(data_dir):
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         )
-        processor = hia.HiAProcessor(host, tiny_config(tiny_llava()))
+        processor = hia.HiAProcessor(host)
         batch = processor(
             ["比较这两张胸片：<image><image>\n有什么变化？", "<image>\n描述"], [[A, B], [C]], answers=["没有。", "好"]
         )

@@ -77,7 +77,7 @@ def modules_of(encoder, pixels, windows):
 def test_calibration_measures_all_pixels(batch_norm):
     """Images of one size are one batch: PyTorch's own norms, with momentum 1, keep the same moments."""
     base = tiny_llava()
-    model = hia.get_hia_model(base, tiny_config(base, encoder="strided", position="none", batch_norm=batch_norm))
+    model = hia.get_hia_model(base, tiny_config(base, encoder="strided", position="none"), batch_norm=batch_norm)
     images = [pixels_of(96, 75, seed=seed) for seed in range(4)]
     windows = torch.tensor([[0.0, 255.0], [255.0, 0.0], [10.0, 200.0], [0.0, 300.0]])
     encoder = model.adapter.encoder
@@ -223,7 +223,7 @@ def test_training_with_untouched_statistics_warns():
         model.eval()
         model.calibrate_encoder([pixels_of(64, 64)]).train()
         live = tiny_llava()
-        hia.get_hia_model(live, tiny_config(live, encoder="strided", batch_norm="batch")).train()
+        hia.get_hia_model(live, tiny_config(live, encoder="strided"), batch_norm="batch").train()
         fixed = tiny_llava()
         frozen = hia.get_hia_model(fixed, tiny_config(fixed, encoder="strided"))
         frozen.adapter.encoder.requires_grad_(False)

@@ -194,5 +194,5 @@ def test_errors_name_the_argument():
 def test_its_processor_makes_one_token_a_patch(host):
     processor = tiny_processor()
     image = PhantomDataset(1, 0)[0].images[0]
-    inputs = hia.HiAProcessor(processor, hia.HiAConfig.paper(host))("USER: <image> is there ? ASSISTANT:", image)
+    inputs = hia.HiAProcessor(processor)("USER: <image> is there ? ASSISTANT:", image)
     assert int((inputs.image_map >= 0).sum()) == 16 and inputs.pixel_values.shape == (1, 3, 40, 40)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..images.load import check_pixels, check_windows, default_window
+from ..images.load import check_pixels, windows_of
 from ..images.radiograph import Radiograph
 from .encoder import Encoder, of_one_kind
 
@@ -141,11 +141,7 @@ def pixels_and_windows(images: Any, windows: Any, smallest_side: int) -> tuple[l
     pixels = [image.pixels if isinstance(image, Radiograph) else image for image in images]
     for number, image in enumerate(pixels):
         check_pixels(f"images[{number}]", image, smallest_side)
-    if windows is None:
-        known = [image.window if isinstance(image, Radiograph) else default_window(image) for image in images]
-        windows = torch.tensor(known, dtype=torch.float32)
-    check_windows(windows, len(pixels))
-    return pixels, windows
+    return pixels, windows_of(images, windows)
 
 
 def chunks_of(encoder: Encoder, images: Sequence[Tensor]) -> list[list[int]]:

@@ -16,8 +16,9 @@ from hia_kernels.ops.stem.functional import stem_reach
 
 from ..config import HiAConfig
 from ..renamed import renamed
+from ..unit import Unit, unit_forward
 from ..versions import WeightVersion, weight_version_of
-from . import strips as tiling
+from . import memory, strips
 from .conv import ConvExecutor, EncoderConv, FoldedEncoder, fold_conv
 from .position import add_position
 from .weights import load_resnet50
@@ -26,6 +27,7 @@ __all__ = ["Bottleneck", "Encoder", "ResNet50Encoder", "StridedEncoder", "build_
 
 BLOCKS = (3, 4, 6, 3)  # ResNet-50's bottlenecks a stage
 EXPANSION = 4
+BATCH_NORMS = ("running", "batch")
 GROUP_PIXELS = 2**22  # images of one size are stacked up to this many pixels; a larger one fills a GPU by itself
 CPU_GROUP_PIXELS = 2**20  # the same on the CPU, in training; beyond, a stack only takes more memory for its temporaries
 
@@ -50,7 +52,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor, executor: ConvExecutor | None = None) -> Tensor:
-        """[N, H, W, C] -> [N, H', W', 4 * width]; with folded weights and without ``downsample`` written over x."""
+        """[N, H, W, C] -> [N, H', W', 4 * width]; written over x with folded weights and without ``downsample``."""
         executor = executor or ConvExecutor()
         y = executor(self.conv1, self.bn1, x)
         y = executor(self.conv2, self.bn2, y, scratch=True)
@@ -61,13 +63,13 @@ class Bottleneck(nn.Module):
         return executor(self.conv3, self.bn3, y, residual)
 
     def pairs(self) -> Iterator[tuple[EncoderConv, nn.BatchNorm2d]]:
-        """Each convolution and its norm."""
+        """List each convolution and its norm."""
         yield from ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
         if self.downsample is not None:
             yield self.downsample[0], self.downsample[1]
 
 
-class Encoder(nn.Module):
+class Encoder(Unit):
     """Raw pixels to features; with running statistics an image's features never depend on its neighbours.
 
     Subclasses own ``conv1`` (3-channel stem), ``bn1`` and what :meth:`units` lists.
@@ -86,7 +88,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.channels = config.encoder_channels
         self.stride = config.encoder_stride
-        self.live_statistics = config.batch_norm == "batch"
+        self.live_statistics = False
         self.position = config.position
         self.image_mean, self.image_std = config.image_mean, config.image_std
         self._folded: FoldedEncoder | None = None
@@ -98,15 +100,15 @@ class Encoder(nn.Module):
 
     @property
     def smallest_side(self) -> int:
-        """Pixels an image needs along each axis."""
+        """Return the pixels that an image needs along each axis."""
         return stem_reach(self.conv1.kernel_size[0], self.pool)
 
     def halved(self, side: int) -> int:
-        """Features along an axis of so many pixels."""
+        """Count the features along an axis of so many pixels."""
         return -(-side // self.stride)
 
     def reset_parameters(self) -> None:
-        """Kaiming's initialisation of the convolutions; a block's last norm starts at zero.
+        """Initialise the convolutions as Kaiming does; a block's last norm starts at zero.
 
         The running statistics of an untrained norm scale nothing: sixteen blocks would double the variance sixteen
         times, and fp16 hosts would overflow.
@@ -117,8 +119,19 @@ class Encoder(nn.Module):
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
+    def set_batch_norm(self, statistics: str) -> None:
+        """Choose the statistics that batch-norm takes in training: "running", or those of the "batch".
+
+        Raises:
+            ValueError: neither of them.
+        """
+        if statistics not in BATCH_NORMS:
+            raise ValueError(f"hia: batch_norm must be {' or '.join(map(repr, BATCH_NORMS))}, got {statistics!r}")
+        self.live_statistics = statistics == "batch"
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Encoder:
-        """Batch-norm keeps its running statistics in training unless the config asks for live ones."""
+        """Set the mode; batch-norm keeps its running statistics in training unless live ones were asked for."""
         super().train(mode)
         if not self.live_statistics:
             for module in self.modules():
@@ -126,6 +139,7 @@ class Encoder(nn.Module):
                     module.eval()
         return self
 
+    @unit_forward
     def forward(self, pixels: Tensor, window: Tensor, max_activation_bytes: int | None = None) -> Tensor:
         """Encode one image.
 
@@ -142,7 +156,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: the budget can't hold a strip, or gradients or live statistics want the whole image.
         """
-        tiling.check_budget(max_activation_bytes)
+        memory.check_budget(max_activation_bytes)
         return self._encode(pixels[None], window[None], self._executor(), max_activation_bytes)[0]
 
     def forward_many(
@@ -154,7 +168,7 @@ class Encoder(nn.Module):
         images of one size (and kind of pixel) are one batch everywhere: each such group has statistics of its own.
 
         Args:
-            images: [H, W, 1 or 3] each.
+            images: [H, W, 1 or 3] each, on any device.
             windows: [n, 2] fp32.
             max_activation_bytes: as in :meth:`forward`; for all that is encoded at once.
 
@@ -164,9 +178,14 @@ class Encoder(nn.Module):
         Raises:
             ValueError: as :meth:`forward`; not one window an image; a budget that can't hold a group that must be one.
         """
-        tiling.check_budget(max_activation_bytes)
+        memory.check_budget(max_activation_bytes)
         if tuple(windows.shape) != (len(images), 2):
             raise ValueError(f"hia: windows must have shape [{len(images)}, 2], got {list(windows.shape)}")
+        return self.inside(self._encode_many, images, windows, max_activation_bytes)
+
+    def _encode_many(self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: int | None) -> list[Tensor]:
+        device = self.conv1.weight.device
+        images, windows = [pixels.to(device, non_blocking=True) for pixels in images], windows.to(device)
         executor = self._executor()
         maps: dict[int, Tensor] = {}
         for group in self._groups(images, max_activation_bytes):
@@ -178,13 +197,17 @@ class Encoder(nn.Module):
         """Fold the norms and pack the weights for inference: exact to rounding, beside the parameters.
 
         Used where no gradient is recorded, until a parameter changes.
+
+        Raises:
+            NotImplementedError: the weights are sharded or offloaded.
         """
+        self.check_in_place("fold_weights")
         constants = self._normalisation(self.conv1.weight.device)
-        steps = {self.conv1: fold_conv(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
+        convs = {self.conv1: fold_conv(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
         for unit in self.units():
-            steps.update({conv: fold_conv(conv, norm) for conv, norm in unit.pairs()})
+            convs.update({conv: fold_conv(conv, norm) for conv, norm in unit.pairs()})
         self.unfold_weights()
-        self._folded = FoldedEncoder(self.weight_version(), steps, constants)
+        self._folded = FoldedEncoder(self.weight_version(), convs, constants)
         return self._folded
 
     def unfold_weights(self) -> None:
@@ -196,11 +219,11 @@ class Encoder(nn.Module):
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 
     def weight_version(self) -> WeightVersion:
-        """Versions of all parameters and statistics."""
+        """Name the present state of all parameters and statistics."""
         return weight_version_of([*self.parameters(), *self.buffers()])
 
     def current(self) -> FoldedEncoder | None:
-        """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""
+        """Return the folded weights; drop them, with a warning, once a parameter has changed since they were made."""
         if self._folded is not None and self._folded.version != self.weight_version():
             warnings.warn(
                 "hia: parameters have changed since fold_weights(), so the encoder's weights are dropped; "
@@ -217,14 +240,14 @@ class Encoder(nn.Module):
     def body(self, x: Tensor, executor: ConvExecutor | None = None, start: int = 0) -> Tensor:
         """Run what follows the stem, from unit ``start`` on: [N, H, W, C] -> [N, H', W', C']."""
         executor = executor or self._executor()
-        elements = tiling.workspace_elements(self.units()[start:], x.shape)
+        elements = memory.workspace_elements(self.units()[start:], x.shape)
         with executor.within(elements, x.dtype, keep=start == 0):  # behind strips the image is a large one
             for unit in self.units()[start:]:
                 x = unit(x, executor)
             return executor.released(x)
 
     def stem(self, pixels: Tensor, window: Tensor, executor: ConvExecutor) -> Tensor:
-        """[N, H, W, CP], [N, 2] -> [N, H / stem_stride, W / stem_stride, width]."""
+        """Run the stem: [N, H, W, CP], [N, 2] -> [N, H / stem_stride, W / stem_stride, width]."""
         mean, std = self._normalisation(pixels.device)
         if not self.bn1.training:
             weight, scale, shift = executor.folded(self.conv1, self.bn1)
@@ -242,7 +265,7 @@ class Encoder(nn.Module):
         return x.permute(0, 2, 3, 1).contiguous()
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and std on the device; made once, since copying them there makes the host wait."""
+        """Return mean and std on the device; they are made once, since copying them there makes the host wait."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # not the tensors of a trace
             return torch.tensor(self.image_mean, device=device), torch.tensor(self.image_std, device=device)
         key = (device, self.image_mean, self.image_std)
@@ -257,7 +280,7 @@ class Encoder(nn.Module):
         return self.bn1.training or any(norm.training for unit in self.units() for _, norm in unit.pairs())
 
     def _executor(self) -> ConvExecutor:
-        """With folded weights, where no gradient is recorded and no norm takes live statistics."""
+        """Take the folded weights where no gradient is recorded and no norm takes live statistics."""
         if (
             self._folded is None
             or torch.is_grad_enabled()
@@ -272,7 +295,7 @@ class Encoder(nn.Module):
         return ConvExecutor(folded.convs, folded.packed_serves(), graphs, folded.workspace_cache)
 
     def _encode(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: int | None) -> Tensor:
-        """[N, H, W, CP], [N, 2] -> [N, H', W', C], the whole image's, whatever came in strips: positions go on last."""
+        """Encode images of one size, [N, H, W, CP], [N, 2] -> [N, H', W', C]; positions go on last, strips or not."""
         features = self._without_position(pixels, window, executor, budget)
         return features if self.position == "none" else add_position(features)
 
@@ -280,13 +303,13 @@ class Encoder(nn.Module):
         if budget is not None:
             executor.workspace_cache = None  # it may be larger than this image's budget
             images, height, width, _ = pixels.shape
-            rows = tiling.strip_rows(self, height, width, budget // images)
+            rows = memory.strip_rows(self, height, width, budget // images)
             if rows is not None:
-                tiling.check_inference(self, pixels, height, width, budget)
-                return tiling.encode_strips(self, pixels, window, executor, rows)
-        count, rows = tiling.head(self, *pixels.shape[1:3]) if executor.packed and pixels.shape[0] == 1 else (0, 0)
+                memory.check_inference(self, pixels, height, width, budget)
+                return strips.encode_strips(self, pixels, window, executor, rows)
+        count, rows = memory.head(self, *pixels.shape[1:3]) if executor.packed and pixels.shape[0] == 1 else (0, 0)
         if count:  # nothing here may hold a map that the body has done with
-            return self.body(tiling.encode_strips(self, pixels, window, executor, rows, count, True), executor, count)
+            return self.body(strips.encode_strips(self, pixels, window, executor, rows, count, True), executor, count)
 
         def whole(pixels: Tensor, window: Tensor) -> Tensor:
             return self.body(self.stem(pixels, window, executor), executor)
@@ -296,7 +319,7 @@ class Encoder(nn.Module):
         return executor.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
 
     def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
-        """Indices of images to encode at once: of one size, and no more than the budget holds."""
+        """Group the indices of images to encode at once: of one size, and no more than the budget holds."""
         live, on_cpu = self.takes_live_statistics(), self.conv1.weight.device.type == "cpu"
         if on_cpu and not live and not torch.is_grad_enabled():
             return [[index] for index in range(len(images))]
@@ -308,7 +331,7 @@ class Encoder(nn.Module):
         for (shape, _), members in alike.items():
             count = max(1, (CPU_GROUP_PIXELS if on_cpu else GROUP_PIXELS) // max(1, shape[0] * shape[1]))
             if budget is not None:
-                count = max(1, min(count, budget // tiling.activation_bytes(self, *shape[:2])))
+                count = max(1, min(count, budget // memory.activation_bytes(self, *shape[:2])))
             groups += [members[start : start + count] for start in range(0, len(members), count)]
         return groups
 
@@ -321,7 +344,7 @@ class Encoder(nn.Module):
                     f"hia: images of one size must give more than one feature together where batch-norm takes live "
                     f"statistics, got one of {shape[0]} x {shape[1]} pixels, a feature per {self.stride}"
                 )
-            needed = 0 if budget is None else len(members) * tiling.activation_bytes(self, *shape[:2])
+            needed = 0 if budget is None else len(members) * memory.activation_bytes(self, *shape[:2])
             if budget is not None and needed > budget:
                 raise ValueError(
                     f"hia: max_activation_bytes must hold all {len(members)} images of {shape[0]} x {shape[1]} at once "
@@ -347,7 +370,7 @@ class StemConv(EncoderConv):
     """The stem's convolution; stride 2, which ``conv_norm_act`` doesn't do for 7 x 7."""
 
     def apply_to_stem(self, x: Tensor) -> Tensor:
-        """[N, H, W, 3] -> [N, OC, OH, OW], no norm."""
+        """Convolve, without a norm: [N, H, W, 3] -> [N, OC, OH, OW]."""
         return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, stride=2, padding=self.padding)
 
 
@@ -370,7 +393,7 @@ class ResNet50Encoder(Encoder):
             self.add_module(f"layer{stage + 1}", layer)
 
     def units(self) -> list[Bottleneck]:
-        """The sixteen bottlenecks."""
+        """List the sixteen bottlenecks."""
         return [block for stage in range(len(BLOCKS)) for block in self.get_submodule(f"layer{stage + 1}")]
 
 
@@ -386,7 +409,7 @@ class ConvUnit:
         return out
 
     def pairs(self) -> Iterator[tuple[EncoderConv, nn.BatchNorm2d]]:
-        """Each convolution and its norm."""
+        """List each convolution and its norm."""
         yield self.conv, self.norm
 
 
@@ -411,12 +434,12 @@ class StridedEncoder(Encoder):
             self.norms.append(nn.BatchNorm2d(channels))
 
     def units(self) -> list[ConvUnit]:
-        """The four convolutions."""
+        """List the four convolutions."""
         return [ConvUnit(conv, norm) for conv, norm in zip(self.convs, self.norms, strict=True)]
 
 
 def build_encoder(config: HiAConfig) -> Encoder:
-    """The encoder the config names."""
+    """Build the encoder that the config names."""
     encoder = ResNet50Encoder(config) if config.encoder == "resnet50" else StridedEncoder(config)
     encoder.reset_parameters()
     return encoder

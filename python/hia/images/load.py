@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,30 @@ def check_windows(windows: Tensor, images: int) -> None:
         )
 
 
+def windows_of(images: Sequence[Tensor | Radiograph], windows: Tensor | None) -> Tensor:
+    """Return the windows that go with some images, checked.
+
+    Args:
+        images: radiographs or pixels.
+        windows: [n, 2]; None takes each radiograph's own, and :func:`default_window` of pixels.
+
+    Returns:
+        [n, 2].
+    """
+    if windows is None:
+        known = [image.window if isinstance(image, Radiograph) else default_window(image) for image in images]
+        windows = torch.tensor(known, dtype=torch.float32).view(-1, 2)
+    check_windows(windows, len(images))
+    return windows
+
+
 def default_window(pixels: Tensor) -> tuple[float, float]:
-    """uint8: (0, 255). Float images within [0, 1]: (0, 1). All others: the image's own range, since a uint16 array
-    doesn't say how many of its bits are used."""
+    """Guess the window of pixels that come without one.
+
+    Returns:
+        (0, 255) of uint8, (0, 1) of float images within [0, 1], and else the image's own range, since a uint16 array
+        doesn't say how many of its bits are used.
+    """
     if pixels.dtype == torch.uint8:
         return 0.0, 255.0
     values = pixels.float()

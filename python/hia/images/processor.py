@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import HiAConfig
-from ..runtime.resolution import for_encoder
+from ..renamed import GONE_IN
 from .load import load_image
 from .radiograph import Radiograph
 
@@ -46,29 +46,38 @@ class HiAProcessor:
 
     Args:
         base_processor: a ``LlavaProcessor``.
-        config: the adapter's; ``high_resolution=False`` shrinks the adapter's images to the host's resolution.
+        config: not needed any more; older versions read ``high_resolution`` off it.
+        high_resolution: False shrinks the adapter's images to the host's resolution here already. A model with
+            ``high_resolution=False`` does so itself, with the same result; the batch is smaller then.
 
     Raises:
         TypeError: no tokenizer, no image processor or no patch size.
     """
 
-    def __init__(self, base_processor: Any, config: HiAConfig):
+    def __init__(self, base_processor: Any, config: Any = None, *, high_resolution: bool = True):
         for name in ("tokenizer", "image_processor", "patch_size", "image_token"):
             if getattr(base_processor, name, None) is None:
                 raise TypeError(
                     f"HiAProcessor: base_processor must have {name}, got {type(base_processor).__name__} without"
                 )
+        if config is not None:
+            warnings.warn(
+                f"hia: HiAProcessor takes no config any more, and the argument goes with version {GONE_IN}; "
+                f"HiAProcessor(base_processor, high_resolution=...) says what it was read for",
+                FutureWarning,
+                stacklevel=2,
+            )
         self.base_processor = base_processor
-        self.config = config
+        self.high_resolution = high_resolution
 
     @property
     def tokenizer(self) -> Any:
-        """The host's."""
+        """Return the host's."""
         return self.base_processor.tokenizer
 
     @property
     def image_token_id(self) -> int:
-        """Id of ``<image>``."""
+        """Return the id of ``<image>``."""
         return self.tokenizer.convert_tokens_to_ids(self.base_processor.image_token)
 
     def __call__(
@@ -102,6 +111,37 @@ class HiAProcessor:
             ValueError: placeholder counts that differ from image counts, bad pixels, a prompt beyond
                 ``max_length``. TypeError: text or images of another kind.
         """
+        prompts, replies = self._checked(text, answers)
+        radiographs = self._loaded(self._matched(prompts, images, isinstance(text, str)), windows)
+        batch = HiABatch()
+        tokens_per_image = 0
+        if radiographs:
+            host_images = [radiograph.to_pil() for radiograph in radiographs]
+            encoded = self.base_processor.image_processor(host_images, return_tensors="pt")
+            batch["pixel_values"] = encoded["pixel_values"]
+            tokens_per_image = self._tokens_per_image(batch["pixel_values"])
+        rows = [self._tokens(number, prompts, replies, tokens_per_image, max_length) for number in range(len(prompts))]
+        self._pad(batch, rows, padding_side or self.tokenizer.padding_side, replies is not None)
+        if radiographs:
+            batch["image_map"] = self._image_map(batch["input_ids"], tokens_per_image)
+            if not self.high_resolution:
+                radiographs = [radiograph.resized(*batch["pixel_values"].shape[-2:]) for radiograph in radiographs]
+            batch["high_res_pixels"] = [radiograph.pixels for radiograph in radiographs]
+            batch["windows"] = torch.tensor([radiograph.window for radiograph in radiographs], dtype=torch.float32)
+        return batch
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Decode several sequences with the tokenizer."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """Decode a sequence with the tokenizer."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def _checked(
+        self, text: str | Sequence[str], answers: str | Sequence[str] | None
+    ) -> tuple[list[str], Sequence[str] | None]:
+        """Return the prompts and their answers, one each."""
         prompts = [text] if isinstance(text, str) else list(text)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("HiAProcessor: text must be a string or a list of strings, got " + _kinds(text))
@@ -113,37 +153,10 @@ class HiAProcessor:
                 raise ValueError(
                     f"HiAProcessor: answers must not hold {self.base_processor.image_token}, got one in answer {number}"
                 )
-        flat = self._matched(prompts, images, isinstance(text, str))
-        radiographs = self._loaded(flat, windows)
-
-        batch = HiABatch()
-        tokens_per_image = 0
-        if radiographs:
-            host_images = [radiograph.to_pil() for radiograph in radiographs]
-            batch["pixel_values"] = self.base_processor.image_processor(host_images, return_tensors="pt")[
-                "pixel_values"
-            ]
-            tokens_per_image = self._tokens_per_image(batch["pixel_values"])
-        rows = [self._tokens(number, prompts, replies, tokens_per_image, max_length) for number in range(len(prompts))]
-        self._pad(batch, rows, padding_side or self.tokenizer.padding_side, replies is not None)
-        if radiographs:
-            batch["image_map"] = self._image_map(batch["input_ids"], tokens_per_image)
-            height, width = batch["pixel_values"].shape[-2:]
-            high = [for_encoder(self.config, radiograph, (height, width)) for radiograph in radiographs]
-            batch["high_res_pixels"] = [radiograph.pixels for radiograph in high]
-            batch["windows"] = torch.tensor([radiograph.window for radiograph in high], dtype=torch.float32)
-        return batch
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """The tokenizer's."""
-        return self.tokenizer.decode(*args, **kwargs)
+        return prompts, replies
 
     def _matched(self, prompts: list[str], images: Any, single: bool) -> list[Any]:
-        """All images in one list, after checking each prompt's placeholders against its images."""
+        """List all images, after checking each prompt's placeholders against its images."""
         placeholders = [prompt.count(self.base_processor.image_token) for prompt in prompts]
         if images is None:
             images = []
@@ -192,7 +205,7 @@ class HiAProcessor:
         tokens_per_image: int,
         max_length: int | None,
     ) -> tuple[list[int], list[int]]:
-        """Ids of prompt and answer. Tokenised apart, so that the prompt is the same in training and generation."""
+        """Tokenise prompt and answer apart, so that the prompt is the same in training and generation."""
         image_token = self.base_processor.image_token
         prompt = self.tokenizer(prompts[number].replace(image_token, image_token * max(tokens_per_image, 1)))
         ids = list(prompt["input_ids"])

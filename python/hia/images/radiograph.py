@@ -23,17 +23,19 @@ class Radiograph:
     window: tuple[float, float]
 
     def windowed(self) -> Tensor:
-        """[H, W, C] fp32 in [0, 1]."""
+        """Return [H, W, C] fp32 in [0, 1]."""
         low, high = self.window
         return ((self.pixels.float() - low) / (high - low)).clamp(0, 1)
 
     def to_pil(self) -> Image.Image:
-        """8-bit RGB, as the host's image processor wants it."""
+        """Return 8-bit RGB, as the host's image processor wants it."""
         grey_or_rgb = (self.windowed() * 255).round().to(torch.uint8).expand(-1, -1, 3)
         return Image.fromarray(grey_or_rgb.numpy(), "RGB")
 
     def resized(self, height: int, width: int) -> Radiograph:
-        """Bilinear with antialiasing, same dtype and window."""
+        """Resize, bilinear with antialiasing; dtype and window stay, and so does an image that has the size."""
+        if tuple(self.pixels.shape[:2]) == (height, width):
+            return self
         image = self.pixels.float().permute(2, 0, 1)[None]
         small = F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
         pixels = small[0].permute(1, 2, 0)

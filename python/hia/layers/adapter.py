@@ -1,47 +1,54 @@
-"""The adapter: encoder, and per chosen layer an extractor and an injection."""
+"""The adapter: an encoder, and an extractor and an injection for each chosen layer."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..config import HiAConfig
 from ..encoder.encoder import build_encoder
 from ..renamed import renamed
+from ..unit import Unit, unit_forward
 from .extractor import Extractor
-from .features import LayerCache, PackedFeatures
+from .features import ImageFeatures, LayerCache, PackedFeatures
+from .forms import AUTO, split_plan
 from .injection import Injection
 from .layout import CallLayout
-from .plan import AUTO
+from .shared import SharedProjection
 
 
-class HiALayer(nn.Module):
+class HiALayer(Unit):
     """Condition, extract, inject at one decoder layer (paper, section 3, steps 1 to 3)."""
 
-    def __init__(self, config: HiAConfig, layer: int = 0, shared: nn.Linear | None = None):
+    def __init__(self, config: HiAConfig, layer: int = 0, shared: SharedProjection | None = None):
         super().__init__()
         self.extractor = Extractor(config, layer, shared)
         self.injection = Injection(config)
 
+    @unit_forward
     def forward(self, hidden: Tensor, features: PackedFeatures, layout: CallLayout) -> Tensor:
-        """[B, S, D1] -> [B, S, D1], with the visual tokens' rows changed; in place where no gradient is recorded."""
+        """Change the visual tokens' rows: [B, S, D1] -> [B, S, D1]; in place where no gradient is recorded."""
         rows = hidden.reshape(-1, hidden.shape[-1])  # [B * S, D1]; a view when the host's output is contiguous
         extracted = self.extractor(rows, layout.instruction_rows, features, layout.image_to_sample)
         return self.injection(rows, layout, extracted).view(hidden.shape)
 
 
 class HiAAdapter(nn.Module):
-    """Everything that is trained: ``encoder``, ``feature_projection`` (released maths only), ``layers``.
+    """All that is trained: ``encoder``, ``feature_projection`` (released maths only), ``layers``.
 
     Layers are named by the decoder layer they follow.
+
+    Attributes:
+        plan: the exact forms of the maths that run, as :meth:`set_plan` takes them.
     """
 
     def __init__(self, config: HiAConfig):
         super().__init__()
-        self.config = config
+        self.config, self.plan = config, AUTO
         self.encoder = build_encoder(config)
-        self.feature_projection: nn.Linear | None = None
+        self.feature_projection: SharedProjection | None = None
         if config.shared_projection:
-            self.feature_projection = nn.Linear(config.encoder_channels, config.hidden_size)
+            self.feature_projection = SharedProjection(config.encoder_channels, config.hidden_size)
         self.layers = nn.ModuleDict(
             {str(index): HiALayer(config, index, self.feature_projection) for index in config.layer_indices}
         )
@@ -51,6 +58,21 @@ class HiAAdapter(nn.Module):
         for module in reversed(list(self.modules())[1:]):  # children before those that adjust them
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+    def set_plan(self, plan: str) -> None:
+        """Choose the exact forms of the maths.
+
+        Args:
+            plan: "auto", the cheapest for the sizes of each call; "<extract>/<inject>" with names of
+                :mod:`hia.layers.forms`; or one name for both.
+
+        Raises:
+            ValueError: no such form.
+        """
+        extract, inject = split_plan(plan)
+        for layer in self.layers.values():
+            layer.extractor.form, layer.injection.form = extract, inject
+        self.plan = AUTO if extract == inject == AUTO else f"{extract}/{inject}"
 
     def fold_weights(self) -> None:
         """Fold and pack the weights for inference, in the encoder and in every layer."""
@@ -65,7 +87,7 @@ class HiAAdapter(nn.Module):
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 
     def layer_caches(self, features: PackedFeatures, keep: str) -> dict[int, LayerCache]:
-        """What later questions about these images need of them, by decoder layer.
+        """Compute what later questions about these images need of them, by decoder layer.
 
         Args:
             features: of the images.
@@ -74,11 +96,18 @@ class HiAAdapter(nn.Module):
         found = {}
         for layer in self.layers.values():
             extractor = layer.extractor
-            here = features.to(extractor.kv_proj.weight.device)
-            if keep != AUTO or extractor.gains_from_keys(here):
-                found[extractor.layer_index] = extractor.layer_cache(here, "kv" if keep == AUTO else keep)
+            if keep != AUTO or extractor.gains_from_keys(features):
+                kind, version = "kv" if keep == AUTO else keep, extractor.weight_version()
+                tokens = layer.inside(extractor.inside, extractor.cached_tokens, features, kind)
+                found[extractor.layer_index] = LayerCache(kind, tokens, version)
         return found
 
+    @torch.compiler.disable  # compares the weights' versions, which a graph would take for constants
+    def packed(self, features: ImageFeatures) -> PackedFeatures:
+        """Join the features of several images, without what was kept before a weight changed."""
+        extractors = [layer.extractor for layer in self.layers.values()]
+        return features.packed({extractor.layer_index: extractor.weight_version() for extractor in extractors})
+
     def layer(self, index: int) -> HiALayer:
-        """The modules that follow decoder layer ``index``."""
+        """Return the modules that follow decoder layer ``index``."""
         return self.layers[str(index)]

@@ -1,6 +1,7 @@
 """The adapter's maths as the paper writes it, in plain PyTorch and image by image: what measurements are made with.
 
-No form of :mod:`hia.layers.plan` is used, so what is measured doesn't depend on which of them ran.
+No form of :mod:`hia.layers.plan` is used, so what is measured doesn't depend on which of them ran. Weights are read
+inside calls of the units that own them (:mod:`hia.unit`).
 """
 
 from __future__ import annotations
@@ -20,22 +21,30 @@ def exact(x: Tensor) -> Tensor:
     return x.detach() if x.dtype == torch.float64 else x.detach().float()
 
 
-def conditioned_queries(extractor: Extractor, instruction: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Condition queries on instructions [A, D1]: [A, M, H, d] for the attention, and [A, D], what was added."""
-    queries = as_like(extractor.queries, instruction).expand(instruction.shape[0], -1, -1)
-    added = None
+def conditioned_queries(extractor: Extractor, instruction: Tensor) -> tuple[Tensor, float | None]:
+    """Condition queries on instructions [A, D1]: [A, M, H, d] for the attention, and what was added in ratio."""
+    return extractor.inside(_conditioned_queries, extractor, instruction)
+
+
+def _conditioned_queries(extractor: Extractor, instruction: Tensor) -> tuple[Tensor, float | None]:
+    own = as_like(extractor.queries, instruction)
+    queries, share = own.expand(instruction.shape[0], -1, -1), None
     if extractor.condition is not None:
         added = _linear(extractor.condition, instruction)
-        queries = queries + added[:, None]
+        queries, share = queries + added[:, None], ratio(added, own)
     q = _linear(extractor.q_proj, _norm(extractor.query_norm, queries))
-    return q.unflatten(-1, (extractor.num_heads, extractor.head_dim)), added
+    return q.unflatten(-1, (extractor.num_heads, extractor.head_dim)), share
 
 
 def image_keys(extractor: Extractor, tokens: Tensor) -> Tensor:
     """Make keys of one image's features [N, C] -> [N, H, d], as written in the paper."""
+    return extractor.inside(_image_keys, extractor, tokens)
+
+
+def _image_keys(extractor: Extractor, tokens: Tensor) -> Tensor:
     (shared,) = extractor._shared
     if shared is not None:
-        tokens = _linear(shared, tokens)
+        tokens = shared.inside(_linear, shared, tokens)
     latent = _norm(extractor.feature_norm, _linear(extractor.feature_projection, tokens))
     keys = _linear(extractor.kv_proj, latent).chunk(2, dim=-1)[0]
     return keys.unflatten(-1, (extractor.num_heads, extractor.head_dim))
@@ -43,6 +52,10 @@ def image_keys(extractor: Extractor, tokens: Tensor) -> Tensor:
 
 def read(injection: Injection, visual: Tensor, extracted: Tensor) -> tuple[Tensor, float | None]:
     """Let one image's visual tokens [K, D1] read its extracted tokens [M, D]: [K, D], and the attention's entropy."""
+    return injection.inside(_read, injection, visual, extracted)
+
+
+def _read(injection: Injection, visual: Tensor, extracted: Tensor) -> tuple[Tensor, float | None]:
     heads = (injection.num_heads, injection.head_dim)
     q = _linear(injection.q_proj, _norm(injection.visual_norm, visual)).unflatten(-1, heads)
     kv = _linear(injection.kv_proj, _norm(injection.extracted_norm, extracted))
@@ -52,6 +65,10 @@ def read(injection: Injection, visual: Tensor, extracted: Tensor) -> tuple[Tenso
 
 def update(injection: Injection, tokens: Tensor) -> Tensor:
     """Project what was read, [K, D], to what is added to the visual rows, [K, D1]."""
+    return injection.inside(_update, injection, tokens)
+
+
+def _update(injection: Injection, tokens: Tensor) -> Tensor:
     added = _linear(injection.out_proj, tokens)
     return added if injection.gate is None else added * torch.tanh(as_like(injection.gate, added))
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import hia_kernels
 
 from ..config import HiAConfig
+from ..unit import Unit, unit_forward
 from ..versions import WeightVersion, weight_version_of
 from . import plan
-from .features import LayerCache, PackedFeatures
+from .features import PackedFeatures
 from .folded import FoldedExtractor, fold_extractor
+from .shared import SharedProjection
 
 KEY_VALUE_FORMS = ("direct", "folded", "ln_folded_kv")
 SHARED_FORMS = ("direct", "absorbed")  # these read the released maths' shared projection as it is
@@ -25,25 +27,25 @@ CONDITION_GAIN = 0.1
 LARGEST_CACHE = 2**30  # bytes a layer keeps of one set of images without being told to
 
 
-class Extractor(nn.Module):
+class Extractor(Unit):
     """Z̄ = CrossAtten(Q + Linear(h_N), Linear(Z)): M learnable queries read one image's features (paper, section 3).
 
     The conditioned queries are one set per sample, whatever the number of its images. The maths has several exact
-    forms; :mod:`hia.layers.plan` picks one by the sizes of the call, ``HiAConfig.plan`` forces one.
+    forms; :mod:`hia.layers.plan` picks one by the sizes of the call, and ``form`` forces one.
 
     Args:
         config: of the adapter.
         layer: decoder layer it belongs to: the key of caches kept for it.
-        shared: the released maths' projection, owned by the adapter.
+        shared: the released maths' projection, a unit of the adapter.
     """
 
-    def __init__(self, config: HiAConfig, layer: int = 0, shared: nn.Linear | None = None):
+    def __init__(self, config: HiAConfig, layer: int = 0, shared: SharedProjection | None = None):
         super().__init__()
         dim = config.dim
         channels = config.hidden_size if config.shared_projection else config.encoder_channels
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_heads, self.head_dim, self.num_queries = config.num_heads, config.head_dim, config.num_queries
         self.query_std, self.init, self.residual = config.query_std, config.init, config.query_residual
-        self.layer_index, self.form = layer, plan.split_plan(config.plan)[0]
+        self.layer_index, self.form = layer, plan.AUTO
         self.sharing = len(config.layer_indices) if config.shared_projection else 0
         self.hidden_size, self.channels = config.hidden_size, config.encoder_channels
         self._shared = (shared,)  # in a tuple, or its parameters would be registered here too
@@ -67,16 +69,24 @@ class Extractor(nn.Module):
                 unit_variance_(self.condition, gain=CONDITION_GAIN)
 
     def weight_version(self) -> WeightVersion:
-        """Versions of all parameters that keys and values depend on."""
+        """Name the present state of all parameters that keys and values depend on."""
         modules = (*self._shared, self.feature_projection, self.feature_norm, self.kv_proj)
         return weight_version_of(p for module in modules if module is not None for p in module.parameters())
 
     def fold_weights(self) -> FoldedExtractor:
-        """Fold the weights for inference; see :class:`hia.layers.folded.FoldedExtractor`."""
+        """Fold the weights for inference; see :class:`hia.layers.folded.FoldedExtractor`.
+
+        Raises:
+            NotImplementedError: the weights are sharded or offloaded.
+        """
         (shared,) = self._shared
-        self._folded = fold_extractor(
-            self.feature_projection, shared, self.feature_norm, self.kv_proj, self.weight_version()
-        )
+        own = (self.feature_projection, self.feature_norm, self.kv_proj)
+        self.check_in_place("fold_weights")
+        if shared is None:
+            self._folded = fold_extractor(*own, self.weight_version())
+        else:
+            shared.check_in_place("fold_weights")
+            self._folded = shared.inside(fold_extractor, *own, self.weight_version(), shared)
         return self._folded
 
     def unfold_weights(self) -> None:
@@ -84,13 +94,14 @@ class Extractor(nn.Module):
         self._folded = None
 
     def condition_queries(self, hidden: Tensor, instruction_rows: Tensor) -> Tensor:
-        """Eq. 2. hidden [T, D1], instruction_rows [B] -> [B, M, D]; without awareness the queries, B times."""
+        """Condition the queries (Eq. 2): hidden [T, D1], instruction_rows [B] -> [B, M, D]; unaware, they stay."""
         if self.condition is None:
             return self.queries.expand(instruction_rows.shape[0], -1, -1)
         return hia_kernels.condition_queries(
             hidden, instruction_rows, self.condition.weight, self.condition.bias, self.queries
         )
 
+    @unit_forward
     def forward(
         self, hidden: Tensor, instruction_rows: Tensor, features: PackedFeatures, image_to_sample: Tensor
     ) -> Tensor:
@@ -118,22 +129,22 @@ class Extractor(nn.Module):
         return extracted + conditioned[image_to_sample].flatten(0, 1) if self.residual else extracted
 
     def form_for(self, features: PackedFeatures, samples: int) -> str:
-        """The form that a call about these images takes now."""
+        """Choose the form that a call about these images takes now."""
         return plan.choose("extract", self.form, self.sizes(features, samples), features.tokens.device.type)
 
     def reads_shared(self, features: PackedFeatures, samples: int) -> bool:
-        """Whether that form reads :meth:`PackedFeatures.shared`; a folded one goes past it."""
+        """Tell whether that form reads :meth:`PackedFeatures.shared`; a folded one goes past it."""
         return self.sharing > 0 and self.form_for(features, samples) in SHARED_FORMS
 
     def sizes(self, features: PackedFeatures, samples: int) -> plan.Sizes:
-        """What the plan is made from, for these images."""
+        """Collect what the plan is made from, for these images."""
         training = torch.is_grad_enabled()
-        cache = None if training else self._kept(features)
+        cache = None if training else features.caches.get(self.layer_index)
         return plan.Sizes(
             hidden_size=self.hidden_size,
             dim=self.num_heads * self.head_dim,
             heads=self.num_heads,
-            queries=self.queries.shape[0],
+            queries=self.num_queries,
             channels=self.channels,
             samples=samples,
             features=features.lengths,
@@ -145,7 +156,7 @@ class Extractor(nn.Module):
         )
 
     def current(self) -> FoldedExtractor | None:
-        """The folded weights; dropped, with a warning, once a parameter has changed since they were made."""
+        """Return the folded weights; drop them, with a warning, once a parameter has changed since they were made."""
         folded = self._folded
         if folded is None or torch.compiler.is_compiling() or folded.version == self.weight_version():
             return folded
@@ -156,37 +167,33 @@ class Extractor(nn.Module):
         self._folded = None
         return None
 
-    def layer_cache(self, features: PackedFeatures, kind: str) -> LayerCache:
-        """What later questions about these images need of them in this layer.
+    def cached_tokens(self, features: PackedFeatures, kind: str) -> Tensor:
+        """Compute what later questions about these images need of them; run it :meth:`inside`.
 
         Args:
             features: of the images.
             kind: "folded" or "kv".
+
+        Returns:
+            [T, D] for "folded", else [T, 2 * D].
         """
+        features = features.to(self.kv_proj.weight.device)
         if kind == "kv":
             forms = [form for form in plan.extract_forms(self.sizes(features, 1)) if form.name in KEY_VALUE_FORMS]
             ceilings = plan.ceilings_of(features.tokens.device.type, features.tokens.element_size())
-            return LayerCache(
-                kind, self._key_values(features, plan.cheapest(forms, ceilings).name), self.weight_version()
-            )
+            return self._key_values(features, plan.cheapest(forms, ceilings).name)
         form = "folded" if self.sharing and self.current() is not None else "direct"
-        return LayerCache(kind, self._normed(self._projected(features, form)), self.weight_version())
+        return self._normed(self._projected(features, form))
 
     def gains_from_keys(self, features: PackedFeatures) -> bool:
-        """Whether a question about these images is cheaper with their keys and values at hand, and they are small."""
+        """Tell whether a question about these images is cheaper with their keys and values, and these are small."""
         nbytes = features.tokens.shape[0] * 2 * self.num_heads * self.head_dim * features.tokens.element_size()
         sizes = dataclasses.replace(self.sizes(features, 1), cached=("kv",))
         ceilings = plan.ceilings_of(features.tokens.device.type, sizes.itemsize)
         return nbytes <= LARGEST_CACHE and plan.cheapest(plan.extract_forms(sizes), ceilings).name == "cached_kv"
 
-    def _kept(self, features: PackedFeatures) -> LayerCache | None:
-        cache = features.caches.get(self.layer_index)
-        if cache is None or torch.compiler.is_compiling() or cache.version == self.weight_version():
-            return cache
-        return None
-
     def _projected(self, features: PackedFeatures, form: str) -> Tensor:
-        """[T, D] before the norm."""
+        """Project the features: [T, D] before the norm."""
         (shared,) = self._shared
         own = self.feature_projection
         if shared is None:
@@ -196,16 +203,14 @@ class Extractor(nn.Module):
         folded = None if torch.is_grad_enabled() else self.current()
         if folded is not None:
             return hia_kernels.linear(features.tokens, folded.fold_weight, folded.fold_bias)
-        shared_weight, shared_bias = (p.to(own.weight.device) for p in (shared.weight, shared.bias))
-        weight = hia_kernels.linear(own.weight, shared_weight.mT)
-        return hia_kernels.linear(features.tokens, weight, own.weight @ shared_bias + own.bias)
+        return hia_kernels.linear(features.tokens, *shared.inside(shared.folded_into, own.weight, own.bias))
 
     def _normed(self, projected: Tensor) -> Tensor:
         norm = self.feature_norm
         return F.layer_norm(projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
     def _scaled(self, features: PackedFeatures) -> tuple[Tensor, FoldedExtractor]:
-        """[T, C + 16]: widened features over the deviation of their projection."""
+        """Divide the widened features by the deviation of their projection: [T, C + 16]."""
         folded = self.current()
         if folded is None:
             raise RuntimeError("hia: the ln_folded forms must have fold_weights() behind them, got none")
@@ -215,14 +220,14 @@ class Extractor(nn.Module):
         return (wide * torch.rsqrt(variance + self.feature_norm.eps)).to(wide.dtype), folded
 
     def _key_values(self, features: PackedFeatures, form: str) -> Tensor:
-        """[T, 2 * D]."""
+        """Compute keys and values: [T, 2 * D]."""
         if form == "ln_folded_kv":
             scaled, folded = self._scaled(features)
             return hia_kernels.linear(scaled, folded.kv_weight, folded.kv_bias)
         return norm_project(self._projected(features, form), self.feature_norm, self.kv_proj)
 
     def _attend(self, q: Tensor, features: PackedFeatures, image_to_sample: Tensor, form: str) -> Tensor:
-        """q [B, M, H, d] -> [n * M, D]: keys and values of every token, fused attention."""
+        """Attend to keys and values of every token, fused: q [B, M, H, d] -> [n * M, D]."""
         if form == "cached_kv":
             kv = features.caches[self.layer_index].tokens
         else:
@@ -236,7 +241,7 @@ class Extractor(nn.Module):
         return out.flatten(1)
 
     def _attend_to_latent(self, q: Tensor, features: PackedFeatures, image_to_sample: Tensor, form: str) -> Tensor:
-        """q [B, M, H, d] -> [n * M, D]: the projections of keys and values absorbed by queries and results."""
+        """Attend with keys' and values' projections absorbed by queries and results: q [B, M, H, d] -> [n * M, D]."""
         dim, heads = self.num_heads * self.head_dim, self.num_heads
         weight, bias = self.kv_proj.weight, self.kv_proj.bias
         if form == "ln_folded_absorbed":
@@ -268,10 +273,10 @@ def unit_variance_(*linears: nn.Linear, gain: float = 1.0) -> None:
 
 
 def norm_project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, row_idx: Tensor | None = None) -> Tensor:
-    """Linear(LayerNorm(x[row_idx])) of two modules' parameters."""
+    """Compute Linear(LayerNorm(x[row_idx])) from two modules' parameters."""
     return hia_kernels.norm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, row_idx, norm.eps)
 
 
 def even_cu_seqlens(sequences: int, length: int, like: Tensor) -> Tensor:
-    """[sequences + 1] int32: sequences of one length, made on the device of ``like``."""
+    """Count up [sequences + 1] int32 for sequences of one length, on the device of ``like``."""
     return torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device=like.device)

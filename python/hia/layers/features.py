@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import hia_kernels
 from hia_kernels.core.varlen import cu_seqlens_from_lengths
 
 from ..versions import WeightVersion
 from .plan import EXTRA_COLUMNS
+from .shared import SharedProjection
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,10 @@ class PackedFeatures:
         tokens, cu_seqlens = self.tokens.to(device), self.cu_seqlens.to(device)
         return PackedFeatures(tokens, cu_seqlens, self.max_seqlen, self.lengths, caches, memo)
 
-    def shared(self, linear: nn.Linear) -> Tensor:
+    def shared(self, projection: SharedProjection) -> Tensor:
         """Return [T, D1]: the released maths' projection, computed once for all layers that share it."""
         if "shared" not in self._memo:
-            weight, bias = (p.to(self.tokens.device) for p in (linear.weight, linear.bias))
-            self._memo["shared"] = hia_kernels.linear(self.tokens, weight, bias)
+            self._memo["shared"] = projection(self.tokens)
         return self._memo["shared"]
 
     def widened(self) -> Tensor:
@@ -128,8 +127,8 @@ class ImageFeatures:
         """Join all images' tokens in one tensor, and what was kept in those layers that all images have.
 
         Args:
-            versions: by decoder layer, those its parameters have now: what was kept with others is left out. A
-                compiled layer can't tell. None: an extractor passes over it by itself.
+            versions: by decoder layer, those that its parameters have now: what was kept with others is left out.
+                None takes all that was kept.
         """
         lengths = tuple(features.shape[0] * features.shape[1] for features in self.maps)
         tokens = _joined([features.flatten(0, 1) for features in self.maps])

@@ -18,10 +18,10 @@ from .plan import EXTRA_COLUMNS
 
 @dataclass(frozen=True)
 class FoldedExtractor:
-    """Of one layer's extractor; E = C + 16: the features, a column of ones, zeros.
+    """The folded weights of one layer's extractor; E = C + 16: the features, a column of ones, zeros.
 
     Attributes:
-        version: versions of the parameters it was made from.
+        version: of the parameters that they were made from.
         fold_weight: [D, C], both projections of the released maths as one; that projection itself without them.
         fold_bias: [D].
         root: [min(D, E), E] with ``|root z|^2`` the variance of the projected token that LayerNorm divides by.
@@ -38,23 +38,27 @@ class FoldedExtractor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it occupies."""
+        """Count the bytes they occupy."""
         tensors = (self.fold_weight, self.fold_bias, self.root, self.kv_weight, self.kv_bias)
         return sum(tensor.nbytes for tensor in tensors)
 
 
 @torch.no_grad()
 def fold_extractor(
-    projection: nn.Linear, shared: nn.Linear | None, norm: nn.LayerNorm, kv_proj: nn.Linear, version: WeightVersion
+    projection: nn.Linear,
+    norm: nn.LayerNorm,
+    kv_proj: nn.Linear,
+    version: WeightVersion,
+    shared: nn.Linear | None = None,
 ) -> FoldedExtractor:
-    """Fold in fp32 (fp64 for fp64 parameters) and round once (docs/plans.md, "deep").
+    """Fold in fp32 (fp64 for fp64 parameters) and round once (docs/plans.md, "LayerNorm folded away").
 
     Args:
         projection: C -> D, or D1 -> D behind ``shared``.
-        shared: C -> D1 of the released maths.
         norm: of the projected features.
         kv_proj: D -> 2 D.
         version: of all their parameters.
+        shared: C -> D1 of the released maths.
     """
     dtype, device = projection.weight.dtype, projection.weight.device
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -79,7 +83,7 @@ def fold_extractor(
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """R with R^T R = matrix^T matrix: of at most as many rows as columns, so that |R z| is cheap."""
+    """Find R with R^T R = matrix^T matrix, of at most as many rows as columns, so that |R z| is cheap."""
     if matrix.shape[0] <= matrix.shape[1]:
         return matrix
     return torch.linalg.qr(matrix, mode="r").R

@@ -23,28 +23,29 @@ OLD_NAMES = {"textbook": "direct", "deep_kv": "ln_folded_kv", "deep_absorbed": "
 
 
 def split_plan(plan: str) -> tuple[str, str]:
-    """Split ``HiAConfig.plan`` into the two parts' forms: "auto", a form for both, or "<extract>/<inject>".
+    """Split a plan into the two parts' forms: "auto", a form for both, or "<extract>/<inject>".
 
     Raises:
         ValueError: no such form.
     """
-    extract, slash, inject = map(_present_name, plan.partition("/"))
+    named = present_names(plan)
+    if named != plan:
+        warnings.warn(
+            f"hia: the plan {plan!r} is called {named!r} now; the old names go with version {GONE_IN}",
+            FutureWarning,
+            stacklevel=2,
+        )
+    extract, slash, inject = named.partition("/")
     if not slash:
         inject = extract if extract in INJECT_FORMS else AUTO
     if extract not in (AUTO, *EXTRACT_FORMS) or inject not in (AUTO, *INJECT_FORMS):
         raise ValueError(
-            f"HiAConfig: plan must be 'auto' or '<extract>/<inject>' with extract among {', '.join(EXTRACT_FORMS)} and "
+            f"hia: plan must be 'auto' or '<extract>/<inject>' with extract among {', '.join(EXTRACT_FORMS)} and "
             f"inject among {', '.join(INJECT_FORMS)}, got {plan!r}"
         )
     return extract, inject
 
 
-def _present_name(form: str) -> str:
-    if form not in OLD_NAMES:
-        return form
-    warnings.warn(
-        f"hia: the plan's form {form!r} is called {OLD_NAMES[form]!r} now; the old name goes with version {GONE_IN}",
-        FutureWarning,
-        stacklevel=4,
-    )
-    return OLD_NAMES[form]
+def present_names(plan: str) -> str:
+    """Replace the names that a plan's forms had until version 0.1."""
+    return "/".join(OLD_NAMES.get(form, form) for form in plan.split("/"))

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 import hia_kernels
 
 from ..config import HiAConfig
+from ..unit import Unit, unit_forward
 from . import plan
 from .extractor import even_cu_seqlens, norm_project, unit_variance_
 from .layout import CallLayout
 
 
 def _weights(tokens: Tensor, keys: Tensor, offsets: Tensor, heads: int, scale: float) -> Tensor:
-    """[R, H * M]: the softmax of each head's scores, ``scale * tokens keys^T + offsets``."""
+    """Take the softmax of each head's scores, ``scale * tokens keys^T + offsets``: [R, H * M]."""
     if tokens.device.type == "cpu" and tokens.dtype == torch.float32:  # 16 bits would be rounded before they are scaled
         scores = hia_kernels.linear(tokens, keys).mul_(scale).add_(offsets)
     else:
@@ -41,7 +42,7 @@ class _AbsorbedRead(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise NotImplementedError(
                 "hia::inject: gradients of gradients are not implemented for the absorbed form; use create_graph=False "
-                "or HiAConfig(plan='auto/direct')"
+                "or model.set_plan('auto/direct')"
             )
         tokens, keys, values, offsets = ctx.saved_tensors
         with torch.autocast(dout.device.type, enabled=False):
@@ -55,7 +56,7 @@ class _AbsorbedRead(torch.autograd.Function):
             return dtokens, dkeys, dvalues, doffsets, dout.sum(0), None, None
 
 
-class Injection(nn.Module):
+class Injection(Unit):
     """V + CrossAtten(V, Z̄): each visual token reads its own image's extracted tokens (paper, section 3, step 3)."""
 
     def __init__(self, config: HiAConfig):
@@ -63,7 +64,7 @@ class Injection(nn.Module):
         dim = config.dim
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.num_queries = config.num_queries
-        self.hidden_size, self.form = config.hidden_size, plan.split_plan(config.plan)[1]
+        self.hidden_size, self.form = config.hidden_size, plan.AUTO
         self.zero_init, self.init = config.gate == "zero_init", config.init
         self.visual_norm = nn.LayerNorm(config.hidden_size)
         self.extracted_norm = nn.LayerNorm(dim)
@@ -84,6 +85,7 @@ class Injection(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate)
 
+    @unit_forward
     def forward(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Tensor:
         """Add to the visual tokens' rows; in place where no gradient is recorded.
 
@@ -105,7 +107,7 @@ class Injection(nn.Module):
         return self.add(hidden, update, layout.written_rows)
 
     def sizes(self, layout: CallLayout, hidden: Tensor) -> plan.Sizes:
-        """What the plan is made from, for this call."""
+        """Collect what the plan is made from, for this call."""
         return plan.Sizes(
             hidden_size=self.hidden_size,
             dim=self.num_heads * self.head_dim,
@@ -120,7 +122,7 @@ class Injection(nn.Module):
         )
 
     def _absorbed(self, hidden: Tensor, layout: CallLayout, extracted: Tensor) -> Tensor:
-        """[R, D1], what the visual tokens read, after the output projection.
+        """Compute what the visual tokens read, after the output projection: [R, D1].
 
         Keys take in the visual tokens' projection and values the update's: scores are LN(V) (K_h W_q,h)^T, the update
         is the sum over heads of P_h (V_h W_o,h). The queries' bias is an offset per key.
@@ -145,7 +147,7 @@ class Injection(nn.Module):
         return update if self.gate is None else update * torch.tanh(self.gate)
 
     def _read(self, tokens: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
-        """[R, D1] for one image, in the tokens' dtype: autocast would round the scores."""
+        """Read for one image, [R, D1], in the tokens' dtype: autocast would round the scores."""
         scale, bias = self.head_dim**-0.5, self.out_proj.bias
         keys, values, offsets, bias = (x.to(tokens.dtype) for x in (keys, values, offsets, bias))
         with torch.autocast(tokens.device.type, enabled=False):
@@ -163,7 +165,7 @@ class Injection(nn.Module):
         return hidden.index_add_(0, layout.written_rows, update)
 
     def attend(self, hidden: Tensor, visual_rows: Tensor, cu_rows: Tensor, max_rows: int, extracted: Tensor) -> Tensor:
-        """What the visual tokens read, before the output projection.
+        """Compute what the visual tokens read, before the output projection.
 
         Args:
             hidden: [T, D1].
@@ -204,7 +206,7 @@ class Injection(nn.Module):
         return self._normed(out, rows)
 
     def _normed(self, out: Tensor, rows: Tensor) -> Tensor:
-        """The released maths' norm after the sum."""
+        """Norm the rows after the sum, in the released maths."""
         if self.post_norm is None:
             return out
         normed = F.layer_norm(

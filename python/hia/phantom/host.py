@@ -36,7 +36,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..config import HiAConfig
 from ..images.processor import HiAProcessor
 from .anatomy import BONES
 from .batches import PhantomBatches
@@ -177,8 +176,12 @@ def build_tiny_host(recipe: TinyHostRecipe | None = None) -> LlavaForConditional
 
 
 def hia_processor(host: LlavaForConditionalGeneration) -> HiAProcessor:
-    """Wrap the tiny host's processor for high-resolution images."""
-    return HiAProcessor(tiny_processor(), HiAConfig.paper(host))
+    """Wrap the tiny host's processor for high-resolution images.
+
+    Args:
+        host: of :func:`build_tiny_host`, whatever its recipe: they all take one processor.
+    """
+    return HiAProcessor(tiny_processor())
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, highest: float, step: int, steps: int, warm_up: int) -> None:

@@ -26,8 +26,8 @@ def own_parameters(base: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in base.parameters() if id(parameter) not in foreign]
 
 
-def _layer_device(layer: nn.Module) -> torch.device:
-    """Where a layer computes; accelerate's offloading keeps its weights elsewhere."""
+def layer_device(layer: nn.Module) -> torch.device:
+    """Find where a layer computes; accelerate's offloading keeps its weights elsewhere."""
     execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     if execution is not None:
         return torch.device(execution if not isinstance(execution, int) else f"cuda:{execution}")
@@ -36,7 +36,7 @@ def _layer_device(layer: nn.Module) -> torch.device:
 
 def adapter_for(host: LlamaHost, config: HiAConfig) -> HiAAdapter:
     """Build the adapter in the host's dtype, each HiA layer beside its decoder layer, the encoder beside the first."""
-    devices = {index: _layer_device(host.layers[index]) for index in config.layer_indices}
+    devices = {index: layer_device(host.layers[index]) for index in config.layer_indices}
     first = devices[config.layer_indices[0]]
     dtype = next(p.dtype for p in host.layers[config.layer_indices[0]].parameters() if p.is_floating_point())
     with torch.device(first):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import HiAConfig
+from ..config import RUN_OPTIONS, HiAConfig
 from ..layers.adapter import HiAAdapter
+from ..layers.forms import present_names
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,8 +52,8 @@ def save_adapter(adapter: HiAAdapter, base_model_name: str, directory: Path) -> 
             os.replace(Path(scratch) / name, directory / name)
 
 
-def read_config(directory: Path) -> HiAConfig:
-    """The adapter's config.
+def read_config(directory: Path) -> tuple[HiAConfig, dict[str, Any]]:
+    """Read what the adapter's weights are, and the choices of a run that files of older versions hold beside that.
 
     Raises:
         FileNotFoundError: no directory or no file. ValueError: not JSON, or not of a HiA adapter.
@@ -64,18 +66,35 @@ def read_config(directory: Path) -> HiAConfig:
     kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
     if kind != PEFT_TYPE or not isinstance(settings.get("config"), dict):
         raise ValueError(f"hia: {path} must describe an adapter of peft_type {PEFT_TYPE}, got {kind!r}")
-    return HiAConfig.from_dict(settings["config"])
+    fields = settings["config"]
+    options = {name: fields[name] for name in RUN_OPTIONS if name in fields}
+    if "plan" in options:
+        options["plan"] = present_names(options["plan"])
+    return HiAConfig.from_dict({name: value for name, value in fields.items() if name not in options}), options
+
+
+def warn_of_options(options: dict[str, Any], directory: Path) -> None:
+    """Warn that a run follows choices which an old file holds."""
+    if options:
+        held = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        calls = ", ".join(f"model.set_{name}(...)" for name in options)
+        warnings.warn(
+            f"hia: {directory / CONFIG_NAME} is of an older version and holds {held}, which this run follows; such "
+            f"choices of a run are saved no more: give them to from_pretrained, or call {calls}",
+            FutureWarning,
+            stacklevel=3,
+        )
 
 
 def check_host(config: HiAConfig, facts: dict[str, Any], directory: Path) -> None:
-    """Raises ValueError unless the adapter was made for a host with these facts."""
+    """Raise ValueError unless the adapter was made for a host with these facts."""
     made_for = {name: getattr(config, name) for name in facts}
     if made_for != facts:
         raise ValueError(f"hia: {directory} holds an adapter made for a host with {made_for}, got a base with {facts}")
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The adapter's tensors.
+    """Read the adapter's tensors.
 
     Raises:
         FileNotFoundError: no file. ValueError: damaged, e.g. cut off.

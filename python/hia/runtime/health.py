@@ -17,6 +17,7 @@ from ..layers.adapter import HiAAdapter, HiALayer
 from ..layers.extractor import Extractor
 from ..layers.features import ImageFeatures, PackedFeatures
 from ..layers.layout import CallLayout
+from ..unit import Unit
 
 # Scores of standard deviation s leave log N - s^2 / 2 of the entropy: s = 0.37 here for 784 features, and what a query
 # reads is the image's mean. Scores of unit variance, a healthy start, leave 0.92; PyTorch's default start 0.998.
@@ -266,14 +267,17 @@ def adapter_health(model: nn.Module, adapter: HiAAdapter, batch: Mapping[str, An
         stack.enter_context(untouched(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(graded))
-        with _recorded(adapter) as seen:
+        with _recorded(adapter) as (seen, parameters):
             output = model(**inputs)
         if not seen:
             raise ValueError(f"hia: batch must hold images, got one with {sorted(batch)}")
         loss = output.loss if graded else None
-        gradients = {} if loss is None else _gradients(adapter, loss, batch.get("features"))
+        gradients = {} if loss is None else _gradients(parameters, loss, batch.get("features"))
         with torch.no_grad():
-            layers = {index: _layer_health(adapter.layer(index), seen[index]) for index in sorted(seen)}
+            layers = {}
+            for index in sorted(seen):
+                layer = adapter.layer(index)
+                layers[index] = layer.inside(_layer_health, layer, seen[index])
             first = next(iter(seen.values()))
             features = _mean(
                 [
@@ -313,10 +317,21 @@ class _Seen:
 
 
 @contextmanager
-def _recorded(adapter: HiAAdapter) -> Iterator[dict[int, _Seen]]:
-    """Keep each layer's inputs while inside. Copies: without gradients the injection writes over its own."""
+def _recorded(adapter: HiAAdapter) -> Iterator[tuple[dict[int, _Seen], dict[str, nn.Parameter]]]:
+    """Keep each layer's inputs while inside, and the adapter's parameters by name.
+
+    Inputs are copies: without gradients the injection writes over its own. Parameters are those that units compute
+    with, which under sharding or offloading are others than those that units hold between calls.
+    """
     seen: dict[int, _Seen] = {}
     handles: list[Any] = []
+    parameters = dict(adapter.named_parameters())
+
+    def note(name: str, unit: Unit) -> None:
+        def enter(module: nn.Module, _args: Any) -> None:
+            parameters.update(module.named_parameters(prefix=name))
+
+        handles.append(unit.register_forward_pre_hook(enter))
 
     def watch(index: int, layer: HiALayer) -> None:
         @torch.no_grad()
@@ -336,20 +351,25 @@ def _recorded(adapter: HiAAdapter) -> Iterator[dict[int, _Seen]]:
     try:
         for index in adapter.config.layer_indices:
             watch(index, adapter.layer(index))
-        yield seen
+        for name, module in adapter.named_modules():
+            if isinstance(module, Unit):
+                note(name, module)
+        yield seen, parameters
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _gradients(adapter: HiAAdapter, loss: Tensor, features: ImageFeatures | None) -> dict[str, Gradient]:
-    """Norms by group; ``.grad`` is neither read nor written, and the graph of the caller's features is kept."""
-    named = [(name, parameter) for name, parameter in adapter.named_parameters() if parameter.requires_grad]
+def _gradients(
+    parameters: Mapping[str, nn.Parameter], loss: Tensor, features: ImageFeatures | None
+) -> dict[str, Gradient]:
+    """Sum norms by group; ``.grad`` is neither read nor written, and the graph of the caller's features is kept."""
+    named = [(name, parameter) for name, parameter in parameters.items() if parameter.requires_grad]
     if not named:
         return {}
     theirs = features is not None and any(own.requires_grad for own in features.maps)
-    parameters = [parameter for _, parameter in named]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=theirs)
+    trained = [parameter for _, parameter in named]
+    found = torch.autograd.grad(loss, trained, allow_unused=True, retain_graph=theirs)
     squares: dict[str, float] = {}
     elements: dict[str, int] = {}
     for (name, parameter), gradient in zip(named, found, strict=True):
@@ -361,7 +381,7 @@ def _gradients(adapter: HiAAdapter, loss: Tensor, features: ImageFeatures | None
 
 
 def _group(name: str) -> str:
-    """The group of an adapter's parameter: "layers.2.extractor.q_proj.weight" -> "2.extractor.q"."""
+    """Name the group of an adapter's parameter: "layers.2.extractor.q_proj.weight" -> "2.extractor.q"."""
     parts = name.split(".")
     if parts[0] != "layers":
         return parts[0]
@@ -373,8 +393,7 @@ def _layer_health(layer: HiALayer, seen: _Seen) -> LayerHealth:
     extracted = direct.exact(seen.extracted).unflatten(0, (len(seen.rows), -1))  # [n, M, D]
     visual = direct.exact(seen.visual).split(seen.rows)
     with torch.autocast(seen.visual.device.type, enabled=False):
-        queries, added = direct.conditioned_queries(layer.extractor, direct.exact(seen.instruction))
-        drowning = None if added is None else direct.ratio(added, direct.as_like(layer.extractor.queries, added))
+        queries, instruction_ratio = direct.conditioned_queries(layer.extractor, direct.exact(seen.instruction))
         reads, entropies = [], []
         for tokens, rows in zip(extracted, visual, strict=True):
             read, entropy = direct.read(layer.injection, rows, tokens)
@@ -386,7 +405,7 @@ def _layer_health(layer: HiALayer, seen: _Seen) -> LayerHealth:
             injection_entropy=_mean(entropies),
             query_cosine=_mean([direct.mean_cosine(tokens) for tokens in extracted]),
             effective_rank=_mean([direct.effective_rank(tokens) for tokens in extracted]),
-            instruction_ratio=drowning,
+            instruction_ratio=instruction_ratio,
             update_ratio=direct.ratio(torch.cat(updates), torch.cat(visual)),
             read_cosine=_mean([direct.mean_cosine(read) for read in reads]),
             update_cosine=_mean([direct.mean_cosine(update) for update in updates]),
@@ -394,7 +413,7 @@ def _layer_health(layer: HiALayer, seen: _Seen) -> LayerHealth:
 
 
 def _extraction_entropy(extractor: Extractor, queries: Tensor, seen: _Seen) -> float | None:
-    """Image by image, which bounds the memory at the largest one's."""
+    """Average over images, one after the other, which bounds the memory at the largest one's."""
     found = []
     owners = seen.image_to_sample.tolist()
     for owner, tokens in zip(owners, seen.features.tokens.split(seen.features.lengths), strict=True):

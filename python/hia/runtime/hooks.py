@@ -1,12 +1,10 @@
 """The hooks on a frozen host: one on its inputs, two around its language model, one on each chosen decoder layer.
 
-Nothing is stored in the host. A :class:`PromptContext` is one prompt with its images, valid for one forward or one
-generate; a :class:`ForwardContext` is one run of the decoder layers within it.
+Nothing is stored in the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,44 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..hosts import LlamaHost
 from ..layers.adapter import HiAAdapter
-from ..layers.features import PackedFeatures
-from ..layers.layout import CallLayout, VisualLayout
+from .context import ForwardContext, PromptContext
 
 _CACHE_MARK = "_hia_holds_injected_tokens"
-
-
-@dataclass
-class PromptContext:
-    """A prompt with images, for the time of one forward or generate.
-
-    Attributes:
-        features: of its images.
-        layout: where its visual tokens stand.
-        generating: several calls may come, the first with the whole prompt.
-        started: the prompt has been seen.
-    """
-
-    features: PackedFeatures
-    layout: VisualLayout
-    generating: bool
-    started: bool = False
-    placed: dict[torch.device, PackedFeatures] = field(default_factory=dict)
-
-    def features_on(self, device: torch.device) -> PackedFeatures:
-        """Return the features where a layer lives; each device gets them once."""
-        if self.features.tokens.device == device:
-            return self.features
-        if device not in self.placed:
-            self.placed[device] = self.features.to(device)
-        return self.placed[device]
-
-
-@dataclass(frozen=True)
-class ForwardContext:
-    """One run of the decoder layers over the whole prompt."""
-
-    prompt: PromptContext
-    layout: CallLayout
 
 
 def split_layer_output(output: Any) -> tuple[Tensor, Any]:

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from ..config import HiAConfig, host_facts
 from ..encoder.calibration import calibrate, chunks_of, pixels_and_windows
 from ..hosts import LlamaHost, find_host
-from ..images.load import check_pixels, check_windows, default_window
+from ..images.load import check_pixels, windows_of
 from ..images.radiograph import Radiograph
 from ..layers import plan
 from ..layers.adapter import HiAAdapter
-from ..layers.features import ImageFeatures, PackedFeatures
-from ..layers.layout import VisualLayout, build_layout, left_padded
+from ..layers.features import ImageFeatures
+from ..layers.forms import AUTO
+from ..layers.layout import VisualLayout
 from ..renamed import renamed
 from . import checkpoint, health, resolution
-from .attachment import adapter_for, is_tuned, own_parameters
-from .hooks import InjectionHooks, PromptContext, refuse_chunked_prefill, refuse_filled_cache
+from .attachment import adapter_for, is_tuned, layer_device, own_parameters
+from .context import PromptContext, layout_of, pad_left
+from .hooks import InjectionHooks, refuse_chunked_prefill, refuse_filled_cache
+from .options import RunOptions
 from .trainer import (
     ENCODER_LR_SCALE,
     lost_checkpointing,
@@ -38,23 +41,35 @@ from .trainer import (
 KEEPS = ("auto", "features", "folded", "kv")
 
 
-def get_hia_model(base: nn.Module, config: HiAConfig) -> HiAModel:
+def get_hia_model(
+    base: nn.Module,
+    config: HiAConfig,
+    *,
+    plan: str = AUTO,
+    high_resolution: bool = True,
+    batch_norm: str = "running",
+) -> HiAModel:
     """Attach a new adapter to a host and freeze the host; parameters of PEFT adapters in it stay as they are.
 
     Args:
         base: ``LlavaForConditionalGeneration``, ``LlamaForCausalLM``, or a PEFT model of one of them.
         config: a preset made for this host, e.g. ``HiAConfig.paper(base)``.
+        plan: see :meth:`HiAModel.set_plan`. This and the next two are choices of a run: no checkpoint holds them, and
+            they can be changed at any time.
+        high_resolution: see :meth:`HiAModel.set_high_resolution`.
+        batch_norm: see :meth:`HiAModel.set_batch_norm`.
 
     Returns:
         The model: forward and generate take the base model's arguments and those of :meth:`HiAModel.forward`.
 
     Raises:
-        TypeError: a host the runtime does not know. ValueError: the config is for another host.
+        TypeError: a host the runtime does not know. ValueError: the config is for another host, or no such plan or
+            statistics.
     """
-    return HiAModel(base, config)
+    return HiAModel(base, config, plan=plan, high_resolution=high_resolution, batch_norm=batch_norm)
 
 
-class HiAModel(nn.Module):
+class HiAModel(RunOptions, nn.Module):
     """Made by :func:`get_hia_model`. The host keeps its parameters and its state_dict keys; hooks do the rest.
 
     One prompt at a time: like transformers' models, not for concurrent calls from several threads.
@@ -63,7 +78,15 @@ class HiAModel(nn.Module):
     base_model: nn.Module
     adapter: HiAAdapter
 
-    def __init__(self, base: nn.Module, config: HiAConfig):
+    def __init__(
+        self,
+        base: nn.Module,
+        config: HiAConfig,
+        *,
+        plan: str = AUTO,
+        high_resolution: bool = True,
+        batch_norm: str = "running",
+    ):
         super().__init__()
         if isinstance(base, HiAModel):
             raise TypeError("hia.get_hia_model: base must not have an adapter yet, got a HiAModel; call unload() first")
@@ -78,6 +101,7 @@ class HiAModel(nn.Module):
         self.hia_config = config
         self._host: tuple[LlamaHost] = (host,)  # in a tuple, or the host's modules would be registered twice
         self.adapter = adapter_for(host, config)
+        self.set_plan(plan).set_high_resolution(high_resolution).set_batch_norm(batch_norm)
         self.base_model = base
         self._modes = [(module, module.training) for module in base.modules()]
         self._tuned = is_tuned(base)
@@ -138,7 +162,7 @@ class HiAModel(nn.Module):
         """
         mask = kwargs.get("attention_mask")
         if self._enabled and self._hooks is not None:
-            mask = _pad_left(kwargs)
+            mask = pad_left(kwargs)
         names = ("high_res_pixels", "windows", "features", "image_map", "instruction_index")
         inputs = tuple(kwargs.pop(name, None) for name in names)
         with torch.no_grad():
@@ -191,16 +215,11 @@ class HiAModel(nn.Module):
         self, high_res_pixels: Sequence[Tensor], windows: Tensor | None, max_activation_bytes: int | None = None
     ) -> ImageFeatures:
         encoder = self.adapter.encoder
-        device = encoder.conv1.weight.device
-        seen = resolution.limited(self.hia_config, self._host[0], high_res_pixels)
+        seen = resolution.limited(self._high_resolution, self._host[0], high_res_pixels)
         for number, pixels in enumerate(seen):
             check_pixels(f"high_res_pixels[{number}]", pixels, encoder.smallest_side)
-        if windows is None:
-            windows = torch.tensor([default_window(pixels) for pixels in high_res_pixels])
-        check_windows(windows, len(high_res_pixels))
-        windows = windows.to(device, torch.float32)
-        images = [pixels.to(device, non_blocking=True) for pixels in seen]
-        return ImageFeatures(tuple(encoder.forward_many(images, windows, max_activation_bytes)))
+        windows = windows_of(high_res_pixels, windows).float()
+        return ImageFeatures(tuple(encoder.forward_many(seen, windows, max_activation_bytes)))
 
     def fold_weights(self) -> HiAModel:
         """Fold and pack the adapter's weights for inference: same results up to rounding, fewer FLOPs.
@@ -241,13 +260,13 @@ class HiAModel(nn.Module):
         """
         if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
             raise ValueError(f"hia: sizes must hold (height, width) of each image, at least one, got {list(sizes)}")
-        layer = self.adapter.layer(self.hia_config.layer_indices[0])
-        weight = layer.extractor.kv_proj.weight
-        sizes = resolution.limited_sizes(self.hia_config, self._host[0], sizes)
-        asked = plan.sizes_of(self.hia_config, sizes, visual_tokens, samples, weight.element_size())
-        folded = not training and layer.extractor.current() is not None
+        host, index = self._host[0], self.hia_config.layer_indices[0]
+        extractor = self.adapter.layer(index).extractor
+        sizes = resolution.limited_sizes(self._high_resolution, host, sizes)
+        asked = plan.sizes_of(self.hia_config, sizes, visual_tokens, samples, extractor.queries.element_size())
+        folded = not training and extractor.current() is not None
         asked = dataclasses.replace(asked, training=training, weights_folded=folded)
-        sys.stdout.write(plan.table(asked, weight.device.type, self.hia_config.plan))
+        sys.stdout.write(plan.table(asked, layer_device(host.layers[index]).type, self.plan))
 
     def adapter_health(self, batch: Mapping[str, Any]) -> health.AdapterHealth:
         """Measure on one batch whether the adapter can learn, and what it does.
@@ -299,8 +318,8 @@ class HiAModel(nn.Module):
         if features is None:
             features = self._encoded(pixels, windows)
         else:
-            resolution.check_features(self.hia_config, self._host[0], self.adapter.encoder, features)
-        packed = self._packed(features)
+            resolution.check_features(self._high_resolution, self._host[0], self.adapter.encoder, features)
+        packed = self.adapter.packed(features)
         shared = self.adapter.feature_projection
         if shared is not None and torch.is_grad_enabled():
             samples = layout.samples.shape[0]
@@ -308,11 +327,6 @@ class HiAModel(nn.Module):
                 # before the layers: one that is run again by gradient checkpointing must record what it did at first
                 packed.shared(shared)
         return PromptContext(packed, layout, generating)
-
-    @torch.compiler.disable  # compares the weights' versions, which a graph would take for constants
-    def _packed(self, features: ImageFeatures) -> PackedFeatures:
-        extractors = [layer.extractor for layer in self.adapter.layers.values()]
-        return features.packed({extractor.layer_index: extractor.weight_version() for extractor in extractors})
 
     @torch.compiler.disable  # reads the maps' values, and the weights' versions
     def _layout(
@@ -323,27 +337,11 @@ class HiAModel(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> VisualLayout:
-        if instruction_index is None:
-            raise ValueError(
-                "hia: instruction_index must be given with images, got None; HiAProcessor returns it, and it is "
-                "never assumed to be the last token"
-            )
         for layer in self.adapter.layers.values():
             layer.extractor.current()  # compiled layers take its word for the folded weights' being up to date
         refuse_filled_cache(kwargs.get("past_key_values"))
         refuse_reentrant_checkpointing(self._host[0], self.training)
-        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if image_map is None:
-            image_map = self._host[0].image_map(input_ids, images)
-        if image_map is None:
-            raise ValueError(
-                "hia: image_map must be given for this host, got None; it says which rows are visual tokens"
-            )
-        if input_ids is not None and tuple(input_ids.shape) != tuple(image_map.shape):
-            raise ValueError(
-                f"hia: image_map must have the shape of input_ids {list(input_ids.shape)}, got {list(image_map.shape)}"
-            )
-        return build_layout(image_map, instruction_index, images, kwargs.get("attention_mask"))
+        return layout_of(self._host[0], images, image_map, instruction_index, args, kwargs)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -393,7 +391,7 @@ class HiAModel(nn.Module):
                 activations that overflow. Nothing is set then.
         """
         pixels, windows = pixels_and_windows(images, windows, self.adapter.encoder.smallest_side)
-        seen = resolution.limited(self.hia_config, self._host[0], pixels)
+        seen = resolution.limited(self._high_resolution, self._host[0], pixels)
         chunks = chunks_of(self.adapter.encoder, seen)
         calibrate(
             self.adapter.encoder, [partial(self._encoded, [seen[i] for i in chunk], windows[chunk]) for chunk in chunks]
@@ -465,38 +463,28 @@ class HiAModel(nn.Module):
         checkpoint.save_adapter(self.adapter, name, Path(save_directory))
 
     @classmethod
-    def from_pretrained(cls, base: nn.Module, directory: str | Path) -> HiAModel:
+    def from_pretrained(cls, base: nn.Module, directory: str | Path, **options: Any) -> HiAModel:
         """Attach a saved adapter.
+
+        Args:
+            base: the host it was made for.
+            directory: of the three files that :meth:`save_pretrained` writes.
+            options: ``plan``, ``high_resolution``, ``batch_norm`` of :func:`get_hia_model`. What isn't given takes its
+                default; or, with a warning, what a file of an older version holds.
 
         Raises:
             FileNotFoundError: a file is missing. ValueError: the adapter was made for another host, or its file
                 has missing, extra or wrong-shaped tensors, or is damaged.
         """
-        config = checkpoint.read_config(Path(directory))
+        config, held = checkpoint.read_config(Path(directory))
         checkpoint.check_host(config, host_facts(find_host(base).model), Path(directory))
         tensors = checkpoint.read_tensors(Path(directory))
-        model = cls(base, config)
+        followed = {name: value for name, value in held.items() if name not in options}
+        checkpoint.warn_of_options(followed, Path(directory))
+        model = cls(base, config, **followed, **options)
         try:
             checkpoint.load_adapter(model.adapter, tensors, Path(directory))
         except BaseException:
             model.unload()
             raise
         return model
-
-
-def _pad_left(kwargs: dict[str, Any]) -> Tensor | None:
-    """Move right padding in ``generate``'s keyword arguments, in place of the dict.
-
-    Returns:
-        The mask as it is then, on the CPU: it comes down once, for this and for the checks.
-    """
-    mask, input_ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-    if mask is None:
-        return None
-    here: Tensor = mask.cpu()
-    if input_ids is None or mask.shape != input_ids.shape or bool(here[:, -1].all()):
-        return here
-    names = [name for name in ("input_ids", "image_map", "instruction_index") if name in kwargs]
-    kwargs["attention_mask"], moved = left_padded(mask, **{name: kwargs[name] for name in names})
-    kwargs.update(moved)
-    return left_padded(here)[0]

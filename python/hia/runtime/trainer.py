@@ -73,7 +73,7 @@ def warn_if_pristine(adapter: HiAAdapter) -> None:
         warnings.warn(
             "hia: the encoder's batch-norm statistics are a new encoder's (mean 0, variance 1) and running statistics "
             "don't move in training; call model.calibrate_encoder(images) with some of your images, load weights, or "
-            "use HiAConfig(batch_norm='batch')",
+            "call model.set_batch_norm('batch')",
             stacklevel=3,
         )
 
