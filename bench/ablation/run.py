@@ -15,8 +15,9 @@ from ..records.environment import describe, device_name, without_folders
 from ..records.files import read_json, results_folder, write_json
 from . import report
 from .protocol import QUICK_PROTOCOL, ROWS, START_ROWS, Protocol, Row, row_named
+from .tasks import make, run_row
 from .train import MASKS, TEST, TRAIN, Material
-from .workers import Submit, finish, make, run_row, workers
+from .workers import Submit, finish, workers
 
 QUICK = ("full", "no-high-resolution")
 LEARNT, CHANCE_LEVEL = 0.9, 0.75  # of presence: what --quick demands of the full model, and forbids without resolution

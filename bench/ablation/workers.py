@@ -1,4 +1,4 @@
-"""Runs side by side in processes of their own, none of which outlives the command."""
+"""A pool of processes, none of which outlives the command. It imports little: every process starts with this."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from ..records.files import write_json
-from .protocol import Protocol, Row
-from .train import Material, run
 
 Submit = Callable[..., "concurrent.futures.Future[None]"]
 
@@ -71,21 +66,3 @@ def finish(waiting: list[concurrent.futures.Future[None]]) -> None:
     """Wait for all; the first that failed raises."""
     for done in concurrent.futures.as_completed(waiting):
         done.result()
-
-
-def say(start: float, who: str, text: str) -> None:
-    """Print a line of progress with the minutes since ``start``."""
-    print(f"[{(time.monotonic() - start) / 60:5.1f} min] {who}: {text}", flush=True)
-
-
-def run_row(
-    protocol: Protocol, cache: Path, row: Row, seed: int, environment: dict[str, Any], start: float, place: Path
-) -> None:
-    """Run one row with one seed; the result is on disk as soon as it is there."""
-    result = run(Material(protocol, cache), row, seed, lambda text: say(start, f"{row.name} {seed}", text))
-    write_json(place, {**result, "environment": environment})
-
-
-def make(protocol: Protocol, cache: Path, what: str, arguments: tuple[Any, ...], start: float) -> None:
-    """Make one thing that runs share."""
-    getattr(Material(protocol, cache), what)(*arguments, lambda text: say(start, "prepare", text))
