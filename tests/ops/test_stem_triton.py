@@ -8,7 +8,6 @@ from hia_kernels.core import tuning
 from hia_kernels.ops.stem import library, pack_stem, packing_unsupported_reasons, stem_packed
 from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
 from hia_kernels.testing import analysed, assert_close, bounded, upcast
-from tests.hia.encoders import encoder_of, pixels_of
 from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, assert_repeatable, flops, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
@@ -209,34 +208,6 @@ def test_opcheck_of_the_packed_op(triton_device):
         (inputs["pixels"], inputs["window"], packed.mean, packed.std, packed.taps, packed.scale, packed.shift, 3),
         test_utils=("test_schema", "test_faketensor"),
     )
-
-
-@torch.no_grad()
-def test_a_folded_encoder_packs_its_stem_once(triton_device, monkeypatch):
-    """Give the bits of packing in every call, and leave nothing when it is no longer folded."""
-    from hia_kernels.ops.stem import triton_fwd
-
-    made, pack_taps = [], triton_fwd.pack_taps
-    monkeypatch.setattr(triton_fwd, "pack_taps", lambda *args: made.append(1) or pack_taps(*args))
-    encoder = encoder_of(encoder="strided", encoder_width=4).to(triton_device)
-    pixels = pixels_of(33, 40).to(triton_device)[None]
-    window = torch.tensor([[0.0, 255.0]], device=triton_device)
-    expected = encoder.stem(pixels, window, encoder._executor())
-    assert len(made) == 1
-    folded = encoder.fold_weights()
-    step, taps = encoder._executor(), folded.convs[encoder.conv1].stem.taps
-    assert len(made) == 2 and folded.nbytes > taps.nbytes
-    for _ in range(2):
-        assert torch.equal(encoder.stem(pixels, window, step), expected) and len(made) == 2
-    with use_backend("reference"):
-        encoder.stem(pixels, window, step)
-    assert last_backend(OP) == "reference" and len(made) == 2
-    encoder.image_mean = (0.1, 0.2, 0.3)
-    other = encoder.stem(pixels, window, step)
-    assert not torch.equal(other, expected) and len(made) == 3, "packed with another mean"
-    encoder.unfold_weights()
-    encoder.stem(pixels, window, encoder._executor())
-    assert len(made) == 4 and not encoder._executor().weights
 
 
 @pytest.mark.parametrize("pool", [1, 3])
