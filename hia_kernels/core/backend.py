@@ -59,8 +59,14 @@ class Backend:
         """List why the row doesn't serve a call; empty if it does."""
         if function not in self.functions:
             return [f"has no {function}"]
-        reasons = self.unavailable_reasons() or self.unsupported_reasons(function, **arguments)
-        return reasons if reasons or forced else self.slower_reasons(function, **arguments)
+        if forced:
+            return self.unavailable_reasons() or self.unsupported_reasons(function, **arguments)
+        # what the call's tensors tell first: it is cheap to ask for, and rejects most rows
+        return (
+            self.unsupported_reasons(function, **arguments)
+            or self.slower_reasons(function, **arguments)
+            or self.unavailable_reasons()
+        )
 
 
 @dataclass

@@ -15,4 +15,4 @@ def unavailable_reasons() -> list[str]:
 
 def unsupported_reasons(function: str, x: Tensor, **rest: Any) -> list[str]:
     """Return why it can't serve a call whose tensors are where ``x`` is."""
-    return [] if x.device.type == "cuda" else [f"tensors must be on a CUDA device, got {x.device}"]
+    return [] if x.is_cuda else [f"tensors must be on a CUDA device, got {x.device}"]

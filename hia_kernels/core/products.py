@@ -24,13 +24,13 @@ Size = tuple[int, int, int]  # rows, terms of a sum, columns
 
 def unsupported_tensors(*tensors: Tensor) -> list[str]:
     """Return why these tensors, among which all devices and dtypes of a call occur, can't be multiplied here."""
-    found: dict[str, None] = {}
+    found = []
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            found[f"tensors must be on the CPU, got {tensor.device}"] = None
+        if not tensor.is_cpu:
+            found.append(f"tensors must be on the CPU, got {tensor.device}")
         if tensor.dtype != torch.float32:
-            found[f"{str(tensor.dtype).removeprefix('torch.')} is left to the reference"] = None
-    return list(found)
+            found.append(f"{str(tensor.dtype).removeprefix('torch.')} is left to the reference")
+    return list(dict.fromkeys(found)) if found else found
 
 
 def is_large(rows: int, inner: int, columns: int) -> bool:
@@ -115,9 +115,12 @@ def slower_reasons(sizes: Callable[..., Iterable[Size]]) -> Callable[..., list[s
         sizes: ``(function, **arguments)`` -> the products of a call.
     """
 
+    why = f"no product of this call has {MIN_ROWS} rows and {MIN_FLOPS} FLOPs: PyTorch's are as fast"
+
     def reasons(function: str, **arguments: Any) -> list[str]:
-        if any(is_large(*size) for size in sizes(function, **arguments)):
-            return []
-        return [f"no product of this call has {MIN_ROWS} rows and {MIN_FLOPS} FLOPs: PyTorch's are as fast"]
+        for size in sizes(function, **arguments):
+            if is_large(*size):
+                return []
+        return [why]
 
     return reasons

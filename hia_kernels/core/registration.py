@@ -27,8 +27,9 @@ def _signature(name: str) -> tuple[tuple[str, ...], tuple[Any, ...]]:
 def bind(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the arguments of a call of ``hia::name`` by the names of its schema, defaults filled in."""
     names, defaults = _signature(name)
-    given = args if len(args) == len(names) else (*args, *defaults[len(args) :])  # the dispatcher leaves defaults out
-    arguments = dict(zip(names, given, strict=True))
+    if len(args) < len(names):  # the dispatcher leaves defaults out
+        args = (*args, *defaults[len(args) :])
+    arguments = dict(zip(names, args, strict=True))
     if kwargs:
         arguments.update(kwargs)
     return arguments

@@ -30,6 +30,8 @@ def unavailable_reasons() -> list[str]:
 def unsupported_reasons(function: str, x: Tensor, weight: Tensor, stride: int, **rest: Any) -> list[str]:
     """Return why these inputs can't run."""
     found = triton_support.device_reasons(x)
+    if found:
+        return found
     n, ih, iw, c = x.shape
     out = n * ((ih - 1) // stride + 1) * ((iw - 1) // stride + 1) * weight.shape[0]
     for name, elements in (("x", x.numel()), ("the result", out)):
