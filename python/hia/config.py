@@ -1,4 +1,4 @@
-"""What an adapter is made of, and the three presets."""
+"""The adapter's config and its three presets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _positive(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class HiAConfig:
-    """What an adapter's weights are. Presets make one: ``HiAConfig.paper(host)``, ``.released(host)``, ``.lite(host)``.
+    """The shape of an adapter. Presets make one: ``HiAConfig.paper(host)``, ``.released(host)``, ``.lite(host)``.
 
     It says nothing of a run: plan, resolution and batch-norm's statistics are arguments of :func:`hia.get_hia_model`.
 

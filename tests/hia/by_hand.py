@@ -1,4 +1,4 @@
-"""What measurements are compared with: one image, all heads at once, every pair, singular values."""
+"""Measurements by hand, to compare with: one image, all heads at once, every pair, singular values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def by_heads(x, heads):
 
 
 def attention_by_hand(q, k, v, heads):
-    """One image: all heads at once, as written in a textbook. Returns [Q, D] and the weights [H, Q, N]."""
+    """Attend for one image, all heads at once, as written in a textbook: [Q, D] and the weights [H, Q, N]."""
     q, k, v = (by_heads(x, heads) for x in (q, k, v))
     weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
     return (weights @ v).transpose(0, 1).flatten(1), weights
@@ -36,7 +36,7 @@ def rank_by_hand(rows):
 
 @torch.no_grad()
 def layer_by_hand(model, inputs, index):
-    """One image after the other from the host's own hidden states, for the first HiA layer."""
+    """Compute the first HiA layer from the host's own hidden states, one image after the other."""
     plain = model.base_model(
         **{k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")}, output_hidden_states=True
     ).hidden_states[index + 1]

@@ -48,7 +48,7 @@ def model(base):
 
 
 def host_inputs(batch) -> dict:
-    """What the host alone would be given."""
+    """Return what the host alone would be given."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels") if name in batch}
 
 

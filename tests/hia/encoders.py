@@ -17,7 +17,7 @@ WINDOW = torch.tensor([0.0, 255.0])
 
 
 def encoder_of(seed: int = 0, **changes) -> Encoder:
-    """In evaluation, fp32; norms have weights and statistics of their own; no positions unless they are asked for."""
+    """Make an encoder in evaluation, fp32, its norms with weights and statistics of their own, without positions."""
     small = {"num_queries": 5, "encoder_width": 8, "dim": 32, "num_heads": 2, "position": "none", **changes}
     statistics = small.pop("batch_norm", "running")
     encoder = build_encoder(hia.HiAConfig.paper(text_config(), **small)).eval()
@@ -37,19 +37,19 @@ def encoder_of(seed: int = 0, **changes) -> Encoder:
 
 
 def pixels_of(height: int, width: int, channels: int = 1, seed: int = 0) -> Tensor:
-    """uint8."""
+    """Draw uint8 pixels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (height, width, channels), generator=generator).to(torch.uint8)
 
 
 def distance(x: Tensor, truth: Tensor) -> float:
-    """Root mean square, relative."""
+    """Compute the relative root mean square of a difference."""
     return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 @contextmanager
 def without_graphs(encoder: Encoder) -> Iterator[None]:
-    """Launch by launch."""
+    """Let the encoder launch kernel by kernel."""
     encoder.cuda_graphs = False
     try:
         yield
@@ -58,5 +58,5 @@ def without_graphs(encoder: Encoder) -> Iterator[None]:
 
 
 def sides_of(cache: GraphCache) -> list[int]:
-    """Heights of the images there is a graph for, the one used last behind the others."""
+    """List the heights of the images there is a graph for, the one used last behind the others."""
     return [key[0][0][1] for key in cache.keys]

@@ -14,12 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-try:  # transformers >= 5.x splits the processor by backend; this one needs no torchvision
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor
-
 import hia
+from hia.phantom.host import CLIPImageProcessor
 
 PATCH, IMAGE_SIZE = 14, 28
 TOKENS_PER_IMAGE = (IMAGE_SIZE // PATCH) ** 2
@@ -117,7 +113,7 @@ def tiny_config(host, preset: str = "paper", **changes) -> hia.HiAConfig:
 
 
 def stir(model: hia.HiAModel, seed: int = 1) -> hia.HiAModel:
-    """As if trained: every adapter parameter random, so that the injection shows in the logits."""
+    """Make every adapter parameter random, as if trained, so that the injection shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.adapter.named_parameters():

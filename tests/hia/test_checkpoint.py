@@ -40,7 +40,7 @@ def test_round_trip(model, batch, saved):
 
 
 def older(saved, **options):
-    """The same files as versions wrote them that held choices of a run."""
+    """Rewrite the config as versions wrote it that held choices of a run."""
     path = saved / "adapter_config.json"
     settings = json.loads(path.read_text())
     assert not set(RUN_OPTIONS) & set(settings["config"])
@@ -159,7 +159,7 @@ def test_saving_onto_a_file(model, tmp_path):
 
 
 def test_load_onto_a_meta_host_and_back(model, batch, saved):
-    """The host's config is enough to inspect an adapter; its weights stay loaded."""
+    """Inspect an adapter by the host's config alone; its weights stay loaded."""
     with torch.device("meta"):
         base = tiny_llava_on_meta()
     loaded = hia.HiAModel.from_pretrained(base, saved)

@@ -30,7 +30,7 @@ each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 
 def reference_of(encoder, pixels, window=WINDOW):
-    """The plain implementation, in fp64."""
+    """Compute the plain implementation in fp64."""
     exact = copy.deepcopy(encoder).double()
     with hia_kernels.use_backend("reference"), torch.no_grad():
         return exact(pixels, window)
@@ -166,7 +166,7 @@ def test_gradients_flow_past_folded_weights():
 
 
 def test_folded_where_packed_weights_cant_serve():
-    """Another backend, autocast, the compiler: the plain ops, and the same features."""
+    """Run the plain ops for another backend, autocast and the compiler, to the same features."""
     encoder, pixels = encoder_of(), pixels_of(64, 75)
     exact = reference_of(encoder, pixels)
     encoder.fold_weights()
@@ -198,7 +198,7 @@ def test_many_are_each_alone_bit_for_bit():
 
 
 def test_training_on_the_cpu_stacks_images_of_one_size(monkeypatch):
-    """The ops are called once for a stack; gradients are those of one image after the other."""
+    """Call the ops once for a stack; gradients are those of one image after the other."""
     encoder, sizes = encoder_of(), [(64, 48), (40, 52), (64, 48), (64, 48)]
     images = [pixels_of(*size, seed=seed) for seed, size in enumerate(sizes)]
     windows = torch.tensor([[0.0, 255.0], [255.0, 0.0], [10.0, 200.0], [0.0, 100.0]])
@@ -245,7 +245,7 @@ def test_synchronised_batch_norm_keeps_its_statistics_too():
 
 
 def live_encoder(**changes):
-    """Takes live statistics and leaves the running ones alone, so that every call is the same."""
+    """Make an encoder that takes live statistics and leaves the running ones alone, so that every call is the same."""
     encoder = encoder_of(encoder_width=4, batch_norm="batch", **changes).train()
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -312,7 +312,7 @@ def test_a_budget_never_splits_a_live_batch():
 
 
 def test_synchronised_batch_norm_with_live_statistics(monkeypatch):
-    """Every norm is called as the module it is, NCHW, once for a group: ranks with as many groups call as often."""
+    """Call every norm as the module it is, NCHW, once for a group: ranks with as many groups call as often."""
     images, windows = [pixels_of(64, 48, seed=seed) for seed in range(2)], WINDOW.expand(2, 2)
     encoder = live_encoder()
     expected = encoder.forward_many(images, windows)
@@ -333,7 +333,7 @@ def test_synchronised_batch_norm_with_live_statistics(monkeypatch):
 
 
 class Modules(nn.Module):
-    """What eager PyTorch does with the same parameters: convolution, batch-norm and ReLU as modules, NCHW."""
+    """Do what eager PyTorch does with the same parameters: convolution, batch-norm and ReLU as modules, NCHW."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -359,7 +359,7 @@ class Modules(nn.Module):
 
 
 def kept_bytes(module, parameters, pixels):
-    """Of everything autograd keeps but the parameters."""
+    """Count the bytes of everything autograd keeps but the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept = {}
 
@@ -398,7 +398,7 @@ def test_real_radiographs(radiographs):
 
 @pytest.mark.parametrize("name", ["RG1_J2KI", "RG3_J2KR", "RG3_deflated"])
 def test_real_dicom(name, data_dir):
-    """10 and 15 bits, bright means dark."""
+    """Encode 10 and 15 bits, of which bright means dark."""
     pytest.importorskip("pydicom")
     if name != "RG3_deflated":
         pytest.importorskip("openjpeg")
@@ -413,7 +413,7 @@ def test_real_dicom(name, data_dir):
 
 
 def kept_by_dtype(encoder, pixels):
-    """The largest tensor that autograd keeps of each dtype, in elements, parameters and pixels left out."""
+    """Find the largest tensor that autograd keeps of each dtype, in elements, parameters and pixels left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     kept = {}
 
@@ -431,7 +431,7 @@ def kept_by_dtype(encoder, pixels):
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
 @pytest.mark.parametrize("batch_norm", ["running", "batch"])
 def test_training_keeps_activations_in_the_compute_dtype(autocast, batch_norm):
-    """In fp32 are scales, shifts and statistics, a value a channel; cast parameters may be kept, too."""
+    """Allow fp32 to scales, shifts and statistics, a value a channel; cast parameters may be kept, too."""
     encoder = encoder_of(encoder_width=16, batch_norm=batch_norm).train()
     encoder = encoder if autocast else encoder.bfloat16()
     pixels = pixels_of(224, 160)
@@ -445,7 +445,7 @@ def test_training_keeps_activations_in_the_compute_dtype(autocast, batch_norm):
 
 
 def check_full_size(image, least):
-    """Every pixel, at a small width, in the reference's fp64."""
+    """Compare every pixel, at a small width, in the reference's fp64."""
     assert min(image.pixels.shape[:2]) >= least
     encoder, window = encoder_of(encoder_width=4), torch.tensor(image.window)
     exact = reference_of(encoder, image.pixels, window)

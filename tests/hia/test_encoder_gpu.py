@@ -27,7 +27,7 @@ DEEP = torch.tensor([100.0, 4000.0])
 
 @pytest.fixture(autouse=True)
 def own_kernels():
-    """Only they promise the same bits."""
+    """Force our kernels: only they promise the same bits."""
     with hia_kernels.use_backend(BACKEND):
         yield
 
@@ -37,7 +37,7 @@ def on_device(dtype=torch.float32, **changes) -> Encoder:
 
 
 def deep_pixels(height, width, seed=0, device=DEVICE) -> Tensor:
-    """Draw uint16 of 12 bits."""
+    """Draw uint16 pixels of 12 bits."""
     return (pixels_of(height, width, seed=seed).to(torch.int32) * 16 + seed).to(torch.uint16).to(device)
 
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_captured_stays_eager_on_its_own_stream(monkeypatch):
 @pytest.mark.parametrize("folded", [False, True])
 @torch.no_grad()
 def test_the_callers_own_graph_may_hold_the_encoder(folded):
-    """Nothing waits for the device, and no graph is made inside another."""
+    """Check that nothing waits for the device, and that no graph is made inside another."""
     encoder, static, window = on_device(), deep_pixels(96, 75), DEEP.to(DEVICE)
     if folded:
         encoder.fold_weights()
@@ -209,7 +209,7 @@ def test_a_device_stays_within_its_budget(dtype, changes):
 
 
 def gradient_of(encoder, pixels, window) -> Tensor:
-    """Of all parameters, as one vector."""
+    """Return the gradient of all parameters as one vector."""
     out = encoder(pixels, window)
     loss = out.to(torch.promote_types(out.dtype, torch.float32)).square().mean()
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(encoder.parameters()))])
@@ -236,7 +236,7 @@ def test_gradients_are_the_references(dtype, changes):
 @pytest.mark.parametrize("folded", [False, True])
 @torch.no_grad()
 def test_grouped_images_are_each_alone_in_the_interpreter(folded, triton_device):  # noqa: F811
-    """The same kernels, on the smaller network."""
+    """Run the same kernels on the smaller network."""
     encoder = encoder_of(encoder="strided", encoder_width=4).to(triton_device)
     windows = torch.tensor([[0.0, 4095.0], [4095.0, 0.0]]).to(triton_device)
     images = [deep_pixels(33, 40, seed, triton_device) for seed in range(2)]
@@ -245,32 +245,3 @@ def test_grouped_images_are_each_alone_in_the_interpreter(folded, triton_device)
     together = encoder._encode(torch.stack(images), windows, encoder._executor(), None)
     alone = [encoder(image, window) for image, window in zip(images, windows, strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True)) and not torch.equal(*alone)
-
-
-@pytest.mark.interpreter
-@torch.no_grad()
-def test_a_folded_encoder_packs_its_stem_once(triton_device, monkeypatch):  # noqa: F811
-    """The bits are those of packing in every call, and nothing is left when it is no longer folded."""
-    from hia_kernels.ops.stem import triton_fwd
-
-    made, pack_taps = [], triton_fwd.pack_taps
-    monkeypatch.setattr(triton_fwd, "pack_taps", lambda *args: made.append(1) or pack_taps(*args))
-    encoder = encoder_of(encoder="strided", encoder_width=4).to(triton_device)
-    pixels = pixels_of(33, 40).to(triton_device)[None]
-    window = torch.tensor([[0.0, 255.0]], device=triton_device)
-    expected = encoder.stem(pixels, window, encoder._executor())
-    assert len(made) == 1
-    folded = encoder.fold_weights()
-    step, taps = encoder._executor(), folded.convs[encoder.conv1].stem.taps
-    assert len(made) == 2 and folded.nbytes > taps.nbytes
-    for _ in range(2):
-        assert torch.equal(encoder.stem(pixels, window, step), expected) and len(made) == 2
-    with hia_kernels.use_backend("reference"):
-        encoder.stem(pixels, window, step)
-    assert hia_kernels.last_backend("stem") == "reference" and len(made) == 2
-    encoder.image_mean = (0.1, 0.2, 0.3)
-    other = encoder.stem(pixels, window, step)
-    assert not torch.equal(other, expected) and len(made) == 3, "packed with another mean"
-    encoder.unfold_weights()
-    encoder.stem(pixels, window, encoder._executor())
-    assert len(made) == 4 and not encoder._executor().weights

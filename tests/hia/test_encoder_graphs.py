@@ -1,4 +1,4 @@
-"""What a graph of the encoder is kept for: on the CPU, with a capture that records."""
+"""CUDA graphs of the encoder, on the CPU with a capture that records: what they are kept for."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Recorder:
 
 
 def recorded(recorder: Recorder | None = None, kept: int = 4, **changes) -> tuple[Encoder, Recorder]:
-    """A folded encoder that uses its graphs on the CPU."""
+    """Make a folded encoder that uses its graphs on the CPU."""
     encoder, recorder = encoder_of(encoder_width=4, **changes), recorder or Recorder()
     encoder._folded = dataclasses.replace(encoder.fold_weights(), graphs=GraphCache(recorder, "cpu", kept))
     return encoder, recorder

@@ -13,12 +13,12 @@ CLASSIFIER = {"fc.weight": torch.zeros(10, 256), "fc.bias": torch.zeros(10)}
 
 
 def torchvision_weights(seed=3, **changes):
-    """Names of torchvision and timm, with a classifier and counters."""
+    """Draw weights by the names of torchvision and timm, with a classifier and counters."""
     return encoder_of(seed, **changes).state_dict() | CLASSIFIER
 
 
 def torchvision_keys():
-    """Of ``torchvision.models.resnet50().state_dict()``; timm's ``resnet50`` has the same."""
+    """List the keys of ``torchvision.models.resnet50().state_dict()``; timm's ``resnet50`` has the same."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     keys = ["conv1.weight", *(f"bn1.{leaf}" for leaf in norm)]
     for layer, blocks in ((1, 3), (2, 4), (3, 6), (4, 3)):
@@ -32,13 +32,13 @@ def torchvision_keys():
 
 
 def normalised(encoder, pixels):
-    """[1, 3, H, W] fp32."""
+    """Normalise to [1, 3, H, W] fp32."""
     mean, std = (torch.tensor(value)[:, None, None] for value in (encoder.image_mean, encoder.image_std))
     return ((pixels.permute(2, 0, 1) / 255 - mean) / std)[None]
 
 
 def stages_of(encoder, pixels):
-    """[C, H, W] after the stem and after each of the four stages."""
+    """Return [C, H, W] after the stem and after each of the four stages."""
     step = encoder._executor()
     x = encoder.stem(pixels[None], WINDOW[None], step)
     found, ends = [x], [3, 7, 13, 16]

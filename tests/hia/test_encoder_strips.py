@@ -72,7 +72,7 @@ def test_stays_within_its_budget(changes, folded):
 @pytest.mark.parametrize("side", [4096, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gigabyte_is_enough_for_large_images(side, dtype):
-    """By the estimate, which the test above holds against measured peaks."""
+    """Ask the estimate, which the test above holds against measured peaks."""
     with torch.device("meta"):
         encoder = encoder_of_width_64().to(dtype)
     rows = memory.strip_rows(encoder, side, side, 2**30)
@@ -88,7 +88,7 @@ def encoder_of_width_64():
 
 
 def test_large_maps_go_through_in_strips_unasked(monkeypatch):
-    """With packed weights: the same features, with less memory; by kernels that need nothing beside the maps."""
+    """Expect the same features in less memory of packed weights, by kernels that need nothing beside the maps."""
     encoder, pixels = encoder_of(encoder_width=16), pixels_of(600, 701)
     assert memory.head(encoder, 600, 701) == (0, 0)
     encoder.fold_weights()

@@ -134,7 +134,7 @@ def test_released_after_an_error(monkeypatch):
 
 
 def test_large_image_takes_it_for_one_call(monkeypatch):
-    """Behind strips: the same bits, and nothing is kept."""
+    """Expect the same bits behind strips, and nothing kept."""
     encoder, folded = folded_encoder()
     pixels = pixels_of(200, 131)
     whole = encode(encoder, pixels)

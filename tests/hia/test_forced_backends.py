@@ -15,7 +15,7 @@ from tests.ops.harness import skip_unless_here
 
 @pytest.fixture
 def model():
-    """Channels in multiples of 32, which the extension's convolutions want."""
+    """Make a model of channels in multiples of 32, which the extension's convolutions want."""
     base = tiny_llava()
     return stir(hia.get_hia_model(base, tiny_config(base, encoder_width=32)))
 
@@ -61,7 +61,7 @@ def test_training(name, model, processor, monkeypatch):
 
 
 def test_a_row_that_cannot_run_a_call_still_raises(model, processor, monkeypatch):
-    """The extension has gradients, but of a strided convolution none."""
+    """Ask the extension for a strided convolution's gradient, the one it has none of."""
     skip_unless_here("native")
     monkeypatch.setenv("HIA_BACKEND", "native")
     with pytest.raises(NotImplementedError, match="native: gradients are for 3 x 3 with stride 1"):

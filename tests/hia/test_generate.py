@@ -11,7 +11,7 @@ from tests.hia.conftest import NONE, ONE, TWO, host_inputs, random_images
 
 
 def greedy(model, inputs, steps=6):
-    """Greedy decoding by whole forward passes, no cache: the definition generate() must meet."""
+    """Decode greedily by whole forward passes, without a cache: the definition generate() must meet."""
     inputs = dict(inputs)
     finished = torch.zeros(len(inputs["input_ids"]), dtype=torch.bool)
     new = []
@@ -72,7 +72,7 @@ def test_beams_equal_beams_one_at_a_time(model, processor, batch):
 
 
 def test_every_beam_sees_its_own_samples_images(model, batch):
-    """transformers alone mixes them up when samples have different numbers of images."""
+    """Keep beams apart that transformers alone mixes up when samples have different numbers of images."""
 
     def prefill(**kwargs):
         options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False, "max_new_tokens": 1}

@@ -33,7 +33,7 @@ def model_of(base, preset):
 
 
 def answered(dtype=None):
-    """Three images of different sizes in two samples, with answers."""
+    """Make a batch of three images of different sizes in two samples, with answers."""
     a, b, c = random_images()
     processor = hia.HiAProcessor(tiny_processor())
     inputs = processor([TWO, ONE], [[a, b], [c]], answers=["no new lesion.", "yes."], padding_side="right")
@@ -45,7 +45,7 @@ def asked(inputs):
 
 
 def default_start(model):
-    """PyTorch's: what was measured to stay at chance."""
+    """Start as PyTorch does: what was measured to stay at chance."""
     torch.manual_seed(0)
     with torch.no_grad():
         for layer in model.adapter.layers.values():
@@ -59,7 +59,7 @@ def default_start(model):
 
 
 def healthy_start(model, inputs):
-    """Unit variance everywhere, and statistics of the batch in the encoder's norms."""
+    """Start at unit variance everywhere, with the batch's statistics in the encoder's norms."""
     torch.manual_seed(0)
     with torch.no_grad():
         for layer in model.adapter.layers.values():
@@ -419,7 +419,7 @@ def test_features_of_the_caller_keep_their_graph(model):
 
 
 def test_where_there_is_nothing_to_compare(base):
-    """One query, one feature an image."""
+    """Measure with one query and one feature an image."""
     config = tiny_config(base, num_queries=1)
     model = stir(hia.get_hia_model(base, config))
     processor = hia.HiAProcessor(tiny_processor())

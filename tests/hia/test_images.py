@@ -108,7 +108,7 @@ def test_resizing_keeps_dtype_and_window():
 
 
 def write_dicom(path, array, **fields):
-    """A minimal uncompressed file."""
+    """Write a minimal uncompressed file."""
     pydicom = pytest.importorskip("pydicom")
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid

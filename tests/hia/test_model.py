@@ -83,7 +83,7 @@ def test_eight_images_of_different_sizes_in_a_sample(model, processor):
 
 
 def test_each_image_speaks_to_its_own_tokens_only(model, processor, batch):
-    """Another second image leaves the first image's rows alone at the first chosen layer."""
+    """Change the second image: the first image's rows stay at the first chosen layer."""
     other = hia.HiABatch(batch)
     other["high_res_pixels"] = list(batch.high_res_pixels)
     other["high_res_pixels"][1] = batch.high_res_pixels[1].flip(1)
@@ -186,7 +186,7 @@ def test_disable_adapter_is_the_host(base, model, batch):
 
 
 def hooks_of(model):
-    """transformers installs some of its own on the first forward."""
+    """Count hooks; transformers installs some of its own on the first forward."""
     return [(name, list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in model.named_modules()]
 
 
@@ -260,7 +260,7 @@ def test_layer_outputs_of_every_transformers_version(kind):
 
 
 def test_hooks_take_a_tuple_from_a_layer(model, batch):
-    """A layer that returns a tuple, as before transformers 4.54, gets one back."""
+    """Give a tuple back to a layer that returns one, as before transformers 4.54."""
     expected = logits_of(model, batch)
     natural, joined = [], []
     layer = model._host[0].layers[model.hia_config.layer_indices[0]]

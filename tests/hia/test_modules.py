@@ -39,7 +39,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def attention(q, k, v, heads):
-    """Textbook multi-head attention of [L, D] tensors."""
+    """Compute multi-head attention of [L, D] tensors as textbooks do."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v))
     weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1)
     return (weights @ v).transpose(0, 1).flatten(1)
@@ -108,7 +108,7 @@ def test_layer_is_the_papers_three_steps(changes, grad):
 
 
 def plain_resnet(encoder, image):
-    """The same parameters through nn.Conv2d and nn.BatchNorm2d, NCHW."""
+    """Run the same parameters through nn.Conv2d and nn.BatchNorm2d, NCHW."""
 
     def block(module, x):
         y = F.relu(module.bn1(nn.Conv2d.forward(module.conv1, x)))

@@ -71,7 +71,7 @@ def test_device_map(batch, offload, tmp_path):
 
 @pytest.fixture
 def small_to_compile():
-    """Tracing takes most of the time: few layers, few convolutions."""
+    """Make a model of few layers and few convolutions: tracing takes most of the time."""
     base = tiny_llava(layers=3)
     return stir(hia.get_hia_model(base, tiny_config(base, encoder="strided", layers=[1])))
 

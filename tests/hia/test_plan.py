@@ -69,7 +69,7 @@ def adapter_of(preset, dtype, **changes):
 
 
 def question(images, dtype, channels=128):
-    """Hidden states, packed features and layout: images of different sizes, shared among two samples."""
+    """Draw hidden states, feature maps and a layout: images of different sizes, shared among two samples."""
     generator = torch.Generator().manual_seed(images)
     drawn = [torch.rand(*shape, channels, generator=generator, dtype=torch.double) for shape in SHAPES[:images]]
     maps = tuple(image.to(dtype) for image in drawn)
@@ -142,7 +142,7 @@ def test_every_form_keeps_the_tolerance(forms, preset, dtype):
 @pytest.mark.parametrize("form", ["ln_folded_kv", "ln_folded_absorbed"])
 @torch.no_grad()
 def test_more_columns_than_features(form):
-    """The variance's root is then triangular."""
+    """Fold where the variance's root is triangular."""
     adapter, asked = adapter_of("paper", torch.float64, dim=192), question(3, torch.float64)
     folded = folded_of(adapter)
     assert folded.root.shape[0] == folded.root.shape[1] < 192
@@ -188,7 +188,7 @@ def test_gradients_are_the_direct_forms(forms, preset):
 
 
 def injected(adapter, form, dtype, images=8):
-    """Output and gradients of an injection; of a loss whose gradients are not small."""
+    """Compute output and gradients of an injection, of a loss whose gradients are not small."""
     generator = torch.Generator().manual_seed(0)
     hidden, _, layout = question(images, dtype)
     injection = adapter.layer(2).injection
@@ -208,7 +208,7 @@ def injected(adapter, form, dtype, images=8):
     ids=str,
 )
 def test_the_absorbed_injections_gradients_are_the_direct_forms(preset, dtype, monkeypatch):
-    """In fp32 they may be as wrong as plain autograd's of the same form: the gate's is one sum that cancels."""
+    """Allow fp32 to be as wrong as plain autograd's of the same form: the gate's is one sum that cancels."""
     adapter, exact_adapter = adapter_of(preset, dtype), adapter_of(preset, torch.float64)
     exact_adapter.load_state_dict({name: value.double() for name, value in adapter.state_dict().items()})
     got, exact = injected(adapter, "absorbed", dtype), injected(exact_adapter, "direct", torch.float64)
@@ -402,7 +402,7 @@ def test_the_cheapest_form_at_real_sizes(preset, side, changes, extract):
 
 @pytest.mark.parametrize(("side", "most"), [(896, 0.70), (4096, 0.45)])
 def test_flops_against_the_released_maths(side, most):
-    """Of the HiA layers of Table 3, two images: the released code asks its queries once an image."""
+    """Count Table 3's HiA layers for two images: the released code asks its queries once an image."""
     ours, theirs = thirteen_b("paper", side, 2, weights_folded=True), thirteen_b("released", side, 2)
     own = plan.cheapest(plan.extract_forms(ours), plan.ceilings_of("cpu", 4)).flops
     own += min(form.flops for form in plan.inject_forms(ours))

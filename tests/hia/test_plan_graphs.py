@@ -30,7 +30,7 @@ TRAINED = [forms for forms in FORMS if not forms[0].startswith(("ln_folded", "ca
 @pytest.mark.parametrize("keep", ["kv", "folded"])
 @torch.no_grad()
 def test_a_compiled_question_sees_no_stale_caches(processor, keep):
-    """What was kept of the images before a step of the optimizer answers nothing after it."""
+    """Use nothing after a step of the optimizer that was kept of the images before it."""
     base = tiny_llava(layers=2)
     model = stir(hia.get_hia_model(base, tiny_config(base, encoder="strided", layers=[1])))
     a, b, c = random_images()
@@ -52,7 +52,7 @@ def test_a_compiled_question_sees_no_stale_caches(processor, keep):
 
 
 def sweep(forms: tuple[str, str], preset: str, training: bool, dynamic: bool | None) -> tuple[list[int], int]:
-    """Graphs compiled after each size of a sweep over three images of different sizes, and forms the plan took."""
+    """Count the graphs after each size of a sweep over three images of different sizes, and the plan's forms."""
     adapter = adapter_of(preset, torch.float32)
     if not training:
         adapter.fold_weights()
@@ -86,7 +86,7 @@ def sweep(forms: tuple[str, str], preset: str, training: bool, dynamic: bool | N
     ids=["direct", "absorbed", "auto"],
 )
 def test_a_sweep_of_sizes_compiles_one_graph_a_form(preset, forms, training):
-    """With dynamic sizes: one graph, and where the plan picks, one more each time it picks another form."""
+    """Compile one graph with dynamic sizes, and where the plan picks, one more each time it picks another form."""
     graphs, taken = sweep(forms, preset, training, dynamic=True)
     assert graphs[0] == 1 and graphs[-1] == taken
     assert taken == 1 or forms[0] == "auto"
@@ -95,7 +95,7 @@ def test_a_sweep_of_sizes_compiles_one_graph_a_form(preset, forms, training):
 @pytest.mark.compile
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_without_marks_the_second_size_compiles_the_last_graph(training):
-    """By default PyTorch takes the first size for a constant, and what differs in the second for dynamic."""
+    """Leave it to PyTorch, which takes the first size for a constant, and what differs in the second for dynamic."""
     graphs, _ = sweep(("direct", "direct"), "paper", training, dynamic=None)
     assert graphs == [1, 2, 2, 2, 2]
 
@@ -115,7 +115,7 @@ def test_conditioned_queries_compile_once_for_any_sizes(training):
 
 
 def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What a replay of the function's CUDA graph computes; its memory is poisoned in between."""
+    """Compute by a replay of the function's CUDA graph, whose memory is poisoned in between."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -133,7 +133,7 @@ def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Anything that makes the host wait for the device is an error."""
+    """Make it an error if the host waits for the device."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -192,7 +192,7 @@ def calls_in(*dtypes: torch.dtype) -> list[Any]:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("forms", "training", "preset", "dtype"), calls_in(torch.float32, torch.bfloat16))
 def test_every_form_is_captured_in_a_cuda_graph(forms, training, preset, dtype):
-    """Nothing in extract or inject waits for the device or allocates by its data."""
+    """Capture extract and inject, of which nothing waits for the device or allocates by its data."""
     call = layer_call(preset, forms, dtype, training)
     expected = tuple(result.clone() for result in call())
     assert_same(captured(call), expected)

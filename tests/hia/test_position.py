@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_codes_are_the_formula():
-    """Element by element, in Python's own arithmetic."""
+    """Compare element by element with Python's own arithmetic."""
     codes = axis_codes(7, 10, CPU, torch.float64)
     for place in range(7):
         for wave in range(5):
@@ -47,7 +47,7 @@ def test_no_two_places_share_a_code(size):
 
 
 def test_one_place_has_one_code_in_every_resolution():
-    """The middle of an image, and the middle of its upper left quarter."""
+    """Compare the middle of an image, and the middle of its upper left quarter."""
     small, large = (axis_codes(length, 32, CPU, torch.float64) for length in (3, 63))
     assert torch.allclose(small[1], large[31])
     small, large = (axis_codes(length, 32, CPU, torch.float64) for length in (2, 34))
@@ -107,7 +107,7 @@ def test_codes_made_under_inference_mode_serve_training():
 
 
 def test_where_reaches_what_is_extracted():
-    """Z is a bag to attention: the same features in other places give the same, until their places are in them."""
+    """Move features, which are a bag to attention: the same is extracted until their places are in them."""
     config = tiny_config(text_config(), position="none")
     torch.manual_seed(0)
     extractor = Extractor(config).double()

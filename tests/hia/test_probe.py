@@ -18,7 +18,7 @@ from tests.hia.test_health import assert_same_state, state_of
 
 @pytest.fixture
 def base():
-    """Sure of its answers, and with patches that differ."""
+    """Make a host that is sure of its answers, with patches that differ."""
     host = tiny_llava()
     with torch.no_grad():
         host.lm_head.weight.mul_(8)
@@ -28,7 +28,7 @@ def base():
 
 
 def own_answers(base, inputs):
-    """Labels the host would give itself: whatever it no longer reads makes them less likely."""
+    """Give labels that the host would give itself: whatever it no longer reads makes them less likely."""
     with torch.no_grad():
         likeliest = base(
             **{k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values") if k in inputs}
@@ -50,7 +50,7 @@ def answered(base, processor, seed=0):
 
 
 def stop_reading_after(base, layer):
-    """Attention of all later layers adds nothing: what this one reads, the output of the one before, is the last."""
+    """Let attention of all later layers add nothing: what this one reads, the output of the one before, is the last."""
     with torch.no_grad():
         for later in base.model.language_model.layers[layer + 1 :]:
             later.self_attn.o_proj.weight.zero_()
@@ -58,7 +58,7 @@ def stop_reading_after(base, layer):
 
 
 def cut_visual_columns_after(base, layer, visual):
-    """Attention of all later layers finds nothing at visual tokens, and reads all others."""
+    """Let attention of all later layers find nothing at visual tokens, and read all others."""
     for later in base.model.language_model.layers[layer + 1 :]:
         for linear in (later.self_attn.k_proj, later.self_attn.v_proj):
             linear.register_forward_hook(lambda _m, _a, out: out.masked_fill(visual[..., None], 0))
@@ -219,7 +219,7 @@ def test_a_host_that_reads_nothing_is_told_so(base, processor):
 
 
 def test_an_untrained_host_is_told_apart_from_noise(processor):
-    """Random labels: the loss goes up or down by chance, and by as much."""
+    """Draw random labels: the loss goes up or down by chance, and by as much."""
     base = tiny_llava()
     inputs = answered(base, processor)
     marked = inputs["labels"] != -100

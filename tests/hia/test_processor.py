@@ -142,7 +142,7 @@ def test_image_smaller_than_the_stem(processor, model):
 
 
 def test_two_real_studies_of_a_patient(radiographs):
-    """Day 2 and day 21 of one patient, at full size; details that 28 x 28 lost change the answer's logits."""
+    """Compare day 2 and day 21 of one patient, at full size; details that 28 x 28 lost change the answer's logits."""
     studies = [path for path in radiographs if "p221" in path.name]
     assert len(studies) == 2
     base = tiny_llava()
@@ -169,7 +169,7 @@ def test_real_dicom_and_jpeg_in_one_prompt(data_dir, radiographs):
 
 
 def test_real_tokenizers(data_dir):
-    """Both LLaMA-2 vocabularies, with <image> added: one placeholder becomes as many tokens as the host wants."""
+    """Try both LLaMA-2 vocabularies, with <image> added: one placeholder becomes as many tokens as the host wants."""
     from transformers import LlamaTokenizer, LlavaProcessor
 
     for name in ("llama-2", "chinese-llama-2"):

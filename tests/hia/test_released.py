@@ -12,7 +12,7 @@ from tests.hia.hosts import tiny_config, tiny_llava
 
 @pytest.fixture
 def port():
-    """Of the tiny host. Eight heads of its 64 channels would be narrower than the op allows: four instead."""
+    """Build the port of the tiny host, with four heads: eight of its 64 channels are narrower than the op allows."""
     torch.manual_seed(0)
     port = ReleasedHiA(64, 6, encoder_width=4)
     for layer in port.gate_Con.values():
@@ -51,7 +51,7 @@ def test_released_preset_is_the_port(port):
 
 
 def test_names_of_the_released_checkpoints(port):
-    """With the prefixes that checkpoints have, among the host's own tensors."""
+    """Take names with the prefixes that checkpoints have, among the host's own tensors."""
     stored = {"model.layers.3.self_attn.q_proj.weight": torch.zeros(1)}
     for name, tensor in port.state_dict().items():
         parts = name.split(".")

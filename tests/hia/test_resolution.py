@@ -19,7 +19,7 @@ def low():
 
 
 def batches():
-    """The same prompt and images, by the ablation's processor and by the full model's."""
+    """Make batches of one prompt with images, by the ablation's processor and by the full model's."""
     a, b, c = random_images()
     both = [hia.HiAProcessor(tiny_processor(), high_resolution=high) for high in (False, True)]
     return [processor([TWO, ONE], [[a, b], [c]]) for processor in both]
@@ -42,7 +42,7 @@ def test_raw_pixels_are_resized_as_the_processor_does_it(low):
 
 
 def test_the_ablation_would_have_measured_the_full_model(low):
-    """The test above can fail: at their own size the images give other logits."""
+    """Show that the test above can fail: at their own size the images give other logits."""
     small, raw = batches()
     full = hia.get_hia_model(tiny_llava(), low.hia_config)
     full.adapter.load_state_dict(low.adapter.state_dict())

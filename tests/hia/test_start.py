@@ -1,4 +1,4 @@
-"""How training starts: projections, batch-norm statistics, the frozen host's mode, groups of parameters."""
+"""The start of training: projections, batch-norm statistics, the frozen host's mode, groups of parameters."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_new_encoder_is_pristine_and_a_loaded_one_is_not():
 
 
 def modules_of(encoder, pixels, windows):
-    """[n, C, H, W] through the encoder's modules as they are."""
+    """Run the encoder's modules as they are, to [n, C, H, W]."""
     mean, std = torch.tensor(encoder.image_mean), torch.tensor(encoder.image_std)
     low, high = windows[:, :, None, None, None].unbind(1)
     x = ((((pixels.float() - low) / (high - low)).clamp(0, 1) - mean) / std).permute(0, 3, 1, 2)
@@ -75,7 +75,7 @@ def modules_of(encoder, pixels, windows):
 
 @pytest.mark.parametrize("batch_norm", ["running", "batch"])
 def test_calibration_measures_all_pixels(batch_norm):
-    """Images of one size are one batch: PyTorch's own norms, with momentum 1, keep the same moments."""
+    """Compare with PyTorch's own norms, which keep the same moments of one batch with momentum 1."""
     base = tiny_llava()
     model = hia.get_hia_model(base, tiny_config(base, encoder="strided", position="none"), batch_norm=batch_norm)
     images = [pixels_of(96, 75, seed=seed) for seed in range(4)]
@@ -95,7 +95,7 @@ def test_calibration_measures_all_pixels(batch_norm):
 
 
 def test_calibration_joins_images_of_different_sizes():
-    """The stem's input is the pixels alone, so its moments can be told: all pixels count alike."""
+    """Compare the stem's moments, which can be told, since its input is the pixels alone: all count alike."""
     base = tiny_llava()
     model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
     encoder, images = model.adapter.encoder, [pixels_of(64, 64), pixels_of(40, 200, seed=1), pixels_of(33, 35, seed=2)]
@@ -116,7 +116,7 @@ def test_calibration_joins_images_of_different_sizes():
 
 
 def test_calibration_takes_radiographs_with_their_windows():
-    """An inverted 16-bit image (MONOCHROME1): its window is half of what the encoder sees."""
+    """Calibrate on an inverted 16-bit image (MONOCHROME1): its window is half of what the encoder sees."""
     base = tiny_llava()
     model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
     norm = model.adapter.encoder.bn1
@@ -139,7 +139,7 @@ def test_calibration_takes_radiographs_with_their_windows():
 
 
 def test_statistics_beyond_the_dtype_are_refused():
-    """fp16 norms hold variances up to 65504; their squares are summed in fp64."""
+    """Refuse what fp16 norms can't hold, variances above 65504; squares are summed in fp64."""
     base = tiny_llava()
     model = hia.get_hia_model(base.half(), tiny_config(base, encoder="strided"))
     encoder = model.adapter.encoder
@@ -161,7 +161,7 @@ def test_calibrated_features_have_unit_scale():
 
 
 def test_calibration_takes_a_large_set_in_parts(monkeypatch):
-    """No part is larger than asked for or left with a rest of one image, and the parts hold every image once.
+    """Check that no part is larger than asked for or left with one image, and that all hold every image once.
 
     The stem's statistics, which no norm comes before, are the same however the images are parted.
     """
@@ -181,7 +181,7 @@ def test_calibration_takes_a_large_set_in_parts(monkeypatch):
 
 
 def test_one_feature_has_no_variance():
-    """A 32 x 32 image is one feature behind a stride of 32; two such images are two."""
+    """Refuse a 32 x 32 image, one feature behind a stride of 32; two such images are two."""
     base = tiny_llava()
     model = hia.get_hia_model(base, tiny_config(base, encoder="strided"))
     with pytest.raises(
@@ -234,6 +234,19 @@ def with_dropout(layers=6):
     return tiny_llava(layers, attention_dropout=0.5)
 
 
+@pytest.fixture
+def late(processor):
+    """Train on a host with dropout whose checkpointing is enabled later; count what its last layer's attention runs."""
+    a, b, _ = random_images()
+    base = with_dropout()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # statistics that no data has touched
+        model = hia.get_hia_model(base, tiny_config(base)).train()
+    calls = []
+    model._host[0].layers[-1].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    return model, processor(TWO, [a, b], answers="yes."), calls
+
+
 @pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
 def test_a_frozen_host_has_no_dropout_in_training(processor):
     a, b, _ = random_images()
@@ -273,16 +286,10 @@ def test_checkpointing_still_recomputes(order, processor):
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
-def test_checkpointing_enabled_on_the_host_after_train(processor):
-    """As a trainer does that holds the base model: transformers asks for a mode that train() took from the layers."""
-    a, b, _ = random_images()
-    batch = processor(TWO, [a, b], answers="yes.")
-    base = with_dropout()
-    model = hia.get_hia_model(base, tiny_config(base)).train()
-    base.gradient_checkpointing_enable()
-    calls = []
-    model._host[0].layers[-1].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+def test_checkpointing_enabled_on_the_host_after_train(late):
+    """Enable it as a trainer does that holds the base model: transformers asks for a mode that train() took away."""
+    model, batch, calls = late
+    model.base_model.gradient_checkpointing_enable()
     model(**batch).loss.backward()
     assert len(calls) == 2
     assert not any(m.training for m in model._host[0].layers[-1].self_attn.modules())  # its dropout stays off
@@ -290,7 +297,7 @@ def test_checkpointing_enabled_on_the_host_after_train(processor):
 
 @pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
 def test_checkpointing_takes_what_transformers_trainer_passes():
-    """transformers 5.17 passes every_n_layers and offload to whatever model it has."""
+    """Take every_n_layers and offload, which transformers 5.17 passes to whatever model it has."""
     base = with_dropout()
     model = hia.get_hia_model(base, tiny_config(base)).train()
     taken = []
@@ -299,12 +306,8 @@ def test_checkpointing_takes_what_transformers_trainer_passes():
     assert taken == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 2, "offload": False}]
 
 
-@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
-def test_reentrant_checkpointing_of_one_layer_is_refused(processor):
-    a, b, _ = random_images()
-    batch = processor(TWO, [a, b], answers="yes.")
-    base = with_dropout()
-    model = hia.get_hia_model(base, tiny_config(base)).train()
+def test_reentrant_checkpointing_of_one_layer_is_refused(late):
+    model, batch, _ = late
     model._host[0].model.gradient_checkpointing_enable({"use_reentrant": True})
     for layer in [*model._host[0].layers][:3]:
         layer.gradient_checkpointing = False
@@ -313,14 +316,10 @@ def test_reentrant_checkpointing_of_one_layer_is_refused(processor):
         model(**batch)
 
 
-@pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
-def test_late_checkpointing_leaves_the_adapters_modes(processor):
-    a, b, _ = random_images()
-    batch = processor(TWO, [a, b], answers="yes.")
-    base = with_dropout()
-    model = hia.get_hia_model(base, tiny_config(base)).train()
+def test_late_checkpointing_leaves_the_adapters_modes(late):
+    model, batch, _ = late
     model.adapter.encoder.eval()  # as somebody does who freezes it
-    base.gradient_checkpointing_enable()
+    model.base_model.gradient_checkpointing_enable()
     model(**batch)
     assert not any(module.training for module in model.adapter.encoder.modules())
 
@@ -366,7 +365,7 @@ def test_unload_gives_the_hosts_modes_back(training):
 @pytest.mark.filterwarnings("ignore:hia. the encoder's batch-norm")
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "LoHa"])
 def test_pefts_dropout_is_on_in_training(method, processor):
-    """By what it does, as each of PEFT's methods asks another flag: two forward passes differ, and none in eval."""
+    """Tell dropout by what it does, as each method asks another flag: two forward passes differ, and none in eval."""
     peft = pytest.importorskip("peft")
     a, b, _ = random_images()
     batch = processor(TWO, [a, b], answers="yes.")

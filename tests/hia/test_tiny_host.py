@@ -72,7 +72,7 @@ def test_every_sample_comes_once_a_round(batches):
 
 
 def test_a_score_counts_whole_answers(batches):
-    """A model that knows the labels scores 1; one wrong token of an answer costs the answer."""
+    """Score a model that knows the labels at 1; one wrong token of an answer costs the answer."""
 
     class Told(torch.nn.Module):
         wrong = False
@@ -93,7 +93,7 @@ def test_a_score_counts_whole_answers(batches):
 
 
 def test_greedy_decoding_agrees_with_the_score(host, batches):
-    """The definition of the score, tried on what an untrained host decodes."""
+    """Compare the score with its definition on what an untrained host decodes."""
     model = hia.get_hia_model(build_tiny_host(MINUTE), hia.HiAConfig.paper(host, num_queries=4, encoder="strided"))
     for sample in range(5):
         labels = batches.batch([sample])["labels"]

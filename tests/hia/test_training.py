@@ -23,7 +23,7 @@ def adapter_gradients(model, inputs):
 
 
 def test_answers_do_not_leak_into_visual_tokens(model, processor):
-    """Another answer: the visual rows, which the answer's tokens attend to, are the same at every layer."""
+    """Change the answer: the visual rows, which the answer's tokens attend to, are the same at every layer."""
     a, b, _ = random_images()
     batches = [processor(TWO, [a, b], answers=answer) for answer in ("no new lesion.", "yes yes old fracture")]
     assert batches[0].input_ids.shape == batches[1].input_ids.shape
@@ -36,7 +36,7 @@ def test_answers_do_not_leak_into_visual_tokens(model, processor):
 
 
 def test_the_released_choice_of_token_would_leak(model, processor):
-    """The test above can fail: conditioned on position -1, the same rows differ."""
+    """Show that the test above can fail: conditioned on position -1, the same rows differ."""
     a, b, _ = random_images()
     batches = [processor(TWO, [a, b], answers=answer) for answer in ("no new lesion.", "yes yes old fracture")]
     for inputs in batches:
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(host, model, training_b
 
 
 def test_checkpointed_backward_of_two_forwards_keeps_them_apart(model, processor):
-    """Recomputation happens after both forwards: each must find its own images."""
+    """Recompute after both forwards: each must find its own images."""
     a, b, c = random_images()
     one = processor(TWO, [a, b], answers="yes.")
     two = processor(ONE, [c], answers="no.")

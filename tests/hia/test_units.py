@@ -86,7 +86,7 @@ def answered(processor: hia.HiAProcessor) -> hia.HiABatch:
 
 
 def results_of(model: hia.HiAModel, batch: hia.HiABatch) -> dict[str, Tensor | str]:
-    """Everything that reads the adapter's weights without training them."""
+    """Compute everything that reads the adapter's weights without training them."""
     rest = {name: value for name, value in batch.items() if name not in ("high_res_pixels", "windows")}
     found: dict[str, Tensor | str] = {}
     with torch.no_grad():
@@ -105,7 +105,7 @@ def results_of(model: hia.HiAModel, batch: hia.HiABatch) -> dict[str, Tensor | s
 
 
 def trained(model: hia.HiAModel, batch: hia.HiABatch, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss and gradients of a step, and of one with gradient checkpointing."""
+    """Compute loss and gradients of a step, and of one with gradient checkpointing."""
     found: dict[str, Tensor] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # statistics that no data has touched
@@ -196,7 +196,7 @@ def test_weights_that_move_are_not_folded(module):
 
 
 def test_accelerates_offloading(processor):
-    """Its hooks take the place of a module's forward, and give a leaf its weights when the leaf is called."""
+    """Offload with hooks that take the place of a module's forward, and give a leaf weights when it is called."""
     accelerate = pytest.importorskip("accelerate")
     for preset in ("paper", "released"):
         model, batch = model_of(preset), answered(processor)

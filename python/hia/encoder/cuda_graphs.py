@@ -37,7 +37,7 @@ class Capture(Protocol):
     nbytes: int
 
     def __call__(self, function: Encode, inputs: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
-        """What computes ``function(*inputs)`` again from the inputs' memory, into the same memory every time."""
+        """Make what computes ``function(*inputs)`` again from the inputs' memory, into the same memory every time."""
 
 
 class CudaCapture:
@@ -49,7 +49,7 @@ class CudaCapture:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, function: Encode, inputs: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
-        """As :class:`Capture`.
+        """Capture a graph, as :class:`Capture` says.
 
         Raises:
             RuntimeError: something in the function can't be captured, or memory is short.
@@ -90,7 +90,7 @@ class CudaCapture:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Of one size.
+    """A graph of one size.
 
     Attributes:
         inputs: pixels and window, which a replay reads.
@@ -121,14 +121,14 @@ class GraphCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it occupies: inputs, and the memory that the graphs share."""
+        """Count the bytes it occupies: inputs, and the memory that the graphs share."""
         with self._lock:
             own = sum(tensor.nbytes for graph in self._graphs.values() for tensor in graph.inputs)
             return own + self.capture.nbytes
 
     @property
     def keys(self) -> list[Key]:
-        """Of the graphs there are, the one used last behind the others."""
+        """List the keys of the graphs there are, the one used last behind the others."""
         with self._lock:
             return list(self._graphs)
 
@@ -139,7 +139,7 @@ class GraphCache:
             self._graphs.clear()
 
     def eager_reasons(self, pixels: Tensor, most_pixels: int) -> list[str]:
-        """Why a call has to go kernel by kernel; empty if a graph can serve it.
+        """List why a call has to go kernel by kernel; empty if a graph can serve it.
 
         Args:
             pixels: [N, H, W, CP].
@@ -167,7 +167,7 @@ class GraphCache:
     def __call__(
         self, function: Encode, pixels: Tensor, window: Tensor, weight_dtype: torch.dtype, most_pixels: int
     ) -> Tensor:
-        """``function(pixels, window)``, by a graph where one can serve.
+        """Compute ``function(pixels, window)``, by a graph where one can serve.
 
         Args:
             function: the encoder, with the folded weights that this cache belongs to.
@@ -253,11 +253,11 @@ class GraphCache:
 
 
 def capturing(pixels: Tensor) -> bool:
-    """Whether somebody captures a graph on the current stream."""
+    """Tell whether somebody captures a graph on the current stream."""
     return pixels.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def key_of(pixels: Tensor, window: Tensor, weight_dtype: torch.dtype) -> Key:
-    """What a graph is good for: exact shapes, dtypes, device, and the backend that is asked for."""
+    """Name what a graph is good for: exact shapes, dtypes, device, and the backend that is asked for."""
     inputs = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in (pixels, window))
     return (*inputs, weight_dtype, requested_backend())

@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor, executor: ConvExecutor | None = None) -> Tensor:
-        """[N, H, W, C] -> [N, H', W', 4 * width]; written over x with folded weights and without ``downsample``."""
+        """Compute [N, H, W, C] -> [N, H', W', 4 * width], over x with folded weights and without ``downsample``."""
         executor = executor or ConvExecutor()
         y = executor(self.conv1, self.bn1, x)
         y = executor(self.conv2, self.bn2, y, scratch=True)
@@ -95,7 +95,7 @@ class Encoder(Unit):
         self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no folded weights: packed weights can't be copied or saved."""
+        """Leave folded weights out of copies: packed ones can't be copied or saved."""
         return {**self.__dict__, "_folded": None, "_constants": {}}
 
     @property

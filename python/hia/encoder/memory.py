@@ -1,4 +1,4 @@
-"""How much memory encoding takes, and the strips that follow from it: arithmetic alone, nothing is computed here."""
+"""The memory that encoding takes, and the strips that follow from it: arithmetic alone, nothing is encoded here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with thre
 
 
 class Striped(Protocol):
-    """What strips go through: a stem and units behind it, as :class:`hia.encoder.encoder.Encoder` has them."""
+    """A stem and units behind it, which strips go through: :class:`hia.encoder.encoder.Encoder` has them."""
 
     conv1: Any
     channels: int

@@ -1,4 +1,4 @@
-"""Where a feature stands in its image, added to the features: sines and cosines in two dimensions.
+"""The place of a feature in its image, added to the features: sines and cosines in two dimensions.
 
 Attention over Z has no order: without positions the adapter can learn *whether*, never *where*. As in DETR (Carion et
 al., 2020) half of the channels tell the row and half the column, each axis in fractions of the image, so that "upper

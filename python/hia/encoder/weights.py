@@ -55,7 +55,7 @@ def load_resnet50(encoder: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By torchvision's names; those of no layout stay as they are."""
+    """Rename tensors to torchvision's names; those of no layout keep theirs."""
     tensors = {name.removeprefix("resnet."): tensor for name, tensor in state_dict.items()}
     names = {name: _RELEASED_PREFIX.sub("", name) for name in tensors}
     if any(_RELEASED_PREFIX.match(name) for name in tensors):  # a whole model's: the rest of it is not ours

@@ -13,14 +13,14 @@ HOSTS: tuple[type[LlamaHost], ...] = (LlavaHost, LlamaHost)
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside PEFT's wrappers."""
+    """Return the transformers model inside PEFT's wrappers."""
     while hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model
 
 
 def find_host(model: nn.Module) -> LlamaHost:
-    """How to reach into this model.
+    """Find out how to reach into this model.
 
     Raises:
         TypeError: no host is known for it.

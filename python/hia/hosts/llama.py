@@ -17,24 +17,24 @@ class LlamaHost:
 
     @classmethod
     def accepts(cls, model: Any) -> bool:
-        """Whether the model is this kind of host; by class, including subclasses."""
+        """Tell whether the model is this kind of host; by class, including subclasses."""
         return any(base.__name__ == cls.class_name for base in type(model).__mro__)
 
     @property
     def text_model(self) -> nn.Module:
-        """The module whose forward runs the decoder layers."""
+        """Return the module whose forward runs the decoder layers."""
         return self.model.model
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
+        """Return the decoder layers."""
         return self.text_model.layers
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """(height, width) of the images that the host sees, pixels; None where only the caller can know it."""
+        """Return (height, width) of the images that the host sees, pixels; None where only the caller can know it."""
         return None
 
     def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
-        """The map read off the prompt, or None where only the caller can know it."""
+        """Read the map off the prompt; None where only the caller can know it."""
         return None

@@ -15,7 +15,7 @@ class LlavaHost(LlamaHost):
 
     @property
     def text_model(self) -> nn.Module:
-        """The LLaMA model; transformers moved it with 4.52."""
+        """Return the LLaMA model; transformers moved it with 4.52."""
         inner = getattr(self.model, "model", None)
         if inner is not None and hasattr(inner, "language_model"):
             return inner.language_model
@@ -23,21 +23,21 @@ class LlavaHost(LlamaHost):
 
     @property
     def image_token_id(self) -> int:
-        """Id of ``<image>``; the attribute was renamed with transformers 4.52."""
+        """Return the id of ``<image>``; the attribute was renamed with transformers 4.52."""
         config = self.model.config
         token = getattr(config, "image_token_id", None)
         return config.image_token_index if token is None else token
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """(height, width) that the vision tower takes, pixels."""
+        """Return (height, width) that the vision tower takes, pixels."""
         size = getattr(self.model.config.vision_config, "image_size", None)
         if size is None or isinstance(size, int):
             return None if size is None else (size, size)
         return int(size[0]), int(size[1])
 
     def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
-        """[B, S]: image tokens in order, split evenly.
+        """Split the image tokens evenly among the images, in order: [B, S].
 
         Raises:
             ValueError: their number is no multiple of ``images``.

@@ -71,7 +71,7 @@ def _full_range(stored: np.ndarray) -> tuple[float, float]:
 
 
 def _voi_window(dataset: Any, values: np.ndarray) -> tuple[float, float]:
-    """The first window's ends; the linear function's half-pixel terms are the standard's (C.11.2.1.2.1)."""
+    """Return the first window's ends; the linear function's half-pixel terms are the standard's (C.11.2.1.2.1)."""
     centre, width = getattr(dataset, "WindowCenter", None), getattr(dataset, "WindowWidth", None)
     if centre is None or width is None:
         return float(values.min()), float(values.max())

@@ -136,7 +136,7 @@ def _read_file(path: Path, name: str) -> Radiograph | Image.Image:
 
 
 def _to_tensor(image: Any, name: str) -> Tensor:
-    """[H, W, C], whatever C is; not checked yet."""
+    """Make a tensor [H, W, C] of an image, whatever C is; it is not checked yet."""
     if isinstance(image, Image.Image):
         array = _pil_to_array(image, name)
     elif isinstance(image, Tensor):

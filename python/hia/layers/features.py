@@ -17,7 +17,7 @@ from .shared import SharedProjection
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What a layer makes of images alone, kept for later questions.
+    """Results of a layer that depend on images alone, kept for later questions.
 
     Attributes:
         kind: "folded": projected and normed features; "kv": keys and values.

@@ -1,4 +1,4 @@
-"""Where the visual tokens of a batch stand, image by image."""
+"""Rows of a batch's visual tokens, image by image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CallLayout:
     row_counts: tuple[int, ...]
 
     def to(self, device: torch.device) -> CallLayout:
-        """On another device, in one copy; itself if it is there already."""
+        """Copy to another device, in one piece; return itself if it is there already."""
         if self.visual_rows.device == device:
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -70,12 +70,12 @@ class VisualLayout:
     rows_per_image: tuple[int, ...]
 
     def image_order(self, copies: int) -> Tensor:
-        """[n * copies] int64: where each copy of each sample finds its images among n images of ``copies`` repeats."""
+        """Find each copy's images, sample by sample, among n images of ``copies`` repeats: [n * copies] int64."""
         owned = [(self.image_to_sample == sample).nonzero().flatten() for sample in range(self.samples.shape[0])]
         return torch.cat([images * copies + copy for images in owned for copy in range(copies)])
 
     def for_call(self, batch: int, length: int, device: torch.device) -> CallLayout:
-        """Rows for hidden states [batch, length, D1].
+        """Compute the rows for hidden states [batch, length, D1].
 
         Raises:
             ValueError: ``batch`` is no multiple of the prompt's.

@@ -1,4 +1,4 @@
-"""Which exact form of the adapter's maths is cheapest for given sizes (docs/plans.md has the derivations).
+"""The cheapest exact form of the adapter's maths for given sizes (docs/plans.md has the derivations).
 
 Every form computes the same numbers up to rounding. A form is a list of steps; a step has its matrix products, which
 give FLOPs, and the bytes it moves. Its time is estimated as max(FLOPs / rate, bytes / bandwidth), and the cheapest
@@ -43,7 +43,7 @@ BACKWARD = 2  # a product's backward is two products of its size
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a form's cost depends on; all of one layer.
+    """Sizes that a form's cost depends on; all of one layer.
 
     Attributes:
         hidden_size: D1 of the host.
@@ -77,7 +77,7 @@ class Sizes:
 
     @property
     def images(self) -> int:
-        """n."""
+        """Return n."""
         return len(self.features) or len(self.visual)
 
 
@@ -92,12 +92,12 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """2 a multiply-add."""
+        """Count FLOPs, 2 a multiply-add."""
         return 2 * self.batch * self.m * self.n * self.k
 
     @property
     def elements(self) -> int:
-        """Read and written once."""
+        """Count elements, each read or written once."""
         return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
 
@@ -134,20 +134,20 @@ class Form:
 
     @property
     def flops(self) -> float:
-        """Of the matrix products, a training step's backward included."""
+        """Count the FLOPs of the matrix products, a training step's backward included."""
         return sum(step.repeats * product.flops for step in self.steps for product in step.products)
 
     @property
     def bytes(self) -> float:
-        """Every operand of every product read or written once, and what is between them."""
+        """Count bytes: every operand of every product read or written once, and what is between them."""
         return sum(step.repeats * self._bytes(step) for step in self.steps)
 
     def products(self) -> tuple[Product, ...]:
-        """Of one forward."""
+        """List the products of one forward."""
         return tuple(product for step in self.steps for product in step.products)
 
     def seconds(self, ceilings: tuple[float, float, float]) -> float:
-        """Estimated; see the module's docstring."""
+        """Estimate the time; see the module's docstring."""
         rate, bandwidth, start = ceilings
         total = 0.0
         for step in self.steps:
@@ -160,7 +160,7 @@ class Form:
 
 
 def _larger(a: float, b: float) -> float:
-    """max() that leaves no guard in a compiled graph: what bounds a step may change with the sizes."""
+    """Take the maximum without a guard in a compiled graph: what bounds a step may change with the sizes."""
     return torch.sym_max(a, b) if torch.compiler.is_compiling() else max(a, b)
 
 
@@ -169,7 +169,7 @@ def _smaller(a: float, b: float) -> float:
 
 
 def extract_forms(sizes: Sizes) -> tuple[Form, ...]:
-    """The extractor's forms that can run at these sizes."""
+    """List the extractor's forms that can run at these sizes."""
     found = {
         "direct": _projected(sizes, folded=False) + _key_values(sizes),
         "absorbed": _projected(sizes, folded=False) + _absorbed(sizes, sizes.dim),
@@ -190,7 +190,7 @@ def extract_forms(sizes: Sizes) -> tuple[Form, ...]:
 
 
 def inject_forms(sizes: Sizes) -> tuple[Form, ...]:
-    """The injection's forms."""
+    """List the injection's forms that can run at these sizes."""
     forms = (Form("direct", _inject_direct(sizes), sizes.itemsize),)
     if sizes.itemsize < LEAST_SCORES:
         return forms
@@ -200,7 +200,7 @@ def inject_forms(sizes: Sizes) -> tuple[Form, ...]:
 def sizes_of(
     config: HiAConfig, images: Sequence[tuple[int, int]], visual_tokens: int, samples: int, itemsize: int
 ) -> Sizes:
-    """Of an adapter's layer on images of (height, width) pixels."""
+    """Collect the sizes of an adapter's layer on images of (height, width) pixels."""
     stride = config.encoder_stride
     return Sizes(
         hidden_size=config.hidden_size,
@@ -217,12 +217,12 @@ def sizes_of(
 
 
 def ceilings_of(device: str, itemsize: int) -> tuple[float, float, float]:
-    """FLOP/s, bytes/s and a step's start in seconds, in orders of magnitude."""
+    """Return FLOP/s, bytes/s and a step's start in seconds, in orders of magnitude."""
     return CEILINGS.get((device, itemsize), CEILINGS["cuda", 2])
 
 
 def cheapest(forms: Sequence[Form], ceilings: tuple[float, float, float], training: bool = False) -> Form:
-    """The first of the forms with the least estimated time; in training the direct's unless one gains enough."""
+    """Take the first form of the least estimated time; in training the direct one unless another gains enough."""
     seconds = [form.seconds(ceilings) for form in forms]
     least = seconds[0] = seconds[0] / (TRAINING_GAIN if training else 1)
     for estimate in seconds[1:]:
@@ -232,7 +232,7 @@ def cheapest(forms: Sequence[Form], ceilings: tuple[float, float, float], traini
 
 
 def choose(part: str, forced: str, sizes: Sizes, device: str) -> str:
-    """The form to run.
+    """Choose the form to run.
 
     Args:
         part: "extract" or "inject".
@@ -264,7 +264,7 @@ _remembered = lru_cache(maxsize=1024)(_choose)
 
 
 def table(sizes: Sizes, device: str, plan: str = AUTO) -> str:
-    """Both parts' forms with FLOPs, bytes and estimated time, and why one is taken."""
+    """Describe both parts' forms with FLOPs, bytes and estimated time, and why one is taken."""
     ceilings = ceilings_of(device, sizes.itemsize)
     lines = []
     for part, forms, forced in zip(
@@ -284,7 +284,7 @@ def table(sizes: Sizes, device: str, plan: str = AUTO) -> str:
 
 
 def _trained(sizes: Sizes, forwards: float = 1) -> float:
-    """Repeats of a step whose products have weights or inputs that need gradients."""
+    """Count the repeats of a step whose products have weights or inputs that need gradients."""
     return forwards + BACKWARD if sizes.training else 1
 
 
@@ -303,7 +303,7 @@ def _output(sizes: Sizes) -> tuple[Step, ...]:
 
 
 def _projected(sizes: Sizes, *, folded: bool) -> tuple[Step, ...]:
-    """F = LN(Linear(Z)), the two linears of the released maths one after the other or folded into one."""
+    """Cost F = LN(Linear(Z)), with the two linears of the released maths one after the other or folded into one."""
     tokens, dim, channels = sum(sizes.features), sizes.dim, sizes.channels
     normed = 2 * tokens * dim * sizes.itemsize
     if not sizes.sharing:
@@ -327,7 +327,7 @@ def _key_values(sizes: Sizes) -> tuple[Step, ...]:
 
 
 def _attention(sizes: Sizes) -> tuple[Step, ...]:
-    """Fused: the scores never leave the chip."""
+    """Cost fused attention: the scores never leave the chip."""
     heads, width = sizes.heads, sizes.dim // sizes.heads
     products = [Product(heads, sizes.queries, tokens, width) for tokens in sizes.features for _ in range(2)]
     scores = sum(product.batch * product.m * product.n for product in products)
@@ -335,7 +335,7 @@ def _attention(sizes: Sizes) -> tuple[Step, ...]:
 
 
 def _ln_folded_norms(sizes: Sizes) -> tuple[Step, ...]:
-    """The LayerNorm's 1 / std of every token from the features themselves, by a triangular factor."""
+    """Cost the LayerNorm's 1 / std of every token from the features themselves, by a triangular factor."""
     tokens, wide = sum(sizes.features), sizes.channels + EXTRA_COLUMNS
     product = Product(1, tokens, min(sizes.dim, wide), wide)
     return (Step("norms of features", (product,), 4 * tokens * wide * sizes.itemsize),)
@@ -347,7 +347,7 @@ def _ln_folded_key_values(sizes: Sizes, wide: int) -> tuple[Step, ...]:
 
 
 def _absorbed(sizes: Sizes, width: int) -> tuple[Step, ...]:
-    """Queries through W_k, attention over the latent of ``width`` columns, results through W_v."""
+    """Cost queries through W_k, attention over the latent of ``width`` columns, and results through W_v."""
     heads, head_dim = sizes.heads, sizes.dim // sizes.heads
     group = heads * sizes.queries
     into = Product(sizes.samples * heads, sizes.queries, width, head_dim)
@@ -376,7 +376,7 @@ def _inject_direct(sizes: Sizes) -> tuple[Step, ...]:
 
 
 def _inject_absorbed(sizes: Sizes) -> tuple[Step, ...]:
-    """Keys take in the visual tokens' projection, values the update's: both act on M rows instead of the image's."""
+    """Cost keys and values that take in the projections on both sides: these act on M rows instead of the image's."""
     rows, dim, host = sum(sizes.visual), sizes.dim, sizes.hidden_size
     extracted, heads = sizes.images * sizes.queries, sizes.heads
     group, head_dim = heads * sizes.queries, dim // heads

@@ -14,7 +14,7 @@ class SharedProjection(Unit, nn.Linear):
 
     @unit_forward
     def forward(self, tokens: Tensor) -> Tensor:
-        """[T, C] -> [T, D1], where the tokens are."""
+        """Project [T, C] -> [T, D1], where the tokens are."""
         weight, bias = (p.to(tokens.device) for p in (self.weight, self.bias))
         return hia_kernels.linear(tokens, weight, bias)
 

@@ -47,12 +47,12 @@ def _bell(t: np.ndarray) -> np.ndarray:
 
 
 def _inside(depth: np.ndarray) -> np.ndarray:
-    """1 inside, 0 outside, with an edge of 1.5 units: the penumbra of a real focus."""
+    """Compute 1 inside and 0 outside, with an edge of 1.5 units: the penumbra of a real focus."""
     return np.clip(depth / 1.5 + 0.5, 0, 1)
 
 
 def _tube(x: np.ndarray, centre: np.ndarray, half_width: np.ndarray, marrow: np.ndarray | float) -> np.ndarray:
-    """The projected wall of a hollow shaft: brightest along the cortex, where the rays run through it lengthwise."""
+    """Project the wall of a hollow shaft: brightest along the cortex, where the rays run through it lengthwise."""
     d2 = ((x - centre) / half_width) ** 2
     return np.sqrt(np.maximum(1 - d2, 0)) - 0.8 * np.sqrt(np.maximum(marrow * marrow - d2, 0))
 
@@ -144,7 +144,7 @@ def draw_texture(rng: np.random.Generator, pitch: tuple[float, float], extent: t
 
 
 def _interpolated(values: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """[knots, m] -> [n, m] fp32 by cubic B-splines; positions are in knots from the lattice's middle.
+    """Interpolate [knots, m] -> [n, m] fp32 by cubic B-splines; positions are in knots from the lattice's middle.
 
     Four taps in a fixed order, no matrix product: no BLAS decides the bits, and none of its threads gets in the way.
     """

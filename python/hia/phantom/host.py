@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TinyHostRecipe:
-    """How the tiny host is made.
+    """The recipe of a tiny host.
 
     Attributes:
         layers: decoder layers; twelve are enough for "thirds" to stand between where it sees and where it answers.

@@ -110,7 +110,7 @@ def _change_tiles(small: Study, large: Study) -> list[_Tile]:
 
 
 def _picture(visit: Visit, marked: bool = False) -> Image.Image:
-    """A tile of the radiograph; marked, each lesion has a circle around it that leaves it to be seen."""
+    """Draw a tile of the radiograph; marked, each lesion has a circle around it that leaves it to be seen."""
     picture = visit.radiograph.to_pil()
     factor = _TILE / max(picture.size)
     picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
@@ -128,7 +128,7 @@ def _view(visit: Visit) -> Image.Image:
 
 
 def _texts(study: Study, tasks: Sequence[str], font: ImageFont.FreeTypeFont | None) -> list[tuple[str, Any]]:
-    """Lines of text, each with its font."""
+    """List lines of text, each with its font."""
     latin = ImageFont.load_default(12)
     lines: list[tuple[str, Any]] = []
     for task in tasks:
@@ -141,7 +141,7 @@ def _texts(study: Study, tasks: Sequence[str], font: ImageFont.FreeTypeFont | No
 
 
 def _strip(tiles: Sequence[_Tile], texts: Sequence[tuple[str, Any]]) -> Image.Image:
-    """One row of the sheet: titles, pictures, lines of text in columns of two."""
+    """Draw one row of the sheet: titles, pictures, lines of text in columns of two."""
     width = len(tiles) * (_TILE + _GAP) + _GAP
     rows = (len(texts) + 1) // 2
     strip = Image.new("RGB", (width, _GAP + _LINE + _TILE + _GAP // 2 + rows * (_LINE + 2) + _GAP), _PAPER)

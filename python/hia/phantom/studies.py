@@ -29,7 +29,7 @@ Seed = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """What studies look like.
+    """Parameters of how studies look.
 
     Attributes:
         size: (height, width) in pixels, or one number for both; at least 16.
@@ -77,12 +77,12 @@ class PhantomConfig:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Return (height, width) in pixels."""
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     @property
     def scale(self) -> float:
-        """Pixels per unit: the shorter side over 192."""
+        """Return the pixels per unit: the shorter side over 192."""
         return min(self.shape) / REFERENCE_SIDE
 
 
@@ -139,7 +139,7 @@ class Study:
 
     @property
     def quadrant(self) -> str | None:
-        """Where the lesion is in the image, of the last visit that has one; None without a lesion."""
+        """Tell where the lesion is in the image, of the last visit that has one; None without a lesion."""
         for visit in reversed(self.visits):
             for lesion in visit.lesions:
                 height, width = visit.radiograph.pixels.shape[:2]
@@ -249,7 +249,7 @@ def _check_study(
 
 
 def _generator(seed: Seed, purpose: str) -> np.random.Generator:
-    """A stream of its own for each purpose. Hashing the text keeps (1, 0), 1 and 2**32 apart; NumPy's own pool of
+    """Start a stream of its own for each purpose. Hashing the text keeps (1, 0), 1 and 2**32 apart; NumPy's own pool of
     32-bit words doesn't."""
     text = f"{','.join(map(str, check_seed(seed)))};{purpose}"
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -262,7 +262,7 @@ def _draw_form(rng: np.random.Generator, bone: str | None) -> Form:
 
 
 def _draw_textures(rng: np.random.Generator, config: PhantomConfig) -> tuple[Texture, ...]:
-    """Trabeculae run along the bone: their lattice is finer across than down."""
+    """Draw trabeculae, which run along the bone: their lattice is finer across than down."""
     height, width = (side / config.scale for side in config.shape)
     pitches = ((4.5, 2.0), (14.0, 9.0), (22.0, 12.0))
     return tuple(draw_texture(rng, pitch, (height, width)) for pitch in pitches)

@@ -1,4 +1,4 @@
-"""What attaching an adapter needs of a host: its own parameters, and where each layer lives."""
+"""Facts that attaching an adapter needs of a host: its own parameters, and where each layer lives."""
 
 from __future__ import annotations
 

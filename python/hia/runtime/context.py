@@ -1,4 +1,4 @@
-"""What is known of one prompt and of one run of the decoder layers, and how it is read off a call's arguments."""
+"""The contexts of one prompt and of one run of the decoder layers, and how they are read off a call's arguments."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Gradient:
 
     @property
     def rms(self) -> float:
-        """Root mean square of an element."""
+        """Return the root mean square of an element."""
         return self.norm / math.sqrt(self.elements)
 
 

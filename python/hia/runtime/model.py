@@ -130,7 +130,7 @@ class HiAModel(RunOptions, nn.Module):
         instruction_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward, with the images' details injected where visual tokens stand.
+        """Run the base model, with the images' details injected where visual tokens stand.
 
         Args:
             args: the base model's.
@@ -155,7 +155,7 @@ class HiAModel(RunOptions, nn.Module):
         return self._during(prompt, self.base_model, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``; takes :meth:`forward`'s arguments too. Injection happens in prefill only.
+        """Run the base model's ``generate``, with :meth:`forward`'s arguments too. Injection happens in prefill only.
 
         Prompts padded on the right are padded on the left instead, before and in the result: decoding continues at
         the last column, which would be padding.
@@ -346,7 +346,7 @@ class HiAModel(RunOptions, nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """The base model's, not re-entrant unless told otherwise: a frozen host has no input that needs a gradient."""
+        """Enable it as the base model does, not re-entrant unless told so: a frozen host's inputs need no gradient."""
         self.base_model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs
         )
@@ -418,7 +418,7 @@ class HiAModel(RunOptions, nn.Module):
         return parameter_groups(self.adapter, self.base_model, lr, encoder_lr_scale, weight_decay)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all), the host's included."""
+        """Count the parameters: (trainable, all), the host's included."""
         parameters = list(self.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -430,7 +430,7 @@ class HiAModel(RunOptions, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model is the host: images given for the adapter are ignored."""
+        """Make the model the host inside the block: images given for the adapter are ignored."""
         before, self._enabled = self._enabled, False
         try:
             yield

@@ -1,4 +1,4 @@
-"""Where a host reads its images: from which layer on it looks at where things are, and until which."""
+"""A probe for the layers in which a host reads where things are in its images."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LayerProbe:
 
     @property
     def last_read(self) -> int | None:
-        """The last layer whose output's visual rows still matter; None where none does.
+        """Find the last layer whose output's visual rows still matter; None where none does.
 
         They matter if replacing them costs at least :attr:`threshold` of what replacing them at the input costs, and
         more than two standard errors.
@@ -205,7 +205,7 @@ def probe_layers(
 
 @dataclass
 class _Sums:
-    """Over the answers' tokens, in fp64."""
+    """Sums over the answers' tokens, in fp64."""
 
     loss: float = 0.0
     correct: int = 0
@@ -262,7 +262,7 @@ def _measure(model: nn.Module, host: LlamaHost, batch: Mapping[str, Any], sums: 
 
 
 def _image_map(host: LlamaHost, batch: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """[B, S] int64 on the CPU, given or read off the prompt."""
+    """Return [B, S] int64 on the CPU, given or read off the prompt."""
     image_map = batch.get("image_map")
     if image_map is None:
         pixels = batch.get("pixel_values")
@@ -290,7 +290,7 @@ class _Rows:
         self.counts = torch.bincount(self.images)  # [n]
 
     def averaged(self, hidden: Tensor) -> Tensor:
-        """[B, S, D1] -> [B, S, D1]; the sum is in fp32, or fp64 for fp64."""
+        """Average the rows of each image, [B, S, D1] -> [B, S, D1]; the sum is in fp32, or fp64 for fp64."""
         if hidden.shape[:2] != self.shape:
             raise ValueError(
                 f"hia: image_map must cover the {list(hidden.shape[:2])} tokens that the decoder layers see, got "
@@ -329,7 +329,7 @@ def _replaced(host: LlamaHost, place: int, rows: _Rows) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while inside: dropout, a PEFT adapter's, would be taken for reading."""
+    """Set evaluation mode while inside: dropout, a PEFT adapter's, would be taken for reading."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -340,7 +340,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _likelihoods(logits: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, S, vocabulary], [B, S - 1] -> of each answer's token its loss, fp64, and whether it is the likeliest."""
+    """Compute of each answer's token its loss, fp64, and whether it is the likeliest, from logits and labels."""
     expected = expected.to(logits.device)
     kept = expected != IGNORED
     chosen, wanted = logits[:, :-1][kept].float(), expected[kept]  # the answers' rows alone: a vocabulary is wide

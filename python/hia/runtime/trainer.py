@@ -1,4 +1,4 @@
-"""What training needs beside the loss: modes of the frozen host, and groups of parameters."""
+"""Training's needs beside the loss: modes of the frozen host, and groups of parameters."""
 
 from __future__ import annotations
 
