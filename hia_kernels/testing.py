@@ -181,8 +181,8 @@ def _element_mismatch(out: Tensor, exact: Tensor, plain: Tensor, bound: Tensor) 
     unknown = int((bound.isnan() & exact.isfinite()).sum())
     if unknown:
         return f"the analysis bounds {unknown} of {out.numel()} elements by nan: nothing can be said of them"
-    excess = _shares(out, exact, bound)
-    allowed = max(1.0, 2 * _largest(_shares(plain, exact, bound)))
+    excess = _ratios(out, exact, bound)
+    allowed = max(1.0, 2 * _largest(_ratios(plain, exact, bound)))
     beyond = excess > allowed
     if not bool(beyond.any()):
         return None
@@ -193,14 +193,14 @@ def _element_mismatch(out: Tensor, exact: Tensor, plain: Tensor, bound: Tensor) 
     )
 
 
-def _shares(x: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
+def _ratios(x: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
     """Divide errors by their bounds; 0 where there is no error, or the bound overflowed."""
     error = (x.double() - exact.double()).abs()
     return torch.where((error > 0) & exact.isfinite(), error / bound.double(), 0.0).nan_to_num(nan=0.0, posinf=math.inf)
 
 
-def _largest(shares: Tensor) -> float:
-    return shares.max().item() if shares.numel() else 0.0
+def _largest(ratios: Tensor) -> float:
+    return ratios.max().item() if ratios.numel() else 0.0
 
 
 def assert_close(

@@ -90,16 +90,17 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
         triton_version: that compiled them.
     """
     lines = [
-        "# What the Triton kernels take of a GPU",
+        "# GPU resources of the Triton kernels",
         "",
-        f"Recorded and compiled without one by `python -m bench launches --write`, Triton {triton_version}: every op, "
-        "forward and backward, at the GPU's workloads and at shapes beyond them, and every composite of "
-        "`bench.providers.layers`, as each target would launch it. `tests/compile` asserts that nothing "
-        "spills, shared memory and registers suffice, and products of 16-bit operands are matrix instructions.",
+        f"Recorded and compiled without a GPU by `python -m bench launches --write`, Triton {triton_version}: every "
+        "op, forward and backward, at the GPU's workloads and at shapes beyond them, and every composite of "
+        "`bench.providers.layers`, as each target would launch it. `tests/compile` asserts that no kernel spills "
+        "registers, that shared memory and registers suffice, and that products of 16-bit operands use matrix "
+        "instructions.",
         "",
-        "Registers a thread / bytes spilled a thread / KiB of shared memory a block / matrix instruction / buffers of "
-        "the deepest pipelined load. Launches that differ only in the alignment of their arguments share a row: it "
-        "shows the most that one of them takes.",
+        "Each cell lists registers a thread / bytes spilled a thread / KiB of shared memory a block / matrix "
+        "instruction / buffers of the deepest pipelined load. Launches that differ only in the alignment of their "
+        "arguments share a row, which shows the maximum over them.",
     ]
     header = ["configuration", "warps", "stages", *TARGETS, "workloads"]
     tables: dict[str, list[list[str]]] = {}
@@ -109,7 +110,7 @@ def text(recordings: Iterable[Recording], results: Mapping[Item, Resources], tri
         tables.setdefault(name, []).append(line)
     for name, found in tables.items():
         lines += ["", f"## `{name}`", "", *markdown.table(header, found, text=header)]
-    lines += ["", "## Not asserted", ""]
+    lines += ["", "## Exceptions", ""]
     lines += [
         f"- `{waiver.kernel}`, {waiver.target}, {waiver.dtype}: {waiver.spilled} bytes spilled: {waiver.reason}"
         for waiver in WAIVERS

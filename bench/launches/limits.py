@@ -53,7 +53,7 @@ WAIVERS = (
         {"BLOCK_C": 16384, "HAS_IDX": True},
         "fp32",
         8,
-        "x, dy and norm_weight are 32 values each a thread of 128 registers",
+        "x, dy and norm_weight are 32 values each in a thread of 128 registers",
     ),
     Waiver(
         "_cross_attention_scores_kernel",
@@ -61,7 +61,7 @@ WAIVERS = (
         {"D": 272},
         "fp16",
         16,
-        "272 is no multiple of BLOCK_C, and the mask of channels is what 512 and 640 do without",
+        "272 is not a multiple of BLOCK_C and needs a mask of channels, which 512 and 640 do not",
     ),
     Waiver(
         "_cross_attention_values_kernel",
@@ -78,7 +78,7 @@ WAIVERS = (
             {"KERNEL": 1, "BLOCK_C": 16, "SPLITS": splits},
             "fp32",
             8,
-            f"1 x 1 in {splits} shares: ptxas stops at 128 registers for 64 x 64 sums in fp32 without matrix "
+            f"1 x 1 in {splits} splits: ptxas stops at 128 registers for 64 x 64 sums in fp32 without matrix "
             "instructions",
         )
         for splits in (2, 4)

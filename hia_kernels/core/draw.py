@@ -63,7 +63,7 @@ class Draw:
 
     def data(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """Draw what flows through an op, as :meth:`normal`; where strided tensors are asked for, its rows are longer
-        than its last dim and begin behind a storage offset, as a slice of a fused projection does."""
+        than its last dim and begin after a storage offset, as a slice of a fused projection does."""
         if not self.strided:
             return self.normal(*shape, scale=scale, mean=mean, dtype=dtype)
         wide = self.normal(*shape[:-1], shape[-1] + 2 * MARGIN, scale=scale, mean=mean, dtype=dtype)

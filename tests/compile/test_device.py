@@ -96,7 +96,7 @@ def test_what_the_kernels_remember_of_a_device_goes_with_it():
 
 
 def test_ops_run_what_their_tables_choose(device):
-    """A product is cuBLAS's, forward and through autograd."""
+    """Serve a product by cuBLAS, forward and through autograd."""
     x, weight = (torch.randn(8, 8, device="cuda", requires_grad=True) for _ in range(2))
     out = hia_kernels.linear(x, weight, None)
     assert hia_kernels.last_backend("linear") == "cublas"

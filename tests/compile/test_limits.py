@@ -27,7 +27,7 @@ WITHOUT_KERNELS = ("linear", "head_linear")  # cuBLAS's products alone
 
 @triton.jit
 def _product_kernel(a_ptr, b_ptr, c_ptr, PRECISION: tl.constexpr):
-    """One product, 64 x 64 x 64."""
+    """Compute one product, 64 x 64 x 64."""
     offs = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]  # [64, 64]
     c = tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs), input_precision=PRECISION)
     tl.store(c_ptr + offs, c)

@@ -113,7 +113,7 @@ def test_amd_knows_which_pointers_stay_within_2_gib():
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_it_is_what_triton_makes_of_real_tensors(offset):
-    """Triton's own binder agrees, on memory that exists; so does the key that a launch looks for in Triton's cache."""
+    """Compare with Triton's own binder, on real memory, and with the key that a launch looks up in its cache."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -161,7 +161,7 @@ def kernels_of_the_ops():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_launched(target, recording):
-    """Every kernel is launched in 16 bits, and in fp32 where it takes that."""
+    """Find every kernel launched in 16 bits, and in fp32 where it takes that."""
     by_dtype = {"16": set(), "fp32": set()}
     for kept, uses in recording(target).launches.items():
         for workload in uses.workloads:
@@ -174,7 +174,7 @@ def test_every_kernel_is_launched(target, recording):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_only_cudnn_is_refused(target, recording):
-    """There is none on AMD, and it counts elements in 32 bits."""
+    """Refuse only cuDNN, which AMD lacks and which counts elements in 32 bits."""
     for workload, reason in recording(target).refused:
         assert workload.endswith(" cudnn"), f"{workload}: {reason}"
         assert "2^31" in workload or target == "gfx942", f"{workload}: {reason}"
@@ -192,7 +192,7 @@ def test_both_passes_are_recorded_by_every_row_of_the_table():
 
 
 def test_a_composite_is_recorded_as_it_is_measured():
-    """Composites launch what no op's workload does.
+    """Record launches of composites that no op's workload has.
 
     These are the shortcut's convolution and its split sums, folded, and the backward for the parameters that a
     training step differentiates.
@@ -210,7 +210,7 @@ def test_a_composite_is_recorded_as_it_is_measured():
 
 
 def test_dtypes_follow_a_rule():
-    """bf16 everywhere; the others at an op's first workload of each role, and at its edges."""
+    """Record bf16 everywhere; the other dtypes at an op's first workload of each role, and at its edges."""
     for op in ops():
         edges = {(edge.name, edge.dtype) for edge in op_entry(op).edges}
         gpu = [workload for workload in workloads(op) if in_set(workload, "gpu")]
@@ -224,7 +224,7 @@ def test_dtypes_follow_a_rule():
 
 
 def test_before_hopper_a_1x1_convolution_has_more_warps(recording):
-    """Four would spill: the product's operands are in registers there, beside the residual's addresses."""
+    """Find eight warps: with four it would spill, having the operands in registers beside the residual's addresses."""
     warps = {}
     for target in ("sm_80", "sm_90"):
         for kept in recording(target).launches:

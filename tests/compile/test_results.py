@@ -128,7 +128,7 @@ def test_the_key_follows_the_source_of_the_kernel_and_of_what_it_calls(launches,
 
 
 def test_the_page_lists_these_launches(recording):
-    """Its numbers are of whoever ran the generator last; its rows, launches and targets are these."""
+    """Compare rows, launches and targets; the page's numbers are of whoever ran the generator last."""
     recordings = [recording(target) for target in TARGETS]
     expected = [
         (kernel, described, str(warps), document.stages(row), tuple(t for t in TARGETS if t in row.launches))

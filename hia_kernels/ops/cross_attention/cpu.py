@@ -111,10 +111,10 @@ def _products_fwd(
         for heads in _head_groups(q.shape[1], _scores_of(batch)[1]):
             q_h, k_h = _heads_first(q, rows_q, heads).float(), _heads_first(k, rows_k, heads).float()
             p = _product(q_h, k_h.mT, softmax_scale)  # [heads, Lq, Lk], scores for now
-            top = None if lse is None else p.amax(-1)
+            m_i = None if lse is None else p.amax(-1)
             torch.softmax(p, -1, out=p)
-            if lse is not None:  # the largest probability is 1 / sum(exp(scores - top))
-                lse[heads, rows_q] = top - p.amax(-1).log_()
+            if lse is not None:  # the largest probability is 1 / sum(exp(scores - m_i))
+                lse[heads, rows_q] = m_i - p.amax(-1).log_()
             _product_into(_heads_first(out, rows_q, heads), p.to(dtype), _heads_first(v, rows_k, heads).to(dtype))
 
 

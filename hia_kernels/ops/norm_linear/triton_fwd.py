@@ -67,13 +67,13 @@ def _moments(x_ptrs, mask_r, C, eps, BLOCK_C: tl.constexpr):
     for start in range(0, C, BLOCK_C):
         mask = mask_r[:, None] & (start + offs_c < C)[None, :]
         x = tl.load(x_ptrs + start, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
-        fresh = tl.minimum(BLOCK_C, C - start).to(tl.float32)
-        chunk_mean = tl.sum(x, axis=1) / fresh  # [BLOCK_R]
+        count = tl.minimum(BLOCK_C, C - start).to(tl.float32)
+        chunk_mean = tl.sum(x, axis=1) / count  # [BLOCK_R]
         centred = tl.where(mask, x - chunk_mean[:, None], 0.0)  # [BLOCK_R, BLOCK_C]
         delta = chunk_mean - mean
-        share = fresh / (start + fresh)
-        squares += tl.sum(centred * centred, axis=1) + delta * delta * (start * share)
-        mean += delta * share
+        fraction = count / (start + count)
+        squares += tl.sum(centred * centred, axis=1) + delta * delta * (start * fraction)
+        mean += delta * fraction
     return mean, 1 / tl.sqrt_rn(squares / C + eps)
 
 
