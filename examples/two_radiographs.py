@@ -41,7 +41,7 @@ def main() -> None:
         model = hia.HiAModel.from_pretrained(host, options.adapter)
     else:
         model = hia.get_hia_model(host, hia.HiAConfig.paper(host))
-    processor = hia.HiAProcessor(host_processor, model.hia_config)
+    processor = hia.HiAProcessor(host_processor)
     model.eval().fold_weights()  # for inference: the same results, fewer FLOPs
 
     features = None
