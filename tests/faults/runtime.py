@@ -86,7 +86,7 @@ WEIGHTS = (
     Mutant(
         name="results-lie-in-the-workspace",
         kind="stale cache",
-        file=f"{HIA}/encoder/conv.py",
+        file=f"{HIA}/encoder/executor.py",
         old="return out.clone() if self.workspace is not None and self.workspace.holds(out) else out",
         new="return out",
         tests=(f"{TESTS}/test_encoder_workspace.py::test_results_are_the_callers",),

@@ -19,7 +19,9 @@ from ..renamed import renamed
 from ..unit import Unit, unit_forward
 from ..versions import WeightVersion, weight_version_of
 from . import memory, strips
-from .conv import ConvExecutor, EncoderConv, FoldedEncoder, fold_conv
+from .conv import EncoderConv
+from .executor import ConvExecutor
+from .folded import FoldedEncoder, fold_conv
 from .position import add_position
 from .weights import load_resnet50
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conv import ConvExecutor
+from .executor import ConvExecutor
 from .memory import STEM_HALO, Striped, shape_of, size_behind, stem_size
 
 Rows = list[Tensor]  # neighbouring rows of one map, [N, R, W, C] each: joining them would copy the map
