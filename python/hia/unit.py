@@ -41,7 +41,7 @@ class Unit(nn.Module):
             NotImplementedError: a weight is sharded or offloaded.
         """
         for name, parameter in self.named_parameters():
-            if parameter.is_meta or is_sharded(parameter):
+            if parameter.device.type == "meta" or is_sharded(parameter):
                 where = "sharded" if is_sharded(parameter) else "on the meta device"
                 raise NotImplementedError(
                     f"hia: {action} must have weights that stay in place between calls, got {name} {where}; modules "
