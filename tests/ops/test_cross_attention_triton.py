@@ -241,10 +241,16 @@ def with_gradients(inputs, dout, dlse):
     return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
 
 
-@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [(32, torch.float16), (80, torch.bfloat16), (272, torch.float16), (32, torch.float32)],
+    ("head_dim", "dtype", "splits"),
+    [
+        (32, torch.float16, 1),
+        (32, torch.float16, 3),
+        (80, torch.bfloat16, 3),
+        (272, torch.float16, 1),
+        (272, torch.float16, 3),
+        (32, torch.float32, 1),
+    ],
     ids=str,
 )
 def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, splits, split, triton_device):
@@ -261,7 +267,7 @@ def test_packed_is_one_at_a_time_bit_for_bit(head_dim, dtype, splits, split, tri
 def test_packed_is_one_at_a_time_with_the_splits_of_its_own(head_dim, dtype, modules, triton_device):
     """Pack a sequence long enough for the launcher to split it beside some that are not."""
     lengths_q, lengths_k = [7, 1, 3], [9, 4500, 0]
-    inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, heads=1, head_dim=16)
+    inputs = make_inputs(lengths_q, lengths_k, dtype, triton_device, heads=1, head_dim=head_dim)
     assert modules.split.split_heuristic(inputs["q"], 64).count(4500) > 1
     assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 

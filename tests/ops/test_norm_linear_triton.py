@@ -199,7 +199,8 @@ def test_reasons(triton_device):
         norm = x[0]
         with pytest.raises(NotImplementedError, match="channels must be at most 16384, got 16385|float64 is left"):
             norm_linear(x, norm, norm, x)
-    assert library._triton_unsupported(x.float(), torch.ones(3, 16385)) == ["channels must be at most 16384, got 16385"]
+    reasons = library._triton_unsupported(OP, x=torch.ones(3, 16385, device=triton_device))
+    assert reasons == ["channels must be at most 16384, got 16385"]
 
 
 @settings(max_examples=10, deadline=None)

@@ -126,5 +126,5 @@ def test_fp64_is_left_to_the_reference(triton_device):
     scores = torch.ones(2, 3, dtype=torch.float64, device=triton_device)
     with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
         row_softmax(scores, 1.0)
-    assert not library._triton_unsupported(scores, scores.float(), 1.0)
+    assert not library._triton_unsupported("row_softmax_bwd", dp=scores, p=scores.float())
     assert triton_support.unavailable_reasons() == []

@@ -150,7 +150,7 @@ def test_what_is_left_to_the_reference(triton_device):
     with pytest.raises(NotImplementedError, match="triton: float64 is left to the reference"):
         stem(**inputs)
     pixels = torch.empty_strided((2, 12, 11, 1), (11, 2**23, 1, 1), dtype=torch.uint8, device="meta")
-    reasons = library._triton_unsupported(pixels, *list(make_inputs((12, 11), F32, triton_device).values())[1:])
+    reasons = library._triton_unsupported(OP, **{**make_inputs((12, 11), F32, triton_device), "pixels": pixels})
     assert "rows and columns of pixels must lie at most 4194304 elements apart, got (11, 8388608, 1, 1)" in reasons
 
 
