@@ -1,6 +1,8 @@
 """A whole model with one backend forced: ops without it run auto, and the numbers stay what they are."""
 
+import contextvars
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -20,8 +22,16 @@ def model():
     return stir(hia.get_hia_model(base, tiny_config(base, encoder_width=32)))
 
 
-def assert_served_by(name):
-    served = {op: hia_kernels.last_backend(op) for op in backend.TABLES}
+def served_by(call):
+    """What a call returns, and who served its ops: in a context of its own, which knows nothing of other tests."""
+
+    def run():
+        return call(), {op: hia_kernels.last_backend(op) for op in backend.TABLES}
+
+    return contextvars.Context().run(run)
+
+
+def assert_served_by(name, served):
     assert served["conv_norm_act"] == served["norm_linear"] == name
     for op, found in served.items():
         assert found in (None, name) or backend.TABLES[op].row(name) is None, f"{op} was served by {found}"
@@ -36,12 +46,17 @@ def test_forward(name, how, model, batch, monkeypatch):
         for folded in (False, True):
             if folded:
                 model.fold_weights()
-            with monkeypatch.context() as patch, hia_kernels.use_backend(name) if how == "block" else nullcontext():
+
+            def forced():
+                with hia_kernels.use_backend(name) if how == "block" else nullcontext():
+                    return model(**batch).logits
+
+            with monkeypatch.context() as patch, torch.no_grad():
                 if how == "environment":
                     patch.setenv("HIA_BACKEND", name.upper())
-                logits = model(**batch).logits
+                logits, served = served_by(forced)
             torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-            assert_served_by(name)
+            assert_served_by(name, served)
 
 
 def gradients(model, inputs):
@@ -55,9 +70,10 @@ def test_training(name, model, processor, monkeypatch):
     inputs = processor(ONE, random_images()[2:], answers="no.")
     expected = gradients(model.train(), inputs)
     monkeypatch.setenv("HIA_BACKEND", name)
-    for parameter, grad in gradients(model, inputs).items():
+    found, served = served_by(partial(gradients, model, inputs))
+    for parameter, grad in found.items():
         torch.testing.assert_close(grad, expected[parameter], rtol=1e-3, atol=1e-4, msg=parameter)
-    assert_served_by(name)
+    assert_served_by(name, served)
 
 
 def test_a_row_that_cannot_run_a_call_still_raises(model, processor, monkeypatch):

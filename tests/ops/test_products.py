@@ -122,7 +122,7 @@ def test_small_and_empty_products_are_pytorchs(rows, inner, columns, calls):
     assert calls == [False] * 2
 
 
-def test_a_strided_bias():
+def test_a_strided_bias(calls):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(300, 300), torch.randn(257, 300), torch.randn(514)[::2]
     exact = torch.nn.functional.linear(*(bounded(t, F32) for t in (x, weight, bias)))
