@@ -84,6 +84,15 @@ WEIGHTS = (
         why="products of weights are rounded on the way, once for every fold",
     ),
     Mutant(
+        name="weights-read-outside-a-units-call",
+        kind="missing check",
+        file=f"{HIA}/layers/adapter.py",
+        old="layer.inside(extractor.inside, extractor.cached_tokens, features, kind)",
+        new="extractor.cached_tokens(features, kind)",
+        tests=(f"{TESTS}/test_units.py::test_offloaded_units_give_the_same_bits",),
+        why="what is kept of images is computed from weights that are sharded or offloaded",
+    ),
+    Mutant(
         name="results-lie-in-the-workspace",
         kind="stale cache",
         file=f"{HIA}/encoder/executor.py",
@@ -109,6 +118,15 @@ WEIGHTS = (
         new="for name, tensor in adapter.named_parameters()}",
         tests=(f"{TESTS}/test_checkpoint.py::test_round_trip",),
         why="a saved adapter comes back without its batch-norms' running statistics",
+    ),
+    Mutant(
+        name="an-older-files-choices-are-ignored",
+        kind="silent fallback",
+        file=f"{HIA}/runtime/model.py",
+        old="model = cls(base, config, **followed, **options)",
+        new="model = cls(base, config, **options)",
+        tests=(f"{TESTS}/test_checkpoint.py::test_an_older_file_is_followed_with_one_warning",),
+        why="an adapter saved without high resolution is measured with it",
     ),
     Mutant(
         name="a-checkpoint-may-lack-tensors",

@@ -95,9 +95,10 @@ def results_of(model: hia.HiAModel, batch: hia.HiABatch) -> dict[str, Tensor | s
         found["beams"] = model.generate(**batch, max_new_tokens=2, num_beams=2, do_sample=False)
         for keep in KEEPS:
             features = model.encode_images(batch.high_res_pixels, batch.windows, keep=keep)
-            found[f"kept {keep}"] = model(**rest, features=features).logits
-            kept = [cache.kind for caches in features.caches for cache in caches.values()]
+            kept = [cache.tokens for caches in features.caches for cache in caches.values()]
             assert len(kept) == (0 if keep == "features" else 6)  # two layers of three images
+            assert not any(tokens.is_meta for tokens in kept), "weights were read outside a call"
+            found[f"kept {keep}"] = model(**rest, features=features).logits
             extractors = [layer.extractor for layer in model.adapter.layers.values()]
             packed = model.adapter.packed(features)
             found[f"form {keep}"] = str([extractor.form_for(packed, 2) for extractor in extractors])
