@@ -1,4 +1,4 @@
-"""The commands' common part: the parser, the check of a name with its hint, and the options.
+"""The parser that all commands of ``python -m bench`` share, the check of a name with its hint, and their options.
 
 A command is a function with annotated arguments in its folder's ``cli.py``, which :mod:`bench.__main__` registers.
 Those modules import torch and what needs it inside their functions, so that ``--help`` is there at once.

@@ -1,4 +1,4 @@
-"""Progress of a long run: a bar on a terminal; elsewhere a line now and then."""
+"""The progress of a long run: a bar on a terminal; elsewhere a line now and then."""
 
 from __future__ import annotations
 

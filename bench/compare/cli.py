@@ -28,7 +28,7 @@ def compare(
     processes has the median of its rounds. Within the threshold in the first pair, a case is the same. Beyond it, two
     more pairs are run, and the pair with the median of all three decides: slower, if it is above 1 + threshold;
     faster, below 1 / (1 + threshold); noisy, if it is either and some pair points the other way; else the same. Only
-    slower fails. The line of a case shows the deciding pair, and the ratios of all.
+    slower fails. The line of a case shows the median round of the deciding pair, and the ratios of all pairs.
     """
     from .regression import cases
     from .run import run

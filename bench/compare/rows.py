@@ -1,4 +1,4 @@
-"""The verdict of two revisions' times on a case."""
+"""The verdict that two revisions' times give on a case."""
 
 from __future__ import annotations
 
@@ -64,12 +64,17 @@ class Row:
         return "noisy" if contradicted else word
 
     def line(self, threshold: float) -> str:
-        """Return a row of the table: every number is the deciding pair's, but for the pairs' ratios at the end."""
+        """Return a row of the table.
+
+        The times are of the deciding pair's median round, so the ratio is theirs; on a noisy machine, medians of their
+        own would contradict it.
+        """
         verdict = self.verdict(threshold)
         if self.problem is not None:
             return f"{self.case:<22} {verdict}: {self.problem}"
         pair, ratios = self.deciding, self.ratios(self.deciding)
-        base, now = statistics.median(self.base_ms[pair]), statistics.median(self.now_ms[pair])
+        middle = min(range(len(ratios)), key=lambda number: abs(ratios[number] - self.ratio))
+        base, now = self.base_ms[pair][middle], self.now_ms[pair][middle]
         cuts = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else [self.ratio] * 4
         spread, all_pairs = f"{cuts[0]:.2f} - {cuts[3]:.2f}", " ".join(f"{median:.3f}" for median in self.medians)
         return (

@@ -1,4 +1,4 @@
-"""Errors of the extractor's ln_folded forms in half precision at large N, beside the direct form's own.
+"""The errors of the extractor's ln_folded forms in half precision at large N, beside the direct form's own.
 
 python -m bench deep-forms --tokens 8192 16384
 """

@@ -1,4 +1,4 @@
-"""Inventory of a machine: packages, a CUDA compiler, sources to build, tests that can be imported."""
+"""An inventory of the machine: packages, a CUDA compiler, sources to build, tests that can be imported."""
 
 from __future__ import annotations
 

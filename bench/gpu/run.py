@@ -1,4 +1,4 @@
-"""``make gpu``, on a machine with a CUDA GPU: build, GPU tests, benchmarks, in minutes, installing nothing.
+"""The run of ``make gpu`` on a machine with a CUDA GPU: build, GPU tests, benchmarks, in minutes, installing nothing.
 
 Every step has a deadline, the most important come first, and what a step has measured is on disk if it is cut off. A
 step whose packages are missing is left out, aloud. torch is imported late, since that counts too.

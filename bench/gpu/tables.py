@@ -1,4 +1,4 @@
-"""The end of a run on a GPU: its steps, the verdicts on the targets, and the rows furthest from their roofline."""
+"""The tables at the end of a run on a GPU: steps, verdicts on the targets, the rows furthest from their roofline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resources of a GPU, and the limits that a compiled kernel must keep on it."""
+"""The limits of a GPU, and what is expected of a compiled kernel on it."""
 
 from __future__ import annotations
 

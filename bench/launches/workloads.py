@@ -1,4 +1,4 @@
-"""Recorded calls: every op and composite at the GPU's workloads, and ops at the edges that their entries name.
+"""The calls that are recorded: every op and composite at the GPU's workloads, and ops at their entries' edges.
 
 The only module here that knows where workloads and their inputs come from.
 """

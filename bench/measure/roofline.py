@@ -1,4 +1,4 @@
-"""The device's limits, measured in the same run as what is compared with them."""
+"""The device's limits, measured in the same run as what it is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output of ``python -m bench ops``: the list, tables, the end."""
+"""The list, the tables and the end that ``python -m bench ops`` prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of ``python -m bench ops``: the workloads that are asked for, their modes, providers and order."""
+"""The plan of ``python -m bench ops``: the workloads that are asked for, in which modes, by whom, in which order."""
 
 from __future__ import annotations
 

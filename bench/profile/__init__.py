@@ -1,1 +1,1 @@
-"""The time of one call, op by op."""
+"""A profile of one call: where its time goes."""

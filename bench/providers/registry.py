@@ -1,4 +1,4 @@
-"""The providers that are measured, and the reasons where one can't be."""
+"""The providers that are measured, and why one can't be where it can't."""
 
 from __future__ import annotations
 

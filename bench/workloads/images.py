@@ -1,4 +1,4 @@
-"""Images of the runs: real radiographs where there are any, else phantoms drawn on the spot."""
+"""The images that runs look at: real radiographs when there are any, else phantoms drawn on the spot."""
 
 from __future__ import annotations
 

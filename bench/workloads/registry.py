@@ -1,4 +1,4 @@
-"""Entries of ops and composites, and the workloads that can be measured."""
+"""The register of what can be measured: entries of ops and composites, and their workloads."""
 
 from __future__ import annotations
 

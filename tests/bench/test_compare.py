@@ -85,6 +85,18 @@ def test_all_numbers_of_a_line_are_the_deciding_pairs():
     assert float(line[2]) / float(line[1]) == pytest.approx(float(line[3]), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("base", "now", "times"),
+    [([375.0, 300.0, 620.0], [368.0, 607.0, 608.0], ["375.0000", "368.0000"]), ([1.0, 2.0], [1.1, 2.4], ["1.0000"])],
+    ids=["noise", "even"],
+)
+def test_times_and_ratio_are_of_one_round(base, now, times):
+    """The median of each column by itself would be 375 and 607 beside a ratio of 0.981."""
+    found = Row("stem", [base], [now]).line(0.10).split()
+    assert found[1:3][: len(times)] == times
+    assert float(found[2]) / float(found[1]) == pytest.approx(float(found[3]), rel=0.05)
+
+
 def test_what_cannot_run_is_not_compared():
     bad = Row("stem", [[]], [[]], problem="BASE can't run it: AttributeError: no stem")
     assert bad.verdict(0.10) == "not compared"
@@ -183,7 +195,7 @@ def test_the_small_set_has_every_op():
 
 
 def test_calls_can_be_repeated():
-    """A call that writes in place must not go on from where the one before left off."""
+    """A call that writes in place must not go on from where the call before left it."""
     call = regression.make_call("second_question")
     assert torch.equal(call(), call())
 

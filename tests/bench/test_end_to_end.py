@@ -44,7 +44,7 @@ BAD_OPTIONS = [
     (["--batch", "0"], "--batch: must be a whole number from 1 to 64, got '0'"),
     (["--dtype", "fp8"], "--dtype: must be among fp32, bf16, fp16, got 'fp8'"),
     (["--text-tokens", "7"], "--text-tokens: must be from 8 to 4096, got 7"),
-    (["--deadline", "soon"], "--deadline: must be a whole number, got .soon"),
+    (["--deadline", "soon"], "--deadline: must be a whole number, got 'soon'"),
 ]
 
 

@@ -113,7 +113,7 @@ def test_a_device_that_fails_is_one_failure():
 
 
 def test_a_device_that_fails_while_it_is_timed(monkeypatch):
-    """The provider whose call raised first has failed; the others are measured again."""
+    """The provider whose call raised first is to blame; the others are measured again."""
     calls, broken = [], [True]
 
     class Counts(providers.Eager):

@@ -1,4 +1,4 @@
-"""The profile of a call: its table adds up, and bad values are refused."""
+"""Profiles of a call: the table adds up, and bad values are refused."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_run_judges_writes_and_is_reported(tmp_path, capsys):
 
 @pytest.mark.usefixtures("tiny")
 def test_a_second_run_adds_by_provider(tmp_path, capsys):
-    """Records of the first that the second did not reach, interrupted say, stay; two runs' ratio says so."""
+    """A row that the first had and the second did not reach, interrupted say, stays; two runs' ratio says so."""
     old = [
         row("hia", 8.0, environment={"date": "yesterday"}),
         row("textbook", environment={"date": "yesterday"}),

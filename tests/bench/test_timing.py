@@ -172,7 +172,7 @@ def test_no_nvidia_smi_is_no_error(tmp_path, monkeypatch):
 
 
 def test_a_repetition_on_cuda_is_cold_and_waited_for(monkeypatch):
-    """The stream holds, in order: the write that empties L2, the calls between two events, a wait before the read."""
+    """The order on the stream: the write that empties L2, the calls between two events, a wait before the read."""
     order, names = [], iter(("start", "end"))
 
     class Event:
