@@ -23,7 +23,7 @@ def model():
 
 
 def served_by(call):
-    """Return what a call returns, and who served its ops, in a context of its own, which knows nothing of other tests."""
+    """Return what a call returns and who served its ops, in a context of its own, apart from other tests."""
 
     def run():
         return call(), {op: hia_kernels.last_backend(op) for op in backend.TABLES}
