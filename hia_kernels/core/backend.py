@@ -151,11 +151,12 @@ def backend_names() -> tuple[str, ...]:
     return (AUTO, *sorted({row.name for table in TABLES.values() for row in table.backends}))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Block:
     """One ``use_backend`` block that has been entered; told from others by its identity."""
 
     name: str
+    ended: bool = False  # also where another thread or task ended it, whose context is not the one it began in
 
 
 # Values are never changed in place: a task that copies its parent's context must not see what happens there later.
@@ -180,7 +181,8 @@ def _caller_of_backward(variable: ContextVar[Any]) -> Any:
 
 
 def _forcing_blocks() -> tuple[_Block, ...]:
-    return _blocks.get() or _caller_of_backward(_blocks) or ()
+    blocks = _blocks.get() or _caller_of_backward(_blocks) or ()
+    return tuple(block for block in blocks if not block.ended)
 
 
 def _note(op: str, name: str) -> None:
@@ -234,6 +236,7 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
+        block.ended = True
         _blocks.set(tuple(one for one in _blocks.get() if one is not block))
 
 

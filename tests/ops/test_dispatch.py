@@ -464,3 +464,16 @@ class TestSettings:
         monkeypatch.delenv("HIA_CPU_ISA")
         assert native.cpu_unavailable_reasons() == ["the native kernels need AVX2 and FMA, or AVX-512"]
         native._cpu_reasons.cache_clear()
+
+
+def test_a_generator_closed_in_another_thread_ends_its_block():
+    def suspended():
+        with use_backend("reference"):
+            yield
+
+    generator = suspended()
+    next(generator)
+    thread = threading.Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    assert backend.requested_backend() == backend.AUTO
