@@ -246,7 +246,7 @@ def _serve(make: Callable[[], Session], pipe: Connection) -> None:
             session.run(task, channel)
         except DeviceFailed as failed:
             answer = ("failed", str(failed))
-        except Exception:
+        except Exception:  # nothing is swallowed: whoever asked raises it, with this traceback
             answer = ("raised", traceback.format_exc())
         with contextlib.suppress(OSError):
             pipe.send(answer)

@@ -104,7 +104,11 @@ class BackendTable:
         Raises:
             ValueError: ``HIA_BACKEND`` or ``HIA_CPU_ISA`` is none of its choices.
         """
-        forced = self.forced(function)
+        return self._find(function, arguments, self.forced(function))
+
+    def _find(
+        self, function: str, arguments: Mapping[str, Any], forced: str | None
+    ) -> tuple[Backend | None, list[str]]:
         settings.read("HIA_CPU_ISA")  # a misspelt one is an error for every op, like a misspelt backend
         rejected: list[str] = []
         for backend in self.backends:
@@ -125,15 +129,14 @@ class BackendTable:
             ValueError: ``HIA_BACKEND`` or ``HIA_CPU_ISA`` is none of its choices.
             NotImplementedError: the forced backend can't run; lists every reason.
         """
-        backend, rejected = self.find(function, arguments)
+        forced = self.forced(function)
+        backend, rejected = self._find(function, arguments, forced)
         if backend is None:
-            wanted = self.forced(function) or AUTO
-            message = f"hia::{self.op}: HIA_BACKEND={wanted} can't run this call: " + "; ".join(rejected)
+            message = f"hia::{self.op}: HIA_BACKEND={forced or AUTO} can't run this call: " + "; ".join(rejected)
             raise NotImplementedError(message)
         _note(self.op, backend.name)
-        if backend.forced_functions and self.forced(function) is not None:
-            return backend.forced_functions[function]
-        return backend.functions[function]
+        functions = backend.functions if forced is None else backend.forced_functions or backend.functions
+        return functions[function]
 
 
 TABLES: dict[str, BackendTable] = {}
@@ -182,7 +185,7 @@ def _caller_of_backward(variable: ContextVar[Any]) -> Any:
 
 def _forcing_blocks() -> tuple[_Block, ...]:
     blocks = _blocks.get() or _caller_of_backward(_blocks) or ()
-    return tuple(block for block in blocks if not block.ended)
+    return tuple(block for block in blocks if not block.ended) if blocks else blocks
 
 
 def _note(op: str, name: str) -> None:
@@ -228,7 +231,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no op has a backend of that name.
     """
-    chosen = settings.normalised(name) or AUTO
+    chosen = (settings.normalised(name) or AUTO) if isinstance(name, str) else ""
     if chosen not in backend_names():
         raise ValueError(f"use_backend: name must be one of {', '.join(backend_names())}, got {name!r}")
     block = _Block(chosen)
