@@ -48,7 +48,7 @@ bench-compare: $(READY) ## this tree against BASE=<rev>, measured together; fail
 	@[ -n "$(BASE)" ] || { echo "BASE= must be a revision, got nothing; e.g. make bench-compare BASE=main" >&2; exit 1; }
 	$(RUN) -m bench compare "$(BASE)" $(ARGS)
 
-report: $(READY) ## Markdown, pictures and an HTML page from bench/results
+report: $(READY) ## Markdown, pictures and an HTML page from bench/results; ARGS="--results out": from your own runs
 	$(RUN) -m bench report $(ARGS)
 
 # PYTHON defaults to python3 and nothing is installed: the machine brings its torch.

@@ -124,13 +124,16 @@ def device_of(value: str, *, listing: bool = False) -> str:
 Device = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help=f"{', '.join(DEVICES)}, or {AUTO}: CUDA where there is a GPU.")
 ]
+_DTYPE = typer.Option(
+    "--dtype", metavar="DTYPE", help=f"{', '.join(DTYPES)}. By default fp32 on the CPU, bf16 on CUDA."
+)
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPES)}. By default fp32 on the CPU, bf16 on CUDA."),
+    _DTYPE,
 ]
 Dtypes = Annotated[
     list[str] | None,
-    typer.Option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPES)}. By default fp32 on the CPU, bf16 on CUDA."),
+    _DTYPE,
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results, instead of `out/<device>`.")
@@ -243,7 +246,7 @@ def _usage(error: Any, arguments: Sequence[str]) -> str:
     context, wrong = getattr(error, "ctx", None), getattr(error, "option_name", None)
     if wrong is not None and context is not None and error.message.startswith("No such option"):
         known = [name for param in context.command.params for name in param.opts]
-        return f"{wrong}: must be an option of this command{did_you_mean(wrong, known)} See --help"
+        return f"{wrong}: must be an option of this command{did_you_mean(wrong, known) or '.'} See --help"
     param, message = getattr(error, "param", None), error.format_message()
     option = next((name for name in getattr(param, "opts", ()) if name in arguments), None)
     kind = next((text for word, text in KINDS.items() if word in message), None)

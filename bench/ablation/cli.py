@@ -17,11 +17,18 @@ def ablation(
     rows: Annotated[
         list[str] | None,
         typer.Option(
-            "--rows", metavar="ROW", help="Rows by name; a wrong one lists them. By default all of the tables'."
+            "--rows", metavar="ROW", help="Train these rows of the tables. By default all; a wrong name lists them."
         ),
     ] = None,
-    start: Annotated[bool, typer.Option("--start", help="The rows that take the start's parts apart instead.")] = False,
-    seeds: Annotated[list[int] | None, typer.Option("--seeds", metavar="N", help="Instead of the protocol's.")] = None,
+    start: Annotated[
+        bool,
+        typer.Option(
+            "--start", help="Train the rows of docs/learning.md's start instead: one part of it left out in each."
+        ),
+    ] = False,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seeds", metavar="N", help="Seeds, instead of the protocol's.")
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import cli
+from ..records.devices import DTYPES
 
 Numbers = list[int] | None
 
@@ -42,22 +43,23 @@ def encoder_forms(
 
 
 def deep_forms(
-    tokens: Annotated[Numbers, typer.Option(metavar="N", help="Of the image: by default 8192 16384.")] = None,
-    channels: Annotated[int, typer.Option(metavar="C", help="Of the features, a multiple of 32.")] = 2048,
-    dim: Annotated[int, typer.Option(metavar="D", help="Of the adapter.")] = 5120,
-    queries: Annotated[int, typer.Option(metavar="M", help="Of the adapter.")] = 256,
-    heads: Annotated[int, typer.Option(metavar="H", help="Of the attention.")] = 8,
-    forms: Annotated[list[str] | None, typer.Option(metavar="NAME", help="By default all folded ones.")] = None,
+    tokens: Annotated[Numbers, typer.Option(metavar="N", help="Tokens of the image: by default 8192 16384.")] = None,
+    channels: Annotated[int, typer.Option(metavar="C", help="Channels of the features, a multiple of 32.")] = 2048,
+    dim: Annotated[int, typer.Option(metavar="D", help="Width of the adapter.")] = 5120,
+    queries: Annotated[int, typer.Option(metavar="M", help="Queries of the adapter.")] = 256,
+    heads: Annotated[int, typer.Option(metavar="H", help="Heads of the attention.")] = 8,
+    forms: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Judge these forms. By default all folded ones.")
+    ] = None,
     features: Annotated[
-        str, typer.Option(metavar="NAME", help="What they are drawn from: rectified, far-from-zero, heavy-tailed.")
+        str, typer.Option(metavar="NAME", help="Distribution of the features: rectified, far-from-zero, heavy-tailed.")
     ] = "rectified",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of what is judged: fp32, bf16, fp16.")] = "bf16",
-    exact: Annotated[str, typer.Option(metavar="DTYPE", help="Of what it is judged by: fp32 or fp64.")] = "fp32",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help=f"Dtype that is judged: {', '.join(DTYPES)}.")] = "bf16",
+    exact: Annotated[str, typer.Option(metavar="DTYPE", help="Dtype of the reference: fp32 or fp64.")] = "fp32",
     device: cli.Device = "cpu",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of weights and features.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of weights and features.")] = 0,
 ) -> int:
     """Show how exact the extractor's ln_folded forms are in half precision, beside the direct form's own error."""
-    from ..records.devices import DTYPES
     from .deep import EXACT, FEATURES, Sizes, run
 
     if channels % 32:

@@ -97,7 +97,7 @@ class Ours(Provider):
 
 
 class Textbook(Ours):
-    """``textbook``: our ops in the maths as it is written down, nothing prepared, nothing kept but the features."""
+    """``textbook``, as records name it: our ops in the plan direct/direct, nothing folded, only features kept."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Tables in Markdown. `DataFrame.to_markdown` would need pandas and tabulate for these few lines."""
 
 from __future__ import annotations
 

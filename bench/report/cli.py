@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from ..cli import BadOption, some_of
 from ..records.environment import REPOSITORY
-from ..records.files import OUT, RESULTS, write_text
+from ..records.files import OUT, RESULTS, shown, write_text
 
 if TYPE_CHECKING:
     from .data import Results
@@ -20,7 +19,9 @@ DOCS = REPOSITORY / "docs" / "benchmarks"
 
 
 def report(
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the devices' folders.")] = RESULTS,
+    results: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the devices' folders: `out` holds the runs without --record.")
+    ] = RESULTS,
     device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Folders of these devices, not all.")] = None,
     previous: Annotated[
         str | None,
@@ -44,7 +45,7 @@ def report(
     written = write_all(devices, DOCS if record else out)
     for one in devices:
         print(summary(one))
-    print(f"written: {', '.join(os.path.relpath(path) for path in written)}")
+    print(f"written: {', '.join(map(shown, written))}")
     return 0
 
 
@@ -56,7 +57,10 @@ def find_folders(results: Path, wanted: list[str] | None) -> list[Path]:
     """
     found = {path.name: path for path in sorted(results.glob("*")) if any(path.glob("*.json"))}
     if not found:
-        raise BadOption(f"--results: must hold a device's folder with records, got none in {results}; run make bench")
+        raise BadOption(
+            f"--results: must hold a device's folder with records, got none in {results}; run `make bench`, and name "
+            f"its folder: `--results out`"
+        )
     return [found[name] for name in (some_of("--device", wanted, found) if wanted else found)]
 
 

@@ -18,7 +18,8 @@ Resolutions = Annotated[
     Names, typer.Option("--resolutions", metavar="PX", help="Sides of the images. By default 448 to 4096.")
 ]
 Attentions = Annotated[
-    Names, typer.Option("--attention", metavar="NAME", help="Whose memory is shown: eager, sdpa. By default both.")
+    Names,
+    typer.Option("--attention", metavar="NAME", help="Show memory with this attention: eager, sdpa. By default both."),
 ]
 CardGB = Annotated[
     float, typer.Option(metavar="GB", help="Card of the column 'fits', in 1e9 bytes.", callback=cli.within(above=0))
@@ -42,7 +43,8 @@ def table3(
         str, typer.Option(metavar="UNIT", help="Show flops, 2 a multiply-add, or macs; the JSON has both.")
     ] = "flops",
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help=f"Of the 13B host's weights and activations: {', '.join(DTYPES)}.")
+        str,
+        typer.Option(metavar="DTYPE", help=f"Dtype of the 13B host's weights and activations: {', '.join(DTYPES)}."),
     ] = "bf16",
     attention: Attentions = None,
     card_gb: CardGB = 32.0,

@@ -14,13 +14,17 @@ def targets(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="NAME", help="These targets, or patterns of names.")
     ] = None,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out whoever compiles.")] = False,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Only workloads that somebody compiles.")] = False,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Leave out the providers that use torch.compile.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Run only the workloads that have a provider with torch.compile.")
+    ] = False,
     compile_minutes: Annotated[
         float | None,
         typer.Option(
             metavar="M",
-            help="Until a provider that compiles has a first result: by default 15, on CUDA 12.",
+            help="Time limit for a compiled provider's first result: by default 15, on CUDA 12.",
             callback=cli.within(above=0),
         ),
     ] = None,

@@ -8,14 +8,20 @@ from typing import Annotated
 import typer
 
 from .. import cli
+from ..records.devices import DTYPES
 
 
 def tune(
-    op: Annotated[list[str] | None, typer.Option("--op", metavar="NAME", help="Ops. By default all.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Of the inputs: fp32, bf16 or fp16.")] = "bf16",
+    op: Annotated[
+        list[str] | None, typer.Option("--op", metavar="NAME", help="Tune these ops. By default all.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help=f"Dtype of the inputs: {', '.join(DTYPES)}.")
+    ] = "bf16",
     minutes: cli.Minutes = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Instead of `out/<device>/tuned.json`.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="File of the results, instead of `out/<device>/tuned.json`."),
     ] = None,
     record: Annotated[
         bool,
@@ -27,7 +33,6 @@ def tune(
     What has wrong results is not timed, and a configuration that breaks the device costs its key alone. The file keeps
     what it held of keys that this run does not meet.
     """
-    from ..records.devices import DTYPES
     from ..workloads import ops
     from .run import run
 

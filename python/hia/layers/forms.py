@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+from typing import Any
 
-from ..renamed import GONE_IN
+from ..renamed import GONE_IN, warn_caller
 
 EXTRACT_FORMS = (
     "direct",
@@ -30,12 +30,8 @@ def split_plan(plan: str) -> tuple[str, str]:
     """
     named = present_names(plan)
     if named != plan:
-        warnings.warn(
-            f"hia: the plan {plan!r} is called {named!r} now; the old names go with version {GONE_IN}",
-            FutureWarning,
-            stacklevel=2,
-        )
-    extract, slash, inject = named.partition("/")
+        warn_caller(f"hia: the plan {plan!r} is called {named!r} now; the old names go with version {GONE_IN}")
+    extract, slash, inject = named.partition("/") if isinstance(named, str) else ("", "", "")
     if not slash:
         inject = extract if extract in INJECT_FORMS else AUTO
     if extract not in (AUTO, *EXTRACT_FORMS) or inject not in (AUTO, *INJECT_FORMS):
@@ -46,6 +42,8 @@ def split_plan(plan: str) -> tuple[str, str]:
     return extract, inject
 
 
-def present_names(plan: str) -> str:
-    """Replace the names that a plan's forms had until version 0.1."""
+def present_names(plan: Any) -> Any:
+    """Replace the names that a plan's forms had until version 0.1; what is no plan stays, for the check of it."""
+    if not isinstance(plan, str):
+        return plan
     return "/".join(OLD_NAMES.get(form, form) for form in plan.split("/"))

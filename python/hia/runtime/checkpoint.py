@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..config import RUN_OPTIONS, HiAConfig
 from ..layers.adapter import HiAAdapter
 from ..layers.forms import present_names
+from ..renamed import warn_caller
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,21 +68,21 @@ def read_config(directory: Path) -> tuple[HiAConfig, dict[str, Any]]:
         raise ValueError(f"hia: {path} must describe an adapter of peft_type {PEFT_TYPE}, got {kind!r}")
     fields = settings["config"]
     options = {name: fields[name] for name in RUN_OPTIONS if name in fields}
-    if "plan" in options:
-        options["plan"] = present_names(options["plan"])
     return HiAConfig.from_dict({name: value for name, value in fields.items() if name not in options}), options
 
 
 def warn_of_options(options: dict[str, Any], directory: Path) -> None:
     """Warn that a run follows choices which an old file holds."""
     if options:
-        held = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        now = {name: present_names(value) if name == "plan" else value for name, value in options.items()}
+        held = ", ".join(
+            f"{name}={value!r}" + (f", now {name}={now[name]!r}" if now[name] != value else "")
+            for name, value in options.items()
+        )
         calls = ", ".join(f"model.set_{name}(...)" for name in options)
-        warnings.warn(
-            f"hia: {directory / CONFIG_NAME} is of an older version and holds {held}, which this run follows; such "
-            f"choices of a run are saved no more: give them to from_pretrained, or call {calls}",
-            FutureWarning,
-            stacklevel=3,
+        warn_caller(
+            f"hia: {directory / CONFIG_NAME} is of an older version and holds {held}, which this run follows; "
+            f"choices of a run are no longer saved: give them to from_pretrained, or call {calls}"
         )
 
 
