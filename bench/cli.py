@@ -121,6 +121,13 @@ def device_of(value: str, *, listing: bool = False) -> str:
     return value
 
 
+def _one_place(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+    """Refuse ``--out`` with ``--record``, whichever of the two is read last."""
+    if value and context.params.get("record" if param.name == "out" else "out"):
+        raise BadOption("--record: must not be given with --out, got both")
+    return value
+
+
 Device = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help=f"{', '.join(DEVICES)}, or {AUTO}: CUDA where there is a GPU.")
 ]
@@ -136,11 +143,16 @@ Dtypes = Annotated[
     _DTYPE,
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Folder of the results, instead of `out/<device>`.")
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Folder of the results, instead of `out/<device>`.", callback=_one_place),
 ]
 Record = Annotated[
     bool,
-    typer.Option("--record", help="Write to `bench/results/<device>`, which is committed, instead of `out/<device>`."),
+    typer.Option(
+        "--record",
+        help="Write to `bench/results/<device>`, which is committed, instead of `out/<device>`.",
+        callback=_one_place,
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the records here too.")]
 Minutes = Annotated[
