@@ -55,7 +55,10 @@ def find_folders(results: Path, wanted: list[str] | None) -> list[Path]:
     Raises:
         BadOption: none, or another name than theirs.
     """
-    found = {path.name: path for path in sorted(results.glob("*")) if any(path.glob("*.json"))}
+    from .data import FILES, TABLE3, TARGETS
+
+    records = (*FILES, TARGETS, TABLE3)
+    found = {path.name: path for path in sorted(results.glob("*")) if any((path / name).exists() for name in records)}
     if not found:
         raise BadOption(
             f"--results: must hold a device's folder with records, got none in {results}; run `make bench`, and name "
