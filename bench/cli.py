@@ -121,7 +121,7 @@ def device_of(value: str, *, listing: bool = False) -> str:
     return value
 
 
-def _one_place(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+def one_place(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
     """Refuse ``--out`` with ``--record``, whichever of the two is read last."""
     if value and context.params.get("record" if param.name == "out" else "out"):
         raise BadOption("--record: must not be given with --out, got both")
@@ -144,14 +144,14 @@ Dtypes = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Folder of the results, instead of `out/<device>`.", callback=_one_place),
+    typer.Option("--out", metavar="DIR", help="Folder of the results, instead of `out/<device>`.", callback=one_place),
 ]
 Record = Annotated[
     bool,
     typer.Option(
         "--record",
         help="Write to `bench/results/<device>`, which is committed, instead of `out/<device>`.",
-        callback=_one_place,
+        callback=one_place,
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the records here too.")]

@@ -35,8 +35,8 @@ class Row:
 
     @property
     def medians(self) -> list[float]:
-        """Return the median of the paired ratios, one for each pair of processes."""
-        return [statistics.median(self.ratios(pair)) for pair in range(len(self.base_ms))]
+        """Return the median of the paired ratios, of two in the middle the lower, one for each pair of processes."""
+        return [statistics.median_low(self.ratios(pair)) for pair in range(len(self.base_ms))]
 
     @property
     def deciding(self) -> int:
@@ -73,7 +73,7 @@ class Row:
         if self.problem is not None:
             return f"{self.case:<22} {verdict}: {self.problem}"
         pair, ratios = self.deciding, self.ratios(self.deciding)
-        middle = min(range(len(ratios)), key=lambda number: abs(ratios[number] - self.ratio))
+        middle = ratios.index(statistics.median_low(ratios))
         base, now = self.base_ms[pair][middle], self.now_ms[pair][middle]
         cuts = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else [self.ratio] * 4
         spread, all_pairs = f"{cuts[0]:.2f} - {cuts[3]:.2f}", " ".join(f"{median:.3f}" for median in self.medians)

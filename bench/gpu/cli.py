@@ -26,4 +26,6 @@ def gpu(
     from .run import run
 
     device = cli.one_of("--device", device, DEVICES)
+    if record and device == "cpu":
+        raise cli.BadOption("--record: must not be given with --device cpu, which only tries the steps")
     return run(device, out=out, record=record, seconds=seconds, only=only or (), listing=listing)

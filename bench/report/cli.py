@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cli import BadOption, some_of
+from ..cli import BadOption, one_place, some_of
 from ..records.environment import REPOSITORY
 from ..records.files import OUT, RESULTS, shown, write_text
 
@@ -27,8 +27,13 @@ def report(
         str | None,
         typer.Option(metavar="REV", help="Compare with this revision's records, not with the last that differ."),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes.")] = OUT / "report",
-    record: Annotated[bool, typer.Option("--record", help="Renew docs/benchmarks, which is committed.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the report goes, instead of `out/report`.", callback=one_place),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Renew docs/benchmarks, which is committed.", callback=one_place)
+    ] = False,
 ) -> int:
     """Markdown, pictures and one HTML page from the records; nothing is measured."""
     folders = find_folders(results, device)
@@ -42,7 +47,7 @@ def report(
     except (ValueError, OSError) as error:
         sys.stderr.write(f"bench report: {error}\n")
         return 2
-    written = write_all(devices, DOCS if record else out)
+    written = write_all(devices, DOCS if record else out or OUT / "report")
     for one in devices:
         print(summary(one))
     print(f"written: {', '.join(map(shown, written))}")

@@ -21,11 +21,20 @@ def tune(
     minutes: cli.Minutes = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="File of the results, instead of `out/<device>/tuned.json`."),
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="File of the results, instead of `out/<device>/tuned.json`.",
+            callback=cli.one_place,
+        ),
     ] = None,
     record: Annotated[
         bool,
-        typer.Option("--record", help="Write to `hia_kernels/core/tuned/<device>.json`, which launchers read."),
+        typer.Option(
+            "--record",
+            help="Write to `hia_kernels/core/tuned/<device>.json`, which launchers read.",
+            callback=cli.one_place,
+        ),
     ] = False,
 ) -> int:
     """Time configurations of the Triton kernels on this GPU, and backends against each other; keep the fastest.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "cuda")  # where the ops know autocast
+_CPU, _CUDA = DEVICES = ("cpu", "cuda")  # where the ops know autocast
 CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -21,7 +21,7 @@ KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.Disp
 
 def is_anywhere_enabled() -> bool:
     """Tell whether code runs under autocast for any device that the ops serve."""
-    return any(torch.is_autocast_enabled(device) for device in DEVICES)
+    return torch.is_autocast_enabled(_CPU) or torch.is_autocast_enabled(_CUDA)  # every call asks: no loop
 
 
 def is_enabled(device_type: str) -> bool:

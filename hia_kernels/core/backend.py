@@ -69,6 +69,9 @@ class Backend:
         )
 
 
+Rejected = list[tuple[Backend, list[str]]]  # rows that don't serve a call, with their reasons
+
+
 @dataclass
 class BackendTable:
     """The backends of one op, fastest first; ``reference`` is last and always can run."""
@@ -104,13 +107,12 @@ class BackendTable:
         Raises:
             ValueError: ``HIA_BACKEND`` or ``HIA_CPU_ISA`` is none of its choices.
         """
-        return self._find(function, arguments, self.forced(function))
+        row, rejected = self._find(function, arguments, self.forced(function))
+        return row, _listed(rejected)
 
-    def _find(
-        self, function: str, arguments: Mapping[str, Any], forced: str | None
-    ) -> tuple[Backend | None, list[str]]:
+    def _find(self, function: str, arguments: Mapping[str, Any], forced: str | None) -> tuple[Backend | None, Rejected]:
         settings.read("HIA_CPU_ISA")  # a misspelt one is an error for every op, like a misspelt backend
-        rejected: list[str] = []
+        rejected: Rejected = []
         for backend in self.backends:
             if forced is not None and backend.name != forced:
                 continue
@@ -119,7 +121,7 @@ class BackendTable:
             reasons = backend.refusals(function, arguments, forced=forced is not None)
             if not reasons:
                 return backend, rejected
-            rejected += [f"{backend.name}: {reason}" for reason in reasons]
+            rejected.append((backend, reasons))  # every call: it is made text where someone reads it
         return None, rejected
 
     def select(self, function: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
@@ -132,11 +134,15 @@ class BackendTable:
         forced = self.forced(function)
         backend, rejected = self._find(function, arguments, forced)
         if backend is None:
-            message = f"hia::{self.op}: HIA_BACKEND={forced or AUTO} can't run this call: " + "; ".join(rejected)
-            raise NotImplementedError(message)
+            reasons = "; ".join(_listed(rejected))
+            raise NotImplementedError(f"hia::{self.op}: HIA_BACKEND={forced or AUTO} can't run this call: {reasons}")
         _note(self.op, backend.name)
         functions = backend.functions if forced is None else backend.forced_functions or backend.functions
         return functions[function]
+
+
+def _listed(rejected: Rejected) -> list[str]:
+    return [f"{row.name}: {reason}" for row, reasons in rejected for reason in reasons]
 
 
 TABLES: dict[str, BackendTable] = {}
@@ -159,11 +165,12 @@ class _Block:
     """One ``use_backend`` block that has been entered; told from others by its identity."""
 
     name: str
-    ended: bool = False  # also where another thread or task ended it, whose context is not the one it began in
+    ended: bool = False  # set by another thread or task, which can't take it out of the context that it began in
 
 
 # Values are never changed in place: a task that copies its parent's context must not see what happens there later.
 _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("hia_backend_blocks", default=())
+_entered: ContextVar[None] = ContextVar("hia_backend_entered")  # its tokens tell the context that a block began in
 # By op, a list of one name: a backward pass writes into its caller's, see _note.
 _served: ContextVar[Mapping[str, list[str]]] = ContextVar("hia_backend_served", default=MappingProxyType({}))
 
@@ -183,9 +190,12 @@ def _caller_of_backward(variable: ContextVar[Any]) -> Any:
     return torch._C._get_obj_in_tls("context").get(variable)
 
 
+def _not_ended(blocks: tuple[_Block, ...] | None) -> tuple[_Block, ...]:
+    return tuple(block for block in blocks if not block.ended) if blocks else ()
+
+
 def _forcing_blocks() -> tuple[_Block, ...]:
-    blocks = _blocks.get() or _caller_of_backward(_blocks) or ()
-    return tuple(block for block in blocks if not block.ended) if blocks else blocks
+    return _not_ended(_blocks.get()) or _not_ended(_caller_of_backward(_blocks))
 
 
 def _note(op: str, name: str) -> None:
@@ -220,10 +230,10 @@ def requested_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside a ``with`` block; stronger than ``HIA_BACKEND``.
 
-    It holds for this thread or task (``contextvars``), and for the gradients of what is computed inside, unless
-    ``backward`` is called in another block. Blocks may end in any order: each takes away itself alone. A generator
-    shares its caller's context, so a block that it is suspended in holds for the caller too, until the generator goes
-    on or is closed.
+    It holds for this thread or task (``contextvars``), for tasks and ``asyncio.to_thread`` begun inside, to their end,
+    and for the gradients of what is computed inside, unless ``backward`` is called in another block. Blocks may end in
+    any order: each takes away itself alone. A generator shares its caller's context, so a block that it is suspended
+    in holds for the caller too, until the generator goes on or is closed.
 
     Args:
         name: of a backend, in any case; "auto" or "" forces none. Ops without a row of that name run ``auto``.
@@ -235,12 +245,16 @@ def use_backend(name: str) -> Iterator[None]:
     if chosen not in backend_names():
         raise ValueError(f"use_backend: name must be one of {', '.join(backend_names())}, got {name!r}")
     block = _Block(chosen)
-    _blocks.set((*_blocks.get(), block))
+    _blocks.set((*_not_ended(_blocks.get()), block))
+    entered = _entered.set(None)
     try:
         yield
     finally:
-        block.ended = True
-        _blocks.set(tuple(one for one in _blocks.get() if one is not block))
+        try:
+            _entered.reset(entered)
+        except ValueError:  # it began in another context: a generator that a thread or the event loop closes
+            block.ended = True
+        _blocks.set(tuple(one for one in _not_ended(_blocks.get()) if one is not block))
 
 
 def last_backend(op: str) -> str | None:

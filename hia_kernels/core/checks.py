@@ -30,18 +30,21 @@ def check_shapes(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:
         if tensor is None:
             continue
         symbols, shape = spec.split(), tuple(tensor.shape)
-        problem = f"hia::{op}: {name} must have shape [{', '.join(symbols)}], got {list(shape)}"
         if len(shape) != len(symbols):
-            raise ValueError(problem)
+            raise ValueError(_wrong_shape(op, name, symbols, shape))
         for symbol, size in zip(symbols, shape, strict=True):
             if symbol.isdecimal():
                 if size != int(symbol):
-                    raise ValueError(problem)
+                    raise ValueError(_wrong_shape(op, name, symbols, shape))
                 continue
             bound, owner = dims.setdefault(symbol, (size, name))
             if size != bound:
-                raise ValueError(f"{problem}; {symbol}={bound} is fixed by {owner}")
+                raise ValueError(f"{_wrong_shape(op, name, symbols, shape)}; {symbol}={bound} is fixed by {owner}")
     return {symbol: size for symbol, (size, _) in dims.items()}
+
+
+def _wrong_shape(op: str, name: str, symbols: list[str], shape: tuple[int, ...]) -> str:
+    return f"hia::{op}: {name} must have shape [{', '.join(symbols)}], got {list(shape)}"
 
 
 def check_dtypes(

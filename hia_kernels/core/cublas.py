@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
+
 
 def unavailable_reasons() -> list[str]:
     """Return why there is no cuBLAS on this machine."""
@@ -15,4 +17,4 @@ def unavailable_reasons() -> list[str]:
 
 def unsupported_reasons(function: str, x: Tensor, **rest: Any) -> list[str]:
     """Return why it can't serve a call whose tensors are where ``x`` is."""
-    return [] if x.is_cuda else [f"tensors must be on a CUDA device, got {x.device}"]
+    return devices.not_cuda_reasons(x)

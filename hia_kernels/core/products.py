@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import devices
+
 MIN_ROWS = 32  # fewer read the weight once, and nothing pays for packing it
 MIN_FLOPS = 2**25  # below, packing the operands costs what the better rate saves; docs/linear.md
 
@@ -24,10 +26,9 @@ Size = tuple[int, int, int]  # rows, terms of a sum, columns
 
 def unsupported_tensors(*tensors: Tensor) -> list[str]:
     """Return why these tensors, among which all devices and dtypes of a call occur, can't be multiplied here."""
-    found = []
+    found: list[str] = []
     for tensor in tensors:
-        if not tensor.is_cpu:
-            found.append(f"tensors must be on the CPU, got {tensor.device}")
+        found += devices.not_cpu_reasons(tensor)
         if tensor.dtype != torch.float32:
             found.append(f"{str(tensor.dtype).removeprefix('torch.')} is left to the reference")
     return list(dict.fromkeys(found)) if found else found

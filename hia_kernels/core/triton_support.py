@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
+
 
 def interpreted() -> bool:
     """Tell whether Triton's interpreter runs kernels on the CPU: ``TRITON_INTERPRET=1`` before Triton is imported."""
@@ -38,9 +40,7 @@ def unavailable_reasons() -> list[str]:
 
 def device_reasons(tensor: Tensor) -> list[str]:
     """Return why Triton can't serve the device of ``tensor``, or its dtype: first check of ``unsupported_reasons``."""
-    found = []
-    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
-        found.append(f"tensors must be on a CUDA device, got {tensor.device}")
+    found = [] if tensor.is_cpu and interpreted() else devices.not_cuda_reasons(tensor)
     if tensor.dtype == torch.float64:
         found.append("float64 is left to the reference")
     return found

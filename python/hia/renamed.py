@@ -13,7 +13,7 @@ GONE_IN = "0.2"
 def warn_caller(message: str) -> None:
     """Give a FutureWarning at the line outside this package that led here, however deep inside it is found."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    while frame.f_back is not None and (frame.f_globals.get("__name__") or "").partition(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, FutureWarning, stacklevel=level)
 

@@ -38,6 +38,20 @@ sys.exit("torch" in sys.modules or "numpy" in sys.modules)
         assert f"python -m bench {name} [OPTIONS]" in done.stdout and f" {name} " in done.stdout
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_record_is_refused_with_out(name, capsys):
+    """Try both orders: of two places, one would be dropped without a word. ``ablation --record`` is an addition."""
+    if name in ("ablation", "launches", "encoder-forms", "deep-forms"):
+        assert bench([name, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert "--record" not in said or "as well" in said
+        return
+    arguments = [name, "linear", "tiny"] if name == "profile" else [name]
+    for options in (["--record", "--out", "nowhere"], ["--out", "nowhere", "--record"]):
+        assert bench([*arguments, *options]) == 2
+        assert "--record: must not be given with --out, got both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

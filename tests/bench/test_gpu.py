@@ -58,6 +58,11 @@ def test_fake_device_names_the_folder(record, capsys):
     assert f"--out {folder / 'nvidia-fake-9000'} " in capsys.readouterr().out
 
 
+def test_a_try_is_no_record(capsys):
+    assert bench(["gpu", "--device", "cpu", "--list", "--record"]) == 2
+    assert "--record: must not be given with --device cpu" in capsys.readouterr().err
+
+
 def test_unknown_step(capsys):
     assert bench(["gpu", "--list", "--device", "cpu", "--only", "target"]) == 2
     error = capsys.readouterr().err

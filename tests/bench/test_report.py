@@ -224,7 +224,9 @@ def test_no_matplotlib_is_said_and_the_rest_is_written(results, tmp_path, monkey
 
 def test_a_report_is_written_outside_the_repository_unless_it_is_recorded(results, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "DOCS", tmp_path / "docs")
-    assert cli.report.__defaults__[-2] == cli.OUT / "report", "out/ is ignored by git"
+    monkeypatch.setattr(cli, "OUT", tmp_path / "out")  # which git ignores
+    assert run("--results", results) == 0
+    assert (tmp_path / "out" / "report" / "index.html").exists() and not (tmp_path / "docs").exists()
     assert run("--results", results, "--record") == 0
     first = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
     assert run("--results", results, "--record") == 0

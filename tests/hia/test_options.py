@@ -45,10 +45,13 @@ def test_statistics_change_in_training_too(model):
     assert not any(norm.training for norm in norms)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("plan", "fast", "plan must be 'auto' or '<extract>/<inject>'"),
+        ("plan", float("nan"), "plan must be 'auto' or '<extract>/<inject>'"),  # and no warning of an old name
+        ("plan", torch.zeros(2), "plan must be 'auto' or '<extract>/<inject>'"),
         ("high_resolution", 1, "high_resolution must be True or False, got 1"),
         ("batch_norm", "layer", "batch_norm must be 'running' or 'batch', got 'layer'"),
     ],

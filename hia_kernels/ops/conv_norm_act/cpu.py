@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core import devices
 from ...core.products import Products, Size
 from .layout import PACK, PACKED, Layout
 
@@ -48,9 +49,7 @@ def unsupported_reasons(function: str, weight: Tensor, x: Tensor | None = None, 
 
 
 def _reasons(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    found = []
-    if tensor.device.type != "cpu":
-        found.append(f"tensors must be on the CPU, got {tensor.device}")
+    found = devices.not_cpu_reasons(tensor)
     if tensor.dtype not in dtypes:
         found.append(f"{str(tensor.dtype).removeprefix('torch.')} is left to the reference")
     return found

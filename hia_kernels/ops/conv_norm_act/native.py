@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import native
+from ...core import devices, native
 from ...core.products import LARGE, is_large
 from . import cpu
 from .layout import PACK, PACKED, Layout
@@ -24,9 +24,7 @@ unavailable_reasons = native.cpu_unavailable_reasons
 
 def _weight_reasons(weight: Tensor) -> list[str]:
     """Return why a weight [OC, C, K, K] can't be these kernels'."""
-    found = []
-    if weight.device.type != "cpu":
-        found.append(f"tensors must be on the CPU, got {weight.device}")
+    found = devices.not_cpu_reasons(weight)
     if weight.dtype != torch.float32:
         found.append(f"{str(weight.dtype).removeprefix('torch.')} is left to others")
     if weight.shape[0] % CHANNELS or weight.shape[1] % CHANNELS:

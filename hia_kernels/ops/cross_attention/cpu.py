@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import devices
+
 FLASH_HEAD_DIM, FLASH_KEYS = 128, 1024  # up to them the flash kernel is faster in fp32
 MANY_SCORES = 2**24  # a head's scores in fp32 take 64 MiB: beyond it flash, which keeps none
 GROUP_SCORES = 2**20  # scores of the heads that a thread works on together: 4 MiB, which caches hold
@@ -22,7 +24,7 @@ Rows = tuple[int, slice, slice]  # sequences of equal lengths, their queries, th
 
 def unsupported_reasons(function: str, q: Tensor, **rest: Any) -> list[str]:
     """Return why a call can't be served; its tensors are of one device and dtype."""
-    found = [] if q.device.type == "cpu" else [f"tensors must be on the CPU, got {q.device}"]
+    found = devices.not_cpu_reasons(q)
     return [*found, "float64 is left to the reference"] if q.dtype == torch.float64 else found
 
 

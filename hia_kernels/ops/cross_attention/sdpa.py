@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import cublas
+from ...core import cublas, devices
 
 unavailable_reasons = cublas.unavailable_reasons  # a device that torch can see
 
@@ -16,9 +16,9 @@ def unsupported_reasons(
     function: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqlen_k: int, **rest: Any
 ) -> list[str]:
     """Return why PyTorch's kernel can't serve a call; values of cu_seqlens are not read."""
-    if q.device.type != "cuda":
-        return [f"tensors must be on a CUDA device, got {q.device}"]
-    found = []
+    found = devices.not_cuda_reasons(q)
+    if found:
+        return found
     if q.element_size() != 2:
         found.append(f"tensors must be float16 or bfloat16, got {str(q.dtype).removeprefix('torch.')}")
     sequences = cu_seqlens_q.numel() - 1

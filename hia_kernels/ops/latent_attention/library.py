@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, native, products, registration, triton_support
+from ...core import autocast, devices, native, products, registration, triton_support
 from ...core.backend import Backend, register_table
 from . import blocked
 from .reference import latent_attention_bwd_ref, latent_attention_ref
@@ -25,7 +25,7 @@ def _triton_unsupported(function, q, **rest):
 
 
 def _cpu_unsupported(function, q, **rest):
-    return [] if q.device.type == "cpu" else [f"tensors must be on the CPU, got {q.device}"]
+    return devices.not_cpu_reasons(q)
 
 
 def _native_unsupported(function, q, **rest):

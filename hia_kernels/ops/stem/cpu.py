@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core import devices
+
 STRIP_BYTES = 2 * 2**20  # of a strip's activation: the second core's half of it stays in its L2
 ONE = [1, 1]
 
@@ -29,9 +31,7 @@ def unsupported_reasons(
     function: str, weight: Tensor, output_mask: Sequence[bool] | None = None, **rest: Any
 ) -> list[str]:
     """Return why a call can't be served; the backward alone has an ``output_mask``."""
-    found = []
-    if weight.device.type != "cpu":
-        found.append(f"tensors must be on the CPU, got {weight.device}")
+    found = devices.not_cpu_reasons(weight)
     if weight.dtype == torch.float64:
         found.append("float64 is left to the reference")
     if output_mask is not None and output_mask[0]:

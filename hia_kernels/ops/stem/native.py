@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import native
+from ...core import devices, native
 from . import cpu
 
 OUTPUTS = 32  # channels come in multiples of it: the kernel's panels
@@ -20,9 +20,7 @@ unavailable_reasons = native.cpu_unavailable_reasons
 
 def unsupported_reasons(function: str, pixels: Tensor, weight: Tensor, **rest: Any) -> list[str]:
     """Return why a call can't be served."""
-    found = []
-    if weight.device.type != "cpu":
-        found.append(f"tensors must be on the CPU, got {weight.device}")
+    found = devices.not_cpu_reasons(weight)
     if weight.dtype != torch.float32:
         found.append(f"weights of {str(weight.dtype).removeprefix('torch.')} are left to others")
     if pixels.dtype not in PIXELS:

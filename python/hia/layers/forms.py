@@ -29,7 +29,7 @@ def split_plan(plan: str) -> tuple[str, str]:
         ValueError: no such form.
     """
     named = present_names(plan)
-    if named != plan:
+    if isinstance(plan, str) and named != plan:
         warn_caller(f"hia: the plan {plan!r} is called {named!r} now; the old names go with version {GONE_IN}")
     extract, slash, inject = named.partition("/") if isinstance(named, str) else ("", "", "")
     if not slash:
