@@ -1,9 +1,8 @@
 """``hia::cross_attention`` by PyTorch's own kernels: the default on the CPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hia_kernels import cross_attention, cross_attention_with_lse, last_backend, use_backend
 from hia_kernels.core import triton_support
@@ -162,15 +161,14 @@ def test_reasons_why_not():
 def test_reasons_why_not_sdpa():
     """Read the reasons for CUDA, after Triton, without gradients, without such a device."""
 
-    def on_cuda(x):
-        return SimpleNamespace(
-            device=torch.device("cuda"), dtype=x.dtype, shape=x.shape, numel=x.numel, element_size=x.element_size
-        )
-
     def reasons(lengths_q, lengths_k, dtype):
         inputs = make_inputs(lengths_q, lengths_k, dtype).items()
-        found = {name: on_cuda(x) if isinstance(x, torch.Tensor) else x for name, x in inputs}
-        return " ".join(sdpa.unsupported_reasons(OP, **found))
+        with FakeTensorMode():
+            found = {
+                name: torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+                for name, x in inputs
+            }
+            return " ".join(sdpa.unsupported_reasons(OP, **found))
 
     assert not reasons([3, 3], [4, 4], torch.float16)
     for lengths in (([3, 2], [4, 4]), ([3, 3], [4, 1]), ([], [])):
