@@ -134,14 +134,8 @@ Device = Annotated[
 _DTYPE = typer.Option(
     "--dtype", metavar="DTYPE", help=f"{', '.join(DTYPES)}. By default fp32 on the CPU, bf16 on CUDA."
 )
-Dtype = Annotated[
-    str | None,
-    _DTYPE,
-]
-Dtypes = Annotated[
-    list[str] | None,
-    _DTYPE,
-]
+Dtype = Annotated[str | None, _DTYPE]
+Dtypes = Annotated[list[str] | None, _DTYPE]
 Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Folder of the results, instead of `out/<device>`.", callback=one_place),

@@ -161,9 +161,8 @@ def _summed(func: Any, x: Bounded, *args: Any, **options: Any) -> Bounded:
     out = func(value, *args, **options)
     count = max(value.numel() // max(out.numel(), 1), 1) if func.overloadpacket is aten.mean else 1
     total = func(terms, *args, **_in_fp32(options)) + func(magnitude(value), *args, **_in_fp32(options))
-    squares = func(
-        size * size, *args, **_in_fp32(options)
-    )  # a mean divides them by the count once; the root needs twice
+    # a mean divides them by the count once; the root needs twice
+    squares = func(size * size, *args, **_in_fp32(options))
     return Bounded(out, total, (squares / count).sqrt(), x.analysis)
 
 

@@ -15,15 +15,14 @@ from ...core.products import Products, Size
 from .layout import PACK, PACKED, Layout
 
 FUSED = {"none": ("none", None), "relu": ("relu", None), "gelu": ("gelu", "none")}  # oneDNN's name and algorithm
-LONGEST_SUM = (
-    3 * 2**10
-)  # outputs that one call adds up for a weight's gradient; with AVX2 alone 2**13 lost too many digits
+# outputs that one call adds up for a weight's gradient; with AVX2 alone 2**13 lost too many digits
+LONGEST_SUM = 3 * 2**10
 NARROW = 32  # channels: below, MKL's product over all pixels is slow, and loses digits
 SHORT_SUM = 2**9  # pixels that one of a batch of narrow products adds up
 FEW_CHANNELS = {1: 10, 2: 5}  # by stride: up to here windows are faster than oneDNN in strips
 WINDOWS = 2**14  # outputs whose 3 x 3 windows are written side by side at once, 5 MB of them at most
 SMALL_OUTPUT = 8  # times an image's pixels go into the channels: from here on 1 x 1 is a product, its result scaled
-FEWEST_FOR_TAPS = 128  # channels: from here on a tap's product is faster than oneDNN, with stride 1 in a single strip
+MIN_CHANNELS_FOR_TAPS = 128  # from here on a tap's product is faster than oneDNN, with stride 1 in a single strip
 
 
 def unavailable_reasons() -> list[str]:
@@ -252,7 +251,7 @@ def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: 
         return _backward(dz, x, weight, stride, [1, 1], [False, True])[1].contiguous()
     if channels <= FEW_CHANNELS[stride]:
         return _weight_gradient_by_windows(dz, x, stride)
-    if channels >= FEWEST_FOR_TAPS and (stride == 2 or dz.shape[:3].numel() <= LONGEST_SUM):
+    if channels >= MIN_CHANNELS_FOR_TAPS and (stride == 2 or dz.shape[:3].numel() <= LONGEST_SUM):
         return _weight_gradient_by_taps(dz, x, stride)
     return _weight_gradient_by_strips(dz, x, weight, stride)
 

@@ -17,7 +17,7 @@ from .layout import PACK, PACKED, Layout
 
 CHANNELS = 32  # both channel counts are multiples of it: the kernels' panels
 POINTS = 16  # of a weight that the Winograd form has transformed, [OC, C, 16]; the direct form's is [OC, C, K * K]
-FEWEST_TILES = 32  # of 2 x 2 outputs: below, transforming a weight for one call costs more than it saves
+MIN_TILES = 32  # of 2 x 2 outputs: below, transforming a weight for one call costs more than it saves
 
 unavailable_reasons = native.cpu_unavailable_reasons
 
@@ -64,7 +64,7 @@ def slower_reasons(function: str, weight: Tensor, **rest: Any) -> list[str]:
         return ["the direct form is oneDNN's, and packing its weight for one call costs more"]
     images, height, width, _ = rest["x"].shape  # with stride 1 the gradient's too
     tiles = images * ((height + 1) // 2) * ((width + 1) // 2)
-    return [] if tiles >= FEWEST_TILES else [f"{tiles} tiles don't pay for transforming the weight"]
+    return [] if tiles >= MIN_TILES else [f"{tiles} tiles don't pay for transforming the weight"]
 
 
 def pack_weight(weight: Tensor, scale: Tensor, stride: int, turned: bool = False) -> Tensor:

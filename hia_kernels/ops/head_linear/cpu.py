@@ -28,9 +28,8 @@ def product_sizes(
     if images == 0:
         return []
     sizes = layer_sizes(rows, channels, weight.shape[1], output_mask)
-    if (
-        output_mask is not None and output_mask[1] and weight.stride(-1) != 1
-    ):  # the gradient lies as the weight does, and is computed transposed
+    if output_mask is not None and output_mask[1] and weight.stride(-1) != 1:
+        # the gradient lies as the weight does, and is computed transposed
         sizes.append((channels, rows, weight.shape[1]))
     return sizes
 

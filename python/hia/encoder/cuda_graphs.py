@@ -138,12 +138,12 @@ class GraphCache:
             self._wait_for_device()
             self._graphs.clear()
 
-    def eager_reasons(self, pixels: Tensor, most_pixels: int) -> list[str]:
+    def eager_reasons(self, pixels: Tensor, max_pixels: int) -> list[str]:
         """List why a call has to go kernel by kernel; empty if a graph can serve it.
 
         Args:
             pixels: [N, H, W, CP].
-            most_pixels: N * H * W above which launches cost nothing beside the kernels.
+            max_pixels: N * H * W above which launches cost nothing beside the kernels.
         """
         found = []
         if pixels.device.type != self.device_type or type(pixels) is not Tensor:
@@ -156,8 +156,8 @@ class GraphCache:
             found.append("torch.compile is tracing")
         if torch._C._len_torch_dispatch_stack():  # it counts or fakes ops, which a replay doesn't call
             found.append("a dispatch mode is active")
-        if pixels.shape[:3].numel() > most_pixels:
-            found.append(f"there are more than {most_pixels} pixels")
+        if pixels.shape[:3].numel() > max_pixels:
+            found.append(f"there are more than {max_pixels} pixels")
         if debug_enabled():
             found.append("HIA_DEBUG=1 reads values")
         if capturing(pixels):
@@ -165,7 +165,7 @@ class GraphCache:
         return found
 
     def __call__(
-        self, function: Encode, pixels: Tensor, window: Tensor, weight_dtype: torch.dtype, most_pixels: int
+        self, function: Encode, pixels: Tensor, window: Tensor, weight_dtype: torch.dtype, max_pixels: int
     ) -> Tensor:
         """Compute ``function(pixels, window)``, by a graph where one can serve.
 
@@ -174,12 +174,12 @@ class GraphCache:
             pixels: [N, H, W, CP].
             window: [N, 2].
             weight_dtype: of the encoder.
-            most_pixels: as in :meth:`eager_reasons`.
+            max_pixels: as in :meth:`eager_reasons`.
 
         Returns:
             [N, H', W', C] in memory of its own.
         """
-        if self.eager_reasons(pixels, most_pixels):
+        if self.eager_reasons(pixels, max_pixels):
             return function(pixels, window)
         key = key_of(pixels, window, weight_dtype)
         with self._lock:

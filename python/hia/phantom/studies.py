@@ -270,9 +270,8 @@ def _draw_textures(rng: np.random.Generator, config: PhantomConfig) -> tuple[Tex
 
 def _draw_site(rng: np.random.Generator, config: PhantomConfig, form: Form, quadrant: str, change: str | None) -> _Site:
     radii = _draw_radii(rng, config, change)
-    near = (
-        max(MARGIN, *radii) + _DRIFT
-    )  # a shift must carry the centre neither into the margin nor the rim out of the image
+    # a shift must carry the centre neither into the margin nor the rim out of the image
+    near = max(MARGIN, *radii) + _DRIFT
     far = [side / config.scale / 2 - near for side in config.shape]
     share = rng.random((2, _CANDIDATES))
     half_y, half_x = far[0], max(near, min(far[1], 66.0))  # within the soft tissue, were there no bone

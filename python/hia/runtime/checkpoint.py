@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,31 @@ def read_config(directory: Path) -> tuple[HiAConfig, dict[str, Any]]:
     return HiAConfig.from_dict({name: value for name, value in fields.items() if name not in options}), options
 
 
-def warn_of_options(options: dict[str, Any], directory: Path) -> None:
-    """Warn that a run follows choices which an old file holds."""
-    if options:
-        now = {name: present_names(value) if name == "plan" else value for name, value in options.items()}
-        held = ", ".join(
-            f"{name}={value!r}" + (f", now {name}={now[name]!r}" if now[name] != value else "")
-            for name, value in options.items()
-        )
-        calls = ", ".join(f"model.set_{name}(...)" for name in options)
-        warn_caller(
-            f"hia: {directory / CONFIG_NAME} is of an older version and holds {held}, which this run follows; "
-            f"choices of a run are no longer saved: give them to from_pretrained, or call {calls}"
-        )
+def followed_options(held: dict[str, Any], given: Container[str], directory: Path) -> dict[str, Any]:
+    """Return the choices that a run follows because an old file holds them, and warn of them.
+
+    Args:
+        held: of :func:`read_config`.
+        given: names of those that the caller makes, which are stronger.
+        directory: of the file.
+
+    Returns:
+        The others, by the names that plans have now.
+    """
+    options = {name: value for name, value in held.items() if name not in given}
+    if not options:
+        return {}
+    now = {name: present_names(value) if name == "plan" else value for name, value in options.items()}
+    texts = ", ".join(
+        f"{name}={value!r}" + (f", now {name}={now[name]!r}" if now[name] != value else "")
+        for name, value in options.items()
+    )
+    calls = ", ".join(f"model.set_{name}(...)" for name in options)
+    warn_caller(
+        f"hia: {directory / CONFIG_NAME} is of an older version and holds {texts}, which this run follows; "
+        f"choices of a run are no longer saved: give them to from_pretrained, or call {calls}"
+    )
+    return now
 
 
 def check_host(config: HiAConfig, facts: dict[str, Any], directory: Path) -> None:

@@ -21,7 +21,7 @@ from ..images.radiograph import Radiograph
 from ..layers import plan
 from ..layers.adapter import HiAAdapter
 from ..layers.features import ImageFeatures
-from ..layers.forms import AUTO, present_names
+from ..layers.forms import AUTO
 from ..layers.layout import VisualLayout
 from ..renamed import renamed
 from . import checkpoint, health, resolution
@@ -479,10 +479,7 @@ class HiAModel(RunOptions, nn.Module):
         config, held = checkpoint.read_config(Path(directory))
         checkpoint.check_host(config, host_facts(find_host(base).model), Path(directory))
         tensors = checkpoint.read_tensors(Path(directory))
-        followed = {name: value for name, value in held.items() if name not in options}
-        checkpoint.warn_of_options(followed, Path(directory))
-        if "plan" in followed:
-            followed["plan"] = present_names(followed["plan"])  # one warning is enough
+        followed = checkpoint.followed_options(held, options, Path(directory))
         model = cls(base, config, **followed, **options)
         try:
             checkpoint.load_adapter(model.adapter, tensors, Path(directory))
