@@ -18,7 +18,7 @@ HEURISTIC = {"BLOCK_R": 8, "num_warps": 4}
 
 def test_stored_tuning_is_not_looked_at(monkeypatch):
     """A block size measured on this machine would be picked, were it not for the fixture."""
-    monkeypatch.setattr(tuning, "_device_name", lambda _index: "Fake 9000")
+    monkeypatch.setattr(tuning, "_slug", lambda _index: "fake-9000")
     monkeypatch.setattr(tuning, "stored", lambda slug: {"fake/fwd": {"BLOCK_R": 64}})
     device = torch.device("cuda", 0)
     assert tuning.pick("fake", "fwd", device, HEURISTIC) == HEURISTIC

@@ -190,7 +190,7 @@ def _stand_ins(target: Target) -> dict[tuple[Any, str], Any]:
 
 def _forget() -> None:
     """Forget what modules remember of the device under index 0."""
-    tuning._device_name.cache_clear()
+    tuning._slug.cache_clear()
     name = "hia_kernels.ops.cross_attention.triton_split"
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module(name)._properties.cache_clear()

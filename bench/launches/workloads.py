@@ -31,6 +31,7 @@ from bench.workloads import (
     workloads,
 )
 from hia_kernels.core import backend
+from hia_kernels.ops.conv_norm_act import inputs as convolution
 
 from .device import TARGETS, Target
 from .record import Recording, recorded
@@ -96,15 +97,24 @@ def _workload_calls() -> Iterable[Call]:
     """
     seen = set()
     for workload in gpu_workloads():
-        found = op_entry(workload.op)
         role = (workload.op, workload.role)
         for dtype in ("bf16",) if role in seen else ("bf16", "fp16", "fp32"):
-
-            def inputs(dtype: torch.dtype, workload: Workload = workload) -> dict[str, Any]:
-                return make_inputs(workload, dtype, "cuda")
-
-            yield Call(workload.op, workload.name, dtype, inputs, found.inputs.DIFFERENTIABLE, found.public)
+            yield call_of(workload, dtype)
         seen.add(role)
+
+
+def call_of(task: Workload | convolution.Shape, dtype: str) -> Call:
+    """Return the call of an op's workload, or of a convolution that belongs to none."""
+    op = "conv_norm_act" if isinstance(task, convolution.Shape) else task.op
+    found = op_entry(op)
+
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        if isinstance(task, convolution.Shape):
+            return convolution.make_inputs(task, dtype, "cuda")
+        return make_inputs(task, dtype, "cuda")
+
+    name = str(task) if isinstance(task, convolution.Shape) else task.name
+    return Call(op, name, dtype, inputs, found.inputs.DIFFERENTIABLE, found.public)
 
 
 def _edge_calls() -> Iterable[Call]:
@@ -160,7 +170,7 @@ def run(call: Call | CompositeCall, recording: Recording) -> None:
         recording.workload = f"{call.label} {row.name}"
         try:
             with hia_kernels.use_backend(row.name):
-                _forward_backward(call)
+                forward_backward(call)
         except NotImplementedError as error:
             recording.refused.append((recording.workload, str(error)))
 
@@ -226,7 +236,8 @@ def _step(call: CompositeCall) -> None:
     torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)
 
 
-def _forward_backward(call: Call) -> None:
+def forward_backward(call: Call) -> None:
+    """Run an op forward without gradients, then with those of its differentiable arguments."""
     inputs, function = call.inputs(torch_dtype(call.dtype)), call.function
     with torch.no_grad():
         function(**inputs)

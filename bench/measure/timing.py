@@ -1,7 +1,7 @@
 """Times of several calls, taken in turns, so that a drift of the machine hits all of them.
 
-On CUDA a repetition is timed by events, behind a write that fills the L2 cache and keeps the GPU busy while the
-call's kernels are queued. On the CPU it is timed by ``perf_counter``; calls too short for the clock are repeated
+On CUDA a repetition is timed by events, behind writes that flush the L2 cache and keep the GPU busy while the call's
+kernels are queued. On the CPU it is timed by ``perf_counter``; calls too short for the clock are repeated
 within one repetition.
 """
 
@@ -23,6 +23,7 @@ NOISE = 0.15
 SHORTEST_MS = 0.5  # a repetition on the CPU is at least this long
 SLOW_MS = 200.0
 CACHE_BYTES = 256 * 2**20  # more than any L2
+MAX_AHEAD_MS = 50.0  # of writes before a call: what waits for the device while it is queued would else never end
 
 
 class Clock(Protocol):
@@ -41,20 +42,50 @@ def cpu_clock(call: Callable[[], object], times: int) -> float:
 
 
 class CudaClock:
-    """Time between two events on the current stream."""
+    """Time between two events on the current stream: the device's, whatever the host takes to queue a call.
+
+    What a call takes the host is in its ``dispatch`` rows, and in :meth:`queued_ms`.
+    """
 
     def __init__(self) -> None:
         self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+        self._queued: dict[Callable[[], object], float] = {}  # ms, the shortest so far
+        self._fill_ms = self._time_of_fill()
+
+    def _time_of_fill(self) -> float:
+        """Time one of the writes that keep the device busy."""
+        fills = 8
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(2):  # the first one warms up
+            start.record()
+            for _ in range(fills):
+                self._cache.zero_()
+            end.record()
+            torch.cuda.synchronize()
+        return start.elapsed_time(end) / fills
+
+    def queued_ms(self, call: Callable[[], object]) -> float | None:
+        """Return the shortest time that the host took to queue a call, milliseconds; None before it was timed."""
+        return self._queued.get(call)
 
     def __call__(self, call: Callable[[], object], times: int) -> float:
-        """Return the calls' mean; ``times`` is 1 where L2 must be cold."""
+        """Return the calls' mean; ``times`` is 1 where L2 must be cold.
+
+        The writes before it flush L2, and last as long as the host needs to queue the calls: else a short kernel's time
+        would be the host's.
+        """
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._cache.zero_()
+        ahead = min(MAX_AHEAD_MS, 1.5 * times * self._queued.get(call, 0.0))
+        for _ in range(1 + math.ceil(ahead / self._fill_ms)):
+            self._cache.zero_()
         start.record()
+        begun = time.perf_counter()
         for _ in range(times):
             call()
+        queued = (time.perf_counter() - begun) * 1e3 / times
         end.record()
         torch.cuda.synchronize()
+        self._queued[call] = min(queued, self._queued.get(call, queued))
         return start.elapsed_time(end) / times
 
 

@@ -300,6 +300,8 @@ class Measuring:
             "activation_bytes": entry.activations,
         }
         extra = {name: value for name, value in known.items() if value is not None}
+        if isinstance(self.clock, CudaClock) and mode != "dispatch":
+            extra["queued_ms"] = round(self.clock.queued_ms(entry.call) or 0.0, 4)  # what it took the host
         extra |= {"first_call_s": round(entry.prepare_s, 3), **entry.bound.notes()}
         return {
             "status": "ok",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,15 @@ def tune(
         str, typer.Option("--dtype", metavar="DTYPE", help=f"Dtype of the inputs: {', '.join(DTYPES)}.")
     ] = "bf16",
     minutes: cli.Minutes = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            help="Processes that compile what will be tried, before it. By default one a core; 1: none.",
+            callback=cli.within(low=1),
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -48,4 +58,5 @@ def tune(
     chosen = cli.some_of("--op", op or ["*"], ops())
     dtype = cli.one_of("--dtype", dtype, DTYPES)
     cli.device_of("cuda")
-    return run(chosen, dtype, minutes=minutes, out=out, record=record)
+    count = jobs or len(os.sched_getaffinity(0))
+    return run(chosen, dtype, minutes=minutes, jobs=count, out=out, record=record)

@@ -16,6 +16,7 @@ import torch
 from hia_kernels.core import tuning
 from hia_kernels.ops.conv_norm_act import inputs as convolution
 
+from ..launches.device import TARGETS
 from ..measure.timing import CudaClock, exact_matmuls, synchronize
 from ..measure.worker import Channel, DeviceFailed, Isolated, Worker
 from ..progress import Progress
@@ -24,6 +25,7 @@ from ..records.devices import torch_dtype
 from ..records.files import read_json, results_folder, shown, write_json
 from ..workloads import RESOLUTIONS, Workload, gpu_workloads
 from ..workloads.conv_norm_act import resnet50_shapes
+from .ahead import compile_ahead, launches_of, target_of
 from .race import race
 from .search import Tuned, tune_workload
 
@@ -100,7 +102,7 @@ def tasks_of(ops: Iterable[str]) -> list[Task]:
     return found
 
 
-def run(ops: Sequence[str], dtype: str, *, minutes: float | None, out: Path | None, record: bool) -> int:
+def run(ops: Sequence[str], dtype: str, *, minutes: float | None, jobs: int, out: Path | None, record: bool) -> int:
     """Tune and write.
 
     Returns:
@@ -110,6 +112,8 @@ def run(ops: Sequence[str], dtype: str, *, minutes: float | None, out: Path | No
     path = out or path_of(facts["device"], record=record)
     end = None if minutes is None else time.monotonic() + 60 * minutes
     tasks, interrupted = tasks_of(ops), False
+    if jobs > 1:
+        print_compiled(tasks, dtype, jobs)
     make = partial(Session, dtype)
     worker = Isolated(partial(make, Tuned()))
     with Progress(len(tasks)) as progress, closing(worker):
@@ -134,6 +138,17 @@ def run(ops: Sequence[str], dtype: str, *, minutes: float | None, out: Path | No
     if not record and out is None:
         print(f"launchers read {shown(tuning.FOLDER)}: --record writes there")
     return 130 if interrupted else 0
+
+
+def print_compiled(tasks: Sequence[Task], dtype: str, jobs: int) -> None:
+    """Compile what the tasks will try, where this GPU is one that launches can be recorded for."""
+    target = target_of(torch.cuda.get_device_capability())
+    if target is None:
+        return
+    launches = launches_of(tasks, dtype, TARGETS[target])
+    print(f"compiling {len(launches)} kernels with {jobs} processes", flush=True)
+    for problem in compile_ahead(launches, target, jobs):
+        print(f"does not compile: {problem.partition(chr(10))[0]}")
 
 
 def run_task(task: Task, worker: Worker, make: Callable[[Tuned], Session], found: Found) -> None:

@@ -29,8 +29,8 @@ def device_slug(name: str) -> str:
 
 
 @cache
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+def _slug(index: int) -> str:
+    return device_slug(torch.cuda.get_device_name(index))
 
 
 @cache
@@ -73,7 +73,7 @@ def _slug_of(device: torch.device) -> str | None:
     """Return the device's file name; None where no file counts."""
     if device.type != "cuda" or settings.read("HIA_TUNED") == "0":
         return None
-    return device_slug(_device_name(torch.cuda.current_device() if device.index is None else device.index))
+    return _slug(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def pick(op: str, key: str, device: torch.device, heuristic: Config) -> dict[str, int]:

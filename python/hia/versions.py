@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-WeightVersion = tuple[tuple[int, int, str, str], ...]
+WeightVersion = tuple[tuple[int, int, torch.dtype, torch.device], ...]
 
 
 def weight_version_of(tensors: Iterable[Tensor]) -> WeightVersion:
@@ -15,7 +16,29 @@ def weight_version_of(tensors: Iterable[Tensor]) -> WeightVersion:
 
     A write through ``parameter.data`` is the exception: PyTorch doesn't count those.
     """
-    return tuple(
-        (0 if isinstance(x, FakeTensor) or x.is_meta else x.data_ptr(), x._version, str(x.dtype), str(x.device))
-        for x in tensors
-    )
+    return tuple([(_address(x), x._version, x.dtype, x.device) for x in tensors])
+
+
+def _address(tensor: Tensor) -> int:
+    if type(tensor) is nn.Parameter or type(tensor) is Tensor:  # fake ones are of a class of their own
+        return tensor.data_ptr()
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """List a module's parameters and buffers, in one order; one that two names share comes twice.
+
+    Every call with folded weights asks: ``parameters()`` and ``buffers()`` take several times as long.
+    """
+    found: list[Tensor] = []
+    _collect(module, found)
+    return found
+
+
+def _collect(module: nn.Module, found: list[Tensor]) -> None:
+    for tensors in (module._parameters, module._buffers):
+        if tensors:
+            found.extend(tensor for tensor in tensors.values() if tensor is not None)
+    for child in module._modules.values():
+        if child is not None:
+            _collect(child, found)

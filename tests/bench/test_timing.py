@@ -171,28 +171,59 @@ def test_no_nvidia_smi_is_no_error(tmp_path, monkeypatch):
     assert environment._gpu_facts(SimpleNamespace()) == {"driver": None, "power_limit_w": None}
 
 
+class FakeEvents:
+    """A stream that writes down what is queued on it; each stretch between two events takes 6 ms."""
+
+    def __init__(self, monkeypatch):
+        self.order = []
+        recorded = self.order
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                recorded.append("event")
+
+            def elapsed_time(self, end):
+                recorded.append("read")
+                return 6.0
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: recorded.append("wait"))
+
+    def clock(self, fill_ms):
+        clock = object.__new__(timing.CudaClock)  # there may be no device to hold its cache
+        clock._cache = SimpleNamespace(zero_=lambda: self.order.append("flush"))
+        clock._queued, clock._fill_ms = {}, fill_ms
+        return clock
+
+
 def test_a_repetition_on_cuda_is_cold_and_waited_for(monkeypatch):
     """The order on the stream: the write that empties L2, the calls between two events, a wait before the read."""
-    order, names = [], iter(("start", "end"))
+    events = FakeEvents(monkeypatch)
+    clock = events.clock(1000.0)
+    assert clock(lambda: events.order.append("call"), 3) == 2.0
+    assert events.order == ["flush", "event", "call", "call", "call", "event", "wait", "read"]
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-            self.name = next(names)
 
-        def record(self):
-            order.append(self.name)
+def test_the_device_is_busy_as_long_as_the_host_needs_to_queue(monkeypatch):
+    """Else the time of a short kernel would be that of its launch."""
+    events, now = FakeEvents(monkeypatch), [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    clock = events.clock(0.125)
 
-        def elapsed_time(self, end):
-            order.append(f"{self.name} to {end.name}")
-            return 6.0
+    def call():
+        now[0] += 0.4e-3
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
-    clock = object.__new__(timing.CudaClock)  # there may be no device to hold its cache
-    clock._cache = SimpleNamespace(zero_=lambda: order.append("flush"))
-    assert clock(lambda: order.append("call"), 3) == 2.0
-    assert order == ["flush", "start", "call", "call", "call", "end", "wait", "start to end"]
+    clock(call, 1)
+    assert events.order.count("flush") == 1 and clock.queued_ms(call) == pytest.approx(0.4)
+    clock(call, 2)
+    assert events.order.count("flush") == 1 + 1 + 10  # one empties L2, ten take 1.5 times what two calls do
+    now[0] += 1.0
+    monkeypatch.setattr(timing, "MAX_AHEAD_MS", 0.3)
+    clock(call, 2)
+    assert events.order.count("flush") == 12 + 1 + 3
 
 
 def test_dispatch_waits_before_and_after(monkeypatch):

@@ -29,7 +29,7 @@ BUDGET = Budget(0.0, at_least=3)
 
 @pytest.fixture(autouse=True)
 def fake_device(monkeypatch):
-    monkeypatch.setattr(tuning, "_device_name", lambda _index: "Fake 9000")
+    monkeypatch.setattr(tuning, "_slug", lambda _index: "fake-9000")
     monkeypatch.setattr(tune, "_listed", lambda op, key: [])
     monkeypatch.delenv("HIA_TUNED", raising=False)
 
@@ -235,18 +235,18 @@ def run_without_gpu(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("run_without_gpu")
 def test_a_key_that_breaks_the_device_costs_itself_alone(capsys):
-    assert tune_run.run(["fake"], "bf16", minutes=None, out=None, record=False) == 0
+    assert tune_run.run(["fake"], "bf16", minutes=None, jobs=1, out=None, record=False) == 0
     printed = capsys.readouterr().out
     assert "failed: fake/bad: the device failed (illegal access)" in printed
     assert "fake/one: {'num_warps': 8}, 1.5 times as fast" in printed and "2 of 3 keys" in printed
     found = json.loads((files.OUT / "fake-9000" / "tuned.json").read_text())
     assert set(found["configurations"]) == {"fake/one", "fake/two"} and not tuning.FOLDER.exists()
     assert "--record writes there" in printed
-    assert tune_run.run(["fake"], "bf16", minutes=None, out=None, record=True) == 0
+    assert tune_run.run(["fake"], "bf16", minutes=None, jobs=1, out=None, record=True) == 0
     assert (tuning.FOLDER / "fake-9000.json").exists()
 
 
 @pytest.mark.usefixtures("run_without_gpu")
 def test_tuning_ends_when_the_time_is_over(capsys):
-    assert tune_run.run(["fake"], "bf16", minutes=-1.0, out=None, record=False) == 0
+    assert tune_run.run(["fake"], "bf16", minutes=-1.0, jobs=1, out=None, record=False) == 0
     assert "the time is over, 2 of 2 tasks were not begun" in capsys.readouterr().out

@@ -91,7 +91,7 @@ def test_what_the_kernels_remember_of_a_device_goes_with_it():
     for name, target in TARGETS.items():
         with fake_device(target):
             families[name] = family_of(CUDA)
-            assert tuning._device_name(0) == target.device_name
+            assert tuning._slug(0) == tuning.device_slug(target.device_name)
     assert families == {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "amd"}
 
 

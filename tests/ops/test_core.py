@@ -127,7 +127,7 @@ class TestMeasuredBackend:
             (tmp_path / "fake-9000.json").write_text(content)
 
         monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-        monkeypatch.setattr(tuning, "_device_name", lambda _index: "Fake 9000")
+        monkeypatch.setattr(tuning, "_slug", lambda _index: "fake-9000")
         monkeypatch.delenv("HIA_TUNED", raising=False)
         yield write
         tuning.stored.cache_clear()

@@ -13,13 +13,14 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
-from .triton_fwd import LOG2E, blocks_of, is_fused
+from .triton_fwd import BLOCK_NAMES, LOG2E, blocks_of, is_fused
 from .triton_split import (
     combine,
     count_splits,
     is_carried,
     load_rows,
     partial_results,
+    resident_programs,
     row_contiguous,
     sequence_of,
     split_bounds,
@@ -41,6 +42,15 @@ DKV_BLOCKS = {
     "ampere": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2)},
     "hopper": {128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     "blackwell": {128: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
+}
+CANDIDATES = {  # as the forward's
+    "dq-d128-": [
+        dict(zip(BLOCK_NAMES, blocks, strict=True))
+        for blocks in ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (128, 32, 8, 4))
+    ],
+    "dkv-d128-": [
+        dict(zip(BLOCK_NAMES, blocks, strict=True)) for blocks in ((64, 128, 8, 3), (32, 128, 8, 3), (32, 128, 8, 4))
+    ],
 }
 
 
@@ -308,8 +318,7 @@ def _cross_attention_bwd_dkv_kernel(
 
 
 def _config(mode, table, q):
-    block_m, block_n, warps, stages = blocks_of(table, q)
-    heuristic = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    heuristic = dict(zip(BLOCK_NAMES, blocks_of(table, q), strict=True))
     return tuning.pick("cross_attention", tuning_key(mode, q), q.device, heuristic)
 
 
@@ -360,7 +369,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
 
     config = _config("dq", DQ_BLOCKS, q)
     tiles_m = triton.cdiv(max_seqlens[0], config["BLOCK_M"])
-    heuristic = split_heuristic(q, config["BLOCK_M"])
+    heuristic = split_heuristic(q, config["BLOCK_M"], 1, resident_programs(config))
     splits = heuristic.count(max_seqlens[1])
     partial = partial_results(splits, dq)[0]
     _cross_attention_bwd_dq_kernel[(tiles_m * splits * batch_heads,)](

@@ -21,6 +21,7 @@ from .triton_split import (
     is_carried,
     load_rows,
     partial_results,
+    resident_programs,
     row_contiguous,
     sequence_of,
     split_bounds,
@@ -38,6 +39,35 @@ BLOCKS = {
     "ampere": {32: (128, 64, 8, 2), 128: (128, 64, 8, 3)},
     "hopper": {128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
     "blackwell": {128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+}
+BLOCK_NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+UNFUSED_NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages")
+# what a tuning tries beside the blocks above, by how a key begins: all fit Hopper's registers without spilling. Blocks
+# of 64 queries with four warps share a multiprocessor: one multiplies while the other exponentiates.
+CANDIDATES = {
+    "fwd-d128-": [
+        dict(zip(BLOCK_NAMES, blocks, strict=True))
+        for blocks in (
+            (128, 64, 8, 3),
+            (128, 64, 8, 4),
+            (64, 64, 4, 2),
+            (64, 64, 4, 3),
+            (64, 128, 4, 2),
+            (64, 128, 8, 3),
+            (128, 128, 8, 3),
+        )
+    ],
+    "fwd-unfused-": [
+        dict(zip(UNFUSED_NAMES, blocks, strict=True))
+        for blocks in (
+            (128, 128, 64, 64, 128, 8, 3),
+            (128, 128, 64, 64, 128, 8, 4),
+            (128, 128, 128, 128, 128, 8, 2),
+            (128, 256, 64, 64, 128, 8, 3),
+            (64, 128, 64, 64, 128, 4, 3),
+            (64, 128, 64, 64, 128, 4, 4),
+        )
+    ],
 }
 
 
@@ -207,8 +237,7 @@ def blocks_of(table, q):
 
 
 def _config(q):
-    block_m, block_n, warps, stages = blocks_of(BLOCKS, q)
-    heuristic = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    heuristic = dict(zip(BLOCK_NAMES, blocks_of(BLOCKS, q), strict=True))
     return tuning.pick("cross_attention", tuning_key("fwd", q), q.device, heuristic)
 
 
@@ -220,7 +249,7 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     tokens, heads, head_dim = q.shape
     config = _config(q)
     tiles_m = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
-    heuristic = split_heuristic(q, config["BLOCK_M"])
+    heuristic = split_heuristic(q, config["BLOCK_M"], 1, resident_programs(config))
     splits = heuristic.count(max_seqlen_k)
     partial, partial_m, partial_l = partial_results(splits, out)
     _cross_attention_fwd_kernel[(tiles_m * splits * heads * (cu_seqlens_q.numel() - 1),)](

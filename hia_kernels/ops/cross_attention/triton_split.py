@@ -167,20 +167,26 @@ class SplitHeuristic(NamedTuple):
         }
 
 
-def split_heuristic(q, block_m, slices=1):
+def resident_programs(config):
+    """Count the programs of a configuration that share a multiprocessor: two of four warps, one of eight."""
+    return max(1, 8 // config["num_warps"])
+
+
+def split_heuristic(q, block_m, slices=1, resident=1):
     """Return the splits that fill the device from one sequence of ``TYPICAL_QUERIES`` queries, however it is packed.
 
     Args:
         q: [Tq, H, D].
         block_m: queries a program.
         slices: programs that share a block of queries.
+        resident: programs that run on a multiprocessor at once.
     """
-    programs = triton.cdiv(TYPICAL_QUERIES, block_m) * q.shape[1] * slices
-    multiprocessors = _multiprocessors(q.device)
-    num_splits = max(1, min(MAX_SPLITS, multiprocessors // programs))
+    programs = -(-TYPICAL_QUERIES // block_m) * q.shape[1] * slices
+    places = _multiprocessors(q.device) * resident
+    num_splits = max(1, min(MAX_SPLITS, places // programs))
     # where two do not fit, three make two waves of programs: 2/3 of the time of one. Two waves of more splits would
     # gain 1/5 at most.
-    fills_two_waves = 2 * programs > multiprocessors and 3 * programs <= 2 * multiprocessors
+    fills_two_waves = 2 * programs > places and 3 * programs <= 2 * places
     max_splits = 3 if fills_two_waves else num_splits
     return SplitHeuristic(num_splits, max_splits, MIN_SPLIT_BYTES // q.element_size())
 

@@ -17,7 +17,7 @@ from hia_kernels.ops.stem.functional import stem_reach
 from ..config import HiAConfig
 from ..renamed import renamed
 from ..unit import Unit, unit_forward
-from ..versions import WeightVersion, weight_version_of
+from ..versions import WeightVersion, tensors_of, weight_version_of
 from . import memory, strips
 from .conv import EncoderConv
 from .executor import ConvExecutor
@@ -206,10 +206,12 @@ class Encoder(Unit):
         self.check_in_place("fold_weights")
         constants = self._normalisation(self.conv1.weight.device)
         convs = {self.conv1: fold_conv(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
-        for unit in self.units():
-            convs.update({conv: fold_conv(conv, norm) for conv, norm in unit.pairs()})
+        norms = [self.bn1]
+        for conv, norm in (pair for unit in self.units() for pair in unit.pairs()):
+            convs[conv] = fold_conv(conv, norm)
+            norms.append(norm)
         self.unfold_weights()
-        self._folded = FoldedEncoder(self.weight_version(), convs, constants)
+        self._folded = FoldedEncoder(self.weight_version(), convs, tuple(norms), constants)
         return self._folded
 
     def unfold_weights(self) -> None:
@@ -222,7 +224,7 @@ class Encoder(Unit):
 
     def weight_version(self) -> WeightVersion:
         """Name the present state of all parameters and statistics."""
-        return weight_version_of([*self.parameters(), *self.buffers()])
+        return weight_version_of(tensors_of(self))
 
     def current(self) -> FoldedEncoder | None:
         """Return the folded weights; drop them, with a warning, once a parameter has changed since they were made."""
@@ -287,7 +289,7 @@ class Encoder(Unit):
             self._folded is None
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or self.takes_live_statistics()
+            or any(norm.training for norm in self._folded.norms)
         ):
             return ConvExecutor()
         folded = self.current()
