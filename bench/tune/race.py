@@ -1,8 +1,12 @@
-"""Backends timed against each other at the shapes of ResNet-50: the op's table takes the fastest from the file."""
+"""The convolutions of ResNet-50: their configurations, then backends timed against each other at each shape.
+
+The op's table takes the fastest backend from the file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,9 +18,41 @@ from hia_kernels.testing import analysed
 
 from ..measure.accuracy import Truth
 from ..measure.timing import Budget, Clock, interleaved
-from .search import BUDGET, GAIN, Tuned, using
+from .search import BUDGET, GAIN, Tuned, recording, tune_key, using
 
 CANDIDATES = {"conv_norm_act": ("triton", "cudnn")}  # the first serves where nothing was measured
+
+
+def _drawn(shape: convolution.Shape, dtype: torch.dtype, device: str) -> tuple[dict[str, Any], Truth]:
+    """Draw a convolution's arguments, weights in the order that kernels read, and compute what is right."""
+    inputs = convolution.make_inputs(shape, dtype, device)
+    inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
+    exact, plain = conv_norm_act_ref(**analysed(inputs, dtype)), conv_norm_act_ref(**inputs)
+    return inputs, Truth({"out0": exact}, {"out0": plain}, dtype)
+
+
+def tune_shape(
+    shape: convolution.Shape,
+    dtype: torch.dtype,
+    tuned: Tuned,
+    clock: Clock,
+    device: str = "cuda",
+    begin: Callable[[str], None] = lambda _name: None,
+) -> None:
+    """Tune the keys of a convolution's forward that were not met before; ``begin`` is told each of them."""
+    inputs, truth = _drawn(shape, dtype, device)
+
+    def call() -> torch.Tensor:
+        with hia_kernels.use_backend(CANDIDATES["conv_norm_act"][0]):
+            return hia_kernels.conv_norm_act(**inputs)
+
+    with recording() as found, using(tuned.configurations):
+        call()
+    for name, heuristic in found.items():
+        if name not in tuned.seen:
+            tuned.seen[name] = heuristic
+            begin(name)
+            tune_key(name, tuned, call, lambda: truth.check({"out0": call()})[0], clock, BUDGET)
 
 
 def race(
@@ -32,12 +68,10 @@ def race(
     Returns:
         Its name in the file; None if that was measured before, or if only one of them has right results here.
     """
-    inputs = convolution.make_inputs(shape, dtype, device)
-    inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
+    inputs, truth = _drawn(shape, dtype, device)
     name = f"conv_norm_act/{cudnn.backend_key(inputs['x'], inputs['weight'], shape.stride)}"
     if name in tuned.backends:
         return None
-    truth = Truth({"out0": conv_norm_act_ref(**analysed(inputs, dtype))}, {"out0": conv_norm_act_ref(**inputs)}, dtype)
 
     def with_backend(name: str) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:

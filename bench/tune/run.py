@@ -23,10 +23,11 @@ from ..progress import Progress
 from ..records import environment
 from ..records.devices import torch_dtype
 from ..records.files import read_json, results_folder, shown, write_json
-from ..workloads import RESOLUTIONS, Workload, gpu_workloads
+from ..records.targets import importance
+from ..workloads import CASES, RESOLUTIONS, Workload, gpu_workloads
 from ..workloads.conv_norm_act import resnet50_shapes
 from .ahead import compile_ahead, launches_of, target_of
-from .race import race
+from .race import race, tune_shape
 from .search import Tuned, tune_workload
 
 FILE = "tuned.json"
@@ -55,8 +56,10 @@ class Session:
             if isinstance(task, Workload):
                 tune_workload(task, self.dtype, self.tuned, self.clock, begin=lambda name: channel.say(name, name))
             else:
+                dtype = torch_dtype(self.dtype)
+                tune_shape(task, dtype, self.tuned, self.clock, begin=lambda name: channel.say(name, name))
                 channel.say(f"backends at {task}")
-                race(task, torch_dtype(self.dtype), self.tuned, self.clock)
+                race(task, dtype, self.tuned, self.clock)
         try:
             synchronize("cuda")
             torch.cuda.empty_cache()
@@ -94,12 +97,16 @@ class Found:
 
 
 def tasks_of(ops: Iterable[str]) -> list[Task]:
-    """List the tasks of some ops: the GPU's workloads, then the convolutions at which backends race."""
+    """List the tasks of some ops: the encoder's convolutions, then the GPU's workloads; the usual sizes first.
+
+    The first task that meets a key decides about it.
+    """
     chosen = set(ops)
-    found: list[Task] = [one for one in gpu_workloads() if one.op in chosen]
-    if "conv_norm_act" in chosen:
-        found += dict.fromkeys(shape for side in RESOLUTIONS for shape in resnet50_shapes(side))
-    return found
+    workloads = sorted((one for one in gpu_workloads() if one.op in chosen), key=importance)
+    if "conv_norm_act" not in chosen:
+        return [*workloads]
+    sides = sorted(RESOLUTIONS, key=lambda side: importance(Workload("encode", CASES[f"px{side}"])))
+    return [*dict.fromkeys(shape for side in sides for shape in resnet50_shapes(side)), *workloads]
 
 
 def run(ops: Sequence[str], dtype: str, *, minutes: float | None, jobs: int, out: Path | None, record: bool) -> int:

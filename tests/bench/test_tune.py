@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import types
@@ -175,6 +176,32 @@ def test_a_backend_that_is_wrong_or_missing_does_not_race(candidates, monkeypatc
 def test_a_shape_is_measured_once(candidates):
     tuned = tune.Tuned(backends={SMALL_KEY: "cpu"})
     assert races.race(SMALL, torch.float32, tuned, None, "cpu") is None
+
+
+def test_a_shape_is_tuned_before_its_backends_race(candidates, monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def recording():
+        yield {"conv_norm_act/a": {"num_warps": 4}, "conv_norm_act/known": {"num_warps": 8}}
+
+    def tune_key(name, tuned, call, problem, clock, budget):
+        assert problem() is None and call().shape[-1] == SMALL.channels[1]
+        asked.append(name)
+
+    monkeypatch.setattr(races, "recording", recording)
+    monkeypatch.setattr(races, "tune_key", tune_key)
+    tuned, told = tune.Tuned(seen={"conv_norm_act/known": {"num_warps": 8}}), []
+    races.tune_shape(SMALL, torch.float32, tuned, None, "cpu", told.append)
+    assert asked == told == ["conv_norm_act/a"] and tuned.seen["conv_norm_act/a"] == {"num_warps": 4}
+
+
+def test_usual_sizes_are_tuned_first():
+    """The first task that meets a key decides about it, and keys of attention don't name a length."""
+    names = [one.name for one in tune_run.tasks_of(["cross_attention"])]
+    assert names.index("13b-896-2img:extract") < names.index("13b-448-2img:extract")
+    shapes = [one for one in tune_run.tasks_of(["conv_norm_act"]) if isinstance(one, Shape)]
+    assert shapes[0].size == (224, 224) and len(shapes) > 80
 
 
 def test_the_shapes_of_resnet50():
