@@ -52,9 +52,9 @@ report: $(READY) ## Markdown, pictures and an HTML page from bench/results; ARGS
 	$(RUN) -m bench report $(ARGS)
 
 # PYTHON defaults to python3 and nothing is installed: the machine brings its torch.
-gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes, to out/ or OUT=dir
+gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes, to out/ or OUT=dir; STEP=one of them
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
-	  "$(or $(strip $(PYTHON)),python3)" -m bench gpu $(if $(OUT),--out "$(OUT)") $(ARGS)
+	  "$(or $(strip $(PYTHON)),python3)" -m bench gpu $(if $(OUT),--out "$(OUT)") $(if $(STEP),--only "$(STEP)") $(ARGS)
 
 test: $(READY) ## every test this machine can run; ARGS go to pytest; ISA=avx2|plain TIERS=cpu WORKERS=n
 	$(RUN) tests/tiers.py $(if $(TIERS),--tiers $(TIERS)) $(if $(ISA),--isa $(ISA)) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)

@@ -24,6 +24,18 @@ def cuda_devices() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
+def cuda_target() -> str | None:
+    """Name the first device as recorded launches do; None where there is none, or of another kind."""
+    import torch
+
+    from ..launches.device import TARGETS
+
+    if not torch.cuda.is_available():
+        return None
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+    return name if name in TARGETS else None
+
+
 def missing(packages: Iterable[str]) -> list[str]:
     """List those that can't be imported here."""
     return [name for name in packages if importlib.util.find_spec(name) is None]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..cli import BadOption, some_of
-from .available import TEST_FOLDERS, unimportable_tests
+from .available import TEST_FOLDERS, missing, unimportable_tests
 from .steps import MINUTES, SECONDS, Step
 
 TEST_PACKAGES = ("pytest", "transformers", "safetensors", "numpy", "PIL")
@@ -16,7 +16,9 @@ TOTAL_S = 540.0  # what the command takes unless it is told otherwise
 TRIAL_TARGETS = ("attention-*-784-forward",)  # what a CPU does in seconds
 
 
-def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None) -> list[Step]:
+def plan(
+    device: str, devices: Sequence[str], out: Path, build_skip: str | None, target: str | None = None
+) -> list[Step]:
     """List the steps.
 
     Args:
@@ -24,6 +26,7 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
         devices: names of the CUDA devices; only their number and existence matter.
         out: folder of the records.
         build_skip: why the extension is not built.
+        target: of :data:`bench.launches.device.TARGETS`, what the device is; None where it is none of them.
 
     Raises:
         BadOption: "cuda" and no device.
@@ -45,21 +48,27 @@ def plan(device: str, devices: Sequence[str], out: Path, build_skip: str | None)
     else:
         end_to_end += ("896", "--repeats", "3")
     compiled = ("--compiled", "--compile-minutes", "1", "--minutes", MINUTES)
-    no_compiling = None if device == "cuda" else "a trial compiles nothing"
+    tune = ("-m", "bench", "tune", "--out", str(out / "tuned.json"), "--minutes", MINUTES)
+    launches = ("-m", "bench", "launches", "--target", target or "sm_90", "--fresh", "--cache", str(out / "launches"))
+    trial = None if device == "cuda" else "a trial compiles nothing"
+    unknown = None if target else "launches are recorded for no GPU of this kind"
     return [
-        Step("info", ("-m", "hia_kernels.info"), 40),
-        Step("build", ("setup.py", "build_ext", "--inplace"), 120, skip=build_skip),
-        Step("tests", _pytest(), 100, needs=TEST_PACKAGES, without=("hypothesis",)),
-        Step("targets", (*targets, "--no-compile", "--minutes", MINUTES), 160, needs=MEASURING),
-        Step("ops", ops, 120, needs=MEASURING),
-        Step("end-to-end", end_to_end, 100, needs=MEASURING),
+        Step("info", ("-m", "hia_kernels.info"), 20),
+        Step("compile", launches, 60, needs=("triton", *MEASURING), skip=trial or unknown),
+        Step("tests", _pytest(device), 150, needs=TEST_PACKAGES, without=("hypothesis", "xdist")),
+        Step("targets", (*targets, "--no-compile", "--minutes", MINUTES), 120, needs=MEASURING),
+        Step("end-to-end", end_to_end, 75, needs=MEASURING),
         Step("table3", table3, 70, needs=MEASURING, without=("matplotlib",)),
-        Step("compiled", (*targets, *compiled), 300, needs=MEASURING, skip=no_compiling, spare=True),
+        Step("ops", ops, 120, needs=MEASURING, spare=device == "cuda"),
+        Step("tune", tune, 180, needs=MEASURING, skip=trial, spare=True),
+        Step("compiled", (*targets, *compiled), 300, needs=MEASURING, skip=trial, spare=True),
+        Step("build", ("setup.py", "build_ext", "--inplace"), 120, skip=build_skip, spare=True),
     ]
 
 
-def _pytest() -> tuple[str, ...]:
+def _pytest(device: str) -> tuple[str, ...]:
     """Return the command of the GPU's tests; an absent package in one file must not fail the collection of all."""
+    spread = () if device == "cpu" or missing(("xdist",)) else ("-n", "auto", "--dist", "worksteal")
     return (
         "-m",
         "pytest",
@@ -68,6 +77,9 @@ def _pytest() -> tuple[str, ...]:
         "gpu and not slow",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "tests.device_guard",
+        *spread,
         "--continue-on-collection-errors",
         *TEST_FOLDERS,
         *(f"--ignore={name}" for name in unimportable_tests()),

@@ -16,7 +16,7 @@ from ..progress import Progress
 from ..records import files
 from ..records.environment import cpu_name
 from ..records.files import results_folder, write_json
-from .available import build_skipped, cuda_devices, find_nvcc, missing, native_sources
+from .available import build_skipped, cuda_devices, cuda_target, find_nvcc, missing, native_sources
 from .plan import chosen, plan
 from .steps import Done, Step, child_environment, run_step, share, tail
 from .tables import furthest_table, summary, verdict_table
@@ -115,7 +115,8 @@ def run(
     name = found[0] if found else cpu_name()
     trial = files.OUT / "trial" if device == "cpu" else None
     folder = results_folder(name, out=out or trial, record=record).resolve()
-    steps = chosen(plan(device, found, folder, build_skipped(find_nvcc(), native_sources())), only)
+    target = cuda_target() if devices is None and device == "cuda" else None
+    steps = chosen(plan(device, found, folder, build_skipped(find_nvcc(), native_sources()), target), only)
     if listing:
         for step in steps:
             print(f"{step.name:<11} at most {step.at_most_s:4.0f} s  {step.skip or 'python ' + ' '.join(step.command)}")

@@ -53,16 +53,23 @@ class CudaClock:
         self._fill_ms = self._time_of_fill()
 
     def _time_of_fill(self) -> float:
-        """Time one of the writes that keep the device busy."""
+        """Time one of the writes that keep the device busy; the first ones warm up."""
         fills = 8
+        return [self._between_events(lambda: self._fill(fills)) for _ in range(2)][-1] / fills
+
+    def _fill(self, times: int) -> None:
+        for _ in range(times):
+            self._cache.zero_()
+
+    @staticmethod
+    def _between_events(work: Callable[[], object]) -> float:
+        """Return the milliseconds between two events around some work, once the device is done with it."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for _ in range(2):  # the first one warms up
-            start.record()
-            for _ in range(fills):
-                self._cache.zero_()
-            end.record()
-            torch.cuda.synchronize()
-        return start.elapsed_time(end) / fills
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
 
     def queued_ms(self, call: Callable[[], object]) -> float | None:
         """Return the shortest time that the host took to queue a call, milliseconds; None before it was timed."""
@@ -74,19 +81,20 @@ class CudaClock:
         The writes before it flush L2, and last as long as the host needs to queue the calls: else a short kernel's time
         would be the host's.
         """
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         ahead = min(MAX_AHEAD_MS, 1.5 * times * self._queued.get(call, 0.0))
-        for _ in range(1 + math.ceil(ahead / self._fill_ms)):
-            self._cache.zero_()
-        start.record()
-        begun = time.perf_counter()
-        for _ in range(times):
-            call()
-        queued = (time.perf_counter() - begun) * 1e3 / times
-        end.record()
-        torch.cuda.synchronize()
+        queued = 0.0
+
+        def work() -> None:
+            nonlocal queued
+            begun = time.perf_counter()
+            for _ in range(times):
+                call()
+            queued = (time.perf_counter() - begun) * 1e3 / times
+
+        self._fill(1 + math.ceil(ahead / self._fill_ms))
+        taken = self._between_events(work)
         self._queued[call] = min(queued, self._queued.get(call, queued))
-        return start.elapsed_time(end) / times
+        return taken / times
 
 
 class DispatchClock:

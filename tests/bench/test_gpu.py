@@ -32,12 +32,16 @@ def run_step(step, seconds, log):
 
 
 def test_order_and_commands(tmp_path):
-    found = plan.plan("cuda", FAKE, tmp_path, None)
-    order = ["info", "build", "tests", "targets", "ops", "end-to-end", "table3", "compiled"]
+    found = plan.plan("cuda", FAKE, tmp_path, None, "sm_90")
+    order = ["info", "compile", "tests", "targets", "end-to-end", "table3", "ops", "tune", "compiled", "build"]
     assert [step.name for step in found] == order
     commands = {step.name: " ".join(step.command) for step in found}
     assert commands["build"] == "setup.py build_ext --inplace"
-    assert "-m gpu" in commands["tests"]
+    assert "-m gpu" in commands["tests"] and "-p tests.device_guard -n auto" in commands["tests"]
+    assert "launches --target sm_90 --fresh" in commands["compile"], (
+        "what tests and benchmarks launch is compiled ahead"
+    )
+    assert plan.plan("cuda", FAKE, tmp_path, None)[1].skip == "launches are recorded for no GPU of this kind"
     assert commands["targets"].endswith("--add --no-compile --minutes {minutes}")
     assert "--add --compiled --compile-minutes 1 --minutes {minutes}" in commands["compiled"]
     for name in ("targets", "ops", "end-to-end", "table3"):
@@ -66,7 +70,7 @@ def test_a_try_is_no_record(capsys):
 def test_unknown_step(capsys):
     assert bench(["gpu", "--list", "--device", "cpu", "--only", "target"]) == 2
     error = capsys.readouterr().err
-    assert "--only: must be among info, build, tests" in error and "got 'target'; did you mean targets" in error
+    assert "--only: must be among info, compile, tests" in error and "got 'target'; did you mean targets" in error
 
 
 @pytest.mark.parametrize(

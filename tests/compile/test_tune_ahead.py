@@ -1,4 +1,4 @@
-"""What a tuning will try is recorded before it, so that it can be compiled in parallel."""
+"""Candidates of a tuning, recorded before it, so that they can be compiled in parallel."""
 
 from __future__ import annotations
 
