@@ -13,7 +13,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that the order of a 
 MAX_SPLITS = 8
 MIN_STEPS_PER_SPLIT = 6  # a split of fewer steps costs more than it hides
 # of a multiprocessor in a cycle: multiply-adds in 16 bits; bytes out of L2, alone and with all others at it
-PRODUCTS, ALONE, TOGETHER = 2048, 45, 25
+PRODUCTS, ALONE, TOGETHER = 2048, 36, 25
 ANOTHER_KERNEL = 4000  # cycles until a kernel that waits for the one before it is at work
 TILES = ((128, 256), (128, 128), (128, 64), (64, 64))
 
