@@ -71,18 +71,6 @@ WAIVERS = (
         8,
         "64 x 64 sums in fp32 beside a product without matrix instructions",
     ),
-    *(
-        Waiver(
-            "_conv_norm_act_fwd_kernel",
-            "sm_80",
-            {"KERNEL": 1, "BLOCK_C": 16, "SPLITS": splits},
-            "fp32",
-            8,
-            f"1 x 1 in {splits} splits: ptxas stops at 128 registers for 64 x 64 sums in fp32 without matrix "
-            "instructions",
-        )
-        for splits in (2, 4)
-    ),
 )
 # another instruction than the target's own: {kernel: {target: instruction}}
 OTHER_MATRIX: dict[str, dict[str, str]] = {

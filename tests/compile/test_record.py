@@ -194,11 +194,12 @@ def test_both_passes_are_recorded_by_every_row_of_the_table():
 def test_a_composite_is_recorded_as_it_is_measured():
     """Record launches of composites that no op's workload has.
 
-    These are the shortcut's convolution and its split sums, folded, and the backward for the parameters that a
+    These are the shortcut's convolution, folded, a step's split sums, and the backward for the parameters that a
     training step differentiates.
     """
     for op, kernel, expected in (
-        ("encode", "_conv_norm_act_fwd_kernel", {"KERNEL": 1, "STRIDE": 2, "ACTIVATION": "none", "SPLITS": 2}),
+        ("encode", "_conv_norm_act_fwd_kernel", {"KERNEL": 1, "STRIDE": 2, "ACTIVATION": "none", "SPLITS": 1}),
+        ("encode", "_conv_norm_act_reduce_kernel", {"ACTIVATION": "relu", "SPLITS": 8}),
         ("encode_train_step", "_conv_norm_act_bwd_kernel", {"KERNEL": 1, "STRIDE": 2, "ACTIVATION": "none"}),
     ):
         call = next(call for call in calls([op]) if "px448 " in call.label)

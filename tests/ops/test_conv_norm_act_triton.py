@@ -1,5 +1,7 @@
 """Triton kernels of ``hia::conv_norm_act``, in the interpreter."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,8 @@ from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 triton_fwd = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_fwd")
+triton_tiles = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_tiles")
+triton_candidates = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_candidates")
 triton_bwd = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_bwd")
 pytestmark = pytest.mark.interpreter
 
@@ -27,11 +31,14 @@ CASES = [
     pytest.param((7, 11), {"stride": 2, "activation": "gelu", "residual": True, "nchw": True}, id="3x3-s2-gelu-odd"),
     pytest.param((10, 7), {"kernel": 1, "stride": 2, "channels": (13, 5)}, id="1x1-s2-ragged-channels"),
     pytest.param((32, 20), {"images": 1, "channels": (3, 70), "activation": "gelu"}, id="several-tiles"),
+    pytest.param((6, 9), {"channels": (32, 16), "residual": True}, id="3x3-channels-fill-blocks"),
+    pytest.param((9, 6), {"kernel": 1, "channels": (64, 32), "residual": True}, id="1x1-channels-fill-blocks"),
+    pytest.param((5, 7), {"stride": 2, "channels": (32, 40)}, id="3x3-s2-input-channels-fill-blocks"),
     pytest.param((1, 1), {"images": 1, "residual": True}, id="one-pixel"),
     pytest.param((17, 1), {"stride": 2, "channels": (1, 1)}, id="one-wide-one-channel"),
     pytest.param((8, 8), {"images": 0, "residual": True}, id="no-images"),
 ]
-SPLIT = {"images": 2, "channels": (100, 20), "residual": True}  # 9 taps of 2 chunks: 18 steps, 3 shares of 6
+SPLIT = {"images": 2, "channels": (160, 20), "residual": True}  # 9 taps of 3 chunks: 27 steps, 4 shares of 7, 7, 7, 6
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,7 @@ def test_split_sums(activation, triton_device, monkeypatch):
         chosen = blocks_become(monkeypatch)
         inputs = make_inputs((5, 4), dtype, triton_device, activation=activation, **SPLIT)
         out, plain = conv_norm_act(**inputs), conv_norm_act_ref(**inputs)
-        assert [blocks["SPLITS"] for blocks in chosen] == [8 if dtype == torch.float32 else 2]
+        assert [blocks["SPLITS"] for blocks in chosen] == [8 if dtype == torch.float32 else 4]
         assert_close("out", out, conv_norm_act_ref(**analysed(inputs, dtype)), plain, dtype=dtype)
     assert last_backend(OP) == "triton"
 
@@ -85,6 +92,45 @@ def test_small_blocks(triton_device, monkeypatch):
     for options in ({"stride": 2, "residual": True}, {"activation": "gelu", "kernel": 1}):
         inputs = make_inputs((9, 7), torch.float32, triton_device, channels=(37, 35), **options)
         assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("changes", [{"IN_L1": 1}, {"num_stages": 3}, {"num_warps": 8}], ids=str)
+def test_what_changes_no_bit(changes, triton_device, monkeypatch):
+    """Copy x through L1, or with other stages and warps: the sums keep their order."""
+    inputs = make_inputs((9, 7), torch.bfloat16, triton_device, channels=(64, 40), residual=True)
+    usual = conv_norm_act(**inputs)
+    chosen = blocks_become(monkeypatch, **changes)
+    assert torch.equal(conv_norm_act(**inputs), usual)
+    assert set(changes) <= set(chosen[0])
+
+
+def test_tiles_follow_the_work():
+    """Take wide tiles where L2 is the limit, splits where few tiles have long sums, small tiles for one step."""
+    device = torch.device("cpu")
+
+    def chosen(pixels, c, oc, kernel, **options):
+        blocks = triton_tiles.block_sizes(pixels, c, oc, kernel, 2, device, max_splits=8, **options)
+        return tuple(blocks[name] for name in ("BLOCK_M", "BLOCK_OC", "SPLITS"))
+
+    assert chosen(112 * 112, 256, 256, 3, narrow=False) == (128, 256, 1)
+    assert chosen(112 * 112, 256, 256, 3) == (128, 128, 1)
+    assert chosen(28 * 28, 512, 512, 3)[2] > 1
+    assert chosen(224 * 224, 64, 256, 1, narrow=False) == (128, 64, 1)
+    assert triton_tiles.block_sizes(28 * 28, 512, 512, 3, 2, device)["SPLITS"] == 1
+    assert chosen(1, 1, 1, 3) == (64, 16, 1)
+
+
+def test_candidates_are_configurations(triton_device, monkeypatch):
+    """Name what a launch takes, at most seven for a key, with as much shared memory as there is."""
+    chosen = blocks_become(monkeypatch)
+    conv_norm_act(**make_inputs((2, 2), torch.bfloat16, triton_device))
+    assert set(triton_candidates.NAMES) == set(chosen[0])
+    for key, configurations in triton_candidates.CANDIDATES.items():
+        assert re.fullmatch(r"fwd-k[13]s[12]-px\d+-c\d+-oc\d+-b?float16", key)
+        assert len(configurations) <= 7
+        for config in configurations:
+            staged = (config["BLOCK_M"] + config["BLOCK_OC"]) * config["BLOCK_C"] * 2 * config["num_stages"]
+            assert staged <= 227 * 1024, f"{key}: {config}"  # bytes of shared memory of a block on sm_90
 
 
 def test_backward_masks(triton_device):
@@ -175,9 +221,10 @@ def test_nan_in_another_image_does_not_leak(triton_device):
     assert torch.equal(out[1], conv_norm_act(**inputs)[1]) and out[0].isnan().all()
 
 
-def test_nan_around_a_crop_does_not_leak(triton_device):
-    """Take x, weights and residual as views of larger tensors that hold NaN elsewhere."""
-    inputs = make_inputs((6, 5), torch.float32, triton_device, channels=(13, 11), residual=True)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_nan_around_a_crop_does_not_leak(kernel, triton_device):
+    """Take x, weights and residual as views of larger tensors that hold NaN elsewhere; their rows have gaps."""
+    inputs = make_inputs((6, 5), torch.float32, triton_device, kernel=kernel, channels=(13, 11), residual=True)
     clean = conv_norm_act(**inputs)
 
     def framed(x):

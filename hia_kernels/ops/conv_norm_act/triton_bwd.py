@@ -12,17 +12,16 @@ import triton.language as tl
 from ...core import tuning
 from ...core.cudnn import convolution_backward
 from .triton_fwd import (
-    block_sizes,
     conv_tile,
     gelu_cdf,
     residual_tile,
     scale_and_shift,
     strides_of,
     tile_of,
-    tuning_key,
     weight_channels_last,
     with_channels_last,
 )
+from .triton_tiles import block_sizes, is_even, tuning_key
 
 
 @triton.jit(do_not_specialize=["IH", "IW", "OW", "pixels", "tiles_m"])
@@ -65,6 +64,8 @@ def _conv_norm_act_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_OC: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IS_EVEN_C: tl.constexpr,
+    IS_EVEN_OC: tl.constexpr,
 ):
     """Compute the gradient at the convolution's output and a tile's partial sums per channel.
 
@@ -102,6 +103,9 @@ def _conv_norm_act_bwd_kernel(
             BLOCK_M=BLOCK_M,
             BLOCK_OC=BLOCK_OC,
             BLOCK_C=BLOCK_C,
+            IS_EVEN_C=IS_EVEN_C,
+            IS_EVEN_OC=IS_EVEN_OC,
+            IN_L1=False,
         )
     dz = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_OC]
     if ACTIVATION == "relu":
@@ -110,9 +114,10 @@ def _conv_norm_act_bwd_kernel(
     if ACTIVATION == "gelu":
         z = scale_and_shift(y, scale_ptr, shift_ptr, offs_oc, OC)
         if HAS_RESIDUAL:
-            z += residual_tile(
+            residual = residual_tile(
                 residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
             )
+            z += residual.to(tl.float32)
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327  # the standard normal's
         dz = tl.where(mask, dz * (gelu_cdf(z) + z * density), 0.0)
 
@@ -138,6 +143,7 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
     if output_mask[2] or activation == "gelu":
         heuristic = block_sizes(pixels, c, oc, kernel, x.element_size(), x.device)
         block_oc = min(64, heuristic["BLOCK_OC"])  # dout, out and y together: each has half the forward's registers
+        del heuristic["SPLITS"]
         heuristic |= {"BLOCK_OC": block_oc, "num_warps": 8 if heuristic["BLOCK_M"] * block_oc > 4096 else 4}
         mode = "bwd-y"
     key = tuning_key(mode, pixels, c, oc, kernel, stride, x.dtype)
@@ -178,6 +184,7 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
         ACTIVATION=activation,
         HAS_RESIDUAL=residual is not None,
         **flags,
+        **is_even(c, oc, config),
         **config,
     )
     # second stage of the reduction; PyTorch's sum has one order

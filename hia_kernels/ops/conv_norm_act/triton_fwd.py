@@ -13,11 +13,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
-
-MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that the order of a sum depends on no device
-SHORT_LOOP = 4  # steps up to which memory is the limit, and more resident blocks serve it better than larger ones
-MAX_SPLITS = 8
-MIN_STEPS_PER_SPLIT = 6  # a split of fewer steps costs more than it hides
+from .triton_tiles import MAX_SPLITS, block_sizes, is_even, tuning_key
 
 
 @triton.jit
@@ -33,6 +29,33 @@ def tile_of(pid, pixels, tiles_m, OC, BLOCK_M: tl.constexpr, BLOCK_OC: tl.conste
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], of one image
     offs_oc = (pid % tiles_oc) * BLOCK_OC + tl.arange(0, BLOCK_OC)  # [BLOCK_OC]
     return n, pid_m, offs_m, offs_oc
+
+
+@triton.jit
+def row_and_column(offs_m, OW, IS_FLAT: tl.constexpr):
+    """Return oy and ox of output pixels, [BLOCK_M] each.
+
+    Where the rows of a tensor lie end to end, it is one row of all its pixels, and nothing has to be divided.
+    """
+    oy = offs_m * 0 if IS_FLAT else offs_m // OW
+    return oy, offs_m - oy * OW
+
+
+@triton.jit
+def taps_inside(iy, ix, mask_m, IH, IW, KERNEL: tl.constexpr):
+    """Return the taps that see the image and not its padding, [BLOCK_M] int32: bit ky * KERNEL + kx.
+
+    Args:
+        iy, ix: the first tap's, [BLOCK_M].
+        mask_m: [BLOCK_M].
+    """
+    columns = mask_m.to(tl.int32) * 0
+    for kx in tl.static_range(KERNEL):
+        columns |= (mask_m & (ix + kx >= 0) & (ix + kx < IW)).to(tl.int32) << kx
+    taps = columns * 0
+    for ky in tl.static_range(KERNEL):
+        taps |= tl.where((iy + ky >= 0) & (iy + ky < IH), columns << (ky * KERNEL), 0)
+    return taps
 
 
 @triton.jit
@@ -59,35 +82,52 @@ def conv_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_OC: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IS_EVEN_C: tl.constexpr,
+    IS_EVEN_OC: tl.constexpr,
+    IN_L1: tl.constexpr,
 ):
     """Sum the convolution from step ``first`` to ``last``, [BLOCK_M, BLOCK_OC] fp32.
 
-    A step is one tap of the kernel, BLOCK_C channels wide.
+    A step is one tap of the kernel, BLOCK_C channels wide. Whatever depends on a pixel is computed ahead of the loop:
+    a step adds one scalar to the pointers, and looks up one bit of each pixel's taps.
     """
     chunks = tl.cdiv(C, BLOCK_C)
     range_c = tl.arange(0, BLOCK_C)
     # int64: an image may hold more than 2**31 elements, and so may the weights
     weight_ptrs = weight_ptr + offs_oc[None, :].to(tl.int64) * stride_weight_o + range_c[:, None]  # [BLOCK_C, BLOCK_OC]
+    iy, ix = oy * STRIDE - KERNEL // 2, ox * STRIDE - KERNEL // 2  # of the first tap; in the padding, they are negative
+    x_rows = iy.to(tl.int64) * stride_x_h + ix.to(tl.int64) * stride_x_w  # [BLOCK_M]
+    x_ptrs = x_ptr + x_rows[:, None] + range_c[None, :]  # [BLOCK_M, BLOCK_C]
+    if KERNEL > 1:
+        taps = taps_inside(iy, ix, mask_m, IH, IW, KERNEL)
+        tap = first // chunks
+        chunk = first - tap * chunks
     acc = tl.zeros((BLOCK_M, BLOCK_OC), dtype=tl.float32)
     for step in range(first, last):
-        if KERNEL == 1:
-            iy, ix, chunk, tap_offset = oy * STRIDE, ox * STRIDE, step, 0
-            inside = mask_m
-        else:
-            tap = step // chunks
-            chunk = step - tap * chunks
+        offset_c = (step if KERNEL == 1 else chunk) * BLOCK_C
+        x_offset, weight_offset, inside = offset_c, offset_c, mask_m
+        if KERNEL > 1:
             ky = tap // KERNEL
             kx = tap - ky * KERNEL
-            iy, ix = oy * STRIDE + ky - KERNEL // 2, ox * STRIDE + kx - KERNEL // 2
-            inside = mask_m & (iy >= 0) & (iy < IH) & (ix >= 0) & (ix < IW)  # elsewhere is the padding: zeros
-            tap_offset = ky * stride_weight_h + kx * stride_weight_w
-        offs_c = chunk * BLOCK_C + range_c  # [BLOCK_C]
-        mask_c = offs_c < C
-        x_rows = iy.to(tl.int64) * stride_x_h + ix.to(tl.int64) * stride_x_w  # [BLOCK_M]
-        x = tl.load(x_ptr + x_rows[:, None] + offs_c[None, :], mask=inside[:, None] & mask_c[None, :], other=0.0)
-        mask_w = mask_c[:, None] & (offs_oc < OC)[None, :]
-        w = tl.load(weight_ptrs + (tap_offset + chunk * BLOCK_C), mask=mask_w, other=0.0)  # [BLOCK_C, BLOCK_OC]
-        acc = dot(x, w, acc)  # x is [BLOCK_M, BLOCK_C]
+            x_offset = ky.to(tl.int64) * stride_x_h + kx.to(tl.int64) * stride_x_w + offset_c
+            weight_offset = ky * stride_weight_h + kx * stride_weight_w + offset_c
+            inside = (taps & (1 << tap)) != 0  # [BLOCK_M]
+            chunk += 1  # counted, because a division a step costs more than all else
+            tap += (chunk == chunks).to(tl.int32)
+            chunk = tl.where(chunk == chunks, 0, chunk)
+        mask_x, mask_w = inside[:, None], (offs_oc < OC)[None, :]
+        if not IS_EVEN_C:
+            mask_c = offset_c + range_c < C  # [BLOCK_C]
+            mask_x, mask_w = mask_x & mask_c[None, :], mask_w & mask_c[:, None]
+        x_now = x_ptrs + x_offset  # [BLOCK_M, BLOCK_C]
+        if IN_L1:  # copies of 16 bytes pass L1 by, those of 8 leave the windows that overlap in it
+            x_now = tl.max_contiguous(x_now, [1, 4])
+        x = tl.load(x_now, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_C]
+        if IS_EVEN_C and IS_EVEN_OC:
+            w = tl.load(weight_ptrs + weight_offset)  # [BLOCK_C, BLOCK_OC]
+        else:
+            w = tl.load(weight_ptrs + weight_offset, mask=mask_w, other=0.0)
+        acc = dot(x, w, acc)
     return acc
 
 
@@ -107,9 +147,9 @@ def scale_and_shift(acc, scale_ptr, shift_ptr, offs_oc, OC):
 
 @triton.jit
 def residual_tile(residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w):
-    """Load the tile's residual, [BLOCK_M, BLOCK_OC] fp32."""
+    """Load the tile's residual, [BLOCK_M, BLOCK_OC] in its dtype."""
     rows = n * stride_residual_n + oy.to(tl.int64) * stride_residual_h + ox.to(tl.int64) * stride_residual_w
-    return tl.load(residual_ptr + rows[:, None] + offs_oc[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(residual_ptr + rows[:, None] + offs_oc[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -154,6 +194,11 @@ def _conv_norm_act_fwd_kernel(
     BLOCK_OC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPLITS: tl.constexpr,
+    IS_EVEN_C: tl.constexpr,
+    IS_EVEN_OC: tl.constexpr,
+    IS_FLAT_X: tl.constexpr,
+    IS_FLAT_RESIDUAL: tl.constexpr,
+    IN_L1: tl.constexpr,
 ):
     """Compute one tile of an image's output, or one split's partial sums.
 
@@ -161,8 +206,7 @@ def _conv_norm_act_fwd_kernel(
     """
     n, _, offs_m, offs_oc = tile_of(tl.program_id(0), pixels, tiles_m, OC, BLOCK_M, BLOCK_OC)
     mask_m = offs_m < pixels
-    oy = offs_m // OW
-    ox = offs_m - oy * OW
+    oy, ox = row_and_column(offs_m, OW, IS_FLAT_X)
     mask = mask_m[:, None] & (offs_oc < OC)[None, :]
 
     steps = KERNEL * KERNEL * tl.cdiv(C, BLOCK_C)
@@ -172,6 +216,11 @@ def _conv_norm_act_fwd_kernel(
         first = tl.program_id(1) * steps_per_split
         last = tl.minimum(first + steps_per_split, steps)
         out_ptr += tl.program_id(1).to(tl.int64) * rows * OC
+    if HAS_RESIDUAL and SPLITS == 1:  # asked for ahead of the loop, so that it arrives meanwhile
+        row, column = row_and_column(offs_m, OW, IS_FLAT_RESIDUAL)
+        residual = residual_tile(
+            residual_ptr, n, row, column, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
+        )
     acc = conv_tile(
         x_ptr + n * stride_x_n,
         weight_ptr,
@@ -195,13 +244,14 @@ def _conv_norm_act_fwd_kernel(
         BLOCK_M=BLOCK_M,
         BLOCK_OC=BLOCK_OC,
         BLOCK_C=BLOCK_C,
+        IS_EVEN_C=IS_EVEN_C,
+        IS_EVEN_OC=IS_EVEN_OC,
+        IN_L1=IN_L1,
     )
     if SPLITS == 1:
         acc = scale_and_shift(acc, scale_ptr, shift_ptr, offs_oc, OC)
         if HAS_RESIDUAL:
-            acc += residual_tile(
-                residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
-            )
+            acc += residual.to(tl.float32)
         acc = _activated(acc, ACTIVATION)
     out_ptrs = out_ptr + (n * pixels + offs_m)[:, None] * OC + offs_oc[None, :]  # [BLOCK_M, BLOCK_OC]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -224,6 +274,7 @@ def _conv_norm_act_reduce_kernel(
     stride_residual_w,
     ACTIVATION: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    IS_FLAT_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_OC: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -242,53 +293,12 @@ def _conv_norm_act_reduce_kernel(
         acc += tl.load(partial_ptr + offs_split + offsets, mask=mask, other=0.0).to(tl.float32)
     z = scale_and_shift(acc, scale_ptr, shift_ptr, offs_oc, OC)
     if HAS_RESIDUAL:
-        oy = offs_m // OW
-        ox = offs_m - oy * OW
-        z += residual_tile(
+        oy, ox = row_and_column(offs_m, OW, IS_FLAT_RESIDUAL)
+        residual = residual_tile(
             residual_ptr, n, oy, ox, offs_oc, mask, stride_residual_n, stride_residual_h, stride_residual_w
         )
+        z += residual.to(tl.float32)
     tl.store(out_ptr + offsets, _activated(z, ACTIVATION).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def block_sizes(pixels, c, oc, kernel, itemsize, device):
-    """Choose tile and warps of a convolution from one image's sizes: batching must change no bit.
-
-    Before Hopper, a product's operands are in registers too: with four warps, the 128 x 64 tile of a 1 x 1 convolution
-    with a residual would spill, so it gets eight.
-    """
-    block_m, block_oc = 128, min(128, max(16, tuning.bucket(oc)))
-    if itemsize == 4:  # no matrix instructions: a smaller tile of sums in registers
-        return {"BLOCK_M": 64, "BLOCK_OC": min(64, block_oc), "BLOCK_C": 16, "num_warps": 4, "num_stages": 3}
-    block_c = min(64, max(16, tuning.bucket(c)))
-    steps = _steps(c, kernel, block_c)
-    if steps <= SHORT_LOOP or _tiles(pixels, oc, block_m, block_oc) < MULTIPROCESSORS:
-        block_oc = min(64, block_oc)
-    if _tiles(pixels, oc, block_m, block_oc) < MULTIPROCESSORS:
-        block_m = 64
-    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
-    four_warps = 4096 if kernel == 1 and before_hopper else 8192  # elements of a tile that four warps hold
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_OC": block_oc,
-        "BLOCK_C": block_c,
-        "num_warps": 8 if block_m * block_oc > four_warps else 4,
-        "num_stages": 2 if torch.version.hip else max(2, min(4, steps)),
-    }
-
-
-def _steps(c, kernel, block_c):
-    return kernel * kernel * triton.cdiv(c, block_c)
-
-
-def _tiles(pixels, oc, block_m, block_oc):
-    return triton.cdiv(pixels, block_m) * triton.cdiv(oc, block_oc)
-
-
-def _splits(pixels, c, oc, kernel, blocks):
-    """Count the splits of the sums, where an image's tiles alone leave multiprocessors idle."""
-    tiles = _tiles(pixels, oc, blocks["BLOCK_M"], blocks["BLOCK_OC"])
-    wanted = min(MAX_SPLITS, 2 * MULTIPROCESSORS // tiles, _steps(c, kernel, blocks["BLOCK_C"]) // MIN_STEPS_PER_SPLIT)
-    return 1 if wanted < 2 else 1 << (wanted.bit_length() - 1)
 
 
 def with_channels_last(x):
@@ -306,10 +316,9 @@ def strides_of(name, *strides, dims="nhw"):
     return {f"stride_{name}_{dim}": stride for dim, stride in zip(dims, strides, strict=True)}
 
 
-def tuning_key(mode, pixels, c, oc, kernel, stride, dtype):
-    """Name what a tuned configuration depends on: bucketed sizes, kernel, stride and dtype."""
-    sizes = f"px{tuning.bucket(pixels)}-c{tuning.bucket(c)}-oc{tuning.bucket(oc)}"
-    return f"{mode}-k{kernel}s{stride}-{sizes}-{str(dtype).removeprefix('torch.')}"
+def is_flat(x):
+    """Tell whether the rows of each image [N, H, W, C] lie end to end."""
+    return x.stride(1) == x.shape[2] * x.stride(2)
 
 
 def _launch_epilogue(y, out, scale, shift, residual, activation, splits, block_oc):
@@ -331,6 +340,7 @@ def _launch_epilogue(y, out, scale, shift, residual, activation, splits, block_o
         **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
         ACTIVATION=activation,
         HAS_RESIDUAL=residual is not None,
+        IS_FLAT_RESIDUAL=residual is None or is_flat(residual),
         BLOCK_M=32,
         BLOCK_OC=block_oc,
         SPLITS=splits,
@@ -355,8 +365,9 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
     if out.numel() == 0:
         return out
 
-    blocks = block_sizes(pixels, c, oc, kernel, x.element_size(), x.device)
-    blocks["SPLITS"] = _splits(pixels, c, oc, kernel, blocks)
+    narrow = residual is not None or activation == "gelu"
+    blocks = block_sizes(pixels, c, oc, kernel, x.element_size(), x.device, max_splits=MAX_SPLITS, narrow=narrow)
+    blocks["IN_L1"] = 0
     key = tuning_key("fwd", pixels, c, oc, kernel, stride, x.dtype)
     config = tuning.pick("conv_norm_act", key, x.device, blocks)
     splits, block_oc = config["SPLITS"], config["BLOCK_OC"]
@@ -365,6 +376,7 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
     options = {
         "ACTIVATION": activation,
         "HAS_RESIDUAL": residual is not None,
+        "IS_FLAT_RESIDUAL": residual is None or is_flat(residual),
         "OW": ow,
         "pixels": pixels,
         "rows": n * pixels,
@@ -385,11 +397,14 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
         tiles_m=tiles_m,
         KERNEL=kernel,
         STRIDE=stride,
+        IS_FLAT_X=kernel == 1 and stride == 1 and is_flat(x),
+        **is_even(c, oc, config),
         **options,
         **strides_of("x", *x.stride()[:3]),
         **strides_of("weight", weight.stride(0), *weight.stride()[2:], dims="ohw"),
         **config,
     )
     if splits > 1:
-        _launch_epilogue(target, out, scale, shift, residual, activation, splits, block_oc)
+        # narrow blocks: few programs are left of a convolution that had to be split
+        _launch_epilogue(target, out, scale, shift, residual, activation, splits, min(64, block_oc))
     return out
