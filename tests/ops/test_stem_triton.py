@@ -55,11 +55,14 @@ def test_matches_reference(size, options, dtype, triton_device):
     assert last_backend(OP) == "triton"
 
 
-@pytest.mark.parametrize(("channels", "pool", "rows"), [(1, 3, 2), (1, 3, 4), (1, 1, 1), (3, 3, 4)])
-def test_tiles_inside_and_along_the_borders(channels, pool, rows, triton_device, monkeypatch):
+@pytest.mark.parametrize(
+    ("channels", "pool", "rows", "kernel"),
+    [(1, 3, 2, 3), (1, 3, 4, 3), (1, 3, 1, 7), (1, 1, 1, 3), (3, 3, 4, 3)],
+)
+def test_tiles_inside_and_along_the_borders(channels, pool, rows, kernel, triton_device, monkeypatch):
     """Run several programs along both axes; strips end inside and outside the image."""
     blocks_become(monkeypatch, ROWS=rows, BLOCK_R=2, BLOCK_Q=4)
-    inputs = make_inputs((41, 43), F32, triton_device, channels=channels, images=1, kernel=3, pool=pool)
+    inputs = make_inputs((41, 43), F32, triton_device, channels=channels, images=1, kernel=kernel, pool=pool)
     inputs["mean"] = torch.tensor([0.9, 0.5, -0.7], device=triton_device)  # a wrong share of them would show
     inputs["scale"][::2] *= -1  # their pool is a minimum of the convolution
     exact, plain = stem_ref(**analysed(inputs, torch.float32)), stem_ref(**inputs)
@@ -169,7 +172,7 @@ def test_a_packed_weight_has_the_same_bits(kernel, pool, dtype, triton_device):
             inputs["scale"][::2] *= -1
             first, packed = inputs, packed_of(inputs)
         inputs = {**first, "pixels": inputs["pixels"], "window": inputs["window"]}
-        assert packed.nbytes == 2 * 4 * (kernel + 1) ** 2 * inputs["scale"].numel() * dtype.itemsize
+        assert packed.nbytes == 5 * (kernel + 1) ** 2 * inputs["scale"].numel() * dtype.itemsize
         with torch.no_grad():
             out = stem_packed(inputs["pixels"], inputs["window"], packed)
         assert torch.equal(out, stem(**inputs)) and last_backend(OP) == "triton"

@@ -45,7 +45,7 @@ BACKENDS = register_table(
             "stem": triton_support.lazy(f"{_TRITON}_fwd", "stem_fwd"),
             "stem_packed": triton_support.lazy(f"{_TRITON}_fwd", "stem_packed_fwd"),
             "stem_bwd": triton_support.lazy(f"{_TRITON}_bwd", "stem_bwd"),
-            PACK: triton_support.lazy(f"{_TRITON}_fwd", "pack_taps"),
+            PACK: triton_support.lazy(f"{_TRITON}_pack", "pack_taps"),
         },
         _triton_unsupported,
         triton_support.unavailable_reasons,
@@ -134,7 +134,7 @@ def _flops(pixels_shape, window, mean, std, weight_shape, *args, **kwargs):
 
 @register_flop_formula(torch.ops.hia.stem_packed)
 def _packed_flops(pixels_shape, window, mean, std, taps_shape, *args, **kwargs):
-    _, _, taps, out_channels = taps_shape
+    _, taps, out_channels = taps_shape
     kernel = isqrt(taps) - 1
     return _conv_flops(pixels_shape, (out_channels, 3, kernel, kernel))
 

@@ -31,7 +31,7 @@ class PackedStem:
     """A stem's inference weights, made by :func:`pack_stem`: plain values, no parameters.
 
     Attributes:
-        taps: [2, 4, (K + 1)^2, OC], the weight by tap as the Triton kernels read it.
+        taps: [5, (K + 1)^2, OC], the weight by tap as the Triton kernels read it.
         mean: [3].
         std: [3].
         scale: [OC].

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.cudnn import convolution_backward
-from .triton_fwd import convolve, half, pixel_kind, rounded
+from .triton_fwd import convolve
+from .triton_pack import half, pixel_kind, rounded
 
 
 @triton.jit
@@ -283,7 +284,8 @@ def stem_bwd(dout, pixels, window, mean, std, weight, scale, shift, pool, output
         like = (pixels, weight, scale, shift)
         return tuple(t.new_zeros(t.shape) if m else weight.new_empty(0) for t, m in zip(like, output_mask, strict=True))
     window, mean, std = window.contiguous(), mean.contiguous(), std.contiguous()
-    y = convolve(pixels, window, mean, std, weight, None, 1)
+    # grey as three channels, rounded like the reference's: weights summed first would decide other near ties
+    y = convolve(pixels.expand(*pixels.shape[:3], 3), window, mean, std, weight, None, 1)
     has_dy = output_mask[0] or output_mask[1]
     dy, (dscale, dshift) = _epilogue_bwd(dout.contiguous(), y, scale, shift, pool, has_dy)
     dpixels, dweight = None, None

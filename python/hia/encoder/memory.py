@@ -127,7 +127,10 @@ def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None
     height, width = stem_size(encoder, height, width)
     stem_rows = height if rows is None else min(height, rows + 2 * STEM_HALO)
     stem = stem_rows * width * weight.shape[0] * size
-    peak = stem + (encoder.stem_stride**2 * stem if weight.dtype == torch.float64 else STEM_TEMPORARY)
+    temporary = encoder.stem_stride**2 * stem if weight.dtype == torch.float64 else STEM_TEMPORARY
+    if weight.device.type == "cuda":  # where kernels write the normalised pixels, of three channels at most
+        temporary += 3 * encoder.stem_stride**2 * stem_rows * width * size
+    peak = stem + temporary
     waiting, live = 0, height if rows is None else rows
     for unit in encoder.units():
         shape = shape_of(unit)
