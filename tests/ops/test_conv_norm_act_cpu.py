@@ -87,7 +87,12 @@ def test_any_size(data):
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 @pytest.mark.parametrize(
     ("size", "options"),
-    [((1, 1), {}), ((2, 2), {"stride": 2}), ((5, 4), {"channels": (8, 1), "kernel": 1}), ((1, 3), {"channels": (1, 1)})],
+    [
+        ((1, 1), {}),
+        ((2, 2), {"stride": 2}),
+        ((5, 4), {"channels": (8, 1), "kernel": 1}),
+        ((1, 3), {"channels": (1, 1)}),
+    ],
     ids=["one-pixel", "to-one-pixel", "to-one-channel", "one-channel"],
 )
 def test_outputs_of_one_pixel_or_channel(size, options, activation):
