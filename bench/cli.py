@@ -22,7 +22,8 @@ from .records.devices import AUTO, DEVICES, DTYPES, cuda_is_available
 from .records.files import BadFile
 
 MANY = 24  # names that an error lists
-KINDS = {"integer": "a whole number", "number": "a number", "float": "a number"}  # by a word of the parser's message
+# by words of the parser's message, which differ by its version
+KINDS = {"integer": "a whole number", "valid int": "a whole number", "number": "a number", "float": "a number"}
 UsageError: Any = typer.BadParameter.__base__  # Typer's own, or click's where Typer stands on it
 Number = TypeVar("Number", int, float)
 

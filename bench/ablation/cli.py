@@ -39,12 +39,16 @@ def ablation(
     ] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Runs side by side. By default one a core.", callback=cli.within(1)),
+        typer.Option("--jobs", metavar="N", help="Runs side by side. By default one a core.", callback=cli.within(1)),
     ] = None,
-    cache: Annotated[Path, typer.Option(metavar="DIR", help="Folder of host, encoder and phantoms.")] = CACHE,
+    cache: Annotated[
+        Path, typer.Option("--cache", metavar="DIR", help="Folder of host, encoder and phantoms.")
+    ] = CACHE,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of runs, tables and plot, instead of one in out/ by protocol."),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of runs, tables and plot, instead of one in out/ by protocol."
+        ),
     ] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Write the tables to bench/results as well, which is committed.")

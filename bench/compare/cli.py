@@ -12,12 +12,19 @@ from .. import cli
 def compare(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Revision to compare the working tree with.")],
     case: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Cases of the small set: by default all.")
+        list[str] | None, typer.Option("--case", metavar="NAME", help="Cases of the small set: by default all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", help="Pairs of times a case.", callback=cli.within(low=2))] = 15,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", help="Pairs of times a case.", callback=cli.within(low=2))
+    ] = 15,
     threshold: Annotated[
         float,
-        typer.Option(metavar="PERCENT", help="A median that is slower by more fails.", callback=cli.within(above=0)),
+        typer.Option(
+            "--threshold",
+            metavar="PERCENT",
+            help="A median that is slower by more fails.",
+            callback=cli.within(above=0),
+        ),
     ] = 10,
     out: cli.Out = None,
     record: cli.Record = False,

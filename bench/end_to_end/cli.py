@@ -26,13 +26,18 @@ Resolutions = Annotated[
 Deadline = Annotated[
     int | None,
     typer.Option(
+        "--deadline",
         metavar="S",
         help="Seconds for the whole run, memory last; what is left then is recorded so. By default 900 on the CPU.",
         callback=cli.within(1, 86400),
     ),
 ]
-NewTokens = Annotated[int, typer.Option(metavar="N", help="Decode steps a repetition.", callback=cli.within(1, 512))]
-Repeats = Annotated[int, typer.Option(metavar="N", help="Timed repetitions, at most.", callback=cli.within(1, 1000))]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", metavar="N", help="Decode steps a repetition.", callback=cli.within(1, 512))
+]
+Repeats = Annotated[
+    int, typer.Option("--repeats", metavar="N", help="Timed repetitions, at most.", callback=cli.within(1, 1000))
+]
 
 
 def end_to_end(
@@ -41,18 +46,18 @@ def end_to_end(
     resolutions: Resolutions = None,
     batch: Annotated[Names, typer.Option("--batch", metavar="N", help="Prompts at a time. By default 1 4.")] = None,
     images_per_prompt: Annotated[
-        int, typer.Option(metavar="N", help="2 are a comparison.", callback=cli.within(1, 64))
+        int, typer.Option("--images-per-prompt", metavar="N", help="2 are a comparison.", callback=cli.within(1, 64))
     ] = 2,
     text_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens beside the images'.", callback=cli.within(8, 4096))
+        int, typer.Option("--text-tokens", metavar="N", help="Tokens beside the images'.", callback=cli.within(8, 4096))
     ] = 60,
     new_tokens: NewTokens = 8,
     dtype: cli.Dtype = None,
-    attention: Annotated[str, typer.Option(metavar="NAME", help="The host's: sdpa or eager.")] = "sdpa",
+    attention: Annotated[str, typer.Option("--attention", metavar="NAME", help="The host's: sdpa or eager.")] = "sdpa",
     device: cli.Device = "auto",
     repeats: Repeats = 4,
     budget: Annotated[
-        int, typer.Option(metavar="S", help="Seconds a case, roughly.", callback=cli.within(1, 3600))
+        int, typer.Option("--budget", metavar="S", help="Seconds a case, roughly.", callback=cli.within(1, 3600))
     ] = 10,
     deadline: Deadline = None,
     images: cli.Images = None,

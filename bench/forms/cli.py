@@ -15,17 +15,23 @@ Numbers = list[int] | None
 def encoder_forms(
     px: Annotated[
         Numbers,
-        typer.Option(metavar="PX", help="Sides: by default 896 2048.", callback=cli.within(64, 8192)),
+        typer.Option("--px", metavar="PX", help="Sides: by default 896 2048.", callback=cli.within(64, 8192)),
     ] = None,
     form: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="parameters, whole, fresh, onednn, strips, budget; by default all."),
+        typer.Option(
+            "--form", metavar="NAME", help="parameters, whole, fresh, onednn, strips, budget; by default all."
+        ),
     ] = None,
-    budget_mib: Annotated[int, typer.Option(metavar="M", help="Of activations.", callback=cli.within(low=1))] = 128,
+    budget_mib: Annotated[
+        int, typer.Option("--budget-mib", metavar="M", help="Of activations.", callback=cli.within(low=1))
+    ] = 128,
     width: Annotated[
-        int, typer.Option(metavar="C", help="Of the encoder; 64 is ResNet-50's.", callback=cli.within(low=1))
+        int, typer.Option("--width", metavar="C", help="Of the encoder; 64 is ResNet-50's.", callback=cli.within(low=1))
     ] = 64,
-    seconds: Annotated[float, typer.Option(metavar="S", help="For each side.", callback=cli.within(above=0))] = 30,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", help="For each side.", callback=cli.within(above=0))
+    ] = 30,
 ) -> int:
     """Time ways to run the folded encoder on the CPU, in turns, with their memory.
 
@@ -43,21 +49,32 @@ def encoder_forms(
 
 
 def deep_forms(
-    tokens: Annotated[Numbers, typer.Option(metavar="N", help="Tokens of the image: by default 8192 16384.")] = None,
-    channels: Annotated[int, typer.Option(metavar="C", help="Channels of the features, a multiple of 32.")] = 2048,
-    dim: Annotated[int, typer.Option(metavar="D", help="Width of the adapter.")] = 5120,
-    queries: Annotated[int, typer.Option(metavar="M", help="Queries of the adapter.")] = 256,
-    heads: Annotated[int, typer.Option(metavar="H", help="Heads of the attention.")] = 8,
+    tokens: Annotated[
+        Numbers, typer.Option("--tokens", metavar="N", help="Tokens of the image: by default 8192 16384.")
+    ] = None,
+    channels: Annotated[
+        int, typer.Option("--channels", metavar="C", help="Channels of the features, a multiple of 32.")
+    ] = 2048,
+    dim: Annotated[int, typer.Option("--dim", metavar="D", help="Width of the adapter.")] = 5120,
+    queries: Annotated[int, typer.Option("--queries", metavar="M", help="Queries of the adapter.")] = 256,
+    heads: Annotated[int, typer.Option("--heads", metavar="H", help="Heads of the attention.")] = 8,
     forms: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Judge these forms. By default all folded ones.")
+        list[str] | None, typer.Option("--forms", metavar="NAME", help="Judge these forms. By default all folded ones.")
     ] = None,
     features: Annotated[
-        str, typer.Option(metavar="NAME", help="Distribution of the features: rectified, far-from-zero, heavy-tailed.")
+        str,
+        typer.Option(
+            "--features", metavar="NAME", help="Distribution of the features: rectified, far-from-zero, heavy-tailed."
+        ),
     ] = "rectified",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help=f"Dtype that is judged: {', '.join(DTYPES)}.")] = "bf16",
-    exact: Annotated[str, typer.Option(metavar="DTYPE", help="Dtype of the reference: fp32 or fp64.")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help=f"Dtype that is judged: {', '.join(DTYPES)}.")
+    ] = "bf16",
+    exact: Annotated[
+        str, typer.Option("--exact", metavar="DTYPE", help="Dtype of the reference: fp32 or fp64.")
+    ] = "fp32",
     device: cli.Device = "cpu",
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of weights and features.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights and features.")] = 0,
 ) -> int:
     """Show how exact the extractor's ln_folded forms are in half precision, beside the direct form's own error."""
     from .deep import EXACT, FEATURES, Sizes, run

@@ -10,11 +10,15 @@ from .. import cli
 
 
 def gpu(
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cuda; cpu only to try the steps.")] = "cuda",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cuda; cpu only to try the steps.")
+    ] = "cuda",
     out: cli.Out = None,
     record: cli.Record = False,
-    seconds: Annotated[float, typer.Option(metavar="S", help="For everything.", callback=cli.within(above=0))] = 540,
-    only: Annotated[list[str] | None, typer.Option(metavar="STEP", help="These steps.")] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", help="For everything.", callback=cli.within(above=0))
+    ] = 540,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="STEP", help="These steps.")] = None,
     listing: cli.Listing = False,
 ) -> int:
     """Build, run the GPU's tests and every benchmark in nine minutes, on a machine with a CUDA GPU.

@@ -14,17 +14,20 @@ from .. import cli
 
 def launches(
     target: Annotated[
-        list[str] | None, typer.Option(metavar="TARGET", help="GPUs to record for, such as sm_90. By default all.")
+        list[str] | None,
+        typer.Option("--target", metavar="TARGET", help="GPUs to record for, such as sm_90. By default all."),
     ] = None,
     op: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Ops and composites to record. By default all.")
+        list[str] | None, typer.Option("--op", metavar="NAME", help="Ops and composites to record. By default all.")
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Processes that compile. By default one a core.", callback=cli.within(low=1)),
+        typer.Option(
+            "--jobs", metavar="N", help="Processes that compile. By default one a core.", callback=cli.within(low=1)
+        ),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results are kept. By default `build/launches`.")
+        Path | None, typer.Option("--cache", metavar="DIR", help="Where results are kept. By default `build/launches`.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compile what results are kept for, too.")] = False,
     tuned: Annotated[

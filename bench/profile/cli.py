@@ -12,14 +12,18 @@ from .. import cli
 def profile(
     op: Annotated[str, typer.Argument(help="An op or a composite.")],
     case: Annotated[str, typer.Argument(help="One of its cases, as the tables of `ops` name them.")],
-    role: Annotated[str, typer.Option(metavar="NAME", help="Where the op has several: by default the first.")] = "",
-    provider: Annotated[str, typer.Option(metavar="NAME", help="Who is profiled.")] = "hia",
+    role: Annotated[
+        str, typer.Option("--role", metavar="NAME", help="Where the op has several: by default the first.")
+    ] = "",
+    provider: Annotated[str, typer.Option("--provider", metavar="NAME", help="Who is profiled.")] = "hia",
     mode: Annotated[
-        str | None, typer.Option(metavar="MODE", help="forward or both; by default both for training steps.")
+        str | None, typer.Option("--mode", metavar="MODE", help="forward or both; by default both for training steps.")
     ] = None,
     dtype: cli.Dtype = None,
     device: cli.Device = "auto",
-    rows: Annotated[int, typer.Option(metavar="N", help="The largest are shown.", callback=cli.within(low=1))] = 16,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", help="The largest are shown.", callback=cli.within(low=1))
+    ] = 16,
     shapes: Annotated[bool, typer.Option("--shapes", help="A row for each op and shapes of its tensors.")] = False,
     out: cli.Out = None,
     record: cli.Record = False,

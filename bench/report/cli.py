@@ -20,16 +20,25 @@ DOCS = REPOSITORY / "docs" / "benchmarks"
 
 def report(
     results: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the devices' folders: `out` holds the runs without --record.")
+        Path,
+        typer.Option(
+            "--results", metavar="DIR", help="Folder of the devices' folders: `out` holds the runs without --record."
+        ),
     ] = RESULTS,
-    device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Folders of these devices, not all.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", metavar="NAME", help="Folders of these devices, not all.")
+    ] = None,
     previous: Annotated[
         str | None,
-        typer.Option(metavar="REV", help="Compare with this revision's records, not with the last that differ."),
+        typer.Option(
+            "--previous", metavar="REV", help="Compare with this revision's records, not with the last that differ."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the report goes, instead of `out/report`.", callback=one_place),
+        typer.Option(
+            "--out", metavar="DIR", help="Where the report goes, instead of `out/report`.", callback=one_place
+        ),
     ] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Renew docs/benchmarks, which is committed.", callback=one_place)

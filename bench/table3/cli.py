@@ -22,13 +22,23 @@ Attentions = Annotated[
     typer.Option("--attention", metavar="NAME", help="Show memory with this attention: eager, sdpa. By default both."),
 ]
 CardGB = Annotated[
-    float, typer.Option(metavar="GB", help="Card of the column 'fits', in 1e9 bytes.", callback=cli.within(above=0))
+    float,
+    typer.Option(
+        "--card-gb", metavar="GB", help="Card of the column 'fits', in 1e9 bytes.", callback=cli.within(above=0)
+    ),
 ]
 HostConfig = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="config.json of another LLaMA instead of LLaMA-2-13B.")
+    Path | None,
+    typer.Option("--host-config", metavar="PATH", help="config.json of another LLaMA instead of LLaMA-2-13B."),
 ]
 ImagesPerSample = Annotated[
-    int, typer.Option(metavar="N", help="Images in the one sample: 2 are a comparison.", callback=cli.within(1, 64))
+    int,
+    typer.Option(
+        "--images-per-sample",
+        metavar="N",
+        help="Images in the one sample: 2 are a comparison.",
+        callback=cli.within(1, 64),
+    ),
 ]
 
 
@@ -37,14 +47,16 @@ def table3(
     resolutions: Resolutions = None,
     images_per_sample: ImagesPerSample = 2,
     text_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens beside the images'.", callback=cli.within(1, 4096))
+        int, typer.Option("--text-tokens", metavar="N", help="Tokens beside the images'.", callback=cli.within(1, 4096))
     ] = 60,
     unit: Annotated[
-        str, typer.Option(metavar="UNIT", help="Show flops, 2 a multiply-add, or macs; the JSON has both.")
+        str, typer.Option("--unit", metavar="UNIT", help="Show flops, 2 a multiply-add, or macs; the JSON has both.")
     ] = "flops",
     dtype: Annotated[
         str,
-        typer.Option(metavar="DTYPE", help=f"Dtype of the 13B host's weights and activations: {', '.join(DTYPES)}."),
+        typer.Option(
+            "--dtype", metavar="DTYPE", help=f"Dtype of the 13B host's weights and activations: {', '.join(DTYPES)}."
+        ),
     ] = "bf16",
     attention: Attentions = None,
     card_gb: CardGB = 32.0,

@@ -23,6 +23,7 @@ def targets(
     compile_minutes: Annotated[
         float | None,
         typer.Option(
+            "--compile-minutes",
             metavar="M",
             help="Time limit for a compiled provider's first result: by default 15, on CUDA 12.",
             callback=cli.within(above=0),

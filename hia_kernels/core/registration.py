@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from . import autocast
 from .backend import BackendTable, block_backend, use_backend
@@ -45,18 +46,29 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
             by name.
     """
 
+    written = _written(name)
+
     def run(*args: Any) -> Any:
         arguments = bind(name, args)
         if check is not None:
             check(**arguments)
         function = table.select(name, arguments)
         if not autocast.is_anywhere_enabled():
-            return function(*args)
-        # what the op was given is in the right dtype; a backward run inside the region must not be cast again
-        with torch._C._ExcludeDispatchKeyGuard(autocast.KEYS):
-            return function(*args)
+            out = function(*args)
+        else:  # what the op was given is in the right dtype; a backward run in the region must not be cast again
+            with torch._C._ExcludeDispatchKeyGuard(autocast.KEYS):
+                out = function(*args)
+        for position in written:  # nothing else tells autograd: the dispatcher doesn't, and kernels write to addresses
+            increment_version(args[position])
+        return out
 
     torch.library.impl(f"hia::{name}", "default")(run)
+
+
+def _written(name: str) -> tuple[int, ...]:
+    """Return the positions of the arguments that ``hia::name`` writes to."""
+    arguments = enumerate(overload(name)._schema.arguments)
+    return tuple(place for place, one in arguments if one.alias_info is not None and one.alias_info.is_write)
 
 
 def packing_unsupported_reasons(device_type: str) -> list[str]:

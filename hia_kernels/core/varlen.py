@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backend import debug_enabled
 
@@ -26,8 +27,12 @@ def cu_seqlens_from_lengths(lengths: Sequence[int], device: torch.device | str =
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to the device; to a GPU through pinned memory, so that the host does not wait for the copy."""
-    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+    """Move a tensor to the device; to a GPU through pinned memory, so that the host does not wait for the copy.
+
+    Tracing and fake tensors leave pinning out: it is no part of a graph, and PyTorch has no fake of it.
+    """
+    crosses = tensor.device.type == "cpu" and device.type == "cuda"
+    if crosses and not torch.compiler.is_compiling() and type(tensor) is Tensor and not is_in_torch_dispatch_mode():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

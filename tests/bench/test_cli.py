@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from typing import Annotated
+from typing import Annotated, get_args, get_type_hints
 
 import pytest
 import torch
@@ -36,6 +36,16 @@ sys.exit("torch" in sys.modules or "numpy" in sys.modules)
     assert done.returncode == 0, done.stderr
     for name in NAMES:
         assert f"python -m bench {name} [OPTIONS]" in done.stdout and f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize("command", [command for commands in COMMANDS.values() for command in commands])
+def test_every_option_is_named(command):
+    """State the name in every option: Typer 0.27 makes one of the metavar where none is stated, such as --TARGET."""
+    for argument, hint in get_type_hints(command, include_extras=True).items():
+        for option in get_args(hint)[1:]:
+            if isinstance(option, typer.models.OptionInfo):
+                first = (option.default, *(option.param_decls or ()))[0]  # what stands first is its "default" here
+                assert isinstance(first, str) and first.startswith("--"), argument
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -41,7 +41,8 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference(tokens, samples, options, dtype, device):
     inputs = make_inputs(tokens, samples, dtype, device, **options)
-    assert_matches(OP, condition_queries, condition_queries_ref, inputs, dtype)
+    in_sequence = {"out": inputs["hidden"].shape[1]}
+    assert_matches(OP, condition_queries, condition_queries_ref, inputs, dtype, in_sequence)
 
 
 def test_backward_is_autograd_of_reference(device):

@@ -85,6 +85,26 @@ def test_any_size(data):
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((1, 1), {}),
+        ((2, 2), {"stride": 2}),
+        ((5, 4), {"channels": (8, 1), "kernel": 1}),
+        ((1, 3), {"channels": (1, 1)}),
+    ],
+    ids=["one-pixel", "to-one-pixel", "to-one-channel", "one-channel"],
+)
+def test_outputs_of_one_pixel_or_channel(size, options, activation):
+    """Add a residual that is NCHW and channels last at once: torch 2.11 can't describe such an output to oneDNN."""
+    inputs = make_inputs(size, F32, images=64, activation=activation, residual=True, **options)
+    residual = inputs["residual"].clone()
+    for run in (lambda given: conv_norm_act(**given), packed_call):
+        assert_forward_matches(run, inputs)
+    assert torch.equal(inputs["residual"], residual)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_scales_of_zero_have_gradients(activation):
     """Start a block's last norm at zero, where the convolution's output cannot be recovered from the result."""
     inputs = make_inputs((6, 5), F32, activation=activation, residual=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import hia_kernels
 from hia_kernels import norm_linear
@@ -219,6 +219,20 @@ class TestChecks:
 
 
 class TestPacking:
+    def test_nothing_fake_is_pinned(self, monkeypatch):
+        """Move fake tensors and trace, with PyTorch's own two steps replaced: they need a build for CUDA."""
+        pinned, cuda = [], torch.device("cuda")
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **options: tensor)
+        with FakeTensorMode() as mode:
+            fake = varlen.to_device(torch.ones(3), cuda)
+        assert isinstance(fake, FakeTensor) and varlen.to_device(fake, cuda) is fake and not pinned
+        with mode:
+            varlen.cu_seqlens_from_lengths([1, 2], "cuda")
+        assert not pinned
+        varlen.to_device(torch.ones(3), cuda)
+        assert len(pinned) == 1
+
     def test_cu_seqlens_from_lengths(self, device):
         cu_seqlens = varlen.cu_seqlens_from_lengths([3, 0, 4], device)
         assert cu_seqlens.dtype == torch.int32 and cu_seqlens.device.type == device

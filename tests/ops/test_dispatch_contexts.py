@@ -2,14 +2,17 @@
 
 import asyncio
 import contextvars
+import gc
+import sys
 import threading
+import weakref
 
 import pytest
 import torch
 
 import hia_kernels
 from hia_kernels import last_backend, use_backend
-from hia_kernels.core import backend
+from hia_kernels.core import backend, callers
 from hia_kernels.core.backend import Backend
 
 
@@ -280,3 +283,48 @@ class TestContexts:
     def test_a_generator_closed_in_another_thread_ends_its_block(self):
         leave_an_ended_block()
         assert backend.requested_backend() == "auto"
+
+
+class TestCallers:
+    """Tests of the caller's context, which PyTorch or :mod:`hia_kernels.core.callers` keeps for a backward pass."""
+
+    class Marker:
+        pass
+
+    def test_it_is_kept_for_the_pass_alone(self):
+        marker, variable = self.Marker(), contextvars.ContextVar("marker")
+        gone, x, seen = weakref.ref(marker), torch.ones(3, requires_grad=True), []
+        x.register_hook(lambda _: seen.append(callers.caller_of_backward(variable) is gone()))
+
+        def call(marker):
+            variable.set(marker)
+            (2 * x).sum().backward()
+
+        contextvars.Context().run(call, marker)
+        del marker
+        assert seen == [True] and gone() is None and callers.caller_of_backward(variable) is None
+
+    def test_no_reference_is_lost(self):
+        """Run often what PyTorch might count wrongly: a lost reference to None ends the process one day."""
+        x = torch.ones(3, requires_grad=True)
+        x.sum().backward()
+        gc.collect()
+        before = sys.getrefcount(None)
+        for _ in range(3000):
+            x.sum().backward()
+        gc.collect()
+        assert abs(sys.getrefcount(None) - before) < 1000
+
+    def test_threads_that_called_backward_end(self):
+        def call():
+            with use_backend("reference"):
+                hia_kernels.linear(x, x).sum().backward()
+                served.append(last_backend("linear"))
+
+        x, served = torch.ones(2, 3, requires_grad=True), []
+        threads = [threading.Thread(target=call) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert served == ["reference"] * 20

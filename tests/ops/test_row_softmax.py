@@ -5,6 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from hia_kernels import row_softmax, row_softmax_
+from hia_kernels.core.backend import Backend
+from hia_kernels.ops.row_softmax.library import BACKENDS
 from hia_kernels.ops.row_softmax.reference import row_softmax_bwd_ref, row_softmax_inplace_ref, row_softmax_ref
 from hia_kernels.testing import FP64_SLACK, analysed, assert_close, upcast
 from tests.inputs import inputs_of
@@ -169,6 +171,27 @@ def test_in_place_is_the_same_and_in_place(dtype, device):
         assert torch.equal(row_softmax_(scores, inputs["scale"]), lse) and torch.equal(scores, p)
         assert scores._version > version  # autograd notices if it had saved it
     assert wide[:, :8].isnan().all() and wide[:, 28:].isnan().all()
+
+
+def test_autograd_notices_what_is_overwritten(monkeypatch):
+    """Write as a kernel does, to an address: the version must rise all the same, of the raw op too."""
+
+    def quiet(scores, scale):
+        scores.detach().numpy()[:] = 0.0
+        return scores.new_zeros(scores.shape[0])
+
+    rows = [Backend("quiet", {"row_softmax_": quiet}), *BACKENDS.backends]
+    monkeypatch.setattr(BACKENDS, "backends", rows)
+    factor = torch.ones(2, 3, requires_grad=True)
+    for function in (row_softmax_, torch.ops.hia.row_softmax_):
+        scores = torch.ones(2, 3)
+        version, product = scores._version, scores * factor  # which keeps the scores for factor's gradient
+        function(scores, 1.0)
+        assert scores._version > version and not scores.any()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+        with torch.inference_mode():  # its tensors have no version
+            function(torch.ones(2, 3), 1.0)
 
 
 def test_rows_are_independent(device):

@@ -7,7 +7,7 @@ from hia_kernels import last_backend, row_softmax, row_softmax_, use_backend
 from hia_kernels.core import triton_support
 from hia_kernels.ops.row_softmax import library
 from hia_kernels.ops.row_softmax.reference import row_softmax_bwd_ref, row_softmax_ref
-from hia_kernels.testing import assert_close, upcast
+from hia_kernels.testing import analysed, assert_close, upcast
 from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward, opcheck
 from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
@@ -54,15 +54,33 @@ def test_fp32_scores_half_probabilities(columns, dtype, triton_device):
     assert_close("dscores", got["dscores"], exact["dscores"], plain["dscores"], dtype=dtype, slack=4)
 
 
+def inside_nan(scores, margin):
+    """Return a tensor of NaN and the view inside it, ``margin`` columns from either side, that holds the scores."""
+    rows, columns = scores.shape
+    wide = torch.full((rows, columns + 2 * margin), float("nan"), device=scores.device, dtype=scores.dtype)
+    return wide, wide[:, margin : margin + columns].copy_(scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [70, 20000])
+def test_in_place_in_misaligned_rows(columns, dtype, triton_device):
+    """Write where a vector can't be stored: threads hold other elements then, and sum the row in another order."""
+    inputs = {"scores": make_inputs(2, columns, dtype, triton_device)["scores"], "scale": 0.5}
+    exact, plain = row_softmax_ref(**analysed(inputs, dtype)), row_softmax_ref(**inputs)
+    wide, scores = inside_nan(inputs["scores"], 3)
+    lse = row_softmax_(scores, 0.5)
+    assert_close("lse", lse, exact[1], plain[1], dtype=torch.float32)
+    assert_close("p", scores, exact[0], plain[0], dtype=dtype)
+    assert wide[:, :3].isnan().all() and wide[:, 3 + columns :].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [70, 20000, 65536])
 def test_in_place_gives_the_same_bits_and_touches_nothing_else(columns, dtype, triton_device):
-    wide = torch.full((2, columns + 7), float("nan"), device=triton_device, dtype=dtype)
-    inside = slice(3, 3 + columns)
-    scores = wide[:, inside].copy_(make_inputs(2, columns, dtype, triton_device)["scores"])
+    wide, scores = inside_nan(make_inputs(2, columns, dtype, triton_device)["scores"], 16)
     p, lse = row_softmax(scores, 0.5)
-    assert torch.equal(row_softmax_(scores, 0.5), lse) and torch.equal(wide[:, inside], p)
-    assert wide[:, :3].isnan().all() and wide[:, inside.stop :].isnan().all()
+    assert torch.equal(row_softmax_(scores, 0.5), lse) and torch.equal(scores, p)
+    assert wide[:, :16].isnan().all() and wide[:, 16 + columns :].isnan().all()
     column_major = make_inputs(columns, 2, dtype, triton_device)["scores"].T
     p, lse = row_softmax(column_major, 0.5)
     assert torch.equal(row_softmax_(column_major, 0.5), lse) and torch.equal(column_major, p)

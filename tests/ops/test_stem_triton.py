@@ -84,6 +84,7 @@ def test_backward_masks(triton_device):
             plain, exact = stem_bwd_ref(dout, *inputs.values(), mask), stem_bwd_ref(*exact_arguments, mask)
             for name, *grads in zip(("dpixels", "dweight", "dscale", "dshift"), got, exact, plain):
                 assert_close(f"{name} of {mask}", *grads, dtype=F32, slack=4)
+            assert len({grad.untyped_storage().data_ptr() for grad in got if grad.numel()}) == sum(mask)  # none shared
     assert last_backend(OP) == "triton"
 
 

@@ -99,6 +99,12 @@ def _geometry(weight: Tensor, stride: int, pad_rows: bool) -> tuple[list[int], l
     return [pad if pad_rows else 0, pad], [stride, stride], [1, 1], 1
 
 
+def _is_in_both_layouts(residual: Tensor) -> bool:
+    """Tell whether NCHW and channels last are one: torch 2.11 can't describe such an output to oneDNN's sum."""
+    _, rows, columns, channels = residual.shape
+    return channels == 1 or rows * columns == 1
+
+
 def conv_norm_act_packed(
     x: Tensor,
     weight: Tensor,
@@ -109,6 +115,10 @@ def conv_norm_act_packed(
     pad_rows: bool,
 ) -> Tensor:
     """Return [N, OH, OW, OC] of x [N, IH, IW, C], the scale folded into ``weight``, which may be packed."""
+    if residual is not None and _is_in_both_layouts(residual):
+        out = residual.clone(memory_format=torch.contiguous_format)
+        conv_norm_act_packed_inplace(out, x, weight, shift, stride, activation, pad_rows)
+        return out
     geometry = _geometry(weight, stride, pad_rows)
     x_nchw = x.contiguous().permute(0, 3, 1, 2)
     name, algorithm = FUSED[activation]
@@ -127,7 +137,7 @@ def conv_norm_act_packed(
 
 
 def conv_norm_act_packed_inplace(
-    residual: Tensor, x: Tensor, weight: Tensor, shift: Tensor, stride: int, activation: str, pad_rows: bool
+    residual: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, stride: int, activation: str, pad_rows: bool
 ) -> None:
     """Write the result over ``residual``, which is contiguous: a fresh output of this size costs page faults."""
     relu = "relu" if activation == "relu" else None
@@ -135,7 +145,7 @@ def conv_norm_act_packed_inplace(
         residual.permute(0, 3, 1, 2),
         x.contiguous().permute(0, 3, 1, 2),
         weight,
-        shift.to(x.dtype),
+        None if shift is None else shift.to(x.dtype),
         *_geometry(weight, stride, pad_rows),
         "add",
         1.0,

@@ -42,7 +42,8 @@ def _norm_linear_rows_kernel(
         rows = tl.load(row_idx_ptr + offs_r, mask=mask_r, other=0)  # [BLOCK_R]
 
     x = tl.load(x_ptr + rows[:, None] * stride_x_t + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1) / C  # [BLOCK_R]
+    # div_rn: a mere / C is a product, fused with the subtraction where no mean is stored, and y has other bits then
+    mean = tl.div_rn(tl.sum(x, axis=1), tl.zeros((BLOCK_R,), tl.float32) + C)  # [BLOCK_R]
     centred = tl.where(mask, x - mean[:, None], 0.0)  # [BLOCK_R, BLOCK_C]
     rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / C + eps)  # [BLOCK_R]
     if HAS_STATISTICS:

@@ -243,7 +243,7 @@ def _dpixels(dx, pixels, window, std):
 
 
 def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
-    """Return dy or None, and the sums [2, OC] of dz * y and of dz."""
+    """Return dy or None, and the sums [OC] of dz * y and of dz."""
     n, oh, ow, oc = y.shape
     ph, pw = (half(oh), half(ow)) if pool == 3 else (oh, ow)
     block_oc = min(64, max(16, tuning.bucket(oc)))
@@ -272,7 +272,8 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
         BLOCK_OC=block_oc,
         **config,
     )
-    return dy, sums.sum(1)  # second stage of the reduction; PyTorch's sum has one order
+    # second stage of the reduction; PyTorch's sum has one order. Two tensors: results of an op must not share memory
+    return dy, (sums[0].sum(0), sums[1].sum(0))
 
 
 def stem_bwd(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask, out=None):
