@@ -236,11 +236,17 @@ def _step(call: CompositeCall) -> None:
     torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)
 
 
+def forward(call: Call) -> dict[str, Any]:
+    """Run an op without gradients; return what it was given."""
+    inputs = call.inputs(torch_dtype(call.dtype))
+    with torch.no_grad():
+        call.function(**inputs)
+    return inputs
+
+
 def forward_backward(call: Call) -> None:
     """Run an op forward without gradients, then with those of its differentiable arguments."""
-    inputs, function = call.inputs(torch_dtype(call.dtype)), call.function
-    with torch.no_grad():
-        function(**inputs)
+    inputs, function = forward(call), call.function
     leaves = {name: inputs[name].detach().requires_grad_() for name in call.differentiable if _is_leaf(inputs[name])}
     if not leaves:
         return

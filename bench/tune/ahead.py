@@ -11,7 +11,7 @@ from hia_kernels.ops.conv_norm_act import inputs as convolution
 from ..launches.compile import compile_all
 from ..launches.device import TARGETS, Target
 from ..launches.record import Launch, recorded
-from ..launches.workloads import ROWS, call_of, forward_backward
+from ..launches.workloads import ROWS, call_of, forward, forward_backward
 from ..progress import Progress
 from ..workloads import Workload
 from .search import Tuned, candidates, recording, using
@@ -58,7 +58,7 @@ def _calls(task: Task, dtype: str) -> Iterable[Callable[[], None]]:
         def run(row: str = row) -> None:
             try:
                 with hia_kernels.use_backend(row):
-                    forward_backward(call)
+                    forward_backward(call) if isinstance(task, Workload) else forward(call)
             except NotImplementedError:  # the row can't serve the call, and will not be tried either
                 return
 
