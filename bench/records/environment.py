@@ -16,6 +16,7 @@ PACKAGES = ("torch", "transformers", "triton", "numpy", "hia-kernels")
 REPOSITORY = Path(__file__).resolve().parents[2]
 # what the benchmarks write themselves: an earlier step's records don't make a later step's code another one
 OUTPUTS = ("bench/results", "docs/benchmarks")
+COMMIT_VARIABLE = "BENCH_COMMIT"
 SHORT = 12  # characters of a commit
 typed: list[str] = []  # the arguments of the command that is running; bench.cli sets them
 
@@ -62,8 +63,7 @@ def describe(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": git_or_none("rev-parse", "HEAD"),
-        "dirty": dirty(),
+        **revision(),
         "command": command(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -72,6 +72,18 @@ def describe(device: str) -> dict[str, Any]:
         environment |= {"cuda": torch.version.cuda, "gpu_memory_bytes": properties.total_memory}
         environment |= {"cudnn": torch.backends.cudnn.version(), **_gpu_facts(properties)}
     return environment
+
+
+def revision() -> dict[str, Any]:
+    """Return the commit of this checkout, and whether it differs from it.
+
+    Where the files were copied to another machine without their repository, ``BENCH_COMMIT`` names the commit that they
+    are exactly those of.
+    """
+    named = os.environ.get(COMMIT_VARIABLE)
+    if named:
+        return {"commit": named, "dirty": False}
+    return {"commit": git_or_none("rev-parse", "HEAD"), "dirty": dirty()}
 
 
 def dirty() -> bool | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import callers, settings
+from . import settings
 
 AUTO = "auto"
 REFERENCE = "reference"
@@ -175,18 +175,33 @@ _entered: ContextVar[None] = ContextVar("hia_backend_entered")  # its tokens tel
 _served: ContextVar[Mapping[str, list[str]]] = ContextVar("hia_backend_served", default=MappingProxyType({}))
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _caller_of_backward(variable: ContextVar[Any]) -> Any:
+    """Return a variable's value where ``backward()`` was called; None if that can't be told.
+
+    Autograd runs the gradients of CUDA tensors on threads of its own, and those of compiled functions in a copy of the
+    caller's context, which PyTorch keeps for them.
+    """
+    if not _in_backward() or not torch._C._is_key_in_tls("context"):
+        return None
+    return torch._C._get_obj_in_tls("context").get(variable)
+
+
 def _not_ended(blocks: tuple[_Block, ...] | None) -> tuple[_Block, ...]:
     return tuple(block for block in blocks if not block.ended) if blocks else ()
 
 
 def _forcing_blocks() -> tuple[_Block, ...]:
-    return _not_ended(_blocks.get()) or _not_ended(callers.caller_of_backward(_blocks))
+    return _not_ended(_blocks.get()) or _not_ended(_caller_of_backward(_blocks))
 
 
 def _note(op: str, name: str) -> None:
     """Keep who served ``op``, for :func:`last_backend`."""
-    if callers.in_backward():
-        cell = (callers.caller_of_backward(_served) or _served.get()).get(op)
+    if _in_backward():
+        cell = (_caller_of_backward(_served) or _served.get()).get(op)
         if cell is not None:
             cell[0] = name
             return

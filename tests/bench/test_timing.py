@@ -125,6 +125,14 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_commit_of_copied_files_can_be_named(monkeypatch):
+    """A machine that got the files without their repository, or with an old one, can't know it."""
+    monkeypatch.setenv("BENCH_COMMIT", "0123abc")
+    assert environment.revision() == {"commit": "0123abc", "dirty": False}
+    monkeypatch.setenv("BENCH_COMMIT", "")
+    assert environment.revision()["commit"] != "0123abc"
+
+
 def test_records_of_an_earlier_step_are_no_uncommitted_changes(checkout):
     assert environment.describe("cpu")["dirty"] is False
     (checkout / "bench" / "results" / "a-cpu" / "kernels.json").write_text("after")

@@ -2,17 +2,14 @@
 
 import asyncio
 import contextvars
-import gc
-import sys
 import threading
-import weakref
 
 import pytest
 import torch
 
 import hia_kernels
 from hia_kernels import last_backend, use_backend
-from hia_kernels.core import backend, callers
+from hia_kernels.core import backend
 from hia_kernels.core.backend import Backend
 
 
@@ -28,6 +25,13 @@ def leave_an_ended_block():
     thread = threading.Thread(target=generator.close)
     thread.start()
     thread.join()
+
+
+# PyTorch before 2.13 keeps no context of who called backward() for the threads that run it
+knows_the_caller = pytest.mark.skipif(
+    "_stash_obj_in_tls" not in torch.autograd.graph._engine_run_backward.__code__.co_names,
+    reason="this PyTorch's threads don't know who called backward",
+)
 
 
 class TestContexts:
@@ -204,6 +208,7 @@ class TestContexts:
             out.sum().backward()
         assert last_backend("linear") == "cpu"
 
+    @knows_the_caller
     @pytest.mark.parametrize("before", [lambda: None, leave_an_ended_block], ids=["fresh", "after an ended block"])
     def test_on_a_thread_of_autograd(self, before):
         """See a context of its own on PyTorch's own thread, and the one that ``backward`` was called from."""
@@ -233,6 +238,7 @@ class TestContexts:
         hia_kernels.linear(dout, dout)
         return dout
 
+    @knows_the_caller
     @pytest.mark.gpu
     def test_gradients_on_a_gpu(self):
         x = torch.ones(2, 3, requires_grad=True, device="cuda")
@@ -283,48 +289,3 @@ class TestContexts:
     def test_a_generator_closed_in_another_thread_ends_its_block(self):
         leave_an_ended_block()
         assert backend.requested_backend() == "auto"
-
-
-class TestCallers:
-    """Tests of the caller's context, which PyTorch or :mod:`hia_kernels.core.callers` keeps for a backward pass."""
-
-    class Marker:
-        pass
-
-    def test_it_is_kept_for_the_pass_alone(self):
-        marker, variable = self.Marker(), contextvars.ContextVar("marker")
-        gone, x, seen = weakref.ref(marker), torch.ones(3, requires_grad=True), []
-        x.register_hook(lambda _: seen.append(callers.caller_of_backward(variable) is gone()))
-
-        def call(marker):
-            variable.set(marker)
-            (2 * x).sum().backward()
-
-        contextvars.Context().run(call, marker)
-        del marker
-        assert seen == [True] and gone() is None and callers.caller_of_backward(variable) is None
-
-    def test_no_reference_is_lost(self):
-        """Run often what PyTorch might count wrongly: a lost reference to None ends the process one day."""
-        x = torch.ones(3, requires_grad=True)
-        x.sum().backward()
-        gc.collect()
-        before = sys.getrefcount(None)
-        for _ in range(3000):
-            x.sum().backward()
-        gc.collect()
-        assert abs(sys.getrefcount(None) - before) < 1000
-
-    def test_threads_that_called_backward_end(self):
-        def call():
-            with use_backend("reference"):
-                hia_kernels.linear(x, x).sum().backward()
-                served.append(last_backend("linear"))
-
-        x, served = torch.ones(2, 3, requires_grad=True), []
-        threads = [threading.Thread(target=call) for _ in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert served == ["reference"] * 20

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.tuning import cdiv
 
 
 @triton.jit(do_not_specialize=["B", "M"])
@@ -82,11 +83,11 @@ def _sums(dout, wants_shift, wants_queries):
     B, M, D = dout.shape
     heuristic = {"BLOCK_M": 16, "BLOCK_D": 128, "num_warps": 4}
     config = tuning.pick("condition_queries", f"sums-d{tuning.bucket(D)}", dout.device, heuristic)
-    blocks = triton.cdiv(M, config["BLOCK_M"])
+    blocks = cdiv(M, config["BLOCK_M"])
     partial = torch.empty(blocks, B, D, device=dout.device) if wants_shift else None
     dqueries = torch.empty(M, D, dtype=dout.dtype, device=dout.device) if wants_queries else None
     if M and D and (wants_shift or wants_queries):
-        _condition_queries_bwd_sums_kernel[(blocks, triton.cdiv(D, config["BLOCK_D"]))](
+        _condition_queries_bwd_sums_kernel[(blocks, cdiv(D, config["BLOCK_D"]))](
             dout_ptr=dout,
             partial_ptr=partial,
             dqueries_ptr=dqueries,
@@ -109,7 +110,7 @@ def _dhidden(drows, row_idx, hidden):
         return dhidden
     heuristic = {"BLOCK_T": 4, "BLOCK_C": 512, "num_warps": 4}
     config = tuning.pick("condition_queries", f"dhidden-c{tuning.bucket(C)}", hidden.device, heuristic)
-    _condition_queries_bwd_dhidden_kernel[(triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"]))](
+    _condition_queries_bwd_dhidden_kernel[(cdiv(T, config["BLOCK_T"]), cdiv(C, config["BLOCK_C"]))](
         drows_ptr=drows,
         row_idx_ptr=row_idx.contiguous(),
         dhidden_ptr=dhidden,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 
 
 @triton.jit(do_not_specialize=["B", "M"])
@@ -82,7 +83,7 @@ def condition_queries_fwd(hidden, row_idx, weight, bias, queries):
     if out.numel() == 0:
         return out
     config = _config(hidden, B, C, D)
-    _condition_queries_fwd_kernel[(triton.cdiv(B, config["BLOCK_B"]), triton.cdiv(D, config["BLOCK_D"]))](
+    _condition_queries_fwd_kernel[(cdiv(B, config["BLOCK_B"]), cdiv(D, config["BLOCK_D"]))](
         hidden_ptr=hidden,
         row_idx_ptr=row_idx.contiguous(),
         weight_ptr=weight,

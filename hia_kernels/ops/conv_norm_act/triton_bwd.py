@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.cudnn import convolution_backward
+from ...core.tuning import cdiv
 from .triton_fwd import (
     conv_tile,
     gelu_cdf,
@@ -148,7 +149,7 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
         mode = "bwd-y"
     key = tuning_key(mode, pixels, c, oc, kernel, stride, x.dtype)
     config = tuning.pick("conv_norm_act", key, x.device, heuristic)
-    tiles_m = triton.cdiv(pixels, config["BLOCK_M"])
+    tiles_m = cdiv(pixels, config["BLOCK_M"])
 
     wanted = [output_mask[0] or output_mask[1], output_mask[4], output_mask[2], output_mask[3]]
     like = [(out.shape, x.dtype)] * 2 + [((n * tiles_m, oc), torch.float32)] * 2
@@ -157,7 +158,7 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
         for want, (shape, dtype) in zip(wanted, like, strict=True)
     )
     flags = dict(zip(("HAS_DY", "HAS_DRESIDUAL", "HAS_DSCALE", "HAS_DSHIFT"), wanted, strict=True))
-    _conv_norm_act_bwd_kernel[(n * tiles_m * triton.cdiv(oc, config["BLOCK_OC"]),)](
+    _conv_norm_act_bwd_kernel[(n * tiles_m * cdiv(oc, config["BLOCK_OC"]),)](
         dout_ptr=dout,
         x_ptr=x,
         weight_ptr=weight,

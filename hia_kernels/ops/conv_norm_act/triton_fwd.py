@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 from .triton_tiles import MAX_SPLITS, block_sizes, is_even, tuning_key
 
 
@@ -325,8 +326,8 @@ def _launch_epilogue(y, out, scale, shift, residual, activation, splits, block_o
     """Add up ``y``, [splits, N, OH, OW, OC], and apply the epilogue; ``y`` may be ``out`` itself."""
     n, oh, ow, oc = out.shape
     pixels = oh * ow
-    tiles_m = triton.cdiv(pixels, 32)
-    _conv_norm_act_reduce_kernel[(n * tiles_m * triton.cdiv(oc, block_oc),)](
+    tiles_m = cdiv(pixels, 32)
+    _conv_norm_act_reduce_kernel[(n * tiles_m * cdiv(oc, block_oc),)](
         partial_ptr=y,
         scale_ptr=scale.contiguous(),
         shift_ptr=shift.contiguous(),
@@ -383,8 +384,8 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
         "OC": oc,
         **strides_of("residual", *((0, 0, 0) if residual is None else residual.stride()[:3])),
     }
-    tiles_m = triton.cdiv(pixels, config["BLOCK_M"])
-    _conv_norm_act_fwd_kernel[(n * tiles_m * triton.cdiv(oc, block_oc), splits)](
+    tiles_m = cdiv(pixels, config["BLOCK_M"])
+    _conv_norm_act_fwd_kernel[(n * tiles_m * cdiv(oc, block_oc), splits)](
         x_ptr=x,
         weight_ptr=weight,
         scale_ptr=scale,

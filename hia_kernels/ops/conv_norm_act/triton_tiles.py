@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
-import triton
 
 from ...core import tuning
+from ...core.tuning import cdiv
 
 MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that the order of a sum depends on no device
 MAX_SPLITS = 8
@@ -19,12 +19,25 @@ TILES = ((128, 256), (128, 128), (128, 64), (64, 64))
 
 
 def block_sizes(pixels, c, oc, kernel, itemsize, device, *, max_splits=1, narrow=True):
+    """Choose as :func:`blocks_for`, on the device's generation."""
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return dict(blocks_for(pixels, c, oc, kernel, itemsize, generation, max_splits, narrow))
+
+
+@lru_cache(maxsize=4096)
+def blocks_for(pixels, c, oc, kernel, itemsize, generation, max_splits, narrow):
     """Choose tile, warps and splits of a convolution from one image's sizes: batching must change no bit.
 
     Before Hopper, a product's operands are in registers too: with four warps, the 128 x 64 tile of a 1 x 1 convolution
     with a residual would spill, so it gets eight.
 
     Args:
+        pixels: of one image's output.
+        c: channels in.
+        oc: channels out.
+        kernel: its side.
+        itemsize: bytes of an element.
+        generation: major compute capability.
         max_splits: of the sum; 1 where nothing adds them up.
         narrow: at most 128 channels, because the epilogue needs registers of its own.
     """
@@ -32,7 +45,6 @@ def block_sizes(pixels, c, oc, kernel, itemsize, device, *, max_splits=1, narrow
         blocks = {"BLOCK_M": 64, "BLOCK_OC": min(64, max(16, tuning.bucket(oc))), "BLOCK_C": 16}
         splits = min(max_splits, _splits(pixels, c, oc, kernel, blocks))
         return {**blocks, "SPLITS": splits, "num_warps": 4, "num_stages": 3}
-    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     block_c = min(64, max(16, tuning.bucket(c)))
     steps = _steps(c, kernel, block_c)
     widest = 128 if narrow or generation != 9 or torch.version.hip else 256  # 128 x 256 would spill elsewhere
@@ -65,10 +77,10 @@ def cycles(pixels, oc, steps, block_c, block_m, block_oc, splits):
 
     Device memory is left out: it serves every tile alike.
     """
-    blocks, steps = _tiles(pixels, oc, block_m, block_oc) * splits, triton.cdiv(steps, splits)
+    blocks, steps = _tiles(pixels, oc, block_m, block_oc) * splits, cdiv(steps, splits)
     read = steps * (block_m + block_oc) * block_c * 2  # bytes of a block
     written = block_m * block_oc * (2 if splits == 1 else 4)
-    rounds = triton.cdiv(blocks, MULTIPROCESSORS)  # blocks of the busiest multiprocessor
+    rounds = cdiv(blocks, MULTIPROCESSORS)  # blocks of the busiest multiprocessor
     together = blocks * (read + written) / (MULTIPROCESSORS * TOGETHER)
     alone = rounds * max((read + written) / ALONE, steps * block_m * block_oc * block_c / PRODUCTS)
     reduced = ANOTHER_KERNEL + splits * pixels * oc * 4 / (MULTIPROCESSORS * TOGETHER) if splits > 1 else 0
@@ -76,11 +88,11 @@ def cycles(pixels, oc, steps, block_c, block_m, block_oc, splits):
 
 
 def _steps(c, kernel, block_c):
-    return kernel * kernel * triton.cdiv(c, block_c)
+    return kernel * kernel * cdiv(c, block_c)
 
 
 def _tiles(pixels, oc, block_m, block_oc):
-    return triton.cdiv(pixels, block_m) * triton.cdiv(oc, block_oc)
+    return cdiv(pixels, block_m) * cdiv(oc, block_oc)
 
 
 def _splits(pixels, c, oc, kernel, blocks):

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 from .triton_fwd import BLOCK_NAMES, LOG2E, blocks_of, is_fused
 from .triton_split import (
     combine,
@@ -326,9 +327,9 @@ def _lse_and_delta(dout, out, lse, dlse, factor):
     """Return lse * factor and delta, [H, 2, Tq] fp32."""
     tokens, heads, head_dim = dout.shape
     lse_delta = torch.empty((heads, 2, tokens), dtype=torch.float32, device=dout.device)
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = tuning.bucket(head_dim)
     block_t = max(1, 4096 // block_d)  # 32 elements a thread
-    _cross_attention_delta_kernel[(triton.cdiv(tokens, block_t), heads)](
+    _cross_attention_delta_kernel[(cdiv(tokens, block_t), heads)](
         dout_ptr=dout,
         out_ptr=out,
         lse_ptr=lse.contiguous(),
@@ -368,7 +369,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
     }
 
     config = _config("dq", DQ_BLOCKS, q)
-    tiles_m = triton.cdiv(max_seqlens[0], config["BLOCK_M"])
+    tiles_m = cdiv(max_seqlens[0], config["BLOCK_M"])
     heuristic = split_heuristic(q, config["BLOCK_M"], 1, resident_programs(config))
     splits = heuristic.count(max_seqlens[1])
     partial = partial_results(splits, dq)[0]
@@ -385,7 +386,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
         combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), heuristic, natural=False)
 
     config = _config("dkv", DKV_BLOCKS, q)
-    tiles_n = triton.cdiv(max_seqlens[1], config["BLOCK_N"])
+    tiles_n = cdiv(max_seqlens[1], config["BLOCK_N"])
     _cross_attention_bwd_dkv_kernel[(tiles_n * batch_heads,)](
         dk_ptr=dk, dv_ptr=dv, tiles_n=tiles_n, **options, **config
     )

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 from .triton_split import (
     combine,
     count_splits,
@@ -248,7 +249,7 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     q, k, v = row_contiguous(q, k, v)
     tokens, heads, head_dim = q.shape
     config = _config(q)
-    tiles_m = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
+    tiles_m = cdiv(max_seqlen_q, config["BLOCK_M"])
     heuristic = split_heuristic(q, config["BLOCK_M"], 1, resident_programs(config))
     splits = heuristic.count(max_seqlen_k)
     partial, partial_m, partial_l = partial_results(splits, out)

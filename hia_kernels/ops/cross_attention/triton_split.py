@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ...core import tuning
+from ...core.tuning import cdiv
+
 LARGE_SHARED = 200 * 1024  # bytes of shared memory a block: Hopper and Blackwell have 227 KiB, others 163 or 99 KiB
 MAX_SPLITS = 16
 TYPICAL_QUERIES = 256  # queries assumed of a sequence when its splits are chosen: an image's in HiA
@@ -215,9 +218,9 @@ def combine(partial, stats, out, lse, packing, heuristic, *, natural):
     tokens, heads, head_dim = out.shape
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q = packing
     partial_m, partial_l = (None, None) if stats is None else stats
-    block_d = min(128, triton.next_power_of_2(head_dim))
-    tiles_t = triton.cdiv(max_seqlen_q, 16)
-    _cross_attention_combine_kernel[(tiles_t * (cu_seqlens_q.numel() - 1), heads, triton.cdiv(head_dim, block_d))](
+    block_d = min(128, tuning.bucket(head_dim))
+    tiles_t = cdiv(max_seqlen_q, 16)
+    _cross_attention_combine_kernel[(tiles_t * (cu_seqlens_q.numel() - 1), heads, cdiv(head_dim, block_d))](
         partial_ptr=partial,
         partial_m_ptr=partial_m,
         partial_l_ptr=partial_l,

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 from .triton_split import family_of, tuning_key
 
 WORKSPACE = 64 * 2**20  # bytes of probabilities stored at once, about an H100's L2; at least one head's are
@@ -84,6 +85,6 @@ def launch_options(config, *names):
 
 def workspace_chunks(batch_heads, batch_head_bytes):
     """Divide the heads of all sequences evenly into chunks that fit the workspace: (first, count) of each."""
-    chunks = max(1, min(batch_heads, triton.cdiv(batch_heads * batch_head_bytes, WORKSPACE)))
-    chunk = triton.cdiv(batch_heads, chunks)
+    chunks = max(1, min(batch_heads, cdiv(batch_heads * batch_head_bytes, WORKSPACE)))
+    chunk = cdiv(batch_heads, chunks)
     return [(first, min(chunk, batch_heads - first)) for first in range(0, batch_heads, chunk)]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 from .triton_split import (
     SplitHeuristic,
     combine,
@@ -209,12 +210,12 @@ def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlen
     heads, head_dim = q.shape[1:]
     config = block_sizes("bwd", q)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    tiles_m, tiles_n = triton.cdiv(max_seqlens[0], block_m), triton.cdiv(max_seqlens[1], block_n)
+    tiles_m, tiles_n = cdiv(max_seqlens[0], block_m), cdiv(max_seqlens[1], block_n)
     shape = tiles_m * block_m, tiles_n * block_n
     chunks = workspace_chunks((cu_seqlens_q.numel() - 1) * heads, 2 * shape[0] * shape[1] * q.element_size())
     batch_heads = chunks[0][1]
     p, ds = q.new_empty(batch_heads, *shape), q.new_empty(batch_heads, *shape)
-    tiles_d = triton.cdiv(head_dim, config["BLOCK_D"])
+    tiles_d = cdiv(head_dim, config["BLOCK_D"])
     heuristic = split_heuristic(q, block_m, tiles_d)
     splits = heuristic.count(max_seqlens[1])
     partial = partial_results(splits, dq)[0]

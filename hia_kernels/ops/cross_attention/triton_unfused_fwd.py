@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 from .triton_split import (
     combine,
     count_splits,
@@ -199,11 +200,11 @@ def unfused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     q, k, v = row_contiguous(q, k, v)
     tokens, heads, head_dim = q.shape
     config = block_sizes("fwd", q)
-    tiles_m, tiles_n = triton.cdiv(max_seqlen_q, config["BLOCK_M"]), triton.cdiv(max_seqlen_k, config["BLOCK_N"])
+    tiles_m, tiles_n = cdiv(max_seqlen_q, config["BLOCK_M"]), cdiv(max_seqlen_k, config["BLOCK_N"])
     rows, columns = tiles_m * config["BLOCK_M"], tiles_n * config["BLOCK_N"]
     chunks = workspace_chunks((cu_seqlens_q.numel() - 1) * heads, rows * columns * q.element_size())
     batch_heads = chunks[0][1]
-    tiles_d = triton.cdiv(head_dim, config["BLOCK_D"])
+    tiles_d = cdiv(head_dim, config["BLOCK_D"])
     heuristic = split_heuristic(q, config["BLOCK_M"], tiles_d)
     splits = heuristic.count(max_seqlen_k)
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.tuning import cdiv
 
 
 @triton.jit(do_not_specialize=["R", "rows_per_split"])
@@ -54,17 +55,17 @@ def _gather(dout, row_idx, dtype, wants_rows, wants_sums):
     config = tuning.pick(
         "inject_rows", f"gather-c{tuning.bucket(C)}", dout.device, {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
     )
-    splits = max(1, min(64, triton.cdiv(R, 4 * config["BLOCK_R"])))
+    splits = max(1, min(64, cdiv(R, 4 * config["BLOCK_R"])))
     sums = torch.empty(splits, C, device=dout.device) if wants_sums else None
     if C and (wants_rows or wants_sums):
-        _inject_rows_bwd_gather_kernel[(triton.cdiv(C, config["BLOCK_C"]), splits)](
+        _inject_rows_bwd_gather_kernel[(cdiv(C, config["BLOCK_C"]), splits)](
             dout_ptr=dout,
             row_idx_ptr=row_idx.contiguous(),
             drows_ptr=drows,
             sums_ptr=sums,
             R=R,
             C=C,
-            rows_per_split=triton.cdiv(R, splits),
+            rows_per_split=cdiv(R, splits),
             stride_dout_t=dout.stride(0),
             HAS_ROWS=wants_rows,
             HAS_SUMS=wants_sums,

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -89,7 +90,7 @@ def _fused_config(update, rows, channels):
     if update.dtype == torch.float32:
         heuristic = {"BLOCK_R": 32, "BLOCK_C": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
     else:  # smaller tiles where larger ones would leave multiprocessors idle
-        wide = triton.cdiv(rows, 128) * triton.cdiv(channels, 128) >= 128
+        wide = cdiv(rows, 128) * cdiv(channels, 128) >= 128
         block_r, block_c = (128, 128) if wide else (64, 64)
         heuristic = {
             "BLOCK_R": block_r,
@@ -111,7 +112,7 @@ def _add_product(hidden, update, weight, bias, row_idx):
     update, weight = _inner_contiguous(update), _inner_contiguous(weight)
     (R, D), C = update.shape, weight.shape[0]
     config = _fused_config(update, R, C)
-    grid = (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(C, config["BLOCK_C"]),)
+    grid = (cdiv(R, config["BLOCK_R"]) * cdiv(C, config["BLOCK_C"]),)
     _inject_rows_fused_kernel[grid](
         update_ptr=update,
         weight_ptr=weight,
@@ -133,7 +134,7 @@ def _add_rows(hidden, projected, row_idx):
     R, C = projected.shape
     heuristic = {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
     config = tuning.pick("inject_rows", f"add-c{tuning.bucket(C)}", hidden.device, heuristic)
-    _inject_rows_add_kernel[(triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(C, config["BLOCK_C"]))](
+    _inject_rows_add_kernel[(cdiv(R, config["BLOCK_R"]), cdiv(C, config["BLOCK_C"]))](
         projected_ptr=projected,
         row_idx_ptr=row_idx,
         hidden_ptr=hidden,

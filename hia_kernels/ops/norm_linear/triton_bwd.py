@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.tuning import cdiv
 from .triton_fwd import normed_rows
 
 IDX_CHUNK = 512  # entries of row_idx compared at a time
@@ -145,11 +146,11 @@ def _dnorm(dy, x, row_idx, mean, rstd):
     R, C = dy.shape
     config = {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
     config = tuning.pick("norm_linear", f"dnorm-c{tuning.bucket(C)}", x.device, config)
-    splits = max(1, min(64, triton.cdiv(R, 4 * config["BLOCK_R"])))
-    rows_per_split = triton.cdiv(R, splits)
+    splits = max(1, min(64, cdiv(R, 4 * config["BLOCK_R"])))
+    rows_per_split = cdiv(R, splits)
     sums = torch.empty(2, splits, C, device=x.device)
     if C:
-        _norm_linear_bwd_dnorm_kernel[(triton.cdiv(C, config["BLOCK_C"]), splits)](
+        _norm_linear_bwd_dnorm_kernel[(cdiv(C, config["BLOCK_C"]), splits)](
             dy_ptr=dy,
             x_ptr=x,
             row_idx_ptr=row_idx,

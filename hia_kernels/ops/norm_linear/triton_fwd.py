@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 
 BLOCK_M = 64  # rows of a fused tile: the fewest that wgmma and tcgen05 take
 
@@ -144,7 +145,7 @@ def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_
     block_c = max(16, tuning.bucket(C))
     heuristic = {"BLOCK_R": max(1, min(16, 2048 // block_c)), "num_warps": min(16, max(4, block_c // 1024))}
     config = tuning.pick("norm_linear", f"rows-c{block_c}", x.device, heuristic)
-    _norm_linear_rows_kernel[(triton.cdiv(R, config["BLOCK_R"]),)](
+    _norm_linear_rows_kernel[(cdiv(R, config["BLOCK_R"]),)](
         x_ptr=x,
         norm_weight_ptr=norm_weight.contiguous(),
         norm_bias_ptr=norm_bias.contiguous(),
@@ -169,7 +170,7 @@ def _fused_config(x, rows, dim):
     if x.dtype == torch.float32:
         heuristic = {"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
     else:  # narrower tiles where wider ones would leave multiprocessors idle
-        block_d = 128 if triton.cdiv(rows, BLOCK_M) * triton.cdiv(dim, 128) >= 128 else 64
+        block_d = 128 if cdiv(rows, BLOCK_M) * cdiv(dim, 128) >= 128 else 64
         heuristic = {"BLOCK_R": BLOCK_M, "BLOCK_D": block_d, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
     key = f"fused-r{tuning.bucket(rows)}-d{tuning.bucket(dim)}-{str(x.dtype).removeprefix('torch.')}"
     return tuning.pick("norm_linear", key, x.device, heuristic)
@@ -185,7 +186,7 @@ def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
     if x.shape[1] == 0:  # no product, and no mean to take
         return out.zero_() if bias is None else out.copy_(bias)
     config = _fused_config(x, R, D)
-    _norm_linear_fused_kernel[(triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(D, config["BLOCK_D"]),)](
+    _norm_linear_fused_kernel[(cdiv(R, config["BLOCK_R"]) * cdiv(D, config["BLOCK_D"]),)](
         x_ptr=x,
         norm_weight_ptr=norm_weight.contiguous(),
         norm_bias_ptr=norm_bias.contiguous(),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.tuning import cdiv
 
 WHOLE_ROW = 16384  # longest row of p and dp kept in registers: 32 values of each in 512 threads
 TILE = 2048  # elements of each that a block of short rows holds
@@ -108,5 +109,5 @@ def row_softmax_bwd(dp, p, scale, dlse=None):
     block_n = max(16, tuning.bucket(N))
     heuristic = {"BLOCK_R": max(1, min(16, TILE // block_n)), "num_warps": min(16, max(4, block_n // 512))}
     config = tuning.pick("row_softmax", key, p.device, heuristic)
-    _row_softmax_bwd_kernel[(triton.cdiv(R, config["BLOCK_R"]),)](**options, R=R, BLOCK_N=block_n, **config)
+    _row_softmax_bwd_kernel[(cdiv(R, config["BLOCK_R"]),)](**options, R=R, BLOCK_N=block_n, **config)
     return ds

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.tuning import cdiv
 
 WHOLE_ROW = 16384  # longest row kept in registers: 32 fp32 values in each of 512 threads
 TILE = 4096  # elements of a block of short rows: 32 in each of 128 threads
@@ -105,7 +106,7 @@ def _launch(scores, p, lse, scale):
     block_n = max(16, tuning.bucket(N))
     heuristic = {"BLOCK_R": max(1, min(16, TILE // block_n)), "num_warps": max(4, block_n // 1024)}
     config = tuning.pick("row_softmax", key, scores.device, heuristic)
-    grid = (triton.cdiv(R, config["BLOCK_R"]),)
+    grid = (cdiv(R, config["BLOCK_R"]),)
     _row_softmax_fwd_kernel[grid](**options, R=R, BLOCK_N=block_n, **config)
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.cudnn import convolution_backward
+from ...core.tuning import cdiv
 from .triton_fwd import convolve
 from .triton_pack import half, pixel_kind, rounded
 
@@ -209,7 +210,7 @@ def _pixelwise_launch(pixels, channels):
     n, ih, iw, _ = pixels.shape
     key = f"pixels-c{channels}-px{tuning.bucket(ih * iw)}"
     config = tuning.pick("stem", key, pixels.device, {"BLOCK": 256, "num_warps": 4})
-    tiles = triton.cdiv(ih * iw, config["BLOCK"])
+    tiles = cdiv(ih * iw, config["BLOCK"])
     return (n * tiles,), {"IW": iw, "size": ih * iw, "tiles": tiles, **_pixel_strides(pixels), **config}
 
 
@@ -249,10 +250,10 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
     block_oc = min(64, max(16, tuning.bucket(oc)))
     key = f"bwd-pool{pool}-px{tuning.bucket(ph * pw)}-{str(y.dtype).removeprefix('torch.')}"
     config = tuning.pick("stem", key, y.device, {"BLOCK": 16, "num_warps": 4})
-    tiles = triton.cdiv(ph * pw, config["BLOCK"])
+    tiles = cdiv(ph * pw, config["BLOCK"])
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device) if has_dy else None
     sums = torch.empty((2, n * tiles, oc), dtype=torch.float32, device=y.device)
-    _stem_bwd_kernel[(n * tiles, triton.cdiv(oc, block_oc))](
+    _stem_bwd_kernel[(n * tiles, cdiv(oc, block_oc))](
         dout_ptr=dout,
         y_ptr=y,
         scale_ptr=scale.contiguous(),

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import dot
+from ...core.tuning import cdiv
 from .triton_pack import half, pack_taps, padded, rounded, tap_of, window_cut
 
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -354,7 +355,7 @@ def _heuristic(pool, channels, taps, itemsize, height, width):
     elif pool == channels == 3:
         config["num_warps"] = 8
     if pool == 3:
-        tiles = triton.cdiv(height, config["BLOCK_R"]) * triton.cdiv(width, config["BLOCK_Q"])
+        tiles = cdiv(height, config["BLOCK_R"]) * cdiv(width, config["BLOCK_Q"])
         config["ROWS"] = next((rows for rows in (16, 8, 4, 2) if tiles >= 2 * MULTIPROCESSORS * rows), 1)
     return config
 
@@ -380,8 +381,8 @@ def _convolve_packed(pixels, window, mean, std, packed, norm, pool):
     key = f"fwd-k{kernel}-pool{pool}-c{channels}-px{tuning.bucket(ph * pw)}-{str(packed.dtype).removeprefix('torch.')}"
     heuristic = _heuristic(pool, channels, taps, packed.element_size(), ph, pw)
     config = tuning.pick("stem", key, pixels.device, heuristic)
-    tiles_r = triton.cdiv(ph, config["BLOCK_R"] * config.get("ROWS", 1))
-    tiles_q = triton.cdiv(pw, config["BLOCK_Q"])
+    tiles_r = cdiv(ph, config["BLOCK_R"] * config.get("ROWS", 1))
+    tiles_q = cdiv(pw, config["BLOCK_Q"])
     options = {
         "x_ptr": x,
         "packed_ptr": packed,
@@ -403,7 +404,7 @@ def _convolve_packed(pixels, window, mean, std, packed, norm, pool):
         **config,
         **{f"stride_x_{dim}": stride for dim, stride in zip("ncr", x.stride(), strict=False)},
     }
-    grid = (n * tiles_r * tiles_q, triton.cdiv(oc, block_oc))
+    grid = (n * tiles_r * tiles_q, cdiv(oc, block_oc))
     if pool == 3:
         _stem_pool_fwd_kernel[grid](**options, PH=ph, PW=pw)
     else:

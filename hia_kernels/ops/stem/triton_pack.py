@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.triton_math import INTERPRETED
+from ...core.tuning import cdiv
 
 PACK_OC = 16  # output channels packed by a program
 PACK_SLOTS = 8  # of them
@@ -194,7 +195,7 @@ def pack_taps(weight, mean, std, sign_of):
     taps = (kernel + 1) ** 2
     packed = torch.empty((PLANES, taps, oc), dtype=weight.dtype, device=weight.device)
     if oc:
-        _stem_pack_kernel[(taps // PACK_SLOTS, triton.cdiv(oc, PACK_OC))](
+        _stem_pack_kernel[(taps // PACK_SLOTS, cdiv(oc, PACK_OC))](
             weight_ptr=weight,
             mean_ptr=mean.contiguous(),
             std_ptr=std.contiguous(),
@@ -218,12 +219,12 @@ def padded(pixels, window, mean, std, kernel, dtype):
     """
     n, ih, iw, channels = pixels.shape
     pairs = half(ih) + kernel // 2
-    columns = triton.cdiv(2 * half(iw) + kernel - 1, 8) * 8
+    columns = cdiv(2 * half(iw) + kernel - 1, 8) * 8
     x = torch.empty((n, channels, pairs, columns, 2), dtype=dtype, device=pixels.device)
     pixels, kind = pixel_kind(pixels)
     key, block = f"pad-c{channels}-w{tuning.bucket(columns)}", 512 if columns <= 2048 else 1024
     config = tuning.pick("stem", key, pixels.device, {"BLOCK": block, "num_warps": 4})
-    tiles = triton.cdiv(columns, config["BLOCK"])
+    tiles = cdiv(columns, config["BLOCK"])
     _stem_pad_kernel[(n * channels * pairs * tiles,)](
         pixels_ptr=pixels,
         window_ptr=window.contiguous(),

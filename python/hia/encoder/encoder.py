@@ -190,7 +190,8 @@ class Encoder(Unit):
         images, windows = [pixels.to(device, non_blocking=True) for pixels in images], windows.to(device)
         executor = self._executor()
         maps: dict[int, Tensor] = {}
-        for group in self._groups(images, max_activation_bytes):
+        live = not executor.weights and self.takes_live_statistics()
+        for group in self._groups(images, max_activation_bytes, live=live):
             pixels, window = _stacked(images, group), _stacked(windows, group)
             maps.update(zip(group, self._encode(pixels, window, executor, max_activation_bytes), strict=True))
         return [maps[index] for index in range(len(images))]
@@ -322,9 +323,9 @@ class Encoder(Unit):
             return whole(pixels, window)
         return executor.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
 
-    def _groups(self, images: Sequence[Tensor], budget: int | None) -> list[list[int]]:
+    def _groups(self, images: Sequence[Tensor], budget: int | None, *, live: bool) -> list[list[int]]:
         """Group the indices of images to encode at once: of one size, and no more than the budget holds."""
-        live, on_cpu = self.takes_live_statistics(), self.conv1.weight.device.type == "cpu"
+        on_cpu = self.conv1.weight.device.type == "cpu"
         if on_cpu and not live and not torch.is_grad_enabled():
             return [[index] for index in range(len(images))]
         alike = of_one_kind(images)
