@@ -167,6 +167,7 @@ def test_the_wheel_is_python_alone_and_typed(built):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"hia_kernels/py.typed", "hia/py.typed"} <= names
+    assert "hia_kernels/core/tuned/nvidia-h100-80gb-hbm3.json" in names, "what was measured is for users, too"
     assert not [name for name in names if name.endswith((".so", ".cpp")) or name.startswith(("bench/", "tests/"))]
     modules = {
         f"{package}/{path.relative_to(folder).as_posix()}"

@@ -20,6 +20,8 @@ from . import settings
 from .backend import backend_names
 
 FOLDER = Path(__file__).with_name("tuned")
+# devices that take another one's measurements where they have no file: the same processor, with other memory
+SIBLINGS = {"nvidia-h200": "nvidia-h100-80gb-hbm3", "nvidia-h200-nvl": "nvidia-h100-80gb-hbm3"}
 Config = Mapping[str, int]  # meta-parameters of a launch: BLOCK_*, num_warps, num_stages
 
 
@@ -60,6 +62,8 @@ def stored_backends(slug: str) -> dict[str, str]:
 
 def _read(slug: str, part: str) -> dict[str, Any]:
     path = FOLDER / f"{slug}.json"
+    if not path.exists() and slug in SIBLINGS:
+        path = FOLDER / f"{SIBLINGS[slug]}.json"
     if not path.exists():
         return {}
     try:

@@ -143,6 +143,17 @@ class TestMeasuredBackend:
         monkeypatch.setenv("HIA_TUNED", "0")
         assert tuning.measured_backend("stem", "k7", self.DEVICE) is None
 
+    def test_a_device_without_a_file_takes_its_siblings(self, a_file, monkeypatch, tmp_path):
+        """An H200 has an H100's processor; its own file comes first once there is one."""
+        monkeypatch.setattr(tuning, "SIBLINGS", {"fake-9001": "fake-9000"})
+        monkeypatch.setattr(tuning, "_slug", lambda _index: "fake-9001")
+        assert tuning.measured_backend("stem", "k7", self.DEVICE) is None
+        a_file('{"configurations": {}, "backends": {"stem/k7": "cudnn"}}')
+        assert tuning.measured_backend("stem", "k7", self.DEVICE) == "cudnn"
+        tuning.stored_backends.cache_clear()
+        (tmp_path / "fake-9001.json").write_text('{"configurations": {}, "backends": {"stem/k7": "triton"}}')
+        assert tuning.measured_backend("stem", "k7", self.DEVICE) == "triton"
+
     def test_a_file_without_backends(self, a_file):
         a_file('{"configurations": {}}')
         assert tuning.measured_backend("stem", "k7", self.DEVICE) is None
