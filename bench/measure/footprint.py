@@ -125,11 +125,12 @@ def footprint(
     Args:
         model: built inside the same fake mode, in eval mode.
         inputs: its keyword arguments; their tensors count as alive throughout.
-        cuda: take the turns of :class:`CudaKernels` and round to the CUDA allocator's granule.
+        cuda: take the turns of :class:`CudaKernels`, round to the CUDA allocator's granule, and let our ops allocate
+            what their kernels do: their results.
         count_flops: False saves a fifth of the time, and ``flops`` is 0.
         granule: bytes; see :class:`StorageMeter`. None means the device's.
     """
-    meter = StorageMeter(granule or (CUDA_GRANULE if cuda else 1))
+    meter = StorageMeter(granule or (CUDA_GRANULE if cuda else 1), fused=cuda)
     meter.track(*model.parameters(), *model.buffers(), *held_beside(model))
     weight_bytes = meter.live
     meter.track(*tensors_in(inputs))

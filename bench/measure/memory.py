@@ -183,20 +183,21 @@ class StorageMeter(MemTracker):
     im2col) is not seen. It adds to ``MemTracker``:
 
     - Sizes are rounded up to ``granule``, on every device.
-    - Under fake tensors an op of the namespace ``hia`` is replaced by the plain PyTorch function behind it: what the
-      implementation allocates inside the op counts too.
+    - Under fake tensors an op of the namespace ``hia`` is replaced by the plain PyTorch function behind it, unless
+      ``fused``: what that allocates inside the op counts too.
     - An op all of whose inputs are real runs for real: token ids and index maps keep their values, so models may read
       them (masks, placeholder counts) as they do outside.
 
     Args:
         granule: bytes; every storage is rounded up to a multiple of it.
+        fused: an op of the namespace ``hia`` allocates its results alone, as its kernels on a GPU do.
     """
 
     kind = "predicted"
 
-    def __init__(self, granule: int = 1) -> None:
+    def __init__(self, granule: int = 1, *, fused: bool = False) -> None:
         super().__init__()
-        self.granule = granule
+        self.granule, self.fused = granule, fused
 
     def track(self, *tensors: Tensor) -> None:
         """Count the storages of these tensors from now on, each once; not inside :meth:`measure`."""
@@ -237,7 +238,7 @@ class StorageMeter(MemTracker):
         """Choose what runs in an op's place."""
         inputs = tensors_in((args, kwargs))
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
-            implementation = _implementation(func, args)
+            implementation = None if self.fused else _implementation(func, args)
 
             def inside(*args: Any, **kwargs: Any) -> Any:
                 with self:

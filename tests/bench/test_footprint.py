@@ -58,6 +58,22 @@ def test_the_implementation_behind_an_op_of_ours_is_seen():
     assert found.peak_bytes >= given + output + 2 * rows
 
 
+def test_a_gpus_kernels_allocate_their_results_alone():
+    import hia_kernels
+
+    class Convolving(nn.Module):
+        def forward(self, x, weight, scale):
+            return hia_kernels.conv_norm_act(x, weight, scale, scale)
+
+    with tracking.fake_mode():
+        x, weight = torch.ones(1, 64, 64, 128, dtype=torch.bfloat16), torch.ones(128, 128, 3, 3, dtype=torch.bfloat16)
+        inputs = {"x": x, "weight": weight, "scale": torch.ones(128)}
+        fused, plain = (tracking.footprint(Convolving(), inputs, cuda=cuda).peak_bytes for cuda in (True, False))
+    out = 64 * 64 * 128 * 2
+    assert fused == (x.numel() + weight.numel()) * 2 + 128 * 4 + out
+    assert plain > fused + 2 * out  # an unfused convolution, its norm and its activation in fp32
+
+
 def test_packed_attention_shows_its_scores():
     import hia_kernels
 

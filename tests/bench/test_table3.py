@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from bench import __main__ as bench
 from bench.measure.footprint import Footprint
 from bench.records import environment
-from bench.table3 import formulas, methods, paper
+from bench.table3 import formulas, methods, paper, prefill
 from bench.table3 import output as table3_output
 from bench.table3 import run as table3
 from bench.table3.prefill import Case, Measured, RunRequest, measure_prefill
@@ -244,6 +245,15 @@ def test_running_out_of_memory_is_a_result():
     assert measured.out_of_memory and measured.prefill_ms is None
     made = table3._measured_row(ROWS[1], measured, 61 * 10**9, Protocol())
     assert (made.memory_bytes, made.fits, made.memory_kind) == (None, False, "out of memory, provoked")
+
+
+@pytest.mark.parametrize(("is_cuda", "expected"), [(True, 81.0), (False, 5000.0)])
+def test_a_first_prefill_that_compiles_gives_no_time(is_cuda, expected, monkeypatch):
+    """A GPU's kernels are compiled in it, for seconds; on a CPU it is slow because the model is."""
+    times = iter((5000.0, 80.0, 82.0, 81.0))
+    monkeypatch.setattr(prefill, "_timer", lambda model, inputs: lambda: next(times))
+    inputs = {"input_ids": SimpleNamespace(is_cuda=is_cuda)}
+    assert measure_prefill(torch.nn.Identity(), inputs, None).prefill_ms == expected
 
 
 def test_slug():

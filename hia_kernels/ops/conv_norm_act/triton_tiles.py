@@ -21,11 +21,11 @@ TILES = ((128, 256), (128, 128), (128, 64), (64, 64))
 def block_sizes(pixels, c, oc, kernel, itemsize, device, *, max_splits=1, narrow=True):
     """Choose as :func:`blocks_for`, on the device's generation."""
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return dict(blocks_for(pixels, c, oc, kernel, itemsize, generation, max_splits, narrow))
+    return dict(blocks_for(pixels, c, oc, kernel, itemsize, generation, bool(torch.version.hip), max_splits, narrow))
 
 
 @lru_cache(maxsize=4096)
-def blocks_for(pixels, c, oc, kernel, itemsize, generation, max_splits, narrow):
+def blocks_for(pixels, c, oc, kernel, itemsize, generation, is_hip, max_splits, narrow):
     """Choose tile, warps and splits of a convolution from one image's sizes: batching must change no bit.
 
     Before Hopper, a product's operands are in registers too: with four warps, the 128 x 64 tile of a 1 x 1 convolution
@@ -38,6 +38,7 @@ def blocks_for(pixels, c, oc, kernel, itemsize, generation, max_splits, narrow):
         kernel: its side.
         itemsize: bytes of an element.
         generation: major compute capability.
+        is_hip: whether an AMD GPU runs it.
         max_splits: of the sum; 1 where nothing adds them up.
         narrow: at most 128 channels, because the epilogue needs registers of its own.
     """
@@ -47,7 +48,7 @@ def blocks_for(pixels, c, oc, kernel, itemsize, generation, max_splits, narrow):
         return {**blocks, "SPLITS": splits, "num_warps": 4, "num_stages": 3}
     block_c = min(64, max(16, tuning.bucket(c)))
     steps = _steps(c, kernel, block_c)
-    widest = 128 if narrow or generation != 9 or torch.version.hip else 256  # 128 x 256 would spill elsewhere
+    widest = 128 if narrow or generation != 9 or is_hip else 256  # 128 x 256 would spill elsewhere
     if steps == 1:  # memory is the limit, and in a block nothing overlaps: several small ones have to
         widest = 64
     widest = min(widest, max(16, tuning.bucket(oc)))
@@ -59,7 +60,7 @@ def blocks_for(pixels, c, oc, kernel, itemsize, generation, max_splits, narrow):
         "BLOCK_C": block_c,
         "SPLITS": splits,
         "num_warps": 8 if block_m * block_oc > four_warps else 4,
-        "num_stages": 2 if torch.version.hip else max(2, min(4, steps)),
+        "num_stages": 2 if is_hip else max(2, min(4, steps)),
     }
 
 

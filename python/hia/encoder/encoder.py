@@ -323,7 +323,7 @@ class Encoder(Unit):
             return whole(pixels, window)
         return executor.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
 
-    def _groups(self, images: Sequence[Tensor], budget: int | None, *, live: bool) -> list[list[int]]:
+    def _groups(self, images: Sequence[Tensor], budget: int | None, *, live: bool = False) -> list[list[int]]:
         """Group the indices of images to encode at once: of one size, and no more than the budget holds."""
         on_cpu = self.conv1.weight.device.type == "cpu"
         if on_cpu and not live and not torch.is_grad_enabled():
