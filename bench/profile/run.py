@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from hia_kernels.core.backend import last_backend
@@ -92,15 +93,17 @@ def call_of(workload: Workload, provider: str, dtype: torch.dtype, device: str, 
 def table(events: Sequence[Any], device: str, rows: int, *, shapes: bool) -> str:
     """Return the largest own times as Markdown, the rest in one line, and their sum."""
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    if device == "cuda":  # an op's own time on the device is its kernels', which have rows of their own
+        events = [event for event in events if event.device_type == DeviceType.CUDA]
     found = sorted(((getattr(event, own) / 1e3, event) for event in events), key=lambda pair: -pair[0])
     total = sum(ms for ms, _ in found)
     rest = sum(ms for ms, _ in found[rows:])
     lines: list[tuple[Any, ...]] = []
     for ms, event in found[:rows]:
         name = f"`{event.key}`" + (f" {[shape for shape in event.input_shapes if shape]}" if shapes else "")
-        lines.append((name, event.count, f"{ms:,.1f}", f"{ms / max(total, 1e-9):.1%}"))
-    lines.append((f"{max(0, len(found) - rows)} more", "", f"{rest:,.1f}", f"{rest / max(total, 1e-9):.1%}"))
-    lines.append(("together", "", f"{total:,.1f}", ""))
+        lines.append((name, event.count, f"{ms:,.4g}", f"{ms / max(total, 1e-9):.1%}"))
+    lines.append((f"{max(0, len(found) - rows)} more", "", f"{rest:,.4g}", f"{rest / max(total, 1e-9):.1%}"))
+    lines.append(("together", "", f"{total:,.4g}", ""))
     return "\n".join(markdown.table(("op", "calls", "ms", "share"), lines))
 
 
@@ -124,5 +127,5 @@ def run(choice: Choice, *, rows: int, shapes: bool) -> str:
     return (
         f"{table(record.key_averages(shapes), choice.device, rows, shapes=shapes)}\n\n"
         f"{choice.provider}{f' ({backend})' if backend else ''}, {choice.mode}, {choice.dtype}; "
-        f"{1e3 * plain:,.1f} ms without the profiler: {environment.line_of(facts)}"
+        f"{1e3 * plain:,.4g} ms without the profiler: {environment.line_of(facts)}"
     )

@@ -16,6 +16,10 @@ def tune(
     op: Annotated[
         list[str] | None, typer.Option("--op", metavar="NAME", help="Tune these ops. By default all.")
     ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option("--case", metavar="NAME", help="At these workloads alone; may be patterns. By default all."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help=f"Dtype of the inputs: {', '.join(DTYPES)}.")
     ] = "bf16",
@@ -53,10 +57,10 @@ def tune(
     what it held of keys that this run does not meet.
     """
     from ..workloads import ops
-    from .run import run
+    from .run import run, tasks_of
 
     chosen = cli.some_of("--op", op or ["*"], ops())
-    dtype = cli.one_of("--dtype", dtype, DTYPES)
+    dtype, tasks = cli.one_of("--dtype", dtype, DTYPES), tasks_of(chosen, case or ())
     cli.device_of("cuda")
     count = jobs or len(os.sched_getaffinity(0))
-    return run(chosen, dtype, minutes=minutes, jobs=count, out=out, record=record)
+    return run(tasks, dtype, minutes=minutes, jobs=count, out=out, record=record)

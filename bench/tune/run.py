@@ -16,6 +16,7 @@ import torch
 from hia_kernels.core import tuning
 from hia_kernels.ops.conv_norm_act import inputs as convolution
 
+from ..cli import some_of
 from ..launches.device import TARGETS
 from ..measure.timing import CudaClock, exact_matmuls, synchronize
 from ..measure.worker import Channel, DeviceFailed, Isolated, Worker
@@ -96,20 +97,30 @@ class Found:
         self.tuned = item
 
 
-def tasks_of(ops: Iterable[str]) -> list[Task]:
+def tasks_of(ops: Iterable[str], cases: Sequence[str] = ()) -> list[Task]:
     """List the tasks of some ops: the encoder's convolutions, then the GPU's workloads; the usual sizes first.
 
     The first task that meets a key decides about it.
+
+    Args:
+        ops: their names.
+        cases: patterns of workloads' names, which alone are taken then; empty takes all.
+
+    Raises:
+        BadOption: no workload of these ops has such a name.
     """
     chosen = set(ops)
     workloads = sorted((one for one in gpu_workloads() if one.op in chosen), key=importance)
+    if cases:
+        names = set(some_of("--case", cases, dict.fromkeys(one.name for one in workloads)))
+        return [one for one in workloads if one.name in names]
     if "conv_norm_act" not in chosen:
         return [*workloads]
     sides = sorted(RESOLUTIONS, key=lambda side: importance(Workload("encode", CASES[f"px{side}"])))
     return [*dict.fromkeys(shape for side in sides for shape in resnet50_shapes(side)), *workloads]
 
 
-def run(ops: Sequence[str], dtype: str, *, minutes: float | None, jobs: int, out: Path | None, record: bool) -> int:
+def run(tasks: Sequence[Task], dtype: str, *, minutes: float | None, jobs: int, out: Path | None, record: bool) -> int:
     """Tune and write.
 
     Returns:
@@ -118,7 +129,7 @@ def run(ops: Sequence[str], dtype: str, *, minutes: float | None, jobs: int, out
     facts = environment.describe("cuda")
     path = out or path_of(facts["device"], record=record)
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    tasks, interrupted = tasks_of(ops), False
+    interrupted = False
     if jobs > 1:
         print_compiled(tasks, dtype, jobs)
     make = partial(Session, dtype)

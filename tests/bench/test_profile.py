@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
 from bench.__main__ import main as bench
 from bench.profile.run import table
@@ -33,8 +34,19 @@ def test_the_rest_is_in_the_sum():
         for name, us in (("a", 1000.0), ("c", 250.0), ("b", 2750.0))
     ]
     text = table(events, "cpu", 1, shapes=False)
-    assert "| `b` | 1 | 2.8 | 68.8% |" in text and "| 2 more |  | 1.2 | 31.2% |" in text
-    assert text.endswith("| together |  | 4.0 |  |")
+    assert "| `b` | 1 | 2.75 | 68.8% |" in text and "| 2 more |  | 1.25 | 31.2% |" in text
+    assert text.endswith("| together |  | 4 |  |")
+
+
+def test_a_kernel_is_counted_once():
+    """PyTorch gives the op that launched it the same time."""
+    events = [
+        SimpleNamespace(key="hia::op", count=1, self_device_time_total=23.45, device_type=DeviceType.CPU),
+        SimpleNamespace(key="_kernel", count=1, self_device_time_total=23.45, device_type=DeviceType.CUDA),
+    ]
+    text = table(events, "cuda", 4, shapes=False)
+    assert "hia::op" not in text and "| `_kernel` | 1 | 0.02345 | 100.0% |" in text
+    assert "| together |  | 0.02345 |  |" in text
 
 
 @pytest.mark.parametrize(

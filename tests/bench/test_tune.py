@@ -204,6 +204,13 @@ def test_usual_sizes_are_tuned_first():
     assert shapes[0].size == (224, 224) and len(shapes) > 80
 
 
+def test_workloads_can_be_named(capsys):
+    named = tune_run.tasks_of(["cross_attention", "conv_norm_act"], ["13b-896-2img:*"])
+    assert [one.name for one in named] == ["13b-896-2img:extract", "13b-896-2img:inject"]
+    assert bench(["tune", "--op", "cross_attention", "--case", "13b-897*"]) == 2
+    assert "--case: must be " in capsys.readouterr().err
+
+
 def test_the_shapes_of_resnet50():
     shapes = resnet50_shapes(224)
     assert len(shapes) == len(set(shapes)) == 24 - 1  # stage 1 enters with its own width
@@ -256,24 +263,21 @@ def run_without_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tune_run.environment, "describe", lambda _device: {"device": "Fake 9000"})
     monkeypatch.setattr(tune_run, "Session", Fake)
     monkeypatch.setattr(tune_run, "Isolated", Inline)
-    names = [types.SimpleNamespace(op="fake", name=name) for name in ("one", "two")]
-    monkeypatch.setattr(tune_run, "tasks_of", lambda ops: names)
+    return [types.SimpleNamespace(op="fake", name=name) for name in ("one", "two")]
 
 
-@pytest.mark.usefixtures("run_without_gpu")
-def test_a_key_that_breaks_the_device_costs_itself_alone(capsys):
-    assert tune_run.run(["fake"], "bf16", minutes=None, jobs=1, out=None, record=False) == 0
+def test_a_key_that_breaks_the_device_costs_itself_alone(run_without_gpu, capsys):
+    assert tune_run.run(run_without_gpu, "bf16", minutes=None, jobs=1, out=None, record=False) == 0
     printed = capsys.readouterr().out
     assert "failed: fake/bad: the device failed (illegal access)" in printed
     assert "fake/one: {'num_warps': 8}, 1.5 times as fast" in printed and "2 of 3 keys" in printed
     found = json.loads((files.OUT / "fake-9000" / "tuned.json").read_text())
     assert set(found["configurations"]) == {"fake/one", "fake/two"} and not tuning.FOLDER.exists()
     assert "--record writes there" in printed
-    assert tune_run.run(["fake"], "bf16", minutes=None, jobs=1, out=None, record=True) == 0
+    assert tune_run.run(run_without_gpu, "bf16", minutes=None, jobs=1, out=None, record=True) == 0
     assert (tuning.FOLDER / "fake-9000.json").exists()
 
 
-@pytest.mark.usefixtures("run_without_gpu")
-def test_tuning_ends_when_the_time_is_over(capsys):
-    assert tune_run.run(["fake"], "bf16", minutes=-1.0, jobs=1, out=None, record=False) == 0
+def test_tuning_ends_when_the_time_is_over(run_without_gpu, capsys):
+    assert tune_run.run(run_without_gpu, "bf16", minutes=-1.0, jobs=1, out=None, record=False) == 0
     assert "the time is over, 2 of 2 tasks were not begun" in capsys.readouterr().out
