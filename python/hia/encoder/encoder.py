@@ -190,7 +190,7 @@ class Encoder(Unit):
         images, windows = [pixels.to(device, non_blocking=True) for pixels in images], windows.to(device)
         executor = self._executor()
         maps: dict[int, Tensor] = {}
-        live = not executor.weights and self.takes_live_statistics()
+        live = False if executor.weights else None  # what was folded holds while no norm takes live statistics
         for group in self._groups(images, max_activation_bytes, live=live):
             pixels, window = _stacked(images, group), _stacked(windows, group)
             maps.update(zip(group, self._encode(pixels, window, executor, max_activation_bytes), strict=True))
@@ -323,8 +323,9 @@ class Encoder(Unit):
             return whole(pixels, window)
         return executor.graphs(whole, pixels, window, self.conv1.weight.dtype, GROUP_PIXELS)
 
-    def _groups(self, images: Sequence[Tensor], budget: int | None, *, live: bool = False) -> list[list[int]]:
+    def _groups(self, images: Sequence[Tensor], budget: int | None, *, live: bool | None = None) -> list[list[int]]:
         """Group the indices of images to encode at once: of one size, and no more than the budget holds."""
+        live = self.takes_live_statistics() if live is None else live
         on_cpu = self.conv1.weight.device.type == "cpu"
         if on_cpu and not live and not torch.is_grad_enabled():
             return [[index] for index in range(len(images))]
