@@ -190,7 +190,8 @@ class StorageMeter(MemTracker):
 
     Args:
         granule: bytes; every storage is rounded up to a multiple of it.
-        fused: an op of the namespace ``hia`` allocates its results alone, as its kernels on a GPU do.
+        fused: an op of the namespace ``hia`` allocates its results alone. Its kernels on a GPU have workspaces beside
+            them, which are small in a forward; a backward's, and fp64's plain forms, are not in it.
     """
 
     kind = "predicted"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,7 +24,7 @@ NOISE = 0.15
 SHORTEST_MS = 0.5  # a repetition on the CPU is at least this long
 SLOW_MS = 200.0
 CACHE_BYTES = 256 * 2**20  # more than any L2
-MAX_AHEAD_MS = 50.0  # of writes before a call: what waits for the device while it is queued would else never end
+MAX_AHEAD_MS = 50.0  # of writes before a call; a longer one is the host's to queue, and waits for it
 
 
 class Clock(Protocol):
@@ -42,14 +43,15 @@ def cpu_clock(call: Callable[[], object], times: int) -> float:
 
 
 class CudaClock:
-    """Time between two events on the current stream: the device's, whatever the host takes to queue a call.
+    """Time between two events on the current stream: the device's, as long as the host is ahead of it.
 
-    What a call takes the host is in its ``dispatch`` rows, and in :meth:`queued_ms`.
+    What a call takes the host is in its ``dispatch`` rows, and in :meth:`queued_ms`. Where that is too long,
+    the device waits for the host within the time, as it does for a user: :meth:`is_host_bound`.
     """
 
     def __init__(self) -> None:
         self._cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
-        self._queued: dict[Callable[[], object], float] = {}  # ms, the shortest so far
+        self._queued: WeakKeyDictionary[Callable[[], object], float] = WeakKeyDictionary()  # ms, the shortest so far
         self._fill_ms = self._time_of_fill()
 
     def _time_of_fill(self) -> float:
@@ -75,13 +77,20 @@ class CudaClock:
         """Return the shortest time that the host took to queue a call, milliseconds; None before it was timed."""
         return self._queued.get(call)
 
+    def is_host_bound(self, call: Callable[[], object], times: int = 1) -> bool:
+        """Tell whether the host needs so long to queue a call that its time is the host's too."""
+        return self._ahead_ms(call, times) > MAX_AHEAD_MS
+
+    def _ahead_ms(self, call: Callable[[], object], times: int) -> float:
+        return 1.5 * times * self._queued.get(call, 0.0)
+
     def __call__(self, call: Callable[[], object], times: int) -> float:
         """Return the calls' mean; ``times`` is 1 where L2 must be cold.
 
         The writes before it flush L2, and last as long as the host needs to queue the calls: else a short kernel's time
-        would be the host's.
+        would be the host's. A call that is bound by the host has one write before it: more would hide a part of it.
         """
-        ahead = min(MAX_AHEAD_MS, 1.5 * times * self._queued.get(call, 0.0))
+        ahead = 0.0 if self.is_host_bound(call, times) else self._ahead_ms(call, times)
         queued = 0.0
 
         def work() -> None:

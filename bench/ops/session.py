@@ -302,6 +302,8 @@ class Measuring:
         extra = {name: value for name, value in known.items() if value is not None}
         if isinstance(self.clock, CudaClock) and mode != "dispatch":
             extra["queued_ms"] = round(self.clock.queued_ms(entry.call) or 0.0, 4)  # what it took the host
+            if self.clock.is_host_bound(entry.call):
+                extra["host_bound"] = True
         extra |= {"first_call_s": round(entry.prepare_s, 3), **entry.bound.notes()}
         return {
             "status": "ok",

@@ -82,7 +82,9 @@ def revision() -> dict[str, Any]:
     """
     named = os.environ.get(COMMIT_VARIABLE)
     if named:
-        return {"commit": named, "dirty": False}
+        if not re.fullmatch(r"[0-9a-f]{7,40}", named):
+            raise ValueError(f"{COMMIT_VARIABLE} must be a commit's hash, got {named!r}")
+        return {"commit": named, "dirty": False, "commit_from": COMMIT_VARIABLE}
     return {"commit": git_or_none("rev-parse", "HEAD"), "dirty": dirty()}
 
 

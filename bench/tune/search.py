@@ -153,9 +153,7 @@ def tune_key(
         return
     best = min(medians, key=lambda text: medians[text])
     if medians[usual] > (1 + GAIN) * medians[best]:
-        tuned.configurations[name] = {
-            part: value for part, value in fitting[best].items() if tuned.seen[name].get(part) != value
-        }
+        tuned.configurations[name] = fitting[best]  # whole: a key's heuristic may be another one elsewhere
         tuned.gains[name] = round(medians[usual] / medians[best], 3)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 WeightVersion = tuple[tuple[int, int, torch.dtype, torch.device], ...]
 
@@ -23,6 +24,13 @@ def _address(tensor: Tensor) -> int:
     if type(tensor) is nn.Parameter or type(tensor) is Tensor:  # fake ones are of a class of their own
         return tensor.data_ptr()
     return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
+def has_training_norm(module: nn.Module) -> bool:
+    """Tell whether any batch-norm of a module takes the statistics of what it is given."""
+    if module.training and isinstance(module, _BatchNorm):
+        return True
+    return any(has_training_norm(child) for child in module._modules.values() if child is not None)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -128,7 +130,10 @@ def checkout(tmp_path, monkeypatch):
 def test_the_commit_of_copied_files_can_be_named(monkeypatch):
     """A machine that got the files without their repository, or with an old one, can't know it."""
     monkeypatch.setenv("BENCH_COMMIT", "0123abc")
-    assert environment.revision() == {"commit": "0123abc", "dirty": False}
+    assert environment.revision() == {"commit": "0123abc", "dirty": False, "commit_from": "BENCH_COMMIT"}
+    monkeypatch.setenv("BENCH_COMMIT", "main")
+    with pytest.raises(ValueError, match="BENCH_COMMIT must be a commit's hash, got 'main'"):
+        environment.revision()
     monkeypatch.setenv("BENCH_COMMIT", "")
     assert environment.revision()["commit"] != "0123abc"
 
@@ -203,7 +208,7 @@ class FakeEvents:
     def clock(self, fill_ms):
         clock = object.__new__(timing.CudaClock)  # there may be no device to hold its cache
         clock._cache = SimpleNamespace(zero_=lambda: self.order.append("flush"))
-        clock._queued, clock._fill_ms = {}, fill_ms
+        clock._queued, clock._fill_ms = weakref.WeakKeyDictionary(), fill_ms
         return clock
 
 
@@ -228,10 +233,36 @@ def test_the_device_is_busy_as_long_as_the_host_needs_to_queue(monkeypatch):
     assert events.order.count("flush") == 1 and clock.queued_ms(call) == pytest.approx(0.4)
     clock(call, 2)
     assert events.order.count("flush") == 1 + 1 + 10  # one empties L2, ten take 1.5 times what two calls do
-    now[0] += 1.0
-    monkeypatch.setattr(timing, "MAX_AHEAD_MS", 0.3)
-    clock(call, 2)
-    assert events.order.count("flush") == 12 + 1 + 3
+    assert not clock.is_host_bound(call, 2)
+
+
+def test_what_the_host_can_not_be_ahead_of_is_timed_as_it_is(monkeypatch):
+    """Writes that hide a part of the host's time would leave a time that is nobody's."""
+    events, now = FakeEvents(monkeypatch), [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    clock = events.clock(0.125)
+
+    def call():
+        now[0] += 0.1
+
+    clock(call, 1)
+    assert clock.queued_ms(call) == pytest.approx(100) and clock.is_host_bound(call)
+    clock(call, 1)
+    assert events.order.count("flush") == 2
+
+
+def test_the_clock_keeps_no_call_alive(monkeypatch):
+    """A call holds its inputs, on the device."""
+    clock = FakeEvents(monkeypatch).clock(1.0)
+
+    def call():
+        return None
+
+    clock(call, 1)
+    gone = weakref.ref(call)
+    del call
+    gc.collect()
+    assert gone() is None and len(clock._queued) == 0
 
 
 def test_dispatch_waits_before_and_after(monkeypatch):

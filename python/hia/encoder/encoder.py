@@ -17,7 +17,7 @@ from hia_kernels.ops.stem.functional import stem_reach
 from ..config import HiAConfig
 from ..renamed import renamed
 from ..unit import Unit, unit_forward
-from ..versions import WeightVersion, tensors_of, weight_version_of
+from ..versions import WeightVersion, has_training_norm, tensors_of, weight_version_of
 from . import memory, strips
 from .conv import EncoderConv
 from .executor import ConvExecutor
@@ -207,12 +207,10 @@ class Encoder(Unit):
         self.check_in_place("fold_weights")
         constants = self._normalisation(self.conv1.weight.device)
         convs = {self.conv1: fold_conv(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
-        norms = [self.bn1]
-        for conv, norm in (pair for unit in self.units() for pair in unit.pairs()):
-            convs[conv] = fold_conv(conv, norm)
-            norms.append(norm)
+        for unit in self.units():
+            convs.update({conv: fold_conv(conv, norm) for conv, norm in unit.pairs()})
         self.unfold_weights()
-        self._folded = FoldedEncoder(self.weight_version(), convs, tuple(norms), constants)
+        self._folded = FoldedEncoder(self.weight_version(), convs, constants)
         return self._folded
 
     def unfold_weights(self) -> None:
@@ -290,7 +288,7 @@ class Encoder(Unit):
             self._folded is None
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or any(norm.training for norm in self._folded.norms)
+            or has_training_norm(self)  # of the norms there are now: others may have the same tensors
         ):
             return ConvExecutor()
         folded = self.current()

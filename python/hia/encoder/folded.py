@@ -51,7 +51,6 @@ class FoldedEncoder:
     Attributes:
         version: of the parameters and statistics that they were made from.
         convs: by convolution.
-        norms: folded into them; one that takes live statistics can't be.
         constants: mean and std of the stem, on the device.
         graphs: CUDA graphs of the whole encoder with these weights.
         workspace_cache: memory for activations, kept between images; on the CPU.
@@ -59,7 +58,6 @@ class FoldedEncoder:
 
     version: WeightVersion
     convs: dict[nn.Module, FoldedConv] = field(repr=False)
-    norms: tuple[nn.BatchNorm2d, ...] = field(repr=False)
     constants: tuple[Tensor, Tensor] = field(repr=False)
     graphs: GraphCache = field(default_factory=GraphCache, repr=False)
     workspace_cache: WorkspaceCache = field(default_factory=WorkspaceCache, repr=False)
