@@ -70,6 +70,8 @@ def _scores_of(batch: Rows) -> tuple[int, int]:
 
 def _flash_wins(q: Tensor, batch: Rows) -> bool:
     length_k, scores = _scores_of(batch)
+    if q.shape[1] == 0:  # without a head the flash kernel divides by zero
+        return False
     if scores == 0 or scores > MANY_SCORES:
         return scores > 0
     small = q.shape[2] <= FLASH_HEAD_DIM and length_k <= FLASH_KEYS
