@@ -66,3 +66,11 @@ def test_is_the_references(case):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (3, 0)], ids=["in", "out"])
+def test_a_convolution_without_channels_is_refused(sizes):
+    channels, out_channels = sizes
+    x, weight, ones = torch.ones(2, 5, 4, channels), torch.ones(out_channels, channels, 3, 3), torch.ones(out_channels)
+    with pytest.raises(ValueError, match="hia::conv_norm_act: weight must have at least one channel in and out"):
+        hia_kernels.conv_norm_act(x, weight, ones, ones)
