@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from . import autocast
+from . import autocast, transforms
 from .backend import BackendTable, block_backend, use_backend
 
 
@@ -97,7 +97,7 @@ def differentiate(name: str, backward: Callable[..., Any], setup_context: Callab
         with use_backend(ctx.forced_backend):
             return backward(ctx, *grads)
 
-    torch.library.register_autograd(f"hia::{name}", run, setup_context=setup)
+    transforms.register(name, overload(name), run, setup)
 
 
 def refuse_double_backward(op: str, name: str) -> None:
@@ -106,7 +106,7 @@ def refuse_double_backward(op: str, name: str) -> None:
     def refuse(_ctx: Any, *_grads: Any) -> None:
         raise NotImplementedError(f"hia::{op}: gradients of gradients are not implemented; use create_graph=False")
 
-    torch.library.register_autograd(f"hia::{name}", refuse)
+    transforms.register(op, overload(name), refuse)
 
 
 def overload(name: str) -> torch._ops.OpOverload:

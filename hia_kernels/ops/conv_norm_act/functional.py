@@ -62,6 +62,8 @@ def conv_norm_act(
     check_choice(op, "weight's K", dims["K"], (1, 3))
     if dims["IH"] < 1 or dims["IW"] < 1:
         raise ValueError(f"hia::{op}: x must hold at least one pixel, got shape {list(x.shape)}")
+    if dims["C"] < 1 or dims["OC"] < 1:
+        raise ValueError(f"hia::{op}: weight must have at least one channel in and out, got {list(weight.shape)}")
     if residual is not None:
         expected = [(dims["IH"] - 1) // stride + 1, (dims["IW"] - 1) // stride + 1]
         if [dims["OH"], dims["OW"]] != expected:

@@ -6,6 +6,7 @@ Values are free to read here, so each sequence is served by what was measured to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby, pairwise
 from typing import Any
@@ -69,6 +70,8 @@ def _scores_of(batch: Rows) -> tuple[int, int]:
 
 def _flash_wins(q: Tensor, batch: Rows) -> bool:
     length_k, scores = _scores_of(batch)
+    if q.shape[1] == 0:  # without a head the flash kernel divides by zero
+        return False
     if scores == 0 or scores > MANY_SCORES:
         return scores > 0
     small = q.shape[2] <= FLASH_HEAD_DIM and length_k <= FLASH_KEYS
@@ -115,8 +118,8 @@ def _products_fwd(
             p = _product(q_h, k_h.mT, softmax_scale)  # [heads, Lq, Lk], scores for now
             m_i = None if lse is None else p.amax(-1)
             torch.softmax(p, -1, out=p)
-            if lse is not None:  # the largest probability is 1 / sum(exp(scores - m_i))
-                lse[heads, rows_q] = m_i - p.amax(-1).log_()
+            if lse is not None and m_i is not None:  # the largest probability is 1 / sum(exp(scores - m_i))
+                lse[heads, rows_q] = torch.where(m_i.isinf(), m_i, m_i - p.amax(-1).log_())  # its p is NaN
             _product_into(_heads_first(out, rows_q, heads), p.to(dtype), _heads_first(v, rows_k, heads).to(dtype))
 
 
@@ -124,13 +127,32 @@ def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: floa
     count, rows_q, rows_k = batch
     triple = _batched(q, count, rows_q), _batched(k, count, rows_k), _batched(v, count, rows_k)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*triple, scale=softmax_scale)
-    return _packed(out, q.dtype), lse.transpose(0, 1).flatten(1).contiguous()  # [H, count * Lq]
+    out, lse = _packed(out, q.dtype), lse.transpose(0, 1).flatten(1).contiguous()  # [H, count * Lq]
+    if not lse.all():
+        _mend_masked(q[rows_q], k[rows_k], v[rows_k], count, softmax_scale, out, lse)
+    return out, lse
+
+
+def _mend_masked(q: Tensor, k: Tensor, v: Tensor, count: int, softmax_scale: float, out: Tensor, lse: Tensor) -> None:
+    """Compute again what the flash kernel took for masked: queries whose scores are all NaN or -inf.
+
+    It gives them zeros and an lse of 0, which otherwise only a single key of score 0 has.
+    """
+    batch = (count, slice(0, q.shape[0]), slice(0, k.shape[0]))
+    step = max(1, MANY_SCORES // _scores_of(batch)[0])  # queries whose scores fit, however many there are
+    for rows_q, rows_k in _singles(batch):
+        for first in range(rows_q.start, rows_q.stop, step):
+            rows = slice(first, min(first + step, rows_q.stop))
+            if not lse[:, rows].all():
+                _products_fwd(q, k, v, (1, rows, rows_k), softmax_scale, out, lse)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
+    if math.isnan(softmax_scale):  # which a library's product may leave out
+        q, softmax_scale = torch.full_like(q, math.nan), 1.0
     if len(batches) == 1 and _flash_wins(q, batches[0]):
         return _flash_fwd(q, k, v, batches[0], softmax_scale)
     out = torch.empty(q.shape, dtype=q.dtype)

@@ -129,7 +129,7 @@ def _cross_attention_combine_kernel(
             partial *= alpha[:, None]
         acc += partial
     if HAS_STATS:
-        l_i = tl.where(l_i == 0.0, 1.0, l_i)
+        l_i = tl.where(mask_t, l_i, 1.0)  # there are keys: scores that are all -inf give 0 / 0
         acc /= l_i[:, None]
         if HAS_LSE:
             mask_lse = mask_t & (tl.program_id(2) == 0)

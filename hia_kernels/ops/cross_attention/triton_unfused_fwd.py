@@ -189,7 +189,7 @@ def _cross_attention_values_kernel(
         tl.store(partial_l_ptr + before + row, l_i, mask=is_first)
         tl.store(partial_ptr + before * D + offs_out, acc, mask=mask)
     else:
-        l_i = tl.where(l_i == 0.0, 1.0, l_i)
+        l_i = tl.where(len_k == 0, 1.0, l_i)  # scores that are all -inf give 0 / 0
         if HAS_LSE:
             tl.store(lse_ptr + row, m_i + tl.log2(l_i) * LN2, mask=is_first)
         tl.store(out_ptr + offs_out, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ def head_linear_ref(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Ten
 
 def by_head(dout: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
     """Return the incoming gradient as [n, H, R, D]."""
-    return dout.unflatten(2, (weight.shape[0], -1)).transpose(1, 2) if merge_heads else dout
+    return dout.unflatten(2, weight.shape[:2]).transpose(1, 2) if merge_heads else dout
 
 
 def head_linear_bwd_ref(

@@ -1,0 +1,97 @@
+"""NaN and infinities on the CPU: a fast kernel must not lose what the reference shows."""
+
+import pytest
+import torch
+
+from hia_kernels.core import backend
+from hia_kernels.ops.cross_attention import cpu
+from hia_kernels.testing import assert_close
+from tests.inputs import OPS, inputs_of, small_inputs
+from tests.ops.not_finite import (
+    NAN,
+    PLACES,
+    SPOILT,
+    VALUES,
+    assert_attention_loses_nothing,
+    assert_op_loses_nothing,
+    poisoned,
+    run,
+    spoilt_attention,
+)
+
+F32, BF16 = torch.float32, torch.bfloat16
+FITTING = {  # what the small inputs are not: rows of the extension have panels of 32 channels
+    ("conv_norm_act", "native"): lambda: inputs_of("conv_norm_act")((9, 8), F32, channels=(32, 64)),
+    ("stem", "native"): lambda: inputs_of("stem")((20, 17), F32, out_channels=32),
+}
+ROWS = [(op, row.name) for op in OPS for row in backend.TABLES[op].backends if row.name not in ("triton", "reference")]
+LEFT_OUT = {("stem", "window")}  # checked to be finite
+# oneDNN's ReLU gives 0 for NaN; another pass over the output would cost more than the fusion gains
+WITHOUT_RELU = {("conv_norm_act", "cpu"): {"activation": "gelu"}}
+ATTENTION = [  # by the flash kernel with one call, with several, and by products
+    pytest.param([7], [9], 32, id="flash-one-length"),
+    pytest.param([7, 3, 2, 0], [9, 16, 0, 4], 32, id="flash-ragged"),
+    pytest.param([4], [520], 16, id="flash-more-keys-than-its-block"),
+    pytest.param([7, 3, 2, 0], [9, 16, 0, 4], 144, id="products"),
+]
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize(("lengths_q", "lengths_k", "head_dim"), ATTENTION)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_attention_loses_nothing(lengths_q, lengths_k, head_dim, dtype, how):
+    inputs = spoilt_attention(lengths_q, lengths_k, dtype, how, head_dim=head_dim)
+    assert_attention_loses_nothing(inputs, how, "cpu")
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_attention_with_too_many_scores_to_hold_loses_nothing(how, monkeypatch):
+    monkeypatch.setattr(cpu, "MANY_SCORES", 17)
+    inputs = spoilt_attention([7, 2], [9, 30], F32, how, head_dim=256)
+    assert_attention_loses_nothing(inputs, how, "cpu")
+
+
+def test_other_queries_are_as_they_are_alone():
+    """Compute the queries beside a NaN one, in its sequence and in the next, as without it."""
+    inputs = inputs_of("cross_attention")([7, 7], [9, 9], F32, head_dim=32)
+    spoilt = poisoned(inputs, "q", "element", NAN)  # query 7, head 1
+    whole, partly = (run("cross_attention", _attend, x, "cpu") for x in (inputs, spoilt))
+    assert partly["out"][7, 1].isnan().all()
+    for name in ("out", "lse"):
+        plain, found = whole[name].clone(), partly[name].clone()
+        for x in (plain, found):
+            (x[7, 1] if name == "out" else x[1, 7]).zero_()
+        assert_close(name, found, plain.double(), plain, dtype=F32)
+
+
+def test_a_single_key_of_score_zero_has_an_lse_of_zero():
+    """Take no query for lost whose only key has a score of 0: its result is the value."""
+    inputs = spoilt_attention([3], [1], F32, "q-all-0.0", head_dim=32)
+    with_zero = run("cross_attention", _attend, inputs, "cpu")
+    assert not with_zero["lse"].any()
+    assert torch.equal(with_zero["out"], inputs["v"].expand(3, -1, -1))
+
+
+def _attend(**arguments):
+    return torch.ops.hia.cross_attention_with_lse(*arguments.values(), *_scale(arguments))
+
+
+def _scale(arguments):
+    return () if "softmax_scale" in arguments else (arguments["q"].shape[-1] ** -0.5,)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("op", "name"), ROWS)
+def test_every_row_loses_nothing(op, name, place, value):
+    row = backend.TABLES[op].row(name)
+    if (op, name) in FITTING:
+        inputs = FITTING[op, name]()
+    else:
+        inputs = small_inputs(op, F32) | WITHOUT_RELU.get((op, name), {})
+    reasons = row.unavailable_reasons() or row.unsupported_reasons(op, **inputs)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    for argument, x in inputs.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and (op, argument) not in LEFT_OUT:
+            assert_op_loses_nothing(op, name, inputs, argument, place, value)
