@@ -52,6 +52,10 @@ PREPOSITIONS = (
     "as at behind beside between by for from in inside into of on over since than through to under until with without"
 )
 QUESTIONS = "how if that what when where whether which while who whose why"
+ALLOCATIONS = {
+    f"torch.{name}"
+    for name in ("empty", "zeros", "ones", "full", "tensor", "rand", "randn", "linspace", "eye", "empty_strided")
+}
 OPENERS = {*PREPOSITIONS.split(" "), *QUESTIONS.split(" ")}
 
 
@@ -190,6 +194,24 @@ def test_docstrings_do_not_open_in_the_middle_of_a_sentence():
         if text.split()[0].rstrip(",:;.").lower() in OPENERS
     ]
     assert_none(broken, "a docstring must open with a verb, or with what the thing is")
+
+
+def dtypeless(call: ast.Call) -> str | None:
+    """Name what makes a tensor in the default dtype: PyTorch's function; None where a dtype is given."""
+    name = ast.unparse(call.func)
+    given = any(keyword.arg == "dtype" for keyword in call.keywords)
+    return name if name in ALLOCATIONS and not given else None
+
+
+def test_allocations_have_a_dtype():
+    """Check that ``torch.set_default_dtype``, which a host's loader may have called, changes no buffer."""
+    broken = [
+        f"{source}:{node.lineno}: {name}"
+        for source in LIBRARY
+        for node in source.nodes
+        if isinstance(node, ast.Call) and (name := dtypeless(node))
+    ]
+    assert_none(broken, "a new tensor must have a dtype of its own, not the process's default")
 
 
 def test_numpy_unpickles_nothing():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from . import autocast, transforms
+from . import autocast, overlap, transforms, varlen
 from .backend import BackendTable, block_backend, use_backend
 
 
@@ -46,9 +46,13 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
             by name.
     """
 
-    written = _written(name)
+    written, indices = _written(name), _indices(name)
 
     def run(*args: Any) -> Any:
+        for position, argument in indices:
+            args = varlen.with_index(name, args, position, argument)
+        for one in written:
+            args = one.apart(args)
         arguments = bind(name, args)
         if check is not None:
             check(**arguments)
@@ -58,17 +62,28 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
         else:  # what the op was given is in the right dtype; a backward run in the region must not be cast again
             with torch._C._ExcludeDispatchKeyGuard(autocast.KEYS):
                 out = function(*args)
-        for position in written:  # nothing else tells autograd: the dispatcher doesn't, and kernels write to addresses
-            increment_version(args[position])
+        for one in written:  # nothing else tells autograd: the dispatcher doesn't, and kernels write to addresses
+            increment_version(args[one.position])
         return out
 
     torch.library.impl(f"hia::{name}", "default")(run)
 
 
-def _written(name: str) -> tuple[int, ...]:
-    """Return the positions of the arguments that ``hia::name`` writes to."""
+def _written(name: str) -> tuple[overlap.Written, ...]:
+    """Return the arguments that ``hia::name`` writes to."""
+    arguments = list(enumerate(overload(name)._schema.arguments))
+    tensors = [place for place, one in arguments if "Tensor" in str(one.type)]
+    return tuple(
+        overlap.Written(name, one.name, place, tuple(other for other in tensors if other != place), "packed" in name)
+        for place, one in arguments
+        if one.alias_info is not None and one.alias_info.is_write
+    )
+
+
+def _indices(name: str) -> tuple[tuple[int, str], ...]:
+    """Return the positions and names of the arguments that kernels read as indices."""
     arguments = enumerate(overload(name)._schema.arguments)
-    return tuple(place for place, one in arguments if one.alias_info is not None and one.alias_info.is_write)
+    return tuple((place, one.name) for place, one in arguments if one.name in varlen.INDICES)
 
 
 def packing_unsupported_reasons(device_type: str) -> list[str]:

@@ -120,6 +120,26 @@ def assert_repeatable(op: str, function: Callable[..., Any], inputs: Inputs) -> 
     assert_identical(forward_backward(op, function, inputs), forward_backward(op, function, inputs))
 
 
+def assert_default_dtype_changes_no_bit(op: str, function: Callable[..., Any], inputs: Inputs) -> None:
+    """Run forward and backward as in a process that loads a model in 16 bits, and compare with fp32's bits."""
+    expected = forward_backward(op, function, inputs)
+    for default in HALVES:
+        with default_dtype(default):
+            got = forward_backward(op, function, inputs)
+        assert_identical(got, expected)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Give new tensors this dtype, as loading a model does."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def assert_compiles(op: str, function: Callable[..., Any], inputs: Inputs, backend: str = "aot_eager") -> None:
     """Compile to one graph, forward and backward, with the eager call's bits: the op is opaque to the compiler."""
     torch._dynamo.reset()

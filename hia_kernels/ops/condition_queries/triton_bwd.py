@@ -84,7 +84,7 @@ def _sums(dout, wants_shift, wants_queries):
     heuristic = {"BLOCK_M": 16, "BLOCK_D": 128, "num_warps": 4}
     config = tuning.pick("condition_queries", f"sums-d{tuning.bucket(D)}", dout.device, heuristic)
     blocks = cdiv(M, config["BLOCK_M"])
-    partial = torch.empty(blocks, B, D, device=dout.device) if wants_shift else None
+    partial = torch.empty(blocks, B, D, dtype=torch.float32, device=dout.device) if wants_shift else None
     dqueries = torch.empty(M, D, dtype=dout.dtype, device=dout.device) if wants_queries else None
     if M and D and (wants_shift or wants_queries):
         _condition_queries_bwd_sums_kernel[(blocks, cdiv(D, config["BLOCK_D"]))](

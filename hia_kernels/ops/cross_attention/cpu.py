@@ -156,7 +156,7 @@ def _forward(
     if len(batches) == 1 and _flash_wins(q, batches[0]):
         return _flash_fwd(q, k, v, batches[0], softmax_scale)
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[1], q.shape[0]) if with_lse else None
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32) if with_lse else None
     for batch in batches:
         _, rows_q, rows_k = batch
         if rows_k.start == rows_k.stop:

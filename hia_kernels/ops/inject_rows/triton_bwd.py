@@ -56,7 +56,7 @@ def _gather(dout, row_idx, dtype, wants_rows, wants_sums):
         "inject_rows", f"gather-c{tuning.bucket(C)}", dout.device, {"BLOCK_R": 4, "BLOCK_C": 512, "num_warps": 4}
     )
     splits = max(1, min(64, cdiv(R, 4 * config["BLOCK_R"])))
-    sums = torch.empty(splits, C, device=dout.device) if wants_sums else None
+    sums = torch.empty(splits, C, dtype=torch.float32, device=dout.device) if wants_sums else None
     if C and (wants_rows or wants_sums):
         _inject_rows_bwd_gather_kernel[(cdiv(C, config["BLOCK_C"]), splits)](
             dout_ptr=dout,

@@ -148,7 +148,7 @@ def _dnorm(dy, x, row_idx, mean, rstd):
     config = tuning.pick("norm_linear", f"dnorm-c{tuning.bucket(C)}", x.device, config)
     splits = max(1, min(64, cdiv(R, 4 * config["BLOCK_R"])))
     rows_per_split = cdiv(R, splits)
-    sums = torch.empty(2, splits, C, device=x.device)
+    sums = torch.empty(2, splits, C, dtype=torch.float32, device=x.device)
     if C:
         _norm_linear_bwd_dnorm_kernel[(cdiv(C, config["BLOCK_C"]), splits)](
             dy_ptr=dy,

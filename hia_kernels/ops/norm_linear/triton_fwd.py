@@ -139,7 +139,7 @@ def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_
     x = _inner_contiguous(x)
     R, C = x.shape[0] if row_idx is None else row_idx.shape[0], x.shape[1]
     y = torch.empty(R, C, dtype=x.dtype, device=x.device) if wants_y else None
-    mean, rstd = (torch.empty(R, device=x.device) if wants_statistics else None for _ in range(2))
+    mean, rstd = (torch.empty(R, dtype=torch.float32, device=x.device) if wants_statistics else None for _ in range(2))
     if R == 0 or C == 0:
         return y, mean, rstd
     block_c = max(16, tuning.bucket(C))

@@ -88,7 +88,7 @@ class _Strips:
         start, stop = 2 * first - self.pad, 2 * (last - 1) - self.pad + self.kernel
         rows = stop - start
         if self._buffer is None or self._buffer.shape[1] < rows:
-            self._buffer = torch.zeros(images, rows, width + 2 * self.pad, channels)
+            self._buffer = torch.zeros(images, rows, width + 2 * self.pad, channels, dtype=torch.float32)
         buffer = self._buffer[:, :rows]
         above, inside = max(0, -start), slice(max(0, start), min(height, stop))
         below = above + inside.stop - inside.start

@@ -66,8 +66,8 @@ def make_inputs(
     return {
         "pixels": pixels,
         "window": torch.tensor(windows, dtype=torch.float32).reshape(shape.images, 2).to(device),
-        "mean": torch.tensor(MEAN).to(device),
-        "std": torch.tensor(STD).to(device),
+        "mean": torch.tensor(MEAN, dtype=torch.float32).to(device),
+        "std": torch.tensor(STD, dtype=torch.float32).to(device),
         "weight": draw.normal(out_channels, 3, kernel, kernel, scale=(3 * kernel * kernel) ** -0.5),
         "scale": draw.near_one(out_channels),
         "shift": draw.normal(out_channels, scale=0.5, dtype=draw.statistics),

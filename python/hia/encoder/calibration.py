@@ -42,7 +42,8 @@ class _Moments:
     """Moments of what a norm is given, over all pixels of all images: [C] in fp64."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.count = 0
+        self.total, self.squares = (torch.zeros((), dtype=torch.float64) for _ in range(2))
 
     def add(self, _norm: nn.Module, args: tuple[Any, ...]) -> None:
         """Take in [N, C, H, W]; a forward pre-hook."""

@@ -270,13 +270,17 @@ class Encoder(Unit):
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return mean and std on the device; they are made once, since copying them there makes the host wait."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # not the tensors of a trace
-            return torch.tensor(self.image_mean, device=device), torch.tensor(self.image_std, device=device)
+            return self._constant(self.image_mean, device), self._constant(self.image_std, device)
         key = (device, self.image_mean, self.image_std)
         if key not in self._constants:
             with torch.inference_mode(False):  # training saves them for its backward
-                tensors = [torch.tensor(values, device=device) for values in (self.image_mean, self.image_std)]
-            self._constants[key] = (tensors[0], tensors[1])
+                constants = self._constant(self.image_mean, device), self._constant(self.image_std, device)
+            self._constants[key] = constants
         return self._constants[key]
+
+    @staticmethod
+    def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
     def takes_live_statistics(self) -> bool:
         """Tell whether any norm takes the statistics of what it is given."""

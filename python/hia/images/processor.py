@@ -231,7 +231,7 @@ class HiAProcessor:
         for row, (prompt, answer) in enumerate(rows):
             used = len(prompt) + len(answer)
             start = longest - used if side == "left" else 0
-            input_ids[row, start : start + used] = torch.tensor(prompt + answer)
+            input_ids[row, start : start + used] = torch.tensor(prompt + answer, dtype=torch.int64)
             attention_mask[row, start : start + used] = 1
             labels[row, start + len(prompt) : start + used] = torch.tensor(answer, dtype=torch.int64)
             instruction_index[row] = start + len(prompt) - 1

@@ -50,7 +50,7 @@ class Extractor(Unit):
         self.hidden_size, self.channels = config.hidden_size, config.encoder_channels
         self._shared = (shared,)  # in a tuple, or its parameters would be registered here too
         self._folded: FoldedExtractor | None = None
-        self.queries = nn.Parameter(torch.empty(config.num_queries, dim))
+        self.queries = nn.Parameter(torch.empty(config.num_queries, dim, dtype=torch.get_default_dtype()))  # as nn's
         self.condition = nn.Linear(config.hidden_size, dim) if config.instruction_aware else None
         self.feature_projection = nn.Linear(channels, dim)
         self.query_norm = nn.LayerNorm(dim)

@@ -71,7 +71,7 @@ class Injection(Unit):
         self.q_proj = nn.Linear(config.hidden_size, dim)
         self.kv_proj = nn.Linear(dim, 2 * dim)
         self.out_proj = nn.Linear(dim, config.hidden_size)
-        self.gate = nn.Parameter(torch.zeros(1)) if config.gate == "tanh" else None
+        self.gate = nn.Parameter(torch.zeros(1, dtype=torch.get_default_dtype())) if config.gate == "tanh" else None
         self.post_norm = nn.LayerNorm(config.hidden_size) if config.norms == "pre_post" else None
         self.reset_parameters()
 

@@ -60,7 +60,11 @@ class PhantomBatches:
             views.append(inputs.pixel_values)
             windows += [image.window for image in sample.images]
             masks += [visit.mask() for visit in sample.study.visits]
-        self.views, self.windows, self.masks = torch.cat(views), torch.tensor(windows), torch.stack(masks)
+        self.views, self.windows, self.masks = (
+            torch.cat(views),
+            torch.tensor(windows, dtype=torch.float32),
+            torch.stack(masks),
+        )
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -88,19 +92,20 @@ class PhantomBatches:
         if high_res and not self.pixels:
             raise ValueError("hia.phantom: high_res must be False where keep_pixels was False, got True")
         longest = max(sum(map(len, self._ids[sample])) for sample in samples)
-        ids = torch.full((len(samples), longest), self._pad_id)
+        ids = torch.full((len(samples), longest), self._pad_id, dtype=torch.int64)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for row, sample in enumerate(samples):
             asked, answer = self._ids[sample]
             used = len(asked) + len(answer)
-            ids[row, :used], mask[row, :used] = torch.tensor(asked + answer), 1
-            labels[row, len(asked) : used] = torch.tensor(answer)
+            ids[row, :used], mask[row, :used] = torch.tensor(asked + answer, dtype=torch.int64), 1
+            labels[row, len(asked) : used] = torch.tensor(answer, dtype=torch.int64)
         images = [image for sample in samples for image in self._images[sample]]
         batch = HiABatch(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=self.views[images])
         if high_res:
             batch["high_res_pixels"] = [self.pixels[image] for image in images]
             batch["windows"] = self.windows[images]
-            batch["instruction_index"] = torch.tensor([len(self._ids[sample][0]) - 1 for sample in samples])
+            last = [len(self._ids[sample][0]) - 1 for sample in samples]
+            batch["instruction_index"] = torch.tensor(last, dtype=torch.int64)
         return batch
 
     def shuffled(self, size: int, seed: int) -> Iterator[list[int]]:

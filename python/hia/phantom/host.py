@@ -194,7 +194,7 @@ def _train_tower(tower: nn.Module, batches: PhantomBatches, recipe: TinyHostReci
     """Teach the vision tower to tell lesions patch by patch, and bones."""
     width = tower.config.hidden_size
     lesion, bone = nn.Linear(width, 1), nn.Linear(width, len(BONES))
-    bones = torch.tensor([BONES.index(name) for name in batches.bones])
+    bones = torch.tensor([BONES.index(name) for name in batches.bones], dtype=torch.int64)
     grid = VIEW // PATCH
     covered = F.adaptive_avg_pool2d(batches.masks[:, None].float(), grid).flatten(1)  # [n, patches]
     truth = (covered > 0.02).float()
