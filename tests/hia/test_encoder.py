@@ -271,19 +271,6 @@ def test_folded_weights_do_not_serve_live_statistics(changes, monkeypatch):
         assert not encoder._executor().weights and distance(encoder(pixels, WINDOW), running) > 1e-3
 
 
-@torch.no_grad()
-def test_norms_put_in_after_folding_are_asked():
-    """``convert_sync_batchnorm`` keeps the tensors, and thereby the weights' version, and replaces the modules."""
-    encoder, pixels = encoder_of().eval(), pixels_of(64, 96)
-    encoder.fold_weights()
-    nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    assert encoder._executor().weights
-    next(module for module in encoder.modules() if isinstance(module, nn.SyncBatchNorm)).train()
-    assert not encoder._executor().weights
-    encoder.eval()
-    assert encoder._executor().weights and encoder(pixels, WINDOW).isfinite().all()
-
-
 def test_live_statistics_are_of_all_images_of_one_size():
     encoder = live_encoder().double()
     images = [pixels_of(*size, seed=seed) for seed, size in enumerate([(64, 48), (40, 52), (64, 48)])]
