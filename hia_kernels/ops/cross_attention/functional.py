@@ -71,7 +71,8 @@ def cross_attention(
             CPU; elsewhere only with ``HIA_DEBUG=1``, since reading them makes the host wait.
         cu_seqlens_k: [B + 1] int32, likewise, ends at Tk.
         max_seqlen_q: at least the longest query sequence, in tokens; an int, so that nothing synchronises.
-        max_seqlen_k: at least the longest key sequence.
+        max_seqlen_k: at least the longest key sequence. Where values are not checked, the Triton kernels take a longer
+            sequence's first rows, and what is no sequence's is zero.
         softmax_scale: None means ``D ** -0.5``.
 
     Returns:

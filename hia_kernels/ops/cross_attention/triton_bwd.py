@@ -14,12 +14,15 @@ import triton.language as tl
 from ...core import tuning
 from ...core.triton_math import dot
 from ...core.tuning import cdiv
-from .triton_fwd import BLOCK_NAMES, LOG2E, blocks_of, is_fused
+from .triton_fwd import BLOCK_NAMES, LOG2E, blocks_of, has_no_pairs, is_fused
 from .triton_split import (
+    PACKING,
     combine,
     count_splits,
+    fill_rest,
     is_carried,
     load_rows,
+    packing_arguments,
     partial_results,
     resident_programs,
     row_contiguous,
@@ -55,14 +58,23 @@ CANDIDATES = {  # as the forward's
 }
 
 
-@triton.jit(do_not_specialize=["H", "tokens"])
+@triton.jit(do_not_specialize=["H", "tokens", *PACKING, "sequences"])
 def _cross_attention_delta_kernel(
     dout_ptr,  # [T, H, D]
     out_ptr,  # [T, H, D]
     lse_ptr,  # [H, T] fp32
     dlse_ptr,  # [H, T] fp32
     lse_delta_ptr,  # [H, 2, T] fp32: lse * factor, delta
+    cu_q_ptr,  # [B + 1]
+    cu_k_ptr,  # [B + 1]
+    dq_ptr,  # [T, H, D]
+    dk_ptr,  # [Tk, H, D]
+    dv_ptr,  # [Tk, H, D]
     tokens,  # T
+    tokens_k,
+    longest_q,
+    longest_k,
+    sequences,
     H,
     factor,
     stride_dout_t,
@@ -73,7 +85,10 @@ def _cross_attention_delta_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Store each row's scaled lse and delta = sum_d dout * out - dlse; grid = (cdiv(T, BLOCK_T), H)."""
+    """Store each row's scaled lse and delta = sum_d dout * out - dlse; grid = (max(cdiv(T, BLOCK_T), B), H).
+
+    Program b also fills the gradients' rows that no sequence has: the kernels that compute them have no register left.
+    """
     h = tl.program_id(1).to(tl.int64)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64: T * H * D may exceed 2**31
     offs_d = tl.arange(0, BLOCK_D)
@@ -88,6 +103,14 @@ def _cross_attention_delta_kernel(
     lse = tl.load(lse_ptr + h * tokens + offs_t, mask=mask_t, other=0.0)  # [BLOCK_T]
     tl.store(lse_delta_ptr + 2 * h * tokens + offs_t, lse * factor, mask=mask_t)
     tl.store(lse_delta_ptr + (2 * h + 1) * tokens + offs_t, delta, mask=mask_t)
+
+    b = tl.program_id(0)
+    if b < sequences:
+        start_q, len_q = sequence_of(cu_q_ptr, b, tokens, longest_q)
+        start_k, len_k = sequence_of(cu_k_ptr, b, tokens_k, longest_k)
+        fill_rest(dq_ptr, None, cu_q_ptr, b, sequences, tokens, start_q + len_q, h, H, offs_d, D, False, BLOCK_T)
+        fill_rest(dk_ptr, None, cu_k_ptr, b, sequences, tokens_k, start_k + len_k, h, H, offs_d, D, False, BLOCK_T)
+        fill_rest(dv_ptr, None, cu_k_ptr, b, sequences, tokens_k, start_k + len_k, h, H, offs_d, D, False, BLOCK_T)
 
 
 @triton.jit
@@ -120,7 +143,7 @@ def _dq_block(
     return dot(ds.to(k.dtype), k, acc)
 
 
-@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "grid_splits", "num_splits", "max_splits"])
+@triton.jit(do_not_specialize=["H", "tokens", *PACKING, "tiles_m", "grid_splits", "num_splits", "max_splits"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -132,6 +155,9 @@ def _cross_attention_bwd_dq_kernel(
     dq_ptr,  # [Tq, H, D]
     partial_ptr,  # [grid_splits, Tq, H, D] fp32, only with IS_SPLIT
     tokens,  # Tq
+    tokens_k,
+    longest_q,
+    longest_k,
     tiles_m,
     grid_splits,  # of the longest sequence
     num_splits,
@@ -164,14 +190,13 @@ def _cross_attention_bwd_dq_kernel(
     split = pid // tiles_m % grid_splits
     h = (pid // (tiles_m * grid_splits) % H).to(tl.int64)
     b = pid // (tiles_m * grid_splits * H)
-    start_q, len_q = sequence_of(cu_q_ptr, b)
-    start_k, len_k = sequence_of(cu_k_ptr, b)
+    start_q, len_q = sequence_of(cu_q_ptr, b, tokens, longest_q)
+    start_k, len_k = sequence_of(cu_k_ptr, b, tokens_k, longest_k)
     own_splits = count_splits(len_k, num_splits, max_splits, MIN_KEYS_PER_SPLIT) if IS_SPLIT else 1
+    offs_d = tl.arange(0, BLOCK_D)
     if (start_m >= len_q) | (split >= own_splits):
         return
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m = offs_m < len_q - start_m
     start_q += start_m
 
@@ -240,7 +265,7 @@ def _cross_attention_bwd_dq_kernel(
         tl.store(dq_ptr + offs_dq, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "tokens", "tiles_n"])
+@triton.jit(do_not_specialize=["H", "tokens", *PACKING, "tiles_n"])
 def _cross_attention_bwd_dkv_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -252,6 +277,9 @@ def _cross_attention_bwd_dkv_kernel(
     dk_ptr,  # [Tk, H, D]
     dv_ptr,  # [Tk, H, D]
     tokens,  # Tq
+    tokens_k,
+    longest_q,
+    longest_k,
     tiles_n,
     H,
     scale,
@@ -274,13 +302,13 @@ def _cross_attention_bwd_dkv_kernel(
     start_n = pid % tiles_n * BLOCK_N
     h = (pid // tiles_n % H).to(tl.int64)
     b = pid // (tiles_n * H)
-    start_q, len_q = sequence_of(cu_q_ptr, b)
-    start_k, len_k = sequence_of(cu_k_ptr, b)
+    start_q, len_q = sequence_of(cu_q_ptr, b, tokens, longest_q)
+    start_k, len_k = sequence_of(cu_k_ptr, b, tokens_k, longest_k)
+    offs_d = tl.arange(0, BLOCK_D)
     if start_n >= len_k:
         return
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_n = offs_n < len_k - start_n
     start_k += start_n
 
@@ -323,18 +351,25 @@ def _config(mode, table, q):
     return tuning.pick("cross_attention", tuning_key(mode, q), q.device, heuristic)
 
 
-def _lse_and_delta(dout, out, lse, dlse, factor):
-    """Return lse * factor and delta, [H, 2, Tq] fp32."""
+def _lse_and_delta(dout, out, lse, dlse, factor, packing, grads):
+    """Return lse * factor and delta, [H, 2, Tq] fp32, and fill the rows of ``grads`` that no sequence has."""
+    dq, dk, dv = grads
+    sequences = packing["cu_q_ptr"].numel() - 1
     tokens, heads, head_dim = dout.shape
     lse_delta = torch.empty((heads, 2, tokens), dtype=torch.float32, device=dout.device)
     block_d = tuning.bucket(head_dim)
     block_t = max(1, 4096 // block_d)  # 32 elements a thread
-    _cross_attention_delta_kernel[(cdiv(tokens, block_t), heads)](
+    _cross_attention_delta_kernel[(max(cdiv(tokens, block_t), sequences), heads)](
         dout_ptr=dout,
         out_ptr=out,
         lse_ptr=lse.contiguous(),
         dlse_ptr=dlse.contiguous(),
         lse_delta_ptr=lse_delta,
+        **packing,
+        dq_ptr=dq,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        sequences=sequences,
         tokens=tokens,
         H=heads,
         factor=factor,
@@ -350,6 +385,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
     """Fill ``grads``, those of q, k, v."""
     dq, dk, dv = grads
     tokens, heads, head_dim = q.shape
+    packing = packing_arguments(k, cu_seqlens_q, cu_seqlens_k, *max_seqlens)
     batch_heads = (cu_seqlens_q.numel() - 1) * heads
     options = {
         "q_ptr": q,
@@ -357,8 +393,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
         "v_ptr": v,
         "dout_ptr": dout,
         "lse_delta_ptr": lse_delta,
-        "cu_q_ptr": cu_seqlens_q,
-        "cu_k_ptr": cu_seqlens_k,
+        **packing,
         "tokens": tokens,
         "H": heads,
         "scale": softmax_scale,
@@ -383,7 +418,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
         **config,
     )
     if splits > 1:
-        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), heuristic, natural=False)
+        combine(partial, None, dq, None, packing, heuristic, natural=False)
 
     config = _config("dkv", DKV_BLOCKS, q)
     tiles_n = cdiv(max_seqlens[1], config["BLOCK_N"])
@@ -397,11 +432,12 @@ def cross_attention_bwd(
 ):
     """Return the gradients of q, k, v."""
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    if q.numel() == 0 or k.numel() == 0:
+    if has_no_pairs(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
         return tuple(grad.zero_() for grad in grads)
     q, k, v, dout, out = row_contiguous(q, k, v, dout, out)
     fused = is_fused(q)
-    lse_delta = _lse_and_delta(dout, out, lse, dlse, LOG2E if fused else 1.0)
+    packing = packing_arguments(k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lse_delta = _lse_and_delta(dout, out, lse, dlse, LOG2E if fused else 1.0, packing, grads)
     (_fused_bwd if fused else unfused_bwd)(
         q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), softmax_scale, grads
     )

@@ -15,12 +15,15 @@ from ...core import tuning
 from ...core.triton_math import dot
 from ...core.tuning import cdiv
 from .triton_split import (
+    PACKING,
     combine,
     count_splits,
     family_of,
+    fill_rest,
     finite_or_zero,
     is_carried,
     load_rows,
+    packing_arguments,
     partial_results,
     resident_programs,
     row_contiguous,
@@ -104,7 +107,9 @@ def _attend(
     return acc, m_new, l_i * alpha + tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize=["H", "tokens", "tiles_m", "grid_splits", "num_splits", "max_splits"])
+@triton.jit(
+    do_not_specialize=["H", "tokens", *PACKING, "sequences", "tiles_m", "grid_splits", "num_splits", "max_splits"]
+)
 def _cross_attention_fwd_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -117,6 +122,10 @@ def _cross_attention_fwd_kernel(
     partial_m_ptr,  # [grid_splits, H, Tq] fp32, only with IS_SPLIT: maxima of scores * log2(e)
     partial_l_ptr,  # [grid_splits, H, Tq] fp32, only with IS_SPLIT: sums
     tokens,  # Tq
+    tokens_k,
+    longest_q,
+    longest_k,
+    sequences,
     tiles_m,
     grid_splits,  # of the longest sequence
     num_splits,
@@ -148,17 +157,17 @@ def _cross_attention_fwd_kernel(
     split = pid // tiles_m % grid_splits
     h = (pid // (tiles_m * grid_splits) % H).to(tl.int64)
     b = pid // (tiles_m * grid_splits * H)
-    start_q, len_q = sequence_of(cu_q_ptr, b)
-    start_k, len_k = sequence_of(cu_k_ptr, b)
+    start_q, len_q = sequence_of(cu_q_ptr, b, tokens, longest_q)
+    start_k, len_k = sequence_of(cu_k_ptr, b, tokens_k, longest_k)
     own_splits = count_splits(len_k, num_splits, max_splits, MIN_KEYS_PER_SPLIT) if IS_SPLIT else 1
+    offs_d = tl.arange(0, BLOCK_D)
+    if (start_m == 0) & (split == 0):
+        fill_rest(out_ptr, lse_ptr, cu_q_ptr, b, sequences, tokens, start_q + len_q, h, H, offs_d, D, HAS_LSE, BLOCK_M)
     if (start_m >= len_q) | (split >= own_splits):
         return
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m = offs_m < len_q - start_m
     start_q += start_m
-
     q_ptr += start_q * stride_q_t + h * stride_q_h
     q = load_rows(q_ptr + (offs_m[:, None] * stride_q_t + offs_d[None, :]), mask_m, offs_d, D, BLOCK_D)
     first, last = split_bounds(split, own_splits, len_k, BLOCK_N)
@@ -253,12 +262,14 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     heuristic = split_heuristic(q, config["BLOCK_M"], 1, resident_programs(config))
     splits = heuristic.count(max_seqlen_k)
     partial, partial_m, partial_l = partial_results(splits, out)
-    _cross_attention_fwd_kernel[(tiles_m * splits * heads * (cu_seqlens_q.numel() - 1),)](
+    packing = packing_arguments(k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sequences = cu_seqlens_q.numel() - 1
+    _cross_attention_fwd_kernel[(tiles_m * splits * heads * sequences,)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
-        cu_q_ptr=cu_seqlens_q,
-        cu_k_ptr=cu_seqlens_k,
+        **packing,
+        sequences=sequences,
         out_ptr=out,
         lse_ptr=lse,
         partial_ptr=partial,
@@ -277,21 +288,23 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
         **config,
     )
     if splits > 1:
-        stats = (partial_m, partial_l)
-        combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), heuristic, natural=False)
+        combine(partial, (partial_m, partial_l), out, lse, packing, heuristic, natural=False)
 
 
-def _fill(out, lse, q, k, *rest):
+def has_no_pairs(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
+    """Say whether no query has a key by sizes alone: then no program would run, and none fill a result."""
+    return 0 in (q.numel(), k.numel(), cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k)
+
+
+def _fill(out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale):
     """Fill ``out`` and, if it is not None, ``lse``, by the fused or the unfused kernels."""
-    if out.numel() == 0:
-        return
-    if k.numel() == 0:
+    if has_no_pairs(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
         return
     launch = _fused_fwd if is_fused(q) else unfused_fwd
-    launch(*(q, k, *rest, out, lse))
+    launch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, out, lse)
 
 
 def cross_attention_fwd(q, *rest):

@@ -20,14 +20,53 @@ from ...core.tuning import cdiv
 LARGE_SHARED = 200 * 1024  # bytes of shared memory a block: Hopper and Blackwell have 227 KiB, others 163 or 99 KiB
 MAX_SPLITS = 16
 TYPICAL_QUERIES = 256  # queries assumed of a sequence when its splits are chosen: an image's in HiA
+PACKING = ("tokens_k", "longest_q", "longest_k")  # numbers of packing_arguments, not specialized
 MIN_SPLIT_BYTES = 4096  # of keys in a split, per channel: its partial result then moves 1/4 of what its keys do
 
 
 @triton.jit
-def sequence_of(cu_seqlens_ptr, b):
-    """Return the first packed row (int64: it is multiplied by strides) and the length of sequence b."""
-    start = tl.load(cu_seqlens_ptr + b)
-    return start.to(tl.int64), tl.load(cu_seqlens_ptr + b + 1) - start
+def sequence_of(cu_seqlens_ptr, b, tokens, longest):
+    """Return the first packed row (int64: it is multiplied by strides) and the length of sequence b.
+
+    Nobody has checked the values on a GPU. Whatever they are, the rows are among ``tokens``, and at most ``longest``,
+    which workspaces are allocated for.
+    """
+    start = tl.load(cu_seqlens_ptr + b, mask=b > 0, other=0)
+    start = tl.minimum(tl.maximum(start, 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1), start), tokens)
+    return start.to(tl.int64), tl.minimum(end - start, longest)
+
+
+@triton.jit
+def fill_rest(
+    y_ptr,  # [T, H, D]
+    lse_ptr,  # [H, T] fp32, only with HAS_LSE
+    cu_seqlens_ptr,  # [B + 1]
+    b,
+    sequences,  # B
+    tokens,  # T
+    first,
+    h,
+    H,
+    offs_d,  # [BLOCK_D]
+    D: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Fill the rows from ``first`` to the next sequence's, or to the last row, with zeros and lse with -inf.
+
+    No sequence has them. Where lengths are right, there are none.
+    """
+    end = tl.where(b + 1 < sequences, tl.load(cu_seqlens_ptr + b + 1), tokens)
+    end = tl.minimum(end, tokens).to(tl.int64)
+    offs_t = tl.arange(0, BLOCK_T)
+    for row in range(first, end, BLOCK_T):
+        rows = row + offs_t
+        offsets = (rows * H + h)[:, None] * D + offs_d[None, :]  # [BLOCK_T, BLOCK_D]
+        mask = (rows < end)[:, None] & (offs_d < D)[None, :]
+        tl.store(y_ptr + offsets, tl.zeros(offsets.shape, y_ptr.dtype.element_ty), mask=mask)
+        if HAS_LSE:
+            tl.store(lse_ptr + h * tokens + rows, tl.full((BLOCK_T,), float("-inf"), tl.float32), mask=rows < end)
 
 
 @triton.jit
@@ -65,7 +104,7 @@ def finite_or_zero(m_i):
     return tl.where(m_i == float("-inf"), 0.0, m_i)
 
 
-@triton.jit(do_not_specialize=["H", "tokens", "tiles_t", "num_splits", "max_splits"])
+@triton.jit(do_not_specialize=["H", "tokens", *PACKING, "tiles_t", "num_splits", "max_splits"])
 def _cross_attention_combine_kernel(
     partial_ptr,  # [splits, T, H, D] fp32
     partial_m_ptr,  # [splits, H, T] fp32, only with HAS_STATS: maxima of scores, times log2(e) unless IS_NATURAL
@@ -75,6 +114,9 @@ def _cross_attention_combine_kernel(
     cu_q_ptr,  # [B + 1], of the result's rows
     cu_k_ptr,  # [B + 1], of what was split
     tokens,  # T
+    tokens_k,
+    longest_q,
+    longest_k,
     tiles_t,
     H,
     num_splits,
@@ -94,8 +136,8 @@ def _cross_attention_combine_kernel(
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
     start_t = tl.program_id(0) % tiles_t * BLOCK_T
-    start_q, len_q = sequence_of(cu_q_ptr, tl.program_id(0) // tiles_t)
-    _, len_k = sequence_of(cu_k_ptr, tl.program_id(0) // tiles_t)
+    start_q, len_q = sequence_of(cu_q_ptr, tl.program_id(0) // tiles_t, tokens, longest_q)
+    _, len_k = sequence_of(cu_k_ptr, tl.program_id(0) // tiles_t, tokens_k, longest_k)
     splits = count_splits(len_k, num_splits, max_splits, MIN_KEYS_PER_SPLIT)
     if (start_t >= len_q) | (splits == 1):
         return
@@ -194,6 +236,17 @@ def split_heuristic(q, block_m, slices=1, resident=1):
     return SplitHeuristic(num_splits, max_splits, MIN_SPLIT_BYTES // q.element_size())
 
 
+def packing_arguments(k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """Return the arguments by which kernels find a sequence's rows, beside ``tokens``."""
+    return {
+        "cu_q_ptr": cu_seqlens_q,
+        "cu_k_ptr": cu_seqlens_k,
+        "tokens_k": k.shape[0],
+        "longest_q": max_seqlen_q,
+        "longest_k": max_seqlen_k,
+    }
+
+
 def partial_results(splits, out):
     """Allocate [splits, T, H, D] and twice [splits, H, T], fp32, for an ``out`` of [T, H, D]; empty for one split."""
     if splits == 1:
@@ -211,23 +264,21 @@ def combine(partial, stats, out, lse, packing, heuristic, *, natural):
         stats: maxima and sums of the partial results, [splits, H, T] each; None adds them unweighted.
         out: [T, H, D].
         lse: [H, T], or None.
-        packing: cu_seqlens of rows and of keys, and the longest sequence of rows.
+        packing: as :func:`packing_arguments` returns it.
         heuristic: the splits'.
         natural: whether maxima are of scores, not of scores * log2(e).
     """
     tokens, heads, head_dim = out.shape
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q = packing
     partial_m, partial_l = (None, None) if stats is None else stats
     block_d = min(128, tuning.bucket(head_dim))
-    tiles_t = cdiv(max_seqlen_q, 16)
-    _cross_attention_combine_kernel[(tiles_t * (cu_seqlens_q.numel() - 1), heads, cdiv(head_dim, block_d))](
+    tiles_t = cdiv(packing["longest_q"], 16)
+    _cross_attention_combine_kernel[(tiles_t * (packing["cu_q_ptr"].numel() - 1), heads, cdiv(head_dim, block_d))](
         partial_ptr=partial,
         partial_m_ptr=partial_m,
         partial_l_ptr=partial_l,
         out_ptr=out,
         lse_ptr=lse,
-        cu_q_ptr=cu_seqlens_q,
-        cu_k_ptr=cu_seqlens_k,
+        **packing,
         tokens=tokens,
         tiles_t=tiles_t,
         H=heads,

@@ -12,9 +12,11 @@ import triton.language as tl
 from ...core.triton_math import dot
 from ...core.tuning import cdiv
 from .triton_split import (
+    PACKING,
     SplitHeuristic,
     combine,
     count_splits,
+    packing_arguments,
     partial_results,
     sequence_of,
     split_bounds,
@@ -26,7 +28,7 @@ from .triton_unfused import block_sizes, launch_options, rows_product, workspace
 NO_SPLITS = SplitHeuristic(num_splits=1, max_splits=1, min_keys_per_split=1)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_m", "tiles_n", "first_batch_head"])
+@triton.jit(do_not_specialize=["tokens", *PACKING, "tiles_m", "tiles_n", "first_batch_head"])
 def _cross_attention_dscores_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -38,6 +40,9 @@ def _cross_attention_dscores_kernel(
     p_ptr,  # [batch_heads, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
     ds_ptr,  # [batch_heads, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
     tokens,  # Tq
+    tokens_k,
+    longest_q,
+    longest_k,
     tiles_m,
     tiles_n,
     first_batch_head,
@@ -64,8 +69,9 @@ def _cross_attention_dscores_kernel(
     tile_m = tl.program_id(0) % tiles_m
     tile_n = tl.program_id(0) // tiles_m % tiles_n
     batch_head = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    start_q, len_q = sequence_of(cu_q_ptr, (first_batch_head + batch_head) // H)
-    start_k, len_k = sequence_of(cu_k_ptr, (first_batch_head + batch_head) // H)
+    b = (first_batch_head + batch_head) // H
+    start_q, len_q = sequence_of(cu_q_ptr, b, tokens, longest_q)
+    start_k, len_k = sequence_of(cu_k_ptr, b, tokens_k, longest_k)
     h = (first_batch_head + batch_head) % H
     start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     if (start_m >= len_q) | (start_n >= len_k):
@@ -118,6 +124,9 @@ def _cross_attention_dscores_kernel(
 @triton.jit(
     do_not_specialize=[
         "tokens",
+        "tokens_x",
+        "longest_y",
+        "longest_x",
         "tiles_r",
         "tiles_m",
         "tiles_n",
@@ -135,6 +144,9 @@ def _cross_attention_product_kernel(
     y_ptr,  # [T, H, D]
     partial_ptr,  # [grid_splits, T, H, D] fp32, only with IS_SPLIT
     tokens,  # T
+    tokens_x,
+    longest_y,
+    longest_x,
     tiles_r,
     tiles_m,
     tiles_n,
@@ -166,15 +178,16 @@ def _cross_attention_product_kernel(
     start_r = pid % tiles_r * BLOCK_R
     split = pid // tiles_r % grid_splits
     batch_head = (pid // (tiles_r * grid_splits)).to(tl.int64)
-    start_y, len_y = sequence_of(cu_y_ptr, (first_batch_head + batch_head) // H)
-    start_x, len_x = sequence_of(cu_x_ptr, (first_batch_head + batch_head) // H)
+    b = (first_batch_head + batch_head) // H
+    start_y, len_y = sequence_of(cu_y_ptr, b, tokens, longest_y)
+    start_x, len_x = sequence_of(cu_x_ptr, b, tokens_x, longest_x)
     h = (first_batch_head + batch_head) % H
     own_splits = count_splits(len_x, num_splits, max_splits, MIN_KEYS_PER_SPLIT) if IS_SPLIT else 1
+    offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     if (start_r >= len_y) | (split >= own_splits):
         return
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
 
     first, last = split_bounds(split, own_splits, len_x, BLOCK_K)
@@ -204,6 +217,13 @@ def _cross_attention_product_kernel(
         tl.store(y_ptr + offs_y, (acc * scale).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def _rows_and_sums(packing, y, x):
+    """Name the packing as a product does, whose rows are of ``y`` and whose sums go over ``x``: "q" and "k"."""
+    names = {"cu_y_ptr": f"cu_{y}_ptr", "cu_x_ptr": f"cu_{x}_ptr", "longest_y": f"longest_{y}"}
+    names |= {"longest_x": f"longest_{x}"}
+    return {name: packing[source] for name, source in names.items()}
+
+
 def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens, softmax_scale, grads):
     """Fill ``grads``, those of q, k, v; ``lse_delta`` [H, 2, Tq] holds lse and delta."""
     dq, dk, dv = grads
@@ -220,6 +240,11 @@ def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlen
     splits = heuristic.count(max_seqlens[1])
     partial = partial_results(splits, dq)[0]
     sizes = {"tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
+    packing = packing_arguments(k, cu_seqlens_q, cu_seqlens_k, *max_seqlens)
+    by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, **heuristic.arguments(splits)}
+    by_queries |= _rows_and_sums(packing, "q", "k")
+    by_keys = {"IS_TRANSPOSED": True, "tiles_r": tiles_n, "BLOCK_R": block_n, **NO_SPLITS.arguments(1)}
+    by_keys |= _rows_and_sums(packing, "k", "q")
     for first_batch_head, count in chunks:
         sizes["first_batch_head"] = first_batch_head
         _cross_attention_dscores_kernel[(tiles_m * tiles_n * count,)](
@@ -228,8 +253,7 @@ def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlen
             v_ptr=v,
             dout_ptr=dout,
             lse_delta_ptr=lse_delta,
-            cu_q_ptr=cu_seqlens_q,
-            cu_k_ptr=cu_seqlens_k,
+            **packing,
             p_ptr=p,
             ds_ptr=ds,
             **sizes,
@@ -238,27 +262,24 @@ def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlen
             **strides_of(q=q, k=k, v=v, dout=dout),
             **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
         )
-        by_queries = {"IS_TRANSPOSED": False, "tiles_r": tiles_m, "BLOCK_R": block_m, **heuristic.arguments(splits)}
-        by_keys = {"IS_TRANSPOSED": True, "tiles_r": tiles_n, "BLOCK_R": block_n, **NO_SPLITS.arguments(1)}
         products = (
-            (ds, k, cu_seqlens_q, cu_seqlens_k, dq, softmax_scale, by_queries),
-            (ds, q, cu_seqlens_k, cu_seqlens_q, dk, softmax_scale, by_keys),
-            (p, dout, cu_seqlens_k, cu_seqlens_q, dv, 1.0, by_keys),
+            (ds, k, dq, softmax_scale, by_queries),
+            (ds, q, dk, softmax_scale, by_keys),
+            (p, dout, dv, 1.0, by_keys),
         )
-        for a, x, cu_seqlens_y, cu_seqlens_x, y, scale, layout in products:
+        for a, x, y, scale, layout in products:
             _cross_attention_product_kernel[(tiles_d * layout["tiles_r"] * layout["grid_splits"] * count,)](
                 a_ptr=a,
                 x_ptr=x,
-                cu_y_ptr=cu_seqlens_y,
-                cu_x_ptr=cu_seqlens_x,
                 y_ptr=y,
                 partial_ptr=partial,
                 **sizes,
                 **layout,
                 tokens=y.shape[0],
+                tokens_x=x.shape[0],
                 scale=scale,
                 **strides_of(x=x),
                 **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
             )
     if splits > 1:
-        combine(partial, None, dq, None, (cu_seqlens_q, cu_seqlens_k, max_seqlens[0]), heuristic, natural=True)
+        combine(partial, None, dq, None, packing, heuristic, natural=True)

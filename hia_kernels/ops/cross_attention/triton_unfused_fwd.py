@@ -13,9 +13,12 @@ import triton.language as tl
 from ...core.triton_math import dot
 from ...core.tuning import cdiv
 from .triton_split import (
+    PACKING,
     combine,
     count_splits,
+    fill_rest,
     finite_or_zero,
+    packing_arguments,
     partial_results,
     row_contiguous,
     sequence_of,
@@ -26,7 +29,7 @@ from .triton_split import (
 from .triton_unfused import block_sizes, launch_options, rows_product, workspace_chunks
 
 
-@triton.jit(do_not_specialize=["tiles_m", "tiles_n", "first_batch_head"])
+@triton.jit(do_not_specialize=["tokens", *PACKING, "tiles_m", "tiles_n", "first_batch_head"])
 def _cross_attention_scores_kernel(
     q_ptr,  # [Tq, H, D]
     k_ptr,  # [Tk, H, D]
@@ -35,6 +38,10 @@ def _cross_attention_scores_kernel(
     p_ptr,  # [batch_heads, tiles_m * BLOCK_M, tiles_n * BLOCK_N]; batch_head = sequence * H + head
     m_ptr,  # [batch_heads, tiles_n, tiles_m * BLOCK_M] fp32: maxima of a tile's rows
     l_ptr,  # [batch_heads, tiles_n, tiles_m * BLOCK_M] fp32: sums of their exponentials
+    tokens,  # Tq
+    tokens_k,
+    longest_q,
+    longest_k,
     tiles_m,
     tiles_n,
     first_batch_head,
@@ -57,8 +64,9 @@ def _cross_attention_scores_kernel(
     tile_m = tl.program_id(0) % tiles_m
     tile_n = tl.program_id(0) // tiles_m % tiles_n
     batch_head = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    start_q, len_q = sequence_of(cu_q_ptr, (first_batch_head + batch_head) // H)
-    start_k, len_k = sequence_of(cu_k_ptr, (first_batch_head + batch_head) // H)
+    b = (first_batch_head + batch_head) // H
+    start_q, len_q = sequence_of(cu_q_ptr, b, tokens, longest_q)
+    start_k, len_k = sequence_of(cu_k_ptr, b, tokens_k, longest_k)
     h = (first_batch_head + batch_head) % H
     start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     if (start_m >= len_q) | (start_n >= len_k):
@@ -92,7 +100,17 @@ def _cross_attention_scores_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "tiles_m", "tiles_n", "grid_splits", "num_splits", "max_splits", "first_batch_head"]
+    do_not_specialize=[
+        "tokens",
+        *PACKING,
+        "sequences",
+        "tiles_m",
+        "tiles_n",
+        "grid_splits",
+        "num_splits",
+        "max_splits",
+        "first_batch_head",
+    ]
 )
 def _cross_attention_values_kernel(
     p_ptr,  # [batch_heads, tiles_m * BLOCK_M, tiles_n * BLOCK_N]
@@ -107,6 +125,10 @@ def _cross_attention_values_kernel(
     partial_m_ptr,  # [grid_splits, H, Tq] fp32, only with IS_SPLIT: maxima
     partial_l_ptr,  # [grid_splits, H, Tq] fp32, only with IS_SPLIT: sums
     tokens,  # Tq
+    tokens_k,
+    longest_q,
+    longest_k,
+    sequences,
     tiles_m,
     tiles_n,
     grid_splits,  # of the longest sequence
@@ -137,15 +159,18 @@ def _cross_attention_values_kernel(
     start_m = pid % tiles_m * BLOCK_M
     split = pid // tiles_m % grid_splits
     batch_head = (pid // (tiles_m * grid_splits)).to(tl.int64)
-    start_q, len_q = sequence_of(cu_q_ptr, (first_batch_head + batch_head) // H)
-    start_k, len_k = sequence_of(cu_k_ptr, (first_batch_head + batch_head) // H)
+    b = (first_batch_head + batch_head) // H
+    start_q, len_q = sequence_of(cu_q_ptr, b, tokens, longest_q)
+    start_k, len_k = sequence_of(cu_k_ptr, b, tokens_k, longest_k)
     h = (first_batch_head + batch_head) % H
     own_splits = count_splits(len_k, num_splits, max_splits, MIN_KEYS_PER_SPLIT) if IS_SPLIT else 1
+    offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    if (start_m == 0) & (split == 0):
+        fill_rest(out_ptr, lse_ptr, cu_q_ptr, b, sequences, tokens, start_q + len_q, h, H, offs_d, D, HAS_LSE, BLOCK_M)
     if (start_m >= len_q) | (split >= own_splits):
         return
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
 
     first, last = split_bounds(split, own_splits, len_k, BLOCK_N)
@@ -211,8 +236,8 @@ def unfused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     p = q.new_empty(batch_heads, rows, columns)
     tile_m, tile_l = (torch.empty((batch_heads, tiles_n, rows), dtype=torch.float32, device=q.device) for _ in range(2))
     partial, partial_m, partial_l = partial_results(splits, out)
-    sizes = {"tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
-    packing = {"cu_q_ptr": cu_seqlens_q, "cu_k_ptr": cu_seqlens_k}
+    sizes = {"tokens": tokens, "tiles_m": tiles_m, "tiles_n": tiles_n, "H": heads, "D": head_dim}
+    packing = packing_arguments(k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     for first_batch_head, count in chunks:
         _cross_attention_scores_kernel[(tiles_m * tiles_n * count,)](
             q_ptr=q,
@@ -240,12 +265,11 @@ def unfused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             **packing,
             **sizes,
             first_batch_head=first_batch_head,
-            tokens=tokens,
+            sequences=cu_seqlens_q.numel() - 1,
             HAS_LSE=lse is not None,
             **heuristic.arguments(splits),
             **strides_of(v=v),
             **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
         )
     if splits > 1:
-        stats = (partial_m, partial_l)
-        combine(partial, stats, out, lse, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q), heuristic, natural=True)
+        combine(partial, (partial_m, partial_l), out, lse, packing, heuristic, natural=True)
