@@ -28,12 +28,9 @@ def cuda_target() -> str | None:
     """Name the first device as recorded launches do; None where there is none, or of another kind."""
     import torch
 
-    from ..launches.device import TARGETS
+    from ..launches.device import target_of
 
-    if not torch.cuda.is_available():
-        return None
-    name = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
-    return name if name in TARGETS else None
+    return target_of(torch.cuda.get_device_capability(0)) if torch.cuda.is_available() else None
 
 
 def missing(packages: Iterable[str]) -> list[str]:

@@ -91,6 +91,12 @@ TARGETS: dict[str, Target] = {
 }
 
 
+def target_of(capability: tuple[int, int]) -> str | None:
+    """Name the target of a CUDA capability; None where kernels are recorded for no such GPU."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    return name if name in TARGETS else None
+
+
 def _is_cuda(value: Any) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"

@@ -6,8 +6,9 @@ The only module here that knows where workloads and their inputs come from.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -187,18 +188,24 @@ def record(target: Target, ops: Iterable[str] = (), *, tuned: bool = False) -> R
         ValueError: no such op or composite, or a grid beyond the device's limits.
         RuntimeError: ``TRITON_INTERPRET`` is set.
     """
+    with stored_configurations(used=tuned), recorded(target) as recording:
+        for call in calls(ops):
+            run(call, recording)
+    return recording
+
+
+@contextmanager
+def stored_configurations(*, used: bool) -> Iterator[None]:
+    """Have launchers take what was measured on a device inside the block, or their own configurations."""
     before = os.environ.get("HIA_TUNED")
-    os.environ["HIA_TUNED"] = "1" if tuned else "0"
+    os.environ["HIA_TUNED"] = "1" if used else "0"
     try:
-        with recorded(target) as recording:
-            for call in calls(ops):
-                run(call, recording)
+        yield
     finally:
         if before is None:
             del os.environ["HIA_TUNED"]
         else:
             os.environ["HIA_TUNED"] = before
-    return recording
 
 
 def record_all(names: Sequence[str], jobs: int | None = None) -> dict[str, Recording]:

@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
+
+import torch
 
 import hia_kernels
 from hia_kernels.ops.conv_norm_act import inputs as convolution
 
 from ..launches.compile import compile_all
-from ..launches.device import TARGETS, Target
+from ..launches.device import TARGETS, Target, target_of
 from ..launches.record import Launch, recorded
-from ..launches.workloads import ROWS, call_of, forward, forward_backward
+from ..launches.workloads import ROWS, call_of, forward, forward_backward, stored_configurations
 from ..progress import Progress
 from ..workloads import Workload
-from .search import Tuned, candidates, recording, using
+from .search import candidates, recording, using
 
 Task = Workload | convolution.Shape
 
 
-def target_of(capability: tuple[int, int]) -> str | None:
-    """Name the target of a CUDA capability; None where kernels are recorded for no such GPU."""
-    name = f"sm_{capability[0]}{capability[1]}"
-    return name if name in TARGETS else None
-
-
-def launches_of(tasks: Iterable[Task], dtype: str, target: Target, known: Tuned | None = None) -> list[Launch]:
+def launches_of(tasks: Iterable[Task], dtype: str, target: Target) -> list[Launch]:
     """Record what the candidates of every key that some tasks meet would launch on a target, each once.
 
     Args:
         tasks: ops at their workloads, or shapes of convolutions.
         dtype: of the inputs.
         target: of :data:`bench.launches.device.TARGETS`.
-        known: configurations that are taken where a key is not being tried.
     """
-    before, kept = os.environ.get("HIA_TUNED"), {} if known is None else known.configurations
-    os.environ["HIA_TUNED"] = "1"
     seen: set[str] = set()
-    try:
-        with recorded(target) as found:
-            for task in tasks:
-                for call in _calls(task, dtype):
-                    _record(call, kept, seen)
-            return list(found.launches)
-    finally:
-        if before is None:
-            del os.environ["HIA_TUNED"]
-        else:
-            os.environ["HIA_TUNED"] = before
+    with stored_configurations(used=True), recorded(target) as found:
+        for task in tasks:
+            for call in _calls(task, dtype):
+                _record(call, seen)
+    return list(found.launches)
 
 
 def _calls(task: Task, dtype: str) -> Iterable[Callable[[], None]]:
@@ -66,15 +52,15 @@ def _calls(task: Task, dtype: str) -> Iterable[Callable[[], None]]:
             yield run
 
 
-def _record(call: Callable[[], None], known: dict[str, dict[str, int]], seen: set[str]) -> None:
-    with recording() as keys, using(known):
+def _record(call: Callable[[], None], seen: set[str]) -> None:
+    with recording() as keys, using({}):
         call()
     for name, heuristic in keys.items():
         if name in seen:
             continue
         seen.add(name)
         for config in candidates(name, heuristic)[1:]:
-            with using({**known, name: config}):
+            with using({name: config}):
                 call()
 
 
@@ -90,3 +76,14 @@ def compile_ahead(launches: Iterable[Launch], target: str, jobs: int | None = No
         results = compile_all(items, jobs=jobs, fresh=True, progress=lambda done, total: progress.done())
     failed = ((launch, found.error) for (launch, _), found in results.items() if found.error)
     return [f"{launch.kernel} {launch.configuration}: {error}" for launch, error in failed]
+
+
+def print_compiled(tasks: Iterable[Task], dtype: str, jobs: int) -> None:
+    """Compile what the tasks will try, where this GPU is one that launches can be recorded for."""
+    target = target_of(torch.cuda.get_device_capability())
+    if target is None:
+        return
+    launches = launches_of(tasks, dtype, TARGETS[target])
+    print(f"compiling {len(launches)} kernels with {jobs} processes", flush=True)
+    for problem in compile_ahead(launches, target, jobs):
+        print(f"does not compile: {problem.partition(chr(10))[0]}")

@@ -17,7 +17,6 @@ from hia_kernels.core import tuning
 from hia_kernels.ops.conv_norm_act import inputs as convolution
 
 from ..cli import some_of
-from ..launches.device import TARGETS
 from ..measure.timing import CudaClock, exact_matmuls, synchronize
 from ..measure.worker import Channel, DeviceFailed, Isolated, Worker
 from ..progress import Progress
@@ -27,7 +26,7 @@ from ..records.files import read_json, results_folder, shown, write_json
 from ..records.targets import importance
 from ..workloads import CASES, RESOLUTIONS, Workload, gpu_workloads
 from ..workloads.conv_norm_act import resnet50_shapes
-from .ahead import compile_ahead, launches_of, target_of
+from .ahead import print_compiled
 from .race import race, tune_shape
 from .search import Tuned, tune_workload
 
@@ -156,17 +155,6 @@ def run(tasks: Sequence[Task], dtype: str, *, minutes: float | None, jobs: int, 
     if not record and out is None:
         print(f"launchers read {shown(tuning.FOLDER)}: --record writes there")
     return 130 if interrupted else 0
-
-
-def print_compiled(tasks: Sequence[Task], dtype: str, jobs: int) -> None:
-    """Compile what the tasks will try, where this GPU is one that launches can be recorded for."""
-    target = target_of(torch.cuda.get_device_capability())
-    if target is None:
-        return
-    launches = launches_of(tasks, dtype, TARGETS[target])
-    print(f"compiling {len(launches)} kernels with {jobs} processes", flush=True)
-    for problem in compile_ahead(launches, target, jobs):
-        print(f"does not compile: {problem.partition(chr(10))[0]}")
 
 
 def run_task(task: Task, worker: Worker, make: Callable[[Tuned], Session], found: Found) -> None:

@@ -107,6 +107,74 @@ def _attend(
     return acc, m_new, l_i * alpha + tl.sum(p, axis=1)
 
 
+@triton.jit
+def _attend_split(
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr,  # first key of the split, one head
+    v_ptr,
+    first,
+    last,
+    offs_d,  # [BLOCK_D]
+    scale_log2e,
+    stride_k_t,
+    stride_v_t,
+    D: tl.constexpr,
+    IS_CARRIED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add the keys from ``first`` to ``last``, block by block, the rest masked; return sums and maxima."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]; int32, see row_contiguous
+    offs_v = offs_n[:, None] * stride_v_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
+        passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
+        acc, m_i, l_i = _attend(
+            q,
+            k_ptr + passed * stride_k_t + offs_k,
+            v_ptr + passed * stride_v_t + offs_v,
+            acc,
+            m_i,
+            l_i,
+            offs_n < last - start_n,
+            offs_d,
+            scale_log2e,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=False,
+        )
+        if IS_CARRIED:
+            k_ptr += BLOCK_N * stride_k_t
+            v_ptr += BLOCK_N * stride_v_t
+    rest = tl.maximum(last - first, 0) % BLOCK_N
+    if rest > 0:
+        passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
+        acc, m_i, l_i = _attend(
+            q,
+            k_ptr + passed * stride_k_t + offs_k,
+            v_ptr + passed * stride_v_t + offs_v,
+            acc,
+            m_i,
+            l_i,
+            offs_n < rest,
+            offs_d,
+            scale_log2e,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=True,
+        )
+    return acc, m_i, l_i
+
+
 @triton.jit(
     do_not_specialize=["H", "tokens", *PACKING, "sequences", "tiles_m", "grid_splits", "num_splits", "max_splits"]
 )
@@ -165,7 +233,7 @@ def _cross_attention_fwd_kernel(
         fill_rest(out_ptr, lse_ptr, cu_q_ptr, b, sequences, tokens, start_q + len_q, h, H, offs_d, D, HAS_LSE, BLOCK_M)
     if (start_m >= len_q) | (split >= own_splits):
         return
-    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < len_q - start_m
     start_q += start_m
     q_ptr += start_q * stride_q_t + h * stride_q_h
@@ -173,52 +241,22 @@ def _cross_attention_fwd_kernel(
     first, last = split_bounds(split, own_splits, len_k, BLOCK_N)
     k_ptr += (start_k + first) * stride_k_t + h * stride_k_h
     v_ptr += (start_k + first) * stride_v_t + h * stride_v_h
-    offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]; int32, see row_contiguous
-    offs_v = offs_n[:, None] * stride_v_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
-
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
-        passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
-        acc, m_i, l_i = _attend(
-            q,
-            k_ptr + passed * stride_k_t + offs_k,
-            v_ptr + passed * stride_v_t + offs_v,
-            acc,
-            m_i,
-            l_i,
-            offs_n < last - start_n,
-            offs_d,
-            scale_log2e,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            MASKED=False,
-        )
-        if IS_CARRIED:
-            k_ptr += BLOCK_N * stride_k_t
-            v_ptr += BLOCK_N * stride_v_t
-    rest = tl.maximum(last - first, 0) % BLOCK_N
-    if rest > 0:
-        passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
-        acc, m_i, l_i = _attend(
-            q,
-            k_ptr + passed * stride_k_t + offs_k,
-            v_ptr + passed * stride_v_t + offs_v,
-            acc,
-            m_i,
-            l_i,
-            offs_n < rest,
-            offs_d,
-            scale_log2e,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            MASKED=True,
-        )
+    acc, m_i, l_i = _attend_split(
+        q,
+        k_ptr,
+        v_ptr,
+        first,
+        last,
+        offs_d,
+        scale_log2e,
+        stride_k_t,
+        stride_v_t,
+        D,
+        IS_CARRIED,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
 
     row = h * tokens + start_q + offs_m  # [BLOCK_M]
     offs_out = start_q * H * D + h * D + (offs_m[:, None] * (H * D) + offs_d[None, :])  # [BLOCK_M, BLOCK_D]
