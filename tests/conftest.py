@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hia_kernels.core import triton_support
+from hia_kernels.core import triton_interpreter, triton_support
 
 DATA_VARIABLE = "HIA_TEST_DATA"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
@@ -88,6 +88,13 @@ def seeded() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repaired_interpreter() -> None:
+    """Repair Triton's interpreter for tests that import kernels themselves, as the ops' tables do before a call."""
+    if triton_support.interpreted() and not triton_support.unavailable_reasons():
+        triton_interpreter.repair()
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import devices
+from . import devices, triton_interpreter
 
 
 def interpreted() -> bool:
@@ -47,6 +48,13 @@ def device_reasons(tensor: Tensor) -> list[str]:
     return found
 
 
+def load(module: str) -> ModuleType:
+    """Import a module of kernels, ready to run where they are to run: interpreted ones need a repair of Triton."""
+    if interpreted():
+        triton_interpreter.repair()
+    return importlib.import_module(module)
+
+
 def lazy(module: str, function: str) -> Callable[..., Any]:
     """Return a function that imports ``module`` when first called: importing hia_kernels must not need Triton.
 
@@ -58,7 +66,7 @@ def lazy(module: str, function: str) -> Callable[..., Any]:
     """
 
     def call(*args: Any) -> Any:
-        loaded = sys.modules.get(module) or importlib.import_module(module)  # the second takes a microsecond
+        loaded = sys.modules.get(module) or load(module)  # the second takes a microsecond
         implementation = getattr(loaded, function)
         tensor = next(argument for argument in args if isinstance(argument, Tensor))
         if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():

@@ -7,7 +7,6 @@ import torch
 
 from hia_kernels import use_backend
 from hia_kernels.core import triton_support
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter

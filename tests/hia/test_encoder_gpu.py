@@ -16,7 +16,6 @@ from hia.encoder.encoder import Encoder
 from hia_kernels.testing import GRADIENT_SLACK, UNIT_ROUNDOFF, assert_close, rel_rms
 from tests.hia.encoders import encoder_of, pixels_of, sides_of, without_graphs
 from tests.ops.conftest import triton_device  # noqa: F401
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 DEVICE, BACKEND = "cuda", "triton"
 EXACT = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}

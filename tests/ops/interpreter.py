@@ -1,4 +1,4 @@
-"""Workarounds for Triton's interpreter with a newer NumPy than it supports."""
+"""Fixtures of tests in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,19 +6,6 @@ import numpy as np
 import pytest
 
 from hia_kernels.core import triton_support
-
-
-@pytest.fixture(autouse=True)
-def loop_bounds_are_ints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convert loop bounds: Triton 3.6 keeps a scalar as an array of one element, which NumPy 2.4 rejects as a bound."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 @pytest.fixture

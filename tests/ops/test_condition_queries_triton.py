@@ -15,7 +15,7 @@ from tests.ops.harness import (
     forward_backward,
     opcheck,
 )
-from tests.ops.interpreter import loop_bounds_are_ints, products_in_order  # noqa: F401
+from tests.ops.interpreter import products_in_order  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter

@@ -13,7 +13,6 @@ from hia_kernels.ops.conv_norm_act import cudnn, library
 from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
 from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, assert_matches, assert_repeatable
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: what follows cuDNN's convolution is not tested")
 

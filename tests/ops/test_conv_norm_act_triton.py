@@ -14,7 +14,6 @@ from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_bwd_ref, conv_
 from hia_kernels.testing import analysed, assert_close, bounded
 from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, assert_matches, assert_repeatable, forward_backward, opcheck
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 triton_fwd = pytest.importorskip("hia_kernels.ops.conv_norm_act.triton_fwd")

@@ -12,7 +12,6 @@ import torch
 from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref, cross_attention_with_lse_ref
 from hia_kernels.testing import assert_close
 from tests.inputs import inputs_of
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter

@@ -15,7 +15,6 @@ from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross
 from hia_kernels.testing import OUT_SLACK, analysed, assert_close
 from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, assert_repeatable, forward_backward, opcheck, sequence_slack
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter

@@ -8,7 +8,6 @@ from hia_kernels import last_backend, use_backend
 from hia_kernels.core import backend
 from tests.inputs import small_inputs
 from tests.ops.harness import assert_default_dtype_changes_no_bit
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 from tests.ops.test_routes import ROUTES
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")

@@ -5,7 +5,6 @@ import torch
 
 from hia_kernels import last_backend, use_backend
 from tests.inputs import small_inputs
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 from tests.ops.test_indices import INDEXED, KERNELS, OTHERS, ROUTES, assert_reads_any_indices
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")

@@ -20,7 +20,6 @@ from tests.ops.harness import (
     forward_backward,
     opcheck,
 )
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 triton_fwd = pytest.importorskip("hia_kernels.ops.norm_linear.triton_fwd")

@@ -7,7 +7,6 @@ import torch
 
 from hia_kernels.core import backend
 from tests.inputs import OPS, small_inputs
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 from tests.ops.not_finite import (
     INF,
     NAN,

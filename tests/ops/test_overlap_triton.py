@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hia_kernels import inject_rows, inject_rows_, last_backend, use_backend
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 from tests.ops.test_overlap import OVERLAPS, ROWS, assert_injects_as_if_apart, injection
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")

@@ -25,7 +25,6 @@ from hia_kernels.ops.stem.functional import stem_reach
 from hia_kernels.ops.stem.reference import stem_ref
 from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, assert_matches
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 from tests.ops.test_cross_attention_triton import assert_packed_is_one_at_a_time
 
 pytestmark = pytest.mark.interpreter

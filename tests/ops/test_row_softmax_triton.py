@@ -10,7 +10,6 @@ from hia_kernels.ops.row_softmax.reference import row_softmax_bwd_ref, row_softm
 from hia_kernels.testing import analysed, assert_close, upcast
 from tests.inputs import inputs_of
 from tests.ops.harness import DTYPES, HALVES, assert_matches, assert_repeatable, forward_backward, opcheck
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter

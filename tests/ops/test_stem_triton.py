@@ -10,7 +10,6 @@ from hia_kernels.ops.stem.reference import stem_bwd_ref, stem_ref
 from hia_kernels.testing import analysed, assert_close, bounded, upcast
 from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, assert_repeatable, flops, opcheck
-from tests.ops.interpreter import loop_bounds_are_ints  # noqa: F401
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 pytestmark = pytest.mark.interpreter
