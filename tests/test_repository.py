@@ -214,6 +214,42 @@ def test_allocations_have_a_dtype():
     assert_none(broken, "a new tensor must have a dtype of its own, not the process's default")
 
 
+def unstated(call: ast.Call) -> str | None:
+    """Name what a call of Triton leaves to a default that a variable or a version of Triton may change; or None."""
+    given = {keyword.arg for keyword in call.keywords}
+    if isinstance(call.func, ast.Subscript):  # kernel[grid](...)
+        return None if "enable_fp_fusion" in given else "enable_fp_fusion of a launch"
+    is_product = ast.unparse(call.func).startswith("tl.dot")
+    return "input_precision of a product" if is_product and "input_precision" not in given else None
+
+
+def test_kernels_state_their_arithmetic():
+    """Check that no launch and no product takes its rounding from TRITON_DEFAULT_FP_FUSION, or TF32 by default."""
+    files = [source for source in EVERYTHING if source.path.name.startswith("triton_")]
+    calls = [(source, node) for source in files for node in source.nodes if isinstance(node, ast.Call)]
+    launches = [node for _, node in calls if isinstance(node.func, ast.Subscript)]
+    kernels = {ast.unparse(node.func.value) for node in launches}
+    assert len(kernels) > 30 and all(name.endswith("_kernel") for name in kernels)
+    broken = [f"{source}:{node.lineno}: {name}" for source, node in calls if (name := unstated(node))]
+    assert_none(broken, "a kernel's arithmetic must be stated where it is launched, or multiplied")
+
+
+@pytest.mark.parametrize(
+    ("code", "left"),
+    [
+        ("_kernel[(1,)](x, num_warps=4)", "enable_fp_fusion of a launch"),
+        ("_kernel[grid](**options)", "enable_fp_fusion of a launch"),
+        ("_kernel[grid](x, **options, enable_fp_fusion=True)", None),
+        ("tl.dot(a, b, acc)", "input_precision of a product"),
+        ("tl.dot(a, b, acc, input_precision='ieee')", None),
+        ("dot(a, b, acc)", None),
+    ],
+)
+def test_what_a_call_leaves_to_defaults_is_found(code, left):
+    call = ast.parse(code).body[0].value
+    assert unstated(call) == left
+
+
 def test_numpy_unpickles_nothing():
     loose = r"allow_pickle(?!\s*=\s*False\b)"
     broken = [f"{source}: {found}" for source in LIBRARY for found in re.findall(loose, source.text)]

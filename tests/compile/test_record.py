@@ -11,7 +11,7 @@ import torch
 import hia_kernels.ops
 from bench.launches.compile import _source
 from bench.launches.device import TARGETS
-from bench.launches.record import launch_of, recorded
+from bench.launches.record import _binder, launch_of, recorded
 from bench.launches.workloads import Call, CompositeCall, calls, run
 from bench.workloads import in_set, op_entry, ops, workloads
 from hia_kernels.core import triton_support
@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(triton_support.interpreted(), reason="the interpreter tier runs in this process"),
 ]
 FACTS = {"D": ("tt.divisibility", 16), "S": ("tt.pointer_range", 32)}
+STATED = {"enable_fp_fusion": True}
 SIXTEEN_BITS_ONLY = {  # attention of fp32 passes through memory
     "_cross_attention_fwd_kernel",
     "_cross_attention_bwd_dq_kernel",
@@ -88,6 +89,20 @@ def test_a_launch_by_hand():
 @pytest.mark.parametrize(("target", "stages"), [("sm_80", 3), ("gfx942", 2)])
 def test_options_that_the_launch_leaves_out_are_the_targets(target, stages):
     assert one_recorded(target)[0].num_stages == stages
+
+
+def test_fusion_of_roundings_follows_the_launch_and_no_variable(monkeypatch):
+    """Check what a launch of ours gives, where the process's default is other than Triton's."""
+    with monkeypatch.context() as environment:
+        environment.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+        _binder.cache_clear()
+        by_default, stated = (dict(one_recorded("sm_90", **given)[0].options) for given in ({}, STATED))
+        with recorded(TARGETS["sm_90"]) as found:
+            hia_kernels.row_softmax(torch.empty(8, 64, dtype=torch.bfloat16, device="cuda"), 0.5)
+    _binder.cache_clear()
+    assert "enable_fp_fusion" not in by_default and stated["enable_fp_fusion"] is True
+    assert [dict(kept.options)["enable_fp_fusion"] for kept in found.launches] == [True]
+    assert one_recorded("sm_90", **STATED) == one_recorded("sm_90")  # the same kernel where that is the default
 
 
 def test_alignment_follows_the_offset_in_the_storage():

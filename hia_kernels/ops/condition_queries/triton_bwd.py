@@ -99,6 +99,7 @@ def _sums(dout, wants_shift, wants_queries):
             HAS_SHIFT=wants_shift,
             HAS_QUERIES=wants_queries,
             **config,
+            enable_fp_fusion=True,
         )
     return None if partial is None else partial.sum(0), dqueries
 
@@ -118,6 +119,7 @@ def _dhidden(drows, row_idx, hidden):
         T=T,
         C=C,
         **config,
+        enable_fp_fusion=True,
     )
     return dhidden
 

@@ -99,5 +99,6 @@ def condition_queries_fwd(hidden, row_idx, weight, bias, queries):
         stride_queries_m=queries.stride(0),
         HAS_BIAS=bias is not None,
         **config,
+        enable_fp_fusion=True,
     )
     return out

@@ -187,6 +187,7 @@ def _epilogue_bwd(dout, x, weight, scale, shift, residual, out, stride, activati
         **flags,
         **is_even(c, oc, config),
         **config,
+        enable_fp_fusion=True,
     )
     # second stage of the reduction; PyTorch's sum has one order
     return dy, *(None if sums is None else sums.sum(0) for sums in (dscale, dshift)), dresidual

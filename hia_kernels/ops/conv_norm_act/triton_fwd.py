@@ -345,6 +345,7 @@ def _launch_epilogue(y, out, scale, shift, residual, activation, splits, block_o
         BLOCK_M=32,
         BLOCK_OC=block_oc,
         SPLITS=splits,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -404,6 +405,7 @@ def conv_norm_act_fwd(x, weight, scale, shift, residual, stride, activation):
         **strides_of("x", *x.stride()[:3]),
         **strides_of("weight", weight.stride(0), *weight.stride()[2:], dims="ohw"),
         **config,
+        enable_fp_fusion=True,
     )
     if splits > 1:
         # narrow blocks: few programs are left of a convolution that had to be split

@@ -377,6 +377,7 @@ def _lse_and_delta(dout, out, lse, dlse, factor, packing, grads):
         D=head_dim,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
+        enable_fp_fusion=True,
     )
     return lse_delta
 
@@ -416,6 +417,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
         **heuristic.arguments(splits),
         **options,
         **config,
+        enable_fp_fusion=True,
     )
     if splits > 1:
         combine(partial, None, dq, None, packing, heuristic, natural=False)
@@ -423,7 +425,7 @@ def _fused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlens
     config = _config("dkv", DKV_BLOCKS, q)
     tiles_n = cdiv(max_seqlens[1], config["BLOCK_N"])
     _cross_attention_bwd_dkv_kernel[(tiles_n * batch_heads,)](
-        dk_ptr=dk, dv_ptr=dv, tiles_n=tiles_n, **options, **config
+        dk_ptr=dk, dv_ptr=dv, tiles_n=tiles_n, **options, **config, enable_fp_fusion=True
     )
 
 

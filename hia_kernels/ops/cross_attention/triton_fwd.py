@@ -324,6 +324,7 @@ def _fused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
         IS_CARRIED=is_carried(q.device),
         BLOCK_D=max(16, tuning.bucket(head_dim)),
         **config,
+        enable_fp_fusion=True,
     )
     if splits > 1:
         combine(partial, (partial_m, partial_l), out, lse, packing, heuristic, natural=False)

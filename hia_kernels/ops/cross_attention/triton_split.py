@@ -291,6 +291,7 @@ def combine(partial, stats, out, lse, packing, heuristic, *, natural):
         HAS_LSE=lse is not None,
         BLOCK_T=16,
         BLOCK_D=block_d,
+        enable_fp_fusion=True,
     )
 
 

@@ -233,8 +233,7 @@ def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlen
     tiles_m, tiles_n = cdiv(max_seqlens[0], block_m), cdiv(max_seqlens[1], block_n)
     shape = tiles_m * block_m, tiles_n * block_n
     chunks = workspace_chunks((cu_seqlens_q.numel() - 1) * heads, 2 * shape[0] * shape[1] * q.element_size())
-    batch_heads = chunks[0][1]
-    p, ds = q.new_empty(batch_heads, *shape), q.new_empty(batch_heads, *shape)
+    p, ds = (q.new_empty(chunks[0][1], *shape) for _ in range(2))  # the first chunk is the largest
     tiles_d = cdiv(head_dim, config["BLOCK_D"])
     heuristic = split_heuristic(q, block_m, tiles_d)
     splits = heuristic.count(max_seqlens[1])
@@ -261,6 +260,7 @@ def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlen
             scale=softmax_scale,
             **strides_of(q=q, k=k, v=v, dout=dout),
             **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
+            enable_fp_fusion=True,
         )
         products = (
             (ds, k, dq, softmax_scale, by_queries),
@@ -280,6 +280,7 @@ def unfused_bwd(q, k, v, dout, lse_delta, cu_seqlens_q, cu_seqlens_k, max_seqlen
                 scale=scale,
                 **strides_of(x=x),
                 **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
+                enable_fp_fusion=True,
             )
     if splits > 1:
         combine(partial, None, dq, None, packing, heuristic, natural=True)

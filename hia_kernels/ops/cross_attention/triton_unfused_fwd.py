@@ -251,6 +251,7 @@ def unfused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             scale=softmax_scale,
             **strides_of(q=q, k=k),
             **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_C"),
+            enable_fp_fusion=True,
         )
         _cross_attention_values_kernel[(tiles_d * tiles_m * splits * count,)](
             p_ptr=p,
@@ -270,6 +271,7 @@ def unfused_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             **heuristic.arguments(splits),
             **strides_of(v=v),
             **launch_options(config, "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D"),
+            enable_fp_fusion=True,
         )
     if splits > 1:
         combine(partial, (partial_m, partial_l), out, lse, packing, heuristic, natural=True)

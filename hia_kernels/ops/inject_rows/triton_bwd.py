@@ -70,6 +70,7 @@ def _gather(dout, row_idx, dtype, wants_rows, wants_sums):
             HAS_ROWS=wants_rows,
             HAS_SUMS=wants_sums,
             **config,
+            enable_fp_fusion=True,
         )
     return drows if wants_rows else None, None if sums is None else sums.sum(0)
 

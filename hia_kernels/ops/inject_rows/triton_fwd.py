@@ -127,6 +127,7 @@ def _add_product(hidden, update, weight, bias, row_idx):
         stride_hidden_t=hidden.stride(0),
         HAS_BIAS=bias is not None,
         **config,
+        enable_fp_fusion=True,
     )
 
 
@@ -142,6 +143,7 @@ def _add_rows(hidden, projected, row_idx):
         C=C,
         stride_hidden_t=hidden.stride(0),
         **config,
+        enable_fp_fusion=True,
     )
 
 

@@ -137,6 +137,7 @@ def _dx(dy, x, norm_weight, row_idx, eps):
         BLOCK_C=block_c,
         BLOCK_I=IDX_CHUNK,
         **config,
+        enable_fp_fusion=True,
     )
     return dx
 
@@ -164,6 +165,7 @@ def _dnorm(dy, x, row_idx, mean, rstd):
             stride_sums_part=sums.stride(0),
             HAS_IDX=row_idx is not None,
             **config,
+            enable_fp_fusion=True,
         )
     return sums[0].sum(0), sums[1].sum(0)  # two tensors: results of an op must not share memory
 

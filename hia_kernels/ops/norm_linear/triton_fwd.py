@@ -162,6 +162,7 @@ def normed_rows(x, norm_weight, norm_bias, row_idx, eps, *, wants_y=True, wants_
         HAS_STATISTICS=wants_statistics,
         BLOCK_C=block_c,
         **config,
+        enable_fp_fusion=True,
     )
     return y, mean, rstd
 
@@ -203,6 +204,7 @@ def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
         HAS_BIAS=bias is not None,
         HAS_IDX=row_idx is not None,
         **config,
+        enable_fp_fusion=True,
     )
     return out
 

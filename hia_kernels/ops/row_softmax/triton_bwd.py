@@ -104,10 +104,12 @@ def row_softmax_bwd(dp, p, scale, dlse=None):
     key = f"bwd-n{tuning.bucket(N)}"
     if N > WHOLE_ROW:
         config = tuning.pick("row_softmax", key, p.device, {"BLOCK_N": 4096, "num_warps": 8})
-        _row_softmax_long_bwd_kernel[(R,)](**options, **config)
+        _row_softmax_long_bwd_kernel[(R,)](**options, **config, enable_fp_fusion=True)
         return ds
     block_n = max(16, tuning.bucket(N))
     heuristic = {"BLOCK_R": max(1, min(16, TILE // block_n)), "num_warps": min(16, max(4, block_n // 512))}
     config = tuning.pick("row_softmax", key, p.device, heuristic)
-    _row_softmax_bwd_kernel[(cdiv(R, config["BLOCK_R"]),)](**options, R=R, BLOCK_N=block_n, **config)
+    _row_softmax_bwd_kernel[(cdiv(R, config["BLOCK_R"]),)](
+        **options, R=R, BLOCK_N=block_n, **config, enable_fp_fusion=True
+    )
     return ds

@@ -101,13 +101,13 @@ def _launch(scores, p, lse, scale):
     }
     if N > WHOLE_ROW:
         config = tuning.pick("row_softmax", key, scores.device, {"BLOCK_N": 4096, "num_warps": 8})
-        _row_softmax_long_fwd_kernel[(R,)](**options, **config)
+        _row_softmax_long_fwd_kernel[(R,)](**options, **config, enable_fp_fusion=True)
         return
     block_n = max(16, tuning.bucket(N))
     heuristic = {"BLOCK_R": max(1, min(16, TILE // block_n)), "num_warps": max(4, block_n // 1024)}
     config = tuning.pick("row_softmax", key, scores.device, heuristic)
     grid = (cdiv(R, config["BLOCK_R"]),)
-    _row_softmax_fwd_kernel[grid](**options, R=R, BLOCK_N=block_n, **config)
+    _row_softmax_fwd_kernel[grid](**options, R=R, BLOCK_N=block_n, **config, enable_fp_fusion=True)
 
 
 def _lse_of(scores):

@@ -220,7 +220,14 @@ def _normalised(pixels, window, mean, std, dtype):
     x = torch.empty((*pixels.shape[:3], 3), dtype=dtype, device=pixels.device)
     grid, options = _pixelwise_launch(pixels, 3)
     _stem_normalise_kernel[grid](
-        pixels_ptr=pixels, window_ptr=window, mean_ptr=mean, std_ptr=std, x_ptr=x, PIXELS=kind, **options
+        pixels_ptr=pixels,
+        window_ptr=window,
+        mean_ptr=mean,
+        std_ptr=std,
+        x_ptr=x,
+        PIXELS=kind,
+        **options,
+        enable_fp_fusion=True,
     )
     return x
 
@@ -239,6 +246,7 @@ def _dpixels(dx, pixels, window, std):
         CP=channels,
         PIXELS="float",
         **options,
+        enable_fp_fusion=True,
     )
     return dpixels
 
@@ -272,6 +280,7 @@ def _epilogue_bwd(dout, y, scale, shift, pool, has_dy):
         HAS_DY=has_dy,
         BLOCK_OC=block_oc,
         **config,
+        enable_fp_fusion=True,
     )
     # second stage of the reduction; PyTorch's sum has one order. Two tensors: results of an op must not share memory
     return dy, (sums[0].sum(0), sums[1].sum(0))

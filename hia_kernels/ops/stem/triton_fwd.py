@@ -406,9 +406,9 @@ def _convolve_packed(pixels, window, mean, std, packed, norm, pool):
     }
     grid = (n * tiles_r * tiles_q, cdiv(oc, block_oc))
     if pool == 3:
-        _stem_pool_fwd_kernel[grid](**options, PH=ph, PW=pw)
+        _stem_pool_fwd_kernel[grid](**options, PH=ph, PW=pw, enable_fp_fusion=True)
     else:
-        _stem_conv_kernel[grid](**options, HAS_NORM=norm is not None)
+        _stem_conv_kernel[grid](**options, HAS_NORM=norm is not None, enable_fp_fusion=True)
     return out
 
 

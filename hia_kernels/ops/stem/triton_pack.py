@@ -208,6 +208,7 @@ def pack_taps(weight, mean, std, sign_of):
             HAS_SIGN=sign_of is not None,
             BLOCK_SLOTS=PACK_SLOTS,
             BLOCK_OC=PACK_OC,
+            enable_fp_fusion=True,
         )
     return packed
 
@@ -241,5 +242,6 @@ def padded(pixels, window, mean, std, kernel, dtype):
         KERNEL=kernel,
         **config,
         **{f"stride_pixels_{dim}": stride for dim, stride in zip("nhwc", pixels.stride(), strict=True)},
+        enable_fp_fusion=True,
     )
     return x

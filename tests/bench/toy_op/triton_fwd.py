@@ -44,5 +44,6 @@ def row_dot_fwd(x: Tensor, y: Tensor) -> Tensor:
             stride_x_r=x.stride(0),
             stride_y_r=y.stride(0),
             BLOCK_C=BLOCK_C,
+            enable_fp_fusion=True,
         )
     return out
