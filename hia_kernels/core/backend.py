@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from . import settings
+from . import once, settings
+
+once.refuse_reload(globals())
 
 AUTO = "auto"
 REFERENCE = "reference"

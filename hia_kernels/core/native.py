@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import settings
+from . import once, settings
+
+once.refuse_reload(globals())
 
 REVISION = 5  # csrc/registration.cpp returns the same number; raised with every change of a schema or a layout
 _ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +40,7 @@ _SCHEMAS = (
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, bool add) -> ()",
 )
 for _schema in _SCHEMAS:
-    torch.library.define("hia_native::" + _schema.partition("(")[0], _schema[_schema.index("(") :])
+    once.define("hia_native::" + _schema.partition("(")[0], _schema[_schema.index("(") :])
 
 
 def library() -> Path | None:
@@ -49,7 +51,12 @@ def library() -> Path | None:
 
 @cache
 def unavailable_reasons() -> tuple[str, ...]:
-    """Return why the extension can't serve; empty if it can. Loads it on first use."""
+    """Return why the extension can't serve; empty if it can. Loads it on first use, unless a copy is loaded already:
+    the kernels of a second one would take the first one's place."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("hia_native::revision", "CompositeExplicitAutograd"):
+        revision = torch.ops.hia_native.revision()
+        again = f"this process has loaded an extension of revision {revision}, not {REVISION}: load none by hand"
+        return () if revision == REVISION else (again,)
     path = library()
     if path is None:
         return (f"the native extension is not built: {BUILD}",)

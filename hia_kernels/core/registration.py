@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from . import autocast, overlap, transforms, varlen
+from . import autocast, once, overlap, transforms, varlen
 from .backend import BackendTable, block_backend, use_backend
 
 
 def define(name: str, schema: str) -> None:
     """Declare ``hia::name``; implementations come separately, so importing needs no compiler."""
-    torch.library.define(f"hia::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    once.define(f"hia::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @cache

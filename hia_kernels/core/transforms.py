@@ -17,6 +17,10 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
+from . import once
+
+once.refuse_reload(globals())
+
 _library = torch.library.Library("hia", "FRAGMENT")  # kept: what it holds goes with it
 
 
