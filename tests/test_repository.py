@@ -35,6 +35,7 @@ EXPECTED_OPS = {
 }
 OP_PARTS = [
     "hia_kernels/ops/{}/functional.py",
+    "hia_kernels/ops/{}/checks.py",
     "hia_kernels/ops/{}/reference.py",
     "hia_kernels/ops/{}/inputs.py",
     "hia_kernels/ops/{}/library.py",

@@ -2,92 +2,137 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import expect_true
 
 from . import autocast
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES, torch.float64)
 PIXELS = (torch.uint8, torch.uint16, *FLOATS)
+INDEX_DTYPES = (torch.int32, torch.int64)  # uint8 and bool would be masks to PyTorch
+
+# what an argument's dtype may be, by that of another
+_Choices = Mapping[torch.dtype | None, tuple[torch.dtype, ...]]
+SAME: _Choices = {dtype: (dtype,) for dtype in FLOATS}
+STATISTICS: _Choices = {dtype: (torch.float64 if dtype == torch.float64 else torch.float32,) for dtype in FLOATS}
+
+_STRIDED = torch.strided
 
 
-def check_shapes(op: str, **specs: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Bind symbolic dims across arguments; a symbol must mean one size everywhere.
+@dataclass(frozen=True)
+class Arg:
+    """The tensor that one argument must be.
 
-    Args:
-        op: the op's name, for the message.
-        specs: ``name=(tensor, "T D")``. A decimal symbol is a fixed size; an absent tensor is skipped.
-
-    Returns:
-        The size of every symbol.
-
-    Raises:
-        ValueError: a wrong rank, or a symbol bound to two sizes.
+    Attributes:
+        shape: a symbol a dim, with blanks between; a symbol is one size everywhere, a decimal one that size.
+        dtypes: what it may have; by the dtype of ``of`` where there is one.
+        of: an earlier argument.
+        optional: whether it may be None.
     """
-    dims: dict[str, tuple[int, str]] = {}  # symbol -> (size, argument that fixed it)
-    for name, (tensor, spec) in specs.items():
-        if tensor is None:
-            continue
-        symbols, shape = spec.split(), tuple(tensor.shape)
-        if len(shape) != len(symbols):
-            raise ValueError(_wrong_shape(op, name, symbols, shape))
-        for symbol, size in zip(symbols, shape, strict=True):
-            if symbol.isdecimal():
-                if size != int(symbol):
-                    raise ValueError(_wrong_shape(op, name, symbols, shape))
+
+    shape: str
+    dtypes: tuple[torch.dtype, ...] | _Choices
+    of: str | None = None
+    optional: bool = False
+
+    def choices(self) -> _Choices:
+        """Return what its dtype may be, by that of ``of``; of None where there is none."""
+        return {None: self.dtypes} if isinstance(self.dtypes, tuple) else self.dtypes
+
+
+def like(of: str, shape: str, *, optional: bool = False) -> Arg:
+    """Return what has the dtype of the argument ``of``."""
+    return Arg(shape, SAME, of, optional)
+
+
+def statistics(of: str, shape: str) -> Arg:
+    """Return what is fp32, or fp64 beside an argument ``of`` in fp64."""
+    return Arg(shape, STATISTICS, of)
+
+
+class Contract:
+    """The promises of an op about its tensors, checked in every call: types, layouts, dtypes, ranks, sizes, one device.
+
+    Nothing is kept from call to call, so no change of a stride, a dtype or a device goes unseen.
+    """
+
+    def __init__(self, op: str, **tensors: Arg) -> None:
+        """Give ``op``'s tensors, by name, in the order in which they fix the sizes."""
+        self.op = op
+        self._rows = [
+            (name, tuple(arg.shape.split()), arg.choices(), arg.of, arg.optional) for name, arg in tensors.items()
+        ]
+        symbols = {symbol for _, symbols, *_ in self._rows for symbol in symbols}
+        self._fixed = {symbol: int(symbol) for symbol in symbols if symbol.isdecimal()}
+
+    def __call__(self, arguments: Mapping[str, Any]) -> dict[str, int]:
+        """Check the arguments of a call.
+
+        Args:
+            arguments: by name; others than the contract's are not looked at.
+
+        Returns:
+            The size of every symbol.
+
+        Raises:
+            TypeError: no tensor, no dense one, or another dtype. ValueError: another shape, or two devices.
+        """
+        sizes = self._fixed.copy()
+        device = None
+        for name, symbols, choices, of, optional in self._rows:
+            tensor = arguments[name]
+            if tensor is None and optional:
                 continue
-            bound, owner = dims.setdefault(symbol, (size, name))
-            if size != bound:
-                raise ValueError(f"{_wrong_shape(op, name, symbols, shape)}; {symbol}={bound} is fixed by {owner}")
-    return {symbol: size for symbol, (size, _) in dims.items()}
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"hia::{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.layout is not _STRIDED or tensor.is_nested:
+                raise TypeError(f"hia::{self.op}: {name} must be a dense tensor, got {_layout(tensor)}")
+            allowed = choices[None if of is None else arguments[of].dtype]
+            if tensor.dtype not in allowed:
+                raise TypeError(self._wrong_dtype(name, allowed, tensor.dtype, of if choices is SAME else None))
+            shape = tensor.shape
+            if len(shape) != len(symbols):
+                raise ValueError(self._wrong_shape(name, symbols, shape))
+            for symbol, size in zip(symbols, shape, strict=True):
+                bound = sizes.setdefault(symbol, size)
+                if bound is not size and not expect_true(bound == size):  # of sizes that tracing doesn't know, later
+                    raise ValueError(self._wrong_shape(name, symbols, shape) + self._owner(symbol, arguments))
+            if device is None:
+                device, first = tensor.device, name
+            elif tensor.device != device:
+                raise ValueError(f"hia::{self.op}: {name} must be on {device} like {first}, got {tensor.device}")
+        return sizes
+
+    def _wrong_dtype(self, name: str, allowed: tuple[torch.dtype, ...], dtype: torch.dtype, of: str | None) -> str:
+        expected = " or ".join(_short(choice) for choice in dict.fromkeys(allowed)) + (f" like {of}" if of else "")
+        cast = ", under autocast" if autocast.is_anywhere_enabled() else ""
+        return f"hia::{self.op}: {name} must be {expected}, got {_short(dtype)}{cast}"
+
+    def _wrong_shape(self, name: str, symbols: tuple[str, ...], shape: torch.Size) -> str:
+        return f"hia::{self.op}: {name} must have shape [{', '.join(symbols)}], got {list(shape)}"
+
+    def _owner(self, symbol: str, arguments: Mapping[str, Any]) -> str:
+        """Say which argument fixed a symbol's size."""
+        if symbol in self._fixed:
+            return ""
+        name, symbols = next(
+            (name, symbols) for name, symbols, *_ in self._rows if symbol in symbols and arguments[name] is not None
+        )
+        return f"; {symbol}={arguments[name].shape[symbols.index(symbol)]} is fixed by {name}"
 
 
-def _wrong_shape(op: str, name: str, symbols: list[str], shape: tuple[int, ...]) -> str:
-    return f"hia::{op}: {name} must have shape [{', '.join(symbols)}], got {list(shape)}"
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def check_dtypes(
-    op: str, *, cast: bool = True, **specs: tuple[Tensor | None, torch.dtype | tuple[torch.dtype, ...]]
-) -> None:
-    """Check dtypes, each given as ``name=(tensor, allowed)``; an absent tensor is skipped.
-
-    Args:
-        op: the op's name, for the message.
-        cast: autocast casts these arguments, so under it 16- and 32-bit floats may mix. False for statistics,
-            which it leaves alone.
-        specs: the tensors and what they may be.
-
-    Raises:
-        TypeError: the argument is no tensor, or its dtype is not among the allowed.
-    """
-    for name, (tensor, allowed) in specs.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"hia::{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        choices = allowed if isinstance(allowed, tuple) else (allowed,)
-        if cast and autocast.is_enabled(tensor.device.type) and any(c in autocast.CASTABLE for c in choices):
-            choices = (*choices, *autocast.CASTABLE)
-        if tensor.dtype not in choices:
-            expected = " or ".join(dict.fromkeys(str(choice).removeprefix("torch.") for choice in choices))
-            raise TypeError(f"hia::{op}: {name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def check_devices(op: str, **tensors: Tensor | None) -> None:
-    """Check that all tensors are on the device of the first.
-
-    Raises:
-        ValueError: two devices.
-    """
-    first: tuple[str, torch.device] | None = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if first is None:
-            first = (name, tensor.device)
-        elif tensor.device != first[1]:
-            raise ValueError(f"hia::{op}: {name} must be on {first[1]} like {first[0]}, got {tensor.device}")
+def _layout(tensor: Tensor) -> str:
+    return "a nested one" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -99,3 +144,39 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
     if value not in choices:
         expected = " or ".join(repr(choice) for choice in choices)
         raise ValueError(f"hia::{op}: {name} must be {expected}, got {value!r}")
+
+
+def check_not_negative(op: str, name: str, value: int) -> None:
+    """Check a count.
+
+    Raises:
+        ValueError: it is less than 0.
+    """
+    if not expect_true(value >= 0):
+        raise ValueError(f"hia::{op}: {name} must not be negative, got {value}")
+
+
+def check_contiguous(op: str, name: str, tensor: Tensor, instead: str = "") -> None:
+    """Check that a tensor's elements lie one after the other.
+
+    Raises:
+        ValueError: they don't; ``instead`` says what to do then.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"hia::{op}: {name} must be contiguous, got strides {list(tensor.stride())}{instead}")
+
+
+def check_no_gradients(op: str, instead: str, **tensors: Tensor | None) -> None:
+    """Check that no gradient would be lost, in an op that has none.
+
+    Raises:
+        RuntimeError: gradients are recorded, and a tensor requires one; ``instead`` names the op that has them.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"hia::{op}: {name} must not be part of a gradient graph, got requires_grad=True;"
+                f" use {instead} when training"
+            )

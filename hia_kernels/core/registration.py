@@ -9,13 +9,24 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from . import autocast, once, overlap, transforms, varlen
+from . import autocast, call, once, overlap, transforms, varlen
 from .backend import BackendTable, block_backend, use_backend
 
+_checks: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
 
-def define(name: str, schema: str) -> None:
-    """Declare ``hia::name``; implementations come separately, so importing needs no compiler."""
+
+def define(name: str, schema: str, check: Callable[[Mapping[str, Any]], Any]) -> None:
+    """Declare ``hia::name``; implementations come separately, so importing needs no compiler.
+
+    Args:
+        name: of the function.
+        schema: its arguments and results.
+        check: raises where the arguments, by name, are not what the op's contract says; runs once in every call, be it
+            of real tensors (:func:`implement`) or of fake ones (:func:`fake`). It does not look at values.
+    """
     once.define(f"hia::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    call.declare(name)
+    _checks[name] = check
 
 
 @cache
@@ -36,26 +47,29 @@ def bind(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = No
     return arguments
 
 
-def implement(name: str, table: BackendTable, check: Callable[..., None] | None = None) -> None:
+def implement(name: str, table: BackendTable, values: Callable[..., None] | None = None) -> None:
     """Serve ``hia::name`` on every device from the table.
 
     Args:
         name: the op's function.
         table: its backends.
-        check: looks at values, which fake tensors don't have; runs before the backend is chosen, with the arguments
-            by name.
+        values: checks values, which fake tensors don't have; runs before the backend is chosen, with the op's name
+            and the arguments by theirs.
     """
-
-    written, indices = _written(name), _indices(name)
+    check, written, indices = _checks[name], _written(name), _indices(name)
 
     def run(*args: Any) -> Any:
+        arguments = bind(name, args)
+        check(arguments)
+        given = args = tuple(arguments.values())
         for position, argument in indices:
             args = varlen.with_index(name, args, position, argument)
         for one in written:
             args = one.apart(args)
-        arguments = bind(name, args)
-        if check is not None:
-            check(**arguments)
+        if args is not given:
+            arguments = bind(name, args)
+        if values is not None:
+            values(name, **arguments)
         function = table.select(name, arguments)
         if not autocast.is_anywhere_enabled():
             out = function(*args)
@@ -67,6 +81,28 @@ def implement(name: str, table: BackendTable, check: Callable[..., None] | None 
         return out
 
     torch.library.impl(f"hia::{name}", "default")(run)
+
+
+def fake(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function of the arguments what ``hia::name``, of each of the names, does to fake tensors."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            _fake(name, function)
+        return function
+
+    return register
+
+
+def _fake(name: str, function: Callable[..., Any]) -> None:
+    check = _checks[name]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = bind(name, args, kwargs)
+        check(arguments)
+        return function(*arguments.values())
+
+    torch.library.register_fake(f"hia::{name}")(run)
 
 
 def _written(name: str) -> tuple[overlap.Written, ...]:
@@ -113,6 +149,14 @@ def differentiate(name: str, backward: Callable[..., Any], setup_context: Callab
             return backward(ctx, *grads)
 
     transforms.register(name, overload(name), run, setup)
+
+
+def differentiate_as_first(name: str, other: str) -> None:
+    """Give ``hia::name`` the gradients of ``hia::other``, of the same arguments, whose first result is its only one.
+
+    It is called instead where gradients are recorded.
+    """
+    transforms.register_as_first(name, overload(name), overload(other))
 
 
 def refuse_double_backward(op: str, name: str) -> None:

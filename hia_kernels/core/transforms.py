@@ -105,3 +105,23 @@ def register(
         return plain(keyset, *args)
 
     _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
+
+
+def register_as_first(op: str, overload: torch._ops.OpOverload, other: torch._ops.OpOverload) -> None:
+    """Give an overload the gradients of another one, whose first result is its only one.
+
+    Args:
+        op: the name that errors have.
+        overload: functional, of tensors that are no lists.
+        other: of the same arguments; called instead where gradients are recorded.
+    """
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return other(*_filled(overload, args))[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)

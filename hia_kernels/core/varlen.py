@@ -14,20 +14,17 @@ from .backend import debug_enabled
 
 # what an op reads its indices as, in every backend: kernels step through them by one element of this size
 INDICES = {"cu_seqlens_q": torch.int32, "cu_seqlens_k": torch.int32, "row_idx": torch.int64}
-INDEX_DTYPES = (torch.int32, torch.int64)  # uint8 and bool would be masks to PyTorch
 
 
 def with_index(op: str, args: tuple[Any, ...], position: int, name: str) -> tuple[Any, ...]:
     """Make one argument contiguous and of its dtype in :data:`INDICES`; mostly it is, and nothing is copied.
 
     Raises:
-        TypeError: it holds no int32 or int64. ValueError: a value that int32 can't hold, where values are checked.
+        ValueError: a value that int32 can't hold, where values are checked.
     """
     index, dtype = args[position], INDICES[name]
     if index is None or (index.dtype == dtype and index.is_contiguous()):
         return args
-    if index.dtype not in INDEX_DTYPES:
-        raise TypeError(f"hia::{op}: {name} must be int32 or int64, got {str(index.dtype).removeprefix('torch.')}")
     converted = index.to(dtype).contiguous()
     if dtype == torch.int32 and check_values_now(index) and not torch.equal(converted.long(), index.long()):
         raise ValueError(f"hia::{op}: {name} must be less than 2**31, got {int(index.max())}")

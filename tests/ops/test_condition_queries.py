@@ -136,7 +136,7 @@ ERRORS = [
     ({"hidden": torch.ones(48)}, ValueError, r"hidden must have shape \[T, C\], got \[48\]"),
     ({"hidden": torch.ones(9, 48).long()}, TypeError, "hidden must be float32 or float16 or .* got int64"),
     ({"row_idx": torch.tensor(3)}, ValueError, r"row_idx must have shape \[B\], got \[\]"),
-    ({"row_idx": torch.tensor([3]).int()}, TypeError, "row_idx must be int64, got int32"),
+    ({"row_idx": torch.tensor([3]).byte()}, TypeError, "row_idx must be int32 or int64, got uint8"),
     ({"row_idx": torch.tensor([3, 9])}, ValueError, r"row_idx must be in \[0, 9\), got values from 3 to 9"),
     ({"row_idx": torch.tensor([3, -1])}, ValueError, r"row_idx must be in \[0, 9\), got values from -1 to 3"),
     (
@@ -144,15 +144,15 @@ ERRORS = [
         ValueError,
         r"weight must have shape \[D, C\], got \[32, 47\]; C=48 is fixed by h",
     ),
-    ({"weight": torch.ones(32, 48).half()}, TypeError, "weight must be float32, got float16"),
+    ({"weight": torch.ones(32, 48).half()}, TypeError, "weight must be float32 like hidden, got float16"),
     ({"bias": torch.ones(31)}, ValueError, r"bias must have shape \[D\], got \[31\]; D=32 is fixed by weight"),
-    ({"bias": torch.ones(32).half()}, TypeError, "bias must be float32, got float16"),
+    ({"bias": torch.ones(32).half()}, TypeError, "bias must be float32 like hidden, got float16"),
     (
         {"queries": torch.ones(5, 31)},
         ValueError,
         r"queries must have shape \[M, D\], got \[5, 31\]; D=32 is fixed by w",
     ),
-    ({"queries": torch.ones(5, 32).half()}, TypeError, "queries must be float32, got float16"),
+    ({"queries": torch.ones(5, 32).half()}, TypeError, "queries must be float32 like hidden, got float16"),
     ({"queries": torch.ones(5, 32, device="meta")}, ValueError, "queries must be on cpu like hidden, got meta"),
 ]
 

@@ -296,11 +296,19 @@ def test_packed_errors():
         (lambda: pack_conv(weight, scale, shift, 3), ValueError, "stride must be 1 or 2, got 3"),
         (lambda: pack_conv(weight.new_ones(3, 3, 5, 5), scale[:3], shift[:3]), ValueError, "weight's K must be 1 or"),
         (lambda: conv_norm_act_packed(x[..., :5], packed), ValueError, r"x must have shape \[N, IH, IW, 16\]"),
-        (lambda: conv_norm_act_packed(x.half(), packed), TypeError, "x must be float32, got float16"),
+        (
+            lambda: conv_norm_act_packed(x.half(), packed),
+            TypeError,
+            "weight must be float16 like x, got float32",
+        ),
         (lambda: conv_norm_act_packed(x, packed, residual[:, 1:]), ValueError, "residual must have the output's"),
         (lambda: conv_norm_act_packed(x, packed, activation="silu"), ValueError, "activation must be 'none' or"),
         (lambda: conv_norm_act_packed(x[:, :2], packed, pad_rows=False), ValueError, "x must hold at least one out"),
-        (lambda: conv_norm_act_packed(x.requires_grad_(), packed), RuntimeError, "x and residual must not be part of"),
+        (
+            lambda: conv_norm_act_packed(x.requires_grad_(), packed),
+            RuntimeError,
+            "x must not be part of a gradient graph",
+        ),
     ]
     for call, error, message in calls:
         with pytest.raises(error, match=f"^hia::conv_norm_act_packed: {message}"):

@@ -245,10 +245,10 @@ ERRORS = [
     ({"q": torch.ones(7, 64)}, ValueError, r"q must have shape \[Tq, H, D\], got \[7, 64\]"),
     ({"q": torch.ones(7, 2, 32).int()}, TypeError, "q must be float32 or float16 or .* got int32"),
     ({"k": torch.ones(9, 3, 32)}, ValueError, r"k must have shape \[Tk, H, D\], got \[9, 3, 32\]; H=2 is fixed by q"),
-    ({"k": torch.ones(9, 2, 32).half()}, TypeError, "k must be float32, got float16"),
+    ({"k": torch.ones(9, 2, 32).half()}, TypeError, "k must be float32 like q, got float16"),
     ({"v": torch.ones(8, 2, 32)}, ValueError, r"v must have shape \[Tk, H, D\], got \[8, 2, 32\]; Tk=9 is fixed by k"),
-    ({"v": torch.ones(9, 2, 32).double()}, TypeError, "v must be float32, got float64"),
-    ({"cu_seqlens_q": torch.tensor([0, 3, 7])}, TypeError, "cu_seqlens_q must be int32, got int64"),
+    ({"v": torch.ones(9, 2, 32).double()}, TypeError, "v must be float32 like q, got float64"),
+    ({"cu_seqlens_q": torch.tensor([0.0, 3, 7])}, TypeError, "cu_seqlens_q must be int32 or int64, got float32"),
     ({"cu_seqlens_k": [0, 5, 9]}, TypeError, "cu_seqlens_k must be a tensor, got list"),
     (
         {"cu_seqlens_k": int32(0, 9)},

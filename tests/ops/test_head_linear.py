@@ -284,7 +284,7 @@ ERRORS = [
     ({"x": torch.ones(2, 3, 9, 48, dtype=torch.int32)}, TypeError, "x must be float32 or float16 or .* got int32"),
     ({"weight": torch.ones(3, 32, 47)}, ValueError, r"weight must have shape \[H, D, C\], got \[3, 32, 47\]; C=48"),
     ({"weight": torch.ones(4, 32, 48)}, ValueError, r"weight must have shape \[H, D, C\], got \[4, 32, 48\]; H=3"),
-    ({"weight": torch.ones(3, 32, 48).half()}, TypeError, "weight must be float32, got float16"),
+    ({"weight": torch.ones(3, 32, 48).half()}, TypeError, "weight must be float32 like x, got float16"),
     ({"weight": torch.ones(3, 32, 48, device="meta")}, ValueError, "weight must be on cpu like x, got meta"),
 ]
 

@@ -183,17 +183,17 @@ ERRORS = [
     ({"hidden": torch.ones(9, 48).int()}, TypeError, "hidden must be float32 or float16 or .* got int32"),
     ({"hidden": [[1.0]]}, TypeError, "hidden must be a tensor, got list"),
     ({"update": torch.ones(5, 31)}, ValueError, r"weight must have shape \[C, D\], got \[48, 32\]; D=31 is fixed by u"),
-    ({"update": torch.ones(5, 32).half()}, TypeError, "update must be float32, got float16"),
+    ({"update": torch.ones(5, 32).double()}, TypeError, "update must be float32 or float16 or bfloat16, got float64"),
     (
         {"weight": torch.ones(47, 32)},
         ValueError,
         r"weight must have shape \[C, D\], got \[47, 32\]; C=48 is fixed by h",
     ),
-    ({"weight": torch.ones(48, 32).double()}, TypeError, "weight must be float32, got float64"),
+    ({"weight": torch.ones(48, 32).double()}, TypeError, "weight must be float32 like update, got float64"),
     ({"bias": torch.ones(47)}, ValueError, r"bias must have shape \[C\], got \[47\]; C=48 is fixed by hidden"),
-    ({"bias": torch.ones(48).half()}, TypeError, "bias must be float32, got float16"),
+    ({"bias": torch.ones(48).half()}, TypeError, "bias must be float32 like update, got float16"),
     ({"row_idx": torch.arange(4)}, ValueError, r"row_idx must have shape \[R\], got \[4\]; R=5 is fixed by update"),
-    ({"row_idx": torch.arange(5).int()}, TypeError, "row_idx must be int64, got int32"),
+    ({"row_idx": torch.arange(5).short()}, TypeError, "row_idx must be int32 or int64, got int16"),
     ({"row_idx": torch.arange(5, 10)}, ValueError, r"row_idx must be in \[0, 9\), got values from 5 to 9"),
     ({"row_idx": torch.arange(-1, 4)}, ValueError, r"row_idx must be in \[0, 9\), got values from -1 to 3"),
     ({"row_idx": torch.tensor([0, 1, 2, 1, 3])}, ValueError, "row_idx must not name a row twice, got 5 indices with d"),
@@ -210,13 +210,15 @@ def test_error_messages():
     with pytest.raises(ValueError, match=r"^hia::inject_rows_: hidden must be contiguous, got strides \[64, 1\]; use"):
         inject_rows_(**inputs)
     inputs["hidden"] = inputs["hidden"].contiguous()
-    with pytest.raises(TypeError, match=r"^hia::inject_rows_: update must be float32, got float16"):
-        inject_rows_(**{**inputs, "update": inputs["update"].half()})
+    with pytest.raises(TypeError, match=r"^hia::inject_rows_: update must be float32 or .*, got float64"):
+        inject_rows_(**{**inputs, "update": inputs["update"].double()})
     with pytest.raises(ValueError, match="row_idx must not name a row twice"):
         inject_rows_(**{**inputs, "row_idx": torch.zeros(5, dtype=torch.int64)})
     for name in ("hidden", "update", "weight", "bias"):
         trained = {**inputs, name: inputs[name].detach().clone().requires_grad_()}
-        with pytest.raises(RuntimeError, match="hidden must not be part of a gradient graph; use inject_rows"):
+        with pytest.raises(
+            RuntimeError, match=f"{name} must not be part of a gradient graph, got requires_grad=True; use inject_rows"
+        ):
             inject_rows_(**trained)
         with torch.no_grad():
             inject_rows_(**trained)

@@ -224,8 +224,8 @@ ERRORS = [
     ({"lengths": [7]}, ValueError, r"lengths must have one entry for each of the 2 images, got \[7\]"),
     ({"lengths": [4, 4]}, ValueError, r"lengths must be >= 0 and add up to latent's 7 rows, got \[4, 4\]"),
     ({"lengths": [9, -2]}, ValueError, r"lengths must be >= 0 and add up to latent's 7 rows, got \[9, -2\]"),
-    ({"lengths": torch.tensor([4, 3])}, TypeError, "lengths must be ints, got a tensor"),
-    ({"latent": torch.zeros(7, 16).half()}, TypeError, "latent must be float32, got float16"),
+    ({"lengths": torch.tensor([4, 3])}, TypeError, "lengths must be a sequence of ints, got a tensor"),
+    ({"latent": torch.zeros(7, 16).half()}, TypeError, "latent must be float32 like q, got float16"),
     ({"q": torch.zeros(2, 5, 16).int()}, TypeError, "q must be float32 or float16 or bfloat16 or float64, got int32"),
 ]
 

@@ -214,9 +214,9 @@ ERRORS = [
         ValueError,
         r"weight must have shape \[D, C\], got \[32, 47\]; C=48 is fixed by x",
     ),
-    ({"weight": torch.ones(32, 48).half()}, TypeError, "weight must be float32, got float16"),
+    ({"weight": torch.ones(32, 48).half()}, TypeError, "weight must be float32 like x, got float16"),
     ({"bias": torch.ones(31)}, ValueError, r"bias must have shape \[D\], got \[31\]; D=32 is fixed by weight"),
-    ({"bias": torch.ones(32).double()}, TypeError, "bias must be float32, got float64"),
+    ({"bias": torch.ones(32).double()}, TypeError, "bias must be float32 like x, got float64"),
     ({"weight": torch.ones(32, 48, device="meta")}, ValueError, "weight must be on cpu like x, got meta"),
 ]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_devices, check_dtypes, check_shapes
+from ...core.call import call
 from . import library as _library  # noqa: F401  (defines the op)
 
 
@@ -14,8 +13,8 @@ def condition_queries(hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: Ten
 
     Args:
         hidden:  [T, C] hidden states of the packed tokens, fp32, fp16, bf16 or fp64; rows may be strided.
-        row_idx: [B] int64 in ``[0, T)``: the row of each sample's last instruction token. Values are checked
-            on the CPU; elsewhere only with ``HIA_DEBUG=1``.
+        row_idx: [B] int64 in ``[0, T)``, or int32, which is converted: the row of each sample's last instruction token.
+            Values are checked on the CPU; elsewhere only with ``HIA_DEBUG=1``.
         weight:  [D, C], dtype of ``hidden``.
         bias:    [D], dtype of ``hidden``, or None.
         queries: [M, D], dtype of ``hidden``.
@@ -28,16 +27,4 @@ def condition_queries(hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: Ten
 
     Cost: 2*B*C*D FLOPs; (B*C + D*C + M*D + B*M*D) * itemsize bytes: bandwidth-bound.
     """
-    op = "condition_queries"
-    check_dtypes(op, hidden=(hidden, FLOATS), row_idx=(row_idx, torch.int64))
-    check_dtypes(op, weight=(weight, hidden.dtype), bias=(bias, hidden.dtype), queries=(queries, hidden.dtype))
-    check_shapes(
-        op,
-        hidden=(hidden, "T C"),
-        row_idx=(row_idx, "B"),
-        weight=(weight, "D C"),
-        bias=(bias, "D"),
-        queries=(queries, "M D"),
-    )
-    check_devices(op, hidden=hidden, row_idx=row_idx, weight=weight, bias=bias, queries=queries)
-    return torch.ops.hia.condition_queries(hidden, row_idx, weight, bias, queries)
+    return call("condition_queries", hidden, row_idx, weight, bias, queries)

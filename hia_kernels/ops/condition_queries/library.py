@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, native, products, registration, triton_support, varlen
+from ...core import autocast, native, products, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import cpu
+from . import checks, cpu
 from .reference import condition_queries_bwd_ref, condition_queries_ref
 
 registration.define(
-    "condition_queries", "(Tensor hidden, Tensor row_idx, Tensor weight, Tensor? bias, Tensor queries) -> Tensor"
+    "condition_queries",
+    "(Tensor hidden, Tensor row_idx, Tensor weight, Tensor? bias, Tensor queries) -> Tensor",
+    checks.check,
 )
 registration.define(
     "condition_queries_bwd",
     "(Tensor dout, Tensor hidden, Tensor row_idx, Tensor weight, bool[] output_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 _TRITON = "hia_kernels.ops.condition_queries.triton"
@@ -53,20 +56,16 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(hidden, row_idx, **rest):
-    varlen.check_row_idx("condition_queries", "row_idx", row_idx, hidden.shape[0], unique=False)
-
-
-registration.implement("condition_queries", BACKENDS, check=_check_values)
+registration.implement("condition_queries", BACKENDS, values=checks.check_values)
 registration.implement("condition_queries_bwd", BACKENDS)
 
 
-@torch.library.register_fake("hia::condition_queries")
+@registration.fake("condition_queries")
 def _fwd_fake(hidden, row_idx, weight, bias, queries):
     return queries.new_empty(row_idx.shape[0], *queries.shape)
 
 
-@torch.library.register_fake("hia::condition_queries_bwd")
+@registration.fake("condition_queries_bwd")
 def _bwd_fake(dout, hidden, row_idx, weight, output_mask):
     shapes = (hidden.shape, weight.shape, weight.shape[:1], dout.shape[1:])
     return tuple(hidden.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))

@@ -114,11 +114,15 @@ def conv_norm_act_packed(
     activation: str,
     pad_rows: bool,
 ) -> Tensor:
-    """Return [N, OH, OW, OC] of x [N, IH, IW, C], the scale folded into ``weight``, which may be packed."""
+    """Return [N, OH, OW, OC] of x [N, IH, IW, C], the scale folded into ``weight``, which may be packed.
+
+    PyTorch gives oneDNN the bias's address and not its stride.
+    """
     if residual is not None and _is_in_both_layouts(residual):
         out = residual.clone(memory_format=torch.contiguous_format)
         conv_norm_act_packed_inplace(out, x, weight, shift, stride, activation, pad_rows)
         return out
+    shift = None if shift is None else shift.contiguous()
     geometry = _geometry(weight, stride, pad_rows)
     x_nchw = x.contiguous().permute(0, 3, 1, 2)
     name, algorithm = FUSED[activation]
@@ -145,7 +149,7 @@ def conv_norm_act_packed_inplace(
         residual.permute(0, 3, 1, 2),
         x.contiguous().permute(0, 3, 1, 2),
         weight,
-        None if shift is None else shift.to(x.dtype),
+        None if shift is None else shift.to(x.dtype).contiguous(),
         *_geometry(weight, stride, pad_rows),
         "add",
         1.0,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_choice, check_devices, check_dtypes, check_shapes
+from ...core.call import call
 from . import library as _library  # noqa: F401  (defines the ops)
-
-ACTIVATIONS = ("none", "relu", "gelu")
 
 
 def conv_norm_act(
@@ -43,31 +40,4 @@ def conv_norm_act(
 
     Cost: 2*N*OH*OW*OC*C*K*K FLOPs; (N*IH*IW*C + OC*C*K*K + N*OH*OW*OC) * itemsize bytes, and the residual's.
     """
-    op = "conv_norm_act"
-    check_choice(op, "stride", stride, (1, 2))
-    check_choice(op, "activation", activation, ACTIVATIONS)
-    check_dtypes(op, x=(x, FLOATS))
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_dtypes(op, weight=(weight, x.dtype), residual=(residual, x.dtype))
-    check_dtypes(op, cast=False, scale=(scale, statistics), shift=(shift, statistics))
-    dims = check_shapes(
-        op,
-        x=(x, "N IH IW C"),
-        weight=(weight, "OC C K K"),
-        scale=(scale, "OC"),
-        shift=(shift, "OC"),
-        residual=(residual, "N OH OW OC"),
-    )
-    check_devices(op, x=x, weight=weight, scale=scale, shift=shift, residual=residual)
-    check_choice(op, "weight's K", dims["K"], (1, 3))
-    if dims["IH"] < 1 or dims["IW"] < 1:
-        raise ValueError(f"hia::{op}: x must hold at least one pixel, got shape {list(x.shape)}")
-    if dims["C"] < 1 or dims["OC"] < 1:
-        raise ValueError(f"hia::{op}: weight must have at least one channel in and out, got {list(weight.shape)}")
-    if residual is not None:
-        expected = [(dims["IH"] - 1) // stride + 1, (dims["IW"] - 1) // stride + 1]
-        if [dims["OH"], dims["OW"]] != expected:
-            raise ValueError(
-                f"hia::{op}: residual must have the output's size {expected}, got {[dims['OH'], dims['OW']]}"
-            )
-    return torch.ops.hia.conv_norm_act(x, weight, scale, shift, residual, stride, activation)
+    return call("conv_norm_act", x, weight, scale, shift, residual, stride, activation)

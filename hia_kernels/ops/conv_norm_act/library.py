@@ -10,31 +10,36 @@ from torch.utils.flop_counter import register_flop_formula
 from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
 from ...core.products import BLAS
-from . import cpu, cudnn, native
+from . import checks, cpu, cudnn, native
 from .layout import PACK
 from .reference import conv_norm_act_bwd_ref, conv_norm_act_ref
 
 registration.define(
     "conv_norm_act",
     "(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int stride, str activation) -> Tensor",
+    checks.check,
 )
 registration.define(
     "conv_norm_act_bwd",
     "(Tensor dout, Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out,"
     " int stride, str activation, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    checks.check_bwd,
 )
 # inference with packed weights, whose scale is folded in; pad_rows=False: the caller's strip brings its own rows
 registration.define(
     "conv_norm_act_packed",
     "(Tensor x, Tensor weight, Tensor shift, Tensor? residual, int stride, str activation, bool pad_rows) -> Tensor",
+    checks.check_packed,
 )
 registration.define(
     "conv_norm_act_packed_",
     "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor shift, int stride, str activation, bool pad_rows) -> ()",
+    checks.check_packed_inplace,
 )
 registration.define(
     "conv_norm_act_packed_out",
     "(Tensor(a!) out, Tensor x, Tensor weight, Tensor shift, int stride, str activation, bool pad_rows) -> ()",
+    checks.check_packed_out,
 )
 
 _TRITON = "hia_kernels.ops.conv_norm_act.triton"
@@ -96,26 +101,25 @@ registration.implement("conv_norm_act_packed_", BACKENDS)
 registration.implement("conv_norm_act_packed_out", BACKENDS)
 
 
-@torch.library.register_fake("hia::conv_norm_act")
+@registration.fake("conv_norm_act")
 def _fwd_fake(x, weight, scale, shift, residual, stride, activation):
     n, ih, iw, _ = x.shape
     return x.new_empty(n, (ih - 1) // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
 
 
-@torch.library.register_fake("hia::conv_norm_act_packed")
+@registration.fake("conv_norm_act_packed")
 def _packed_fake(x, weight, shift, residual, stride, activation, pad_rows):
     n, ih, iw, _ = x.shape
     rows = ih - 1 if pad_rows else ih - native.kernel_size(weight.shape)
     return x.new_empty(n, rows // stride + 1, (iw - 1) // stride + 1, weight.shape[0])
 
 
-@torch.library.register_fake("hia::conv_norm_act_packed_")
-@torch.library.register_fake("hia::conv_norm_act_packed_out")
+@registration.fake("conv_norm_act_packed_", "conv_norm_act_packed_out")
 def _packed_into_fake(into, x, weight, shift, stride, activation, pad_rows):
     return None
 
 
-@torch.library.register_fake("hia::conv_norm_act_bwd")
+@registration.fake("conv_norm_act_bwd")
 def _bwd_fake(dout, x, weight, scale, shift, residual, out, stride, activation, output_mask):
     like = (x, weight, scale, shift, out)
     return tuple(

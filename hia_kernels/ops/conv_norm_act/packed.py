@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from ...core import registration
-from ...core.checks import FLOATS, check_choice, check_devices, check_dtypes, check_shapes
-from . import library
-from .functional import ACTIVATIONS
+from ...core.call import call
+from ...core.checks import check_choice
+from . import checks, library
 from .layout import PACK, Layout
 
 KEPT_LAYOUTS = 3
@@ -125,37 +124,19 @@ def pack_conv(weight: Tensor, scale: Tensor, shift: Tensor, stride: int = 1) -> 
         NotImplementedError: see :func:`packing_unsupported_reasons`. ValueError, TypeError: as :func:`conv_norm_act`.
     """
     op = "conv_norm_act_packed"
-    check_choice(op, "stride", stride, (1, 2))
-    check_dtypes(op, weight=(weight, FLOATS))
+    check_choice(op, "stride", stride, checks.STRIDES)
+    sizes = checks.check_pack({"weight": weight, "scale": scale, "shift": shift})
+    check_choice(op, "weight's K", sizes["K"], checks.KERNELS)
     reasons = packing_unsupported_reasons(weight)
     if reasons:
         raise NotImplementedError(f"hia::{op}: weight can't be packed: " + "; ".join(reasons))
-    check_dtypes(op, scale=(scale, torch.float32), shift=(shift, torch.float32))
-    dims = check_shapes(op, weight=(weight, "OC C K K"), scale=(scale, "OC"), shift=(shift, "OC"))
-    check_devices(op, weight=weight, scale=scale, shift=shift)
-    check_choice(op, "weight's K", dims["K"], (1, 3))
     return PackedConv(weight.detach(), scale.detach(), shift.detach(), stride)
 
 
-def _check_packed(
-    op: str, x: Tensor, packed: PackedConv, residual: Tensor | None, activation: str, pad: bool, name: str = "residual"
-) -> None:
-    check_choice(op, "activation", activation, ACTIVATIONS)
-    out_channels, channels, kernel, _ = packed.weight.shape
-    dtypes: dict[str, Any] = {"x": (x, packed.weight.dtype), name: (residual, packed.weight.dtype)}
-    check_dtypes(op, **dtypes)
-    shapes: dict[str, Any] = {"x": (x, f"N IH IW {channels}"), name: (residual, f"N OH OW {out_channels}")}
-    check_shapes(op, **shapes)
-    if x.shape[1] < (1 if pad else kernel) or x.shape[2] < 1:
-        raise ValueError(f"hia::{op}: x must hold at least one output's rows and columns, got shape {list(x.shape)}")
-    rows = x.shape[1] - 1 if pad else x.shape[1] - kernel
-    expected = [x.shape[0], rows // packed.stride + 1, (x.shape[2] - 1) // packed.stride + 1]
-    if residual is not None and list(residual.shape[:3]) != expected:
-        raise ValueError(
-            f"hia::{op}: {name} must have the output's [N, OH, OW] {expected}, got {list(residual.shape[:3])}"
-        )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual)):
-        raise RuntimeError(f"hia::{op}: x and {name} must not be part of a gradient graph; use conv_norm_act")
+def _laid_out(packed: PackedConv, x: Tensor, pad_rows: bool) -> Tensor:
+    """Return the weight for images ``x``."""
+    checks.check_image(x)
+    return packed.layout(x.shape[1], x.shape[2], pad_rows)
 
 
 def conv_norm_act_packed(
@@ -178,9 +159,8 @@ def conv_norm_act_packed(
         ValueError, TypeError: shapes or dtypes that don't fit. RuntimeError: gradients are recorded.
         NotImplementedError: another backend is forced.
     """
-    _check_packed("conv_norm_act_packed", x, packed, residual, activation, pad_rows)
-    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
-    return torch.ops.hia.conv_norm_act_packed(x, weight, packed.shift, residual, packed.stride, activation, pad_rows)
+    weight = _laid_out(packed, x, pad_rows)
+    return call("conv_norm_act_packed", x, weight, packed.shift, residual, packed.stride, activation, pad_rows)
 
 
 def conv_norm_act_packed_(
@@ -191,12 +171,8 @@ def conv_norm_act_packed_(
     Returns:
         ``residual`` itself.
     """
-    op = "conv_norm_act_packed_"
-    _check_packed(op, x, packed, residual, activation, pad_rows)
-    if not residual.is_contiguous():
-        raise ValueError(f"hia::{op}: residual must be contiguous, got strides {list(residual.stride())}")
-    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
-    torch.ops.hia.conv_norm_act_packed_(residual, x, weight, packed.shift, packed.stride, activation, pad_rows)
+    weight = _laid_out(packed, x, pad_rows)
+    call("conv_norm_act_packed_", residual, x, weight, packed.shift, packed.stride, activation, pad_rows)
     return residual
 
 
@@ -210,10 +186,6 @@ def conv_norm_act_packed_out(
     Returns:
         ``out`` itself.
     """
-    op = "conv_norm_act_packed_out"
-    _check_packed(op, x, packed, out, activation, pad_rows, "out")
-    if not out.is_contiguous():
-        raise ValueError(f"hia::{op}: out must be contiguous, got strides {list(out.stride())}")
-    weight = packed.layout(x.shape[1], x.shape[2], pad_rows)
-    torch.ops.hia.conv_norm_act_packed_out(out, x, weight, packed.shift, packed.stride, activation, pad_rows)
+    weight = _laid_out(packed, x, pad_rows)
+    call("conv_norm_act_packed_out", out, x, weight, packed.shift, packed.stride, activation, pad_rows)
     return out

@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support, varlen
+from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import cpu, sdpa
+from . import checks, cpu, sdpa
 from .reference import cross_attention_bwd_ref, cross_attention_ref, cross_attention_with_lse_ref
 
 _PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale"
-registration.define("cross_attention", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> Tensor")
-registration.define("cross_attention_with_lse", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> (Tensor, Tensor)")
+registration.define("cross_attention", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> Tensor", checks.check)
+registration.define(
+    "cross_attention_with_lse", f"(Tensor q, Tensor k, Tensor v, {_PACKING}) -> (Tensor, Tensor)", checks.check_with_lse
+)
 registration.define(
     "cross_attention_bwd",
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" {_PACKING}) -> (Tensor, Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 _TRITON = "hia_kernels.ops.cross_attention.triton"
@@ -67,60 +70,42 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **rest):
-    varlen.check_cu_seqlens("cross_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    varlen.check_cu_seqlens("cross_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-
-
-registration.implement("cross_attention", BACKENDS, check=_check_values)
-registration.implement("cross_attention_with_lse", BACKENDS, check=_check_values)
+registration.implement("cross_attention", BACKENDS, values=checks.check_values)
+registration.implement("cross_attention_with_lse", BACKENDS, values=checks.check_values)
 registration.implement("cross_attention_bwd", BACKENDS)
 
 
-@torch.library.register_fake("hia::cross_attention")
+@registration.fake("cross_attention")
 def _fwd_fake(q, k, v, *packing):
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("hia::cross_attention_with_lse")
+@registration.fake("cross_attention_with_lse")
 def _lse_fake(q, k, v, *packing):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
 
 
-@torch.library.register_fake("hia::cross_attention_bwd")
+@registration.fake("cross_attention_bwd")
 def _bwd_fake(dout, dlse, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, output)
-
-
-def _backward(ctx, dout):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, out = ctx.saved_tensors
-    packing = (cu_seqlens_q, cu_seqlens_k, *ctx.scalars)
-    # Whoever calls this op and then wants gradients pays for the scores twice; functional.py avoids it.
-    _, lse = torch.ops.hia.cross_attention_with_lse(q, k, v, *packing)
-    grads = torch.ops.hia.cross_attention_bwd(dout, torch.zeros_like(lse), q, k, v, out, lse, *packing)
-    return (*grads, None, None, None, None, None)
-
-
-def _lse_setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, *output)
 
 
-def _lse_backward(ctx, dout, dlse):
+def _backward(ctx, dout, dlse):
     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
     packing = (cu_seqlens_q, cu_seqlens_k, *ctx.scalars)
     grads = torch.ops.hia.cross_attention_bwd(dout, dlse, q, k, v, out, lse, *packing)
     return (*grads, None, None, None, None, None)
 
 
-registration.differentiate("cross_attention", _backward, _setup_context)
-registration.differentiate("cross_attention_with_lse", _lse_backward, _lse_setup_context)
+registration.differentiate("cross_attention_with_lse", _backward, _setup_context)
+# the backward needs the log-sum-exp; without it, it would have to compute the scores once more
+registration.differentiate_as_first("cross_attention", "cross_attention_with_lse")
 registration.refuse_double_backward("cross_attention", "cross_attention_bwd")
 for _name in ("cross_attention", "cross_attention_with_lse"):
     autocast.register_autocast(registration.overload(_name), cast=("q", "k", "v"))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_devices, check_dtypes, check_shapes
+from ...core.call import call
 from . import library as _library  # noqa: F401  (defines the ops)
 
 
@@ -29,9 +28,4 @@ def head_linear(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Tensor:
 
     Cost: 2*n*H*R*C*D FLOPs; (n*H*R*C + H*D*C + n*H*R*D) * itemsize bytes.
     """
-    op = "head_linear"
-    check_dtypes(op, x=(x, FLOATS))
-    check_dtypes(op, weight=(weight, x.dtype))
-    check_shapes(op, x=(x, "n H R C"), weight=(weight, "H D C"))
-    check_devices(op, x=x, weight=weight)
-    return torch.ops.hia.head_linear(x, weight, merge_heads)
+    return call("head_linear", x, weight, merge_heads)

@@ -11,14 +11,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, cublas, native, products, registration
 from ...core.backend import Backend, register_table
-from . import cpu
+from . import checks, cpu
 from .batched import head_linear_batched, head_linear_bwd_batched
 from .reference import head_linear_bwd_ref, head_linear_ref
 
-registration.define("head_linear", "(Tensor x, Tensor weight, bool merge_heads) -> Tensor")
+registration.define("head_linear", "(Tensor x, Tensor weight, bool merge_heads) -> Tensor", checks.check)
 registration.define(
     "head_linear_bwd",
     "(Tensor dout, Tensor x, Tensor weight, bool merge_heads, bool[] output_mask) -> (Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 _BATCHED: dict[str, Callable[..., Any]] = {
@@ -45,14 +46,14 @@ registration.implement("head_linear", BACKENDS)
 registration.implement("head_linear_bwd", BACKENDS)
 
 
-@torch.library.register_fake("hia::head_linear")
+@registration.fake("head_linear")
 def _fwd_fake(x, weight, merge_heads):
     images, heads, rows, _ = x.shape
     dim = weight.shape[1]
     return x.new_empty((images, rows, heads * dim) if merge_heads else (images, heads, rows, dim))
 
 
-@torch.library.register_fake("hia::head_linear_bwd")
+@registration.fake("head_linear_bwd")
 def _bwd_fake(dout, x, weight, merge_heads, output_mask):
     dx = x.new_empty(x.shape if output_mask[0] else 0)
     return dx, torch.empty_like(weight) if output_mask[1] else weight.new_empty(0)

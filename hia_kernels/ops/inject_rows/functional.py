@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_devices, check_dtypes, check_shapes
+from ...core.call import call
 from . import library as _library  # noqa: F401  (defines the ops)
-
-
-def _check(op: str, hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> None:
-    check_dtypes(op, hidden=(hidden, FLOATS), row_idx=(row_idx, torch.int64))
-    check_dtypes(op, update=(update, hidden.dtype), weight=(weight, hidden.dtype), bias=(bias, hidden.dtype))
-    check_shapes(
-        op,
-        hidden=(hidden, "T C"),
-        update=(update, "R D"),
-        weight=(weight, "C D"),
-        bias=(bias, "C"),
-        row_idx=(row_idx, "R"),
-    )
-    check_devices(op, hidden=hidden, update=update, weight=weight, bias=bias, row_idx=row_idx)
 
 
 def inject_rows(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
@@ -31,11 +16,12 @@ def inject_rows(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | N
 
     Args:
         hidden:  [T, C] fp32, fp16, bf16 or fp64.
-        update:  [R, D], dtype of ``hidden``. ``R == 0`` is allowed.
-        weight:  [C, D], dtype of ``hidden``.
-        bias:    [C], dtype of ``hidden``, or None.
-        row_idx: [R] int64 in ``[0, T)``, **unique**. Checked on the CPU; elsewhere only with ``HIA_DEBUG=1``,
-            and duplicates are undefined.
+        update:  [R, D], dtype of ``hidden``; beside fp32 ``hidden`` fp16 or bf16 too: autocast leaves the residual
+            stream in fp32. ``R == 0`` is allowed.
+        weight:  [C, D], dtype of ``update``.
+        bias:    [C], dtype of ``update``, or None.
+        row_idx: [R] int64 in ``[0, T)``, **unique**; or int32, which is converted. Checked on the CPU; elsewhere only
+            with ``HIA_DEBUG=1``, and duplicates are undefined.
 
     Returns:
         [T, C], dtype of ``hidden``; differentiable in everything but ``row_idx``.
@@ -45,8 +31,7 @@ def inject_rows(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | N
 
     Cost: 2*R*C*D FLOPs; (2*T*C + R*D + C*D) * itemsize bytes.
     """
-    _check("inject_rows", hidden, update, weight, bias, row_idx)
-    return torch.ops.hia.inject_rows(hidden, update, weight, bias, row_idx)
+    return call("inject_rows", hidden, update, weight, bias, row_idx)
 
 
 def inject_rows_(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
@@ -62,12 +47,5 @@ def inject_rows_(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | 
 
     Cost: 2*R*C*D FLOPs; (2*R*C + R*D + C*D) * itemsize bytes.
     """
-    op = "inject_rows_"
-    _check(op, hidden, update, weight, bias, row_idx)
-    if not hidden.is_contiguous():
-        raise ValueError(f"hia::{op}: hidden must be contiguous, got strides {list(hidden.stride())}; use inject_rows")
-    tensors = (hidden, update, weight) if bias is None else (hidden, update, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(f"hia::{op}: hidden must not be part of a gradient graph; use inject_rows when training")
-    torch.ops.hia.inject_rows_(hidden, update, weight, bias, row_idx)
+    call("inject_rows_", hidden, update, weight, bias, row_idx)
     return hidden

@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, native, products, registration, triton_support, varlen
+from ...core import autocast, native, products, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import cpu
+from . import checks, cpu
 from .reference import inject_rows_bwd_ref, inject_rows_inplace_ref, inject_rows_ref
 
 registration.define(
-    "inject_rows", "(Tensor hidden, Tensor update, Tensor weight, Tensor? bias, Tensor row_idx) -> Tensor"
+    "inject_rows", "(Tensor hidden, Tensor update, Tensor weight, Tensor? bias, Tensor row_idx) -> Tensor", checks.check
 )
 registration.define(
-    "inject_rows_", "(Tensor(a!) hidden, Tensor update, Tensor weight, Tensor? bias, Tensor row_idx) -> ()"
+    "inject_rows_",
+    "(Tensor(a!) hidden, Tensor update, Tensor weight, Tensor? bias, Tensor row_idx) -> ()",
+    checks.check_inplace,
 )
 registration.define(
     "inject_rows_bwd",
     "(Tensor dout, Tensor update, Tensor weight, Tensor row_idx, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 _TRITON = "hia_kernels.ops.inject_rows.triton"
@@ -85,26 +88,22 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(hidden, row_idx, **rest):
-    varlen.check_row_idx("inject_rows", "row_idx", row_idx, hidden.shape[0], unique=True)
-
-
-registration.implement("inject_rows", BACKENDS, check=_check_values)
-registration.implement("inject_rows_", BACKENDS, check=_check_values)
+registration.implement("inject_rows", BACKENDS, values=checks.check_values)
+registration.implement("inject_rows_", BACKENDS, values=checks.check_values)
 registration.implement("inject_rows_bwd", BACKENDS)
 
 
-@torch.library.register_fake("hia::inject_rows")
+@registration.fake("inject_rows")
 def _fwd_fake(hidden, update, weight, bias, row_idx):
     return hidden.new_empty(hidden.shape)
 
 
-@torch.library.register_fake("hia::inject_rows_")
+@registration.fake("inject_rows_")
 def _inplace_fake(hidden, update, weight, bias, row_idx):
     return None
 
 
-@torch.library.register_fake("hia::inject_rows_bwd")
+@registration.fake("inject_rows_bwd")
 def _bwd_fake(dout, update, weight, row_idx, output_mask):
     shapes = (update.shape, weight.shape, weight.shape[:1])
     return tuple(update.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))

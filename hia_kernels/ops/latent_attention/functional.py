@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_devices, check_dtypes, check_shapes
+from ...core.call import call
 from . import library as _library  # noqa: F401  (defines the ops)
 
 
@@ -29,20 +28,9 @@ def latent_attention(q: Tensor, latent: Tensor, lengths: Sequence[int], softmax_
         [n, G, E], dtype of ``q``; zero where an image has no token. Differentiable in q and latent.
 
     Raises:
-        ValueError: shapes, devices or lengths that don't fit. TypeError: unsupported or mixed dtypes.
+        ValueError: shapes, devices or lengths that don't fit. TypeError: unsupported or mixed dtypes,
+            or lengths that are no ints.
 
     Cost: 4*T*G*E FLOPs; (2*n*G*E + T*E) * itemsize bytes, and G*N*4 of scores for the largest image at most.
     """
-    op = "latent_attention"
-    check_dtypes(op, q=(q, FLOATS))
-    check_dtypes(op, latent=(latent, q.dtype))
-    dims = check_shapes(op, q=(q, "n G E"), latent=(latent, "T E"))
-    check_devices(op, q=q, latent=latent)
-    if isinstance(lengths, Tensor):
-        raise TypeError(f"hia::{op}: lengths must be ints, got a tensor; reading it would wait for the device")
-    lengths = list(lengths)
-    if len(lengths) != dims["n"]:
-        raise ValueError(f"hia::{op}: lengths must have one entry for each of the {dims['n']} images, got {lengths}")
-    if any(length < 0 for length in lengths) or sum(lengths) != dims["T"]:
-        raise ValueError(f"hia::{op}: lengths must be >= 0 and add up to latent's {dims['T']} rows, got {lengths}")
-    return torch.ops.hia.latent_attention(q, latent, lengths, softmax_scale)[0]
+    return call("latent_attention", q, latent, lengths, softmax_scale)[0]

@@ -7,16 +7,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, devices, native, products, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import blocked
+from . import blocked, checks
 from .reference import latent_attention_bwd_ref, latent_attention_ref
 
 registration.define(
-    "latent_attention", "(Tensor q, Tensor latent, SymInt[] lengths, float softmax_scale) -> (Tensor, Tensor)"
+    "latent_attention",
+    "(Tensor q, Tensor latent, SymInt[] lengths, float softmax_scale) -> (Tensor, Tensor)",
+    checks.check,
 )
 registration.define(
     "latent_attention_bwd",
     "(Tensor dout, Tensor q, Tensor latent, Tensor out, Tensor lse, SymInt[] lengths, float softmax_scale)"
     " -> (Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 
@@ -51,13 +54,13 @@ registration.implement("latent_attention", BACKENDS)
 registration.implement("latent_attention_bwd", BACKENDS)
 
 
-@torch.library.register_fake("hia::latent_attention")
+@registration.fake("latent_attention")
 def _fwd_fake(q, latent, lengths, softmax_scale):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
-@torch.library.register_fake("hia::latent_attention_bwd")
+@registration.fake("latent_attention_bwd")
 def _bwd_fake(dout, q, latent, *rest):
     return q.new_empty(q.shape), latent.new_empty(latent.shape)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, check_devices, check_dtypes, check_shapes
+from ...core.call import call
 from . import library as _library  # noqa: F401  (defines the ops)
 
 
@@ -27,9 +26,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Cost: 2*R*C*D FLOPs; (R*C + D*C + R*D) * itemsize bytes.
     """
-    op = "linear"
-    check_dtypes(op, x=(x, FLOATS))
-    check_dtypes(op, weight=(weight, x.dtype), bias=(bias, x.dtype))
-    check_shapes(op, x=(x, "R C"), weight=(weight, "D C"), bias=(bias, "D"))
-    check_devices(op, x=x, weight=weight, bias=bias)
-    return torch.ops.hia.linear(x, weight, bias)
+    return call("linear", x, weight, bias)

@@ -10,12 +10,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, cublas, native, products, registration
 from ...core.backend import Backend, register_table
-from . import cpu
+from . import checks, cpu
 from .reference import linear_bwd_ref, linear_ref
 
-registration.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+registration.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", checks.check)
 registration.define(
-    "linear_bwd", "(Tensor dout, Tensor x, Tensor weight, bool[] output_mask) -> (Tensor, Tensor, Tensor)"
+    "linear_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 _PLAIN: dict[str, Callable[..., Any]] = {"linear": linear_ref, "linear_bwd": linear_bwd_ref}
@@ -39,12 +41,12 @@ registration.implement("linear", BACKENDS)
 registration.implement("linear_bwd", BACKENDS)
 
 
-@torch.library.register_fake("hia::linear")
+@registration.fake("linear")
 def _fwd_fake(x, weight, bias):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.register_fake("hia::linear_bwd")
+@registration.fake("linear_bwd")
 def _bwd_fake(dout, x, weight, output_mask):
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))

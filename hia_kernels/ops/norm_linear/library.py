@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, native, products, registration, triton_support, varlen
+from ...core import autocast, native, products, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import cpu
+from . import checks, cpu
 from .reference import norm_linear_bwd_ref, norm_linear_ref
 
 registration.define(
     "norm_linear",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, Tensor? row_idx, float eps)"
     " -> Tensor",
+    checks.check,
 )
 registration.define(
     "norm_linear_bwd",
     "(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? row_idx, float eps,"
     " bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 _TRITON = "hia_kernels.ops.norm_linear.triton"
@@ -83,22 +85,17 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(x, row_idx, **rest):
-    if row_idx is not None:
-        varlen.check_row_idx("norm_linear", "row_idx", row_idx, x.shape[0], unique=False)
-
-
-registration.implement("norm_linear", BACKENDS, check=_check_values)
+registration.implement("norm_linear", BACKENDS, values=checks.check_values)
 registration.implement("norm_linear_bwd", BACKENDS)
 
 
-@torch.library.register_fake("hia::norm_linear")
+@registration.fake("norm_linear")
 def _fwd_fake(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
     rows = x.shape[0] if row_idx is None else row_idx.shape[0]
     return x.new_empty(rows, weight.shape[0])
 
 
-@torch.library.register_fake("hia::norm_linear_bwd")
+@registration.fake("norm_linear_bwd")
 def _bwd_fake(dout, x, norm_weight, norm_bias, weight, row_idx, eps, output_mask):
     norms = any(output_mask[:3])
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.checks import FLOATS, HALVES, check_choice, check_dtypes, check_shapes
+from ...core.call import call
 from . import library as _library  # noqa: F401  (defines the ops)
 
 
@@ -30,12 +30,7 @@ def row_softmax(scores: Tensor, scale: float, out_dtype: torch.dtype | None = No
 
     Cost: no matrix FLOPs; R*N * (itemsize of scores + itemsize of p) bytes: bandwidth-bound.
     """
-    op = "row_softmax"
-    check_dtypes(op, cast=False, scores=(scores, FLOATS))
-    check_shapes(op, scores=(scores, "R N"))
-    choices = FLOATS if scores.dtype == torch.float64 else (torch.float32, *HALVES)
-    check_choice(op, "out_dtype", out_dtype, (None, *choices))
-    return torch.ops.hia.row_softmax(scores, scale, out_dtype)
+    return call("row_softmax", scores, scale, out_dtype)
 
 
 def row_softmax_(scores: Tensor, scale: float) -> Tensor:
@@ -51,9 +46,4 @@ def row_softmax_(scores: Tensor, scale: float) -> Tensor:
 
     Cost: no matrix FLOPs; 2*R*N * itemsize bytes.
     """
-    op = "row_softmax_"
-    check_dtypes(op, cast=False, scores=(scores, FLOATS))
-    check_shapes(op, scores=(scores, "R N"))
-    if torch.is_grad_enabled() and scores.requires_grad:
-        raise RuntimeError(f"hia::{op}: scores must not be part of a gradient graph; use row_softmax when training")
-    return torch.ops.hia.row_softmax_(scores, scale)
+    return call("row_softmax_", scores, scale)

@@ -7,11 +7,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import registration, triton_support
 from ...core.backend import Backend, register_table
+from . import checks
 from .reference import row_softmax_bwd_ref, row_softmax_inplace_ref, row_softmax_ref
 
-registration.define("row_softmax", "(Tensor scores, float scale, ScalarType? out_dtype=None) -> (Tensor, Tensor)")
-registration.define("row_softmax_", "(Tensor(a!) scores, float scale) -> Tensor")
-registration.define("row_softmax_bwd", "(Tensor dp, Tensor p, float scale, Tensor? dlse=None) -> Tensor")
+registration.define(
+    "row_softmax", "(Tensor scores, float scale, ScalarType? out_dtype=None) -> (Tensor, Tensor)", checks.check
+)
+registration.define("row_softmax_", "(Tensor(a!) scores, float scale) -> Tensor", checks.check_inplace)
+registration.define(
+    "row_softmax_bwd", "(Tensor dp, Tensor p, float scale, Tensor? dlse=None) -> Tensor", checks.check_bwd
+)
 
 _TRITON = "hia_kernels.ops.row_softmax.triton"
 
@@ -49,17 +54,17 @@ def _lse_fake(scores):
     return scores.new_empty(scores.shape[0], dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.register_fake("hia::row_softmax")
+@registration.fake("row_softmax")
 def _fwd_fake(scores, scale, out_dtype=None):
     return scores.new_empty(scores.shape, dtype=out_dtype or scores.dtype), _lse_fake(scores)
 
 
-@torch.library.register_fake("hia::row_softmax_")
+@registration.fake("row_softmax_")
 def _inplace_fake(scores, scale):
     return _lse_fake(scores)
 
 
-@torch.library.register_fake("hia::row_softmax_bwd")
+@registration.fake("row_softmax_bwd")
 def _bwd_fake(dp, p, scale, dlse=None):
     return p.new_empty(p.shape)
 

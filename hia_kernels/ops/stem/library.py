@@ -7,17 +7,19 @@ from math import isqrt
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ...core import autocast, registration, triton_support, varlen
+from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import cpu, native
+from . import checks, cpu, native
+from .checks import output_size
 from .reference import stem_bwd_ref, stem_ref
 
 _INPUTS = "Tensor pixels, Tensor window, Tensor mean, Tensor std, Tensor weight, Tensor scale, Tensor shift, int pool"
-registration.define("stem", f"({_INPUTS}) -> Tensor")
-registration.define("stem_packed", f"({_INPUTS.replace('weight', 'taps')}) -> Tensor")
+registration.define("stem", f"({_INPUTS}) -> Tensor", checks.check)
+registration.define("stem_packed", f"({_INPUTS.replace('weight', 'taps')}) -> Tensor", checks.check_packed)
 registration.define(
     "stem_bwd",
     f"(Tensor dout, {_INPUTS}, bool[] output_mask, Tensor? out=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    checks.check_bwd,
 )
 
 _TRITON = "hia_kernels.ops.stem.triton"
@@ -56,41 +58,18 @@ BACKENDS = register_table(
 )
 
 
-def _check_values(window, **rest):
-    if not varlen.check_values_now(window):
-        return
-    for image, (low, high) in enumerate(window.tolist()):
-        if not abs(high - low) > 0 or abs(high - low) == float("inf"):
-            raise ValueError(
-                f"hia::stem: window must hold two different finite values per image, got ({low}, {high}) "
-                f"for image {image}"
-            )
-
-
-registration.implement("stem", BACKENDS, check=_check_values)
-registration.implement("stem_packed", BACKENDS, check=_check_values)
+registration.implement("stem", BACKENDS, values=checks.check_values)
+registration.implement("stem_packed", BACKENDS, values=checks.check_values)
 registration.implement("stem_bwd", BACKENDS)
 
 
-def _half(size):
-    return (size - 1) // 2 + 1  # of any odd kernel with stride 2 and padding K // 2
-
-
-@torch.library.register_fake("hia::stem")
+@registration.fake("stem", "stem_packed")
 def _fwd_fake(pixels, window, mean, std, weight, scale, shift, pool):
     n, height, width, _ = pixels.shape
-    height, width = _half(height), _half(width)
-    if pool == 3:
-        height, width = _half(height), _half(width)
-    return weight.new_empty(n, height, width, scale.shape[0])
+    return weight.new_empty(n, output_size(height, pool), output_size(width, pool), scale.shape[0])
 
 
-@torch.library.register_fake("hia::stem_packed")
-def _packed_fake(*args):
-    return _fwd_fake(*args)
-
-
-@torch.library.register_fake("hia::stem_bwd")
+@registration.fake("stem_bwd")
 def _bwd_fake(dout, pixels, window, mean, std, weight, scale, shift, pool, output_mask, out=None):
     like = (pixels, weight, scale, shift)
     return tuple(
@@ -124,7 +103,7 @@ autocast.register_autocast(registration.overload("stem"), cast=("weight",))
 def _conv_flops(pixels_shape, weight_shape):
     n, height, width, _ = pixels_shape
     oc, channels, kernel, _ = weight_shape
-    return 2 * n * _half(height) * _half(width) * oc * channels * kernel * kernel
+    return 2 * n * output_size(height, 1) * output_size(width, 1) * oc * channels * kernel * kernel
 
 
 @register_flop_formula(torch.ops.hia.stem)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...core import registration
-from ...core.checks import FLOATS, PIXELS, check_choice, check_devices, check_dtypes, check_shapes
-from . import library
-from .functional import check_size
+from ...core.call import call
+from ...core.checks import check_choice
+from . import checks, library
 from .library import PACK
 
 
@@ -81,22 +81,16 @@ def pack_stem(weight: Tensor, mean: Tensor, std: Tensor, scale: Tensor, shift: T
         NotImplementedError: see :func:`packing_unsupported_reasons`. ValueError, TypeError: as :func:`stem`.
     """
     op = "stem_packed"
-    check_choice(op, "pool", pool, (1, 3))
-    check_dtypes(op, weight=(weight, FLOATS))
-    dims = check_shapes(
-        op, weight=(weight, "OC 3 K K"), mean=(mean, "3"), std=(std, "3"), scale=(scale, "OC"), shift=(shift, "OC")
-    )
-    check_choice(op, "weight's K", dims["K"], (3, 7))
-    check_devices(op, weight=weight, mean=mean, std=std, scale=scale, shift=shift)
+    check_choice(op, "pool", pool, checks.POOLS)
+    sizes = checks.check_pack({"weight": weight, "mean": mean, "std": std, "scale": scale, "shift": shift})
+    check_choice(op, "weight's K", sizes["K"], checks.KERNELS)
     row, _ = library.BACKENDS.find(PACK, {"weight": weight})
     reasons = packing_unsupported_reasons(weight)
     if row is None or reasons:
         raise NotImplementedError(f"hia::{op}: weight can't be packed: " + "; ".join(reasons))
-    fp32 = torch.float32
-    check_dtypes(op, mean=(mean, fp32), std=(std, fp32), scale=(scale, fp32), shift=(shift, fp32))
     weight, scale, shift = weight.detach(), scale.detach(), shift.detach()
     taps = row.functions[PACK](weight, mean, std, scale if pool == 3 else None)
-    return PackedStem(taps, mean, std, scale, shift, dims["K"], pool)
+    return PackedStem(taps, mean, std, scale, shift, sizes["K"], pool)
 
 
 def stem_packed(pixels: Tensor, window: Tensor, packed: PackedStem) -> Tensor:
@@ -114,13 +108,14 @@ def stem_packed(pixels: Tensor, window: Tensor, packed: PackedStem) -> Tensor:
         ValueError, TypeError: as :func:`stem`. RuntimeError: gradients are recorded.
         NotImplementedError: another backend is forced, or rows or columns of pixels lie too far apart.
     """
-    op = "stem_packed"
-    check_dtypes(op, cast=False, pixels=(pixels, PIXELS), window=(window, torch.float32))
-    check_shapes(op, pixels=(pixels, "N IH IW CP"), window=(window, "N 2"))
-    check_devices(op, pixels=pixels, window=window, packed=packed.taps)
-    check_size(op, pixels, packed.kernel, packed.pool)
-    if torch.is_grad_enabled() and pixels.requires_grad:
-        raise RuntimeError(f"hia::{op}: pixels must not be part of a gradient graph; use stem")
-    return torch.ops.hia.stem_packed(
-        pixels, window, packed.mean, packed.std, packed.taps, packed.scale, packed.shift, packed.pool
+    return call(
+        "stem_packed",
+        pixels,
+        window,
+        packed.mean,
+        packed.std,
+        packed.taps,
+        packed.scale,
+        packed.shift,
+        packed.pool,
     )

@@ -8,9 +8,10 @@ from torch.utils.flop_counter import register_flop_formula
 from hia_kernels.core import registration, triton_support
 from hia_kernels.core.backend import Backend, register_table
 
+from . import checks
 from .reference import row_dot_ref
 
-registration.define("row_dot", "(Tensor x, Tensor y) -> Tensor")
+registration.define("row_dot", "(Tensor x, Tensor y) -> Tensor", checks.check)
 
 
 def _triton_unsupported(function, x, y):
@@ -30,7 +31,7 @@ BACKENDS = register_table(
 registration.implement("row_dot", BACKENDS)
 
 
-@torch.library.register_fake("hia::row_dot")
+@registration.fake("row_dot")
 def _fwd_fake(x, y):
     return x.new_empty(x.shape[0])
 

@@ -1,0 +1,48 @@
+"""Contracts of ``hia::inject_rows``, ``hia::inject_rows_`` and their backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...core import varlen
+from ...core.checks import (
+    FLOATS,
+    HALVES,
+    INDEX_DTYPES,
+    SAME,
+    Arg,
+    Contract,
+    check_contiguous,
+    check_no_gradients,
+    like,
+)
+
+# autocast leaves the residual stream in fp32, and what it compiles calls the op without autocast
+_UPDATES = {**SAME, torch.float32: (torch.float32, *HALVES)}
+_PRODUCT = {"weight": like("update", "C D"), "row_idx": Arg("R", INDEX_DTYPES)}
+_INPUTS = {
+    "hidden": Arg("T C", FLOATS),
+    "update": Arg("R D", _UPDATES, "hidden"),
+    **_PRODUCT,
+    "bias": like("update", "C", optional=True),
+}
+
+check = Contract("inject_rows", **_INPUTS)
+_check_inplace = Contract("inject_rows_", **_INPUTS)
+check_bwd = Contract("inject_rows_bwd", dout=_INPUTS["hidden"], update=Arg("R D", _UPDATES, "dout"), **_PRODUCT)
+
+
+def check_inplace(arguments: Mapping[str, Any]) -> None:
+    """Check the arguments of ``hia::inject_rows_``, but for the row indices' values."""
+    _check_inplace(arguments)
+    check_contiguous("inject_rows_", "hidden", arguments["hidden"], "; use inject_rows")
+    tensors = {name: arguments[name] for name in ("hidden", "update", "weight", "bias")}
+    check_no_gradients("inject_rows_", "inject_rows", **tensors)
+
+
+def check_values(op: str, hidden: torch.Tensor, row_idx: torch.Tensor, **rest: Any) -> None:
+    """Check the row indices."""
+    varlen.check_row_idx(op, "row_idx", row_idx, hidden.shape[0], unique=True)
