@@ -33,11 +33,16 @@ with torch.device("cpu"):  # torch remembers what its constructors are the first
     torch.empty(0)
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison_uninitialised(replace: Callable[[Any, str, Any], None]) -> None:
+    """Fill what the library allocates and doesn't write; ``replace`` is a ``setattr``."""
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty",))):
         for name in names:
-            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+            replace(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_uninitialised(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")  # so that property tests may ask for it

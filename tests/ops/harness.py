@@ -39,8 +39,36 @@ def with_dtypes(cases: Sequence[Any], in_halves: Collection[str]) -> list[Any]:
 
 
 def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> Results:
-    """Return ``out``, ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient."""
-    return testing.forward_backward(function, inputs, differentiable(op))
+    """Return ``out``, ``lse`` where there is one, and ``d<argument>`` for every argument with a gradient.
+
+    All of them must be tensors of their own: training code writes to results, and adds up gradients where they lie.
+    """
+    outs: list[Tensor] = []
+
+    def watched(**kwargs: Any) -> Any:
+        found = function(**kwargs)
+        outs.extend(found if isinstance(found, tuple) else (found,))
+        return found
+
+    results = testing.forward_backward(watched, inputs, differentiable(op))
+    assert_fresh(inputs, outs, {name: x for name, x in results.items() if name.startswith("d")})
+    return results
+
+
+def assert_fresh(inputs: Inputs, outs: Sequence[Tensor], grads: Mapping[str, Tensor]) -> None:
+    """Check that results are contiguous and no views, and that results, gradients and inputs share no memory."""
+    for place, out in enumerate(outs):
+        assert not out._is_view() and out._base is None, f"output {place} is a view: writing to it would raise"
+        assert out.is_contiguous(), f"output {place} has strides {out.stride()}"
+    owners = {_memory(x): name for name, x in inputs.items() if isinstance(x, Tensor)}
+    for name, x in {**{f"output {place}": out for place, out in enumerate(outs)}, **grads}.items():
+        if x.numel():
+            assert _memory(x) not in owners, f"{name} shares memory with {owners[_memory(x)]}"
+            owners[_memory(x)] = name
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import devices
+from ...core.fresh import channels_last, reshaped
 from ...core.products import Products, Size
 from .layout import PACK, PACKED, Layout
 
@@ -128,7 +129,7 @@ def conv_norm_act_packed(
     name, algorithm = FUSED[activation]
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x_nchw, weight, shift, *geometry, name, [], algorithm)
-        return y.permute(0, 2, 3, 1).contiguous()
+        return channels_last(y)
     # oneDNN fuses a sum with relu and with nothing else, and wants the bias in the image's dtype then
     relu = "relu" if activation == "relu" else None
     residual_nchw = residual.contiguous().permute(0, 3, 1, 2)
@@ -136,7 +137,7 @@ def conv_norm_act_packed(
     y = torch.ops.mkldnn._convolution_pointwise.binary(
         x_nchw, residual_nchw, weight, bias, *geometry, "add", 1.0, relu, [], None
     )
-    y = y.permute(0, 2, 3, 1).contiguous()
+    y = channels_last(y)
     return F.gelu(y) if activation == "gelu" else y
 
 
@@ -207,7 +208,8 @@ def conv_norm_act_fwd(
     if not _scales_result(weight, rows * columns):
         return conv_norm_act_packed(x, _scaled_near(weight, scale), shift, residual, stride, activation, True)
     seen = x[:, ::stride, ::stride].flatten(0, 2)
-    y = products.linear(seen, weight.flatten(1), None).mul_(scale).add_(shift).view(-1, rows, columns, weight.shape[0])
+    y = products.linear(seen, weight.flatten(1), None).mul_(scale).add_(shift)
+    y = reshaped(y, x.shape[0], rows, columns, weight.shape[0])
     y = y if residual is None else y.add_(residual)
     if activation == "gelu":
         return torch.ops.aten.gelu_(y)

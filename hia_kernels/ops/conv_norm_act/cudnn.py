@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core import triton_support, tuning
+from ...core.fresh import channels_last
 
 OP = "conv_norm_act"
 MAX_ELEMENTS = 2**31 - 1  # of a tensor that cuDNN counts in 32 bits
@@ -77,4 +78,4 @@ def conv_norm_act_fwd(
         deterministic=True,
         allow_tf32=False,
     )
-    return _epilogue(y.permute(0, 2, 3, 1).contiguous(), scale, shift, residual, activation)
+    return _epilogue(channels_last(y), scale, shift, residual, activation)

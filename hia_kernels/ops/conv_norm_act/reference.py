@@ -33,6 +33,30 @@ def conv_norm_act_ref(
     return z.to(x.dtype).contiguous()
 
 
+def _conv_bwd(dy: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight; those not in ``output_mask`` are empty."""
+    width = x.shape[2]
+    if x.dtype == torch.bfloat16 and width == 1:
+        # with stride 2 oneDNN's gradient of the weight holds what memory held; a column of zeros changes nothing else
+        x = F.pad(x, (0, 0, 0, stride - 1))
+    padding = [weight.shape[-1] // 2] * 2
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2),
+        x.permute(0, 3, 1, 2),
+        weight,
+        None,
+        [stride, stride],
+        padding,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [*output_mask, False],
+    )
+    dx = dx.permute(0, 2, 3, 1)[:, :, :width].contiguous() if output_mask[0] else x.new_empty(0)
+    return dx, dweight.contiguous() if output_mask[1] else x.new_empty(0)
+
+
 def conv_norm_act_bwd_ref(
     dout: Tensor,
     x: Tensor,
@@ -61,24 +85,7 @@ def conv_norm_act_bwd_ref(
 
     dx, dweight, dscale, dshift, dresidual = (x.new_empty(0) for _ in range(5))
     if output_mask[0] or output_mask[1]:
-        padding = [weight.shape[-1] // 2] * 2
-        dx_nchw, dw, _ = torch.ops.aten.convolution_backward(
-            (dz * scale).to(x.dtype).permute(0, 3, 1, 2),
-            x.permute(0, 3, 1, 2),
-            weight,
-            None,
-            [stride, stride],
-            padding,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [output_mask[0], output_mask[1], False],
-        )
-        if output_mask[0]:
-            dx = dx_nchw.permute(0, 2, 3, 1).contiguous()
-        if output_mask[1]:
-            dweight = dw.contiguous()
+        dx, dweight = _conv_bwd((dz * scale).to(x.dtype), x, weight, stride, output_mask[:2])
     if output_mask[2]:
         dscale = (dz * y).sum((0, 1, 2))
     if output_mask[3]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core import devices
+from ...core.fresh import reshaped
 
 FLASH_HEAD_DIM, FLASH_KEYS = 128, 1024  # up to them the flash kernel is faster in fp32
 MANY_SCORES = 2**24  # a head's scores in fp32 take 64 MiB: beyond it flash, which keeps none
@@ -48,8 +49,9 @@ def _batched(x: Tensor, count: int, rows: slice) -> Tensor:
 
 
 def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [count * L, H, D] of x [count, H, L, D], without a copy if the heads lie as they should."""
-    return x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+    """Make [count * L, H, D] of x [count, H, L, D], without a copy if the heads lie as they should."""
+    count, heads, length, dim = x.shape
+    return reshaped(x.transpose(1, 2).to(dtype).contiguous(), count * length, heads, dim)
 
 
 def _singles(batch: Rows) -> Iterator[tuple[slice, slice]]:
@@ -127,7 +129,8 @@ def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: floa
     count, rows_q, rows_k = batch
     triple = _batched(q, count, rows_q), _batched(k, count, rows_k), _batched(v, count, rows_k)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*triple, scale=softmax_scale)
-    out, lse = _packed(out, q.dtype), lse.transpose(0, 1).flatten(1).contiguous()  # [H, count * Lq]
+    out = _packed(out, q.dtype)
+    lse = reshaped(lse.transpose(0, 1).contiguous(), *out.shape[1::-1])  # [H, count * Lq]
     if not lse.all():
         _mend_masked(q[rows_q], k[rows_k], v[rows_k], count, softmax_scale, out, lse)
     return out, lse

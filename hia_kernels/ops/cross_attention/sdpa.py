@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import cublas, devices
+from ...core.fresh import reshaped
 
 unavailable_reasons = cublas.unavailable_reasons  # a device that torch can see
 
@@ -22,7 +23,8 @@ def unsupported_reasons(
     if q.element_size() != 2:
         found.append(f"tensors must be float16 or bfloat16, got {str(q.dtype).removeprefix('torch.')}")
     sequences = cu_seqlens_q.numel() - 1
-    if q.numel() == 0 or q.shape[0] != sequences * max_seqlen_q or k.shape[0] != sequences * max_seqlen_k:
+    lengths = (sequences * max_seqlen_q, sequences * max_seqlen_k)
+    if q.numel() == 0 or k.numel() == 0 or (q.shape[0], k.shape[0]) != lengths:
         found.append("all sequences must have max_seqlen_q queries and max_seqlen_k keys, at least one each")
     return found
 
@@ -35,8 +37,11 @@ def _forward(
     triple = [x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous() for x in triple]
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     out, lse, *_ = kernel(*triple, None, with_lse, scale=softmax_scale)
-    out = out.transpose(1, 2).reshape(q.shape).contiguous()
-    return out, lse[..., :max_seqlen_q].transpose(0, 1).reshape(q.shape[1], -1).contiguous()  # it pads the queries
+    out = reshaped(out.transpose(1, 2).contiguous(), *q.shape)
+    if not with_lse:
+        return out, lse
+    lse = lse[..., :max_seqlen_q].transpose(0, 1).clone(memory_format=torch.contiguous_format)  # it pads the queries
+    return out, reshaped(lse, *q.shape[1::-1])
 
 
 def cross_attention_fwd(

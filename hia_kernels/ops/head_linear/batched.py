@@ -17,10 +17,10 @@ def head_linear_batched(x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
     images, heads, rows, _ = x.shape
     dim = weight.shape[1]
     if merge_heads:
-        out = x.new_empty(images, rows, heads, dim)
-        for image, to in zip(x, out, strict=True):
+        out = x.new_empty(images, rows, heads * dim)
+        for image, to in zip(x, out.view(images, rows, heads, dim), strict=True):
             to.copy_(torch.bmm(image, weight.mT).transpose(0, 1))
-        return out.flatten(2)
+        return out
     return _by_image(x, weight.mT)
 
 

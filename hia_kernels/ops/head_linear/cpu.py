@@ -42,12 +42,13 @@ def functions(products: Products) -> dict[str, Callable[..., Any]]:
 def head_linear_fwd(products: Products, x: Tensor, weight: Tensor, merge_heads: bool) -> Tensor:
     """Return [n, H, R, D] or [n, R, H * D] of x [n, H, R, C]."""
     images, heads, rows, _ = x.shape
-    out = x.new_empty((images, rows, heads, weight.shape[1]) if merge_heads else (*x.shape[:3], weight.shape[1]))
-    parts = out.transpose(1, 2) if merge_heads else out  # [n, H, R, D]
+    dim = weight.shape[1]
+    out = x.new_empty((images, rows, heads * dim) if merge_heads else (images, heads, rows, dim))
+    parts = out.view(images, rows, heads, dim).transpose(1, 2) if merge_heads else out  # [n, H, R, D]
     for head, own in enumerate(weight):
         for image in range(images):
             products.multiply(x[image, head], own.mT, parts[image, head])
-    return out.flatten(2) if merge_heads else out
+    return out
 
 
 def head_linear_bwd(

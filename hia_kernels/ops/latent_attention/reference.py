@@ -16,7 +16,7 @@ def latent_attention_ref(q: Tensor, latent: Tensor, lengths: list[int], softmax_
     outs, lses = [q.new_empty(0, *q.shape[1:])], [torch.empty(0, q.shape[1], dtype=acc, device=q.device)]
     for queries, tokens in zip(q.to(acc), latent.to(acc).split(lengths), strict=True):
         scores = queries @ tokens.mT * softmax_scale  # [G, N]
-        lse = torch.logsumexp(scores, dim=-1) if tokens.shape[0] else torch.full_like(queries[:, 0], float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1) if tokens.shape[0] else scores.new_full(scores.shape[:1], float("-inf"))
         out = torch.exp(scores - lse[:, None]) @ tokens  # [G, E]; zeros where there is no token
         outs.append(out.to(q.dtype)[None])
         lses.append(lse[None])

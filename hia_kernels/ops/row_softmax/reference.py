@@ -25,7 +25,7 @@ def row_softmax_ref(scores: Tensor, scale: float, out_dtype: torch.dtype | None 
     weights = torch.exp(scaled - shift)
     l_i = weights.sum(1, keepdim=True)  # [R, 1]
     p = (weights / l_i).to(out_dtype or scores.dtype).contiguous()
-    return p, (shift + l_i.log()).squeeze(1)
+    return p, shift.squeeze(1) + l_i.squeeze(1).log()
 
 
 def row_softmax_inplace_ref(scores: Tensor, scale: float) -> Tensor:
@@ -38,7 +38,7 @@ def row_softmax_inplace_ref(scores: Tensor, scale: float) -> Tensor:
     p.div_(l_i)
     if p is not scores:
         scores.copy_(p)
-    return (shift + l_i.log()).squeeze(1)
+    return shift.squeeze(1) + l_i.squeeze(1).log()
 
 
 def row_softmax_bwd_ref(dp: Tensor, p: Tensor, scale: float, dlse: Tensor | None = None) -> Tensor:

@@ -44,7 +44,7 @@ def stem_ref(
     z = F.relu(_scaled(y, scale, shift))
     if pool == 3:
         z = F.max_pool2d(z, kernel_size=3, stride=2, padding=1)
-    return z.to(weight.dtype).permute(0, 2, 3, 1).contiguous()
+    return z.permute(0, 2, 3, 1).to(weight.dtype, copy=True, memory_format=torch.contiguous_format)  # no view
 
 
 def stem_bwd_ref(

@@ -1,0 +1,85 @@
+"""Results of the CPU's rows are tensors of their own: no views, no input's memory, no other result's."""
+
+import pytest
+import torch
+
+import hia_kernels
+from hia_kernels import use_backend
+from hia_kernels.core.fresh import channels_last, reshaped
+from hia_kernels.ops.cross_attention import sdpa
+from tests.inputs import OPS, small_inputs
+from tests.ops.fresh import assert_can_be_written_to, calls
+from tests.ops.test_routes import ROUTES
+
+F32 = torch.float32
+ROWS = [(op, "auto") for op in OPS] + [(op, name) for op, name in ROUTES if name in ("native", "cpu", "reference")]
+
+
+@pytest.mark.parametrize(("op", "name"), ROWS)
+def test_what_comes_back_can_be_written_to(op, name):
+    served = [
+        assert_can_be_written_to(op, name, inputs)
+        for dtype in (F32, torch.bfloat16, torch.float64)
+        for inputs in calls(op, dtype)
+    ]
+    if not any(served):
+        pytest.skip("cannot run here")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "reference"])
+def test_gradients_that_are_added_up_leave_the_incoming_one_alone(name):
+    """Check what ``backward()`` keeps: the hidden states' gradient is the incoming one."""
+    inputs = small_inputs("inject_rows", F32)
+    hidden = inputs["hidden"].detach().requires_grad_()
+    dout = torch.randn(hidden.shape)
+    before = dout.clone()
+    with use_backend(name):
+        for _ in range(2):
+            hia_kernels.inject_rows(**{**inputs, "hidden": hidden}).backward(dout)
+    hidden.grad += 1
+    assert torch.equal(dout, before) and torch.equal(hidden.grad, 2 * before + 1)
+
+
+def test_sdpa_returns_no_views(monkeypatch):
+    """Let PyTorch's CPU kernel stand for the one that CUDA has."""
+
+    def kernel(q, k, v, bias, with_lse, scale):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return out, torch.nn.functional.pad(lse, (0, 5)) if with_lse else lse[..., :0]
+
+    for lengths in ([7], [5, 5]):
+        q, cu_seqlens = torch.randn(sum(lengths), 2, 32), torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        arguments = (q, q.clone(), q.clone(), cu_seqlens, cu_seqlens, lengths[0], lengths[0], 0.2)
+        with use_backend("reference"):
+            expected = torch.ops.hia.cross_attention_with_lse(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", kernel)
+            got = (*sdpa.cross_attention_with_lse_fwd(*arguments), sdpa.cross_attention_fwd(*arguments))
+        for x, y in zip(got, (*expected, expected[0]), strict=True):
+            torch.testing.assert_close(x, y)
+            assert x.is_contiguous() and not x._is_view()
+
+
+@pytest.mark.parametrize("queries", [0, 7])
+def test_sdpa_is_not_asked_for_empty_sequences(queries, monkeypatch):
+    monkeypatch.setattr("hia_kernels.core.devices.not_cuda_reasons", lambda tensor: [])
+    q, k = torch.ones(queries, 2, 32, dtype=torch.float16), torch.ones(7 - queries, 2, 32, dtype=torch.float16)
+    cu_seqlens = torch.zeros(2, dtype=torch.int32)
+    reasons = sdpa.unsupported_reasons("cross_attention", q, k, cu_seqlens, queries, 7 - queries)
+    assert reasons == ["all sequences must have max_seqlen_q queries and max_seqlen_k keys, at least one each"]
+
+
+def test_reshaped_shares_memory_and_is_no_view():
+    x = torch.arange(24.0)
+    y = reshaped(x[6:18].view(3, 4), 2, 6)
+    assert torch.equal(y, torch.arange(6.0, 18.0).view(2, 6)) and not y._is_view()
+    assert y.data_ptr() == x[6:].data_ptr()
+    assert reshaped(x[:0], 3, 0).shape == (3, 0)
+
+
+def test_channels_last_copies_only_where_it_must():
+    y = torch.randn(2, 3, 4, 5)
+    copied, kept = channels_last(y), channels_last(last := y.contiguous(memory_format=torch.channels_last))
+    for x in (copied, kept):
+        assert torch.equal(x, y.permute(0, 2, 3, 1)) and x.is_contiguous() and not x._is_view()
+    assert kept.data_ptr() == last.data_ptr()
