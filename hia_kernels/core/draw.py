@@ -22,6 +22,11 @@ def row_count(rows: Rows) -> int:
     return rows if isinstance(rows, int) else sum(stop - start for start, stop in rows)
 
 
+def root_scale(terms: int) -> float:
+    """Return the deviation of weights whose sums over so many terms are of about 1; 1 where there are none."""
+    return max(terms, 1) ** -0.5
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of scales, shifts and scores that go with tensors of ``dtype``: fp32, fp64 with fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -97,5 +102,5 @@ class Draw:
         elif unique:
             index = torch.randperm(total, generator=self._on_cpu)[:rows]
         else:
-            index = torch.randint(total, (rows,), generator=self._on_cpu)
+            index = torch.randint(max(total, 1), (rows,), generator=self._on_cpu)
         return index.to(self.device)

@@ -1,5 +1,9 @@
 """``hia::conv_norm_act`` on the CPU: oneDNN with its epilogue, packed weights, a backward without recomputation."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +26,7 @@ from tests.inputs import inputs_of
 from tests.ops.harness import assert_matches, flops_by_op, forward_backward
 
 OP = "conv_norm_act"
+ROOT = Path(__file__).resolve().parents[2]
 make_inputs = inputs_of(OP)
 F32, BF16 = torch.float32, torch.bfloat16
 HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -341,3 +346,45 @@ def test_a_backend_that_was_forced_after_packing():
     with hia_kernels.use_backend("auto"):
         out = conv_norm_act_packed(inputs["x"], packed)
     assert_close("out", out, conv_norm_act_ref(**analysed(inputs, F32)), conv_norm_act_ref(**inputs), dtype=F32)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_scale_and_shift_of_any_strides(activation, residual):
+    """Pass a column of a table: oneDNN reads its bias as if it were contiguous, and here would find NaN."""
+    inputs = make_inputs((6, 5), F32, activation=activation, residual=residual)
+    for name in ("scale", "shift"):
+        table = torch.full((inputs[name].numel(), 2), float("nan"), dtype=F32)
+        table[:, 0] = inputs[name]
+        inputs[name] = table[:, 0]
+    in_place = {**inputs, "residual": make_inputs((6, 5), F32, residual=True)["residual"].contiguous()}
+
+    def over_its_residual(given):
+        packed = pack_conv(given["weight"], given["scale"], given["shift"])
+        return conv_norm_act_packed_(given["residual"].clone(), given["x"], packed, given["activation"])
+
+    assert_forward_matches(lambda given: conv_norm_act(**given), inputs)
+    assert_forward_matches(packed_call, inputs)
+    assert_forward_matches(over_its_residual, in_place)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_reference_keeps_clear_of_onednns_fault(dtype):
+    """Differentiate a 1 x 1 of few channels with stride 2, in which oneDNN writes past its buffers; it may die."""
+    code = f"""
+import torch
+from hia_kernels import conv_norm_act, use_backend
+from hia_kernels.ops.conv_norm_act.reference import conv_norm_act_ref
+from tests.inputs import inputs_of
+torch.set_num_threads(2)
+inputs = inputs_of("conv_norm_act")((20, 20), {dtype}, images=3, channels=(7, 8), kernel=1, stride=2)
+for name in ("x", "weight", "scale"):
+    inputs[name] = inputs[name].detach().requires_grad_()
+wrt = [inputs[name] for name in ("x", "weight", "scale")]
+with use_backend("reference"):
+    for _ in range(20):
+        for function in (conv_norm_act, conv_norm_act_ref):
+            torch.autograd.grad(function(**inputs).sum(), wrt)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"

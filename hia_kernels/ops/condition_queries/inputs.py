@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.costs import INDEX_BYTES, in_mode
-from ...core.draw import Draw, Rows, row_count
+from ...core.draw import Draw, Rows, root_scale, row_count
 
 DIFFERENTIABLE = ("hidden", "weight", "bias", "queries")
 PARAMETERS = ("weight", "bias", "queries")
@@ -55,7 +55,7 @@ def make_inputs(
     return {
         "hidden": draw.data(shape.tokens, channels),
         "row_idx": draw.row_idx(shape.samples, shape.tokens, unique=False),
-        "weight": draw.normal(dim, channels, scale=channels**-0.5),
+        "weight": draw.normal(dim, channels, scale=root_scale(channels)),
         "bias": draw.normal(dim) if shape.bias else None,
         "queries": draw.normal(shape.queries, dim),
     }

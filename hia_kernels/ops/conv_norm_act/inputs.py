@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.costs import in_mode, statistics_itemsize
-from ...core.draw import Draw
+from ...core.draw import Draw, root_scale
 
 DIFFERENTIABLE = ("x", "weight", "scale", "shift", "residual")
 PARAMETERS = ("weight", "scale", "shift")
@@ -69,7 +69,7 @@ def make_inputs(
         x = draw.normal(images, *shape.size, c)
     return {
         "x": x,
-        "weight": draw.normal(oc, c, kernel, kernel, scale=(c * kernel * kernel) ** -0.5),
+        "weight": draw.normal(oc, c, kernel, kernel, scale=root_scale(c * kernel * kernel)),
         "scale": draw.near_one(oc),
         "shift": draw.normal(oc, scale=0.5, dtype=draw.statistics),
         "residual": draw.data(images, *shape.out_size, oc) if shape.residual else None,

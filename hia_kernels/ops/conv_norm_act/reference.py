@@ -7,8 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _seen(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, int]:
+    """Return what a convolution reads of x, and its stride over that.
+
+    A 1 x 1 skips pixels by a slice: in the weight's gradient with a stride of 2, few channels and two threads oneDNN
+    writes past its buffers (uxlfoundation/oneDNN#6035).
+    """
+    return (x[:, ::stride, ::stride], 1) if weight.shape[-1] == 1 else (x, stride)
+
+
 def _conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Convolve, channels last in and out; the result is in the statistics' dtype."""
+    x, stride = _seen(x, weight, stride)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2)
     return y.permute(0, 2, 3, 1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -35,17 +45,19 @@ def conv_norm_act_ref(
 
 def _conv_bwd(dy: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight; those not in ``output_mask`` are empty."""
+    whole = x
+    x, stride_over_seen = _seen(x, weight, stride)
     width = x.shape[2]
     if x.dtype == torch.bfloat16 and width == 1:
         # with stride 2 oneDNN's gradient of the weight holds what memory held; a column of zeros changes nothing else
-        x = F.pad(x, (0, 0, 0, stride - 1))
+        x = F.pad(x, (0, 0, 0, stride_over_seen - 1))
     padding = [weight.shape[-1] // 2] * 2
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy.permute(0, 3, 1, 2),
         x.permute(0, 3, 1, 2),
         weight,
         None,
-        [stride, stride],
+        [stride_over_seen, stride_over_seen],
         padding,
         [1, 1],
         False,
@@ -53,8 +65,12 @@ def _conv_bwd(dy: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: l
         1,
         [*output_mask, False],
     )
-    dx = dx.permute(0, 2, 3, 1)[:, :, :width].contiguous() if output_mask[0] else x.new_empty(0)
-    return dx, dweight.contiguous() if output_mask[1] else x.new_empty(0)
+    dweight = dweight.contiguous() if output_mask[1] else x.new_empty(0)
+    if not output_mask[0]:
+        return x.new_empty(0), dweight
+    dx_seen, dx = dx.permute(0, 2, 3, 1)[:, :, :width], torch.zeros(whole.shape, dtype=x.dtype, device=x.device)
+    _seen(dx, weight, stride)[0].copy_(dx_seen)
+    return dx, dweight
 
 
 def conv_norm_act_bwd_ref(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.costs import in_mode
-from ...core.draw import Draw
+from ...core.draw import Draw, root_scale
 
 DIFFERENTIABLE = ("x", "weight")
 PARAMETERS = ("weight",)
@@ -54,7 +54,7 @@ def make_inputs(
         strided: whether x, always laid out as queries, is also a view of a wider tensor.
     """
     draw = Draw(dtype, device, seed, strided=strided)
-    heads, channels, dim, scale = shape.heads, shape.channels, shape.dim, shape.channels**-0.5
+    heads, channels, dim, scale = shape.heads, shape.channels, shape.dim, root_scale(shape.channels)
     if strided or not shape.merge_heads:
         x = draw.data(shape.images, shape.rows, heads, channels).transpose(1, 2)
     else:

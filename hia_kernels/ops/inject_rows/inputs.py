@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.costs import INDEX_BYTES, in_mode
-from ...core.draw import Draw, Rows, row_count
+from ...core.draw import Draw, Rows, root_scale, row_count
 
 DIFFERENTIABLE = ("hidden", "update", "weight", "bias")
 PARAMETERS = ("weight", "bias")
@@ -55,7 +55,7 @@ def make_inputs(
     return {
         "hidden": draw.data(shape.tokens, channels, dtype=shape.hidden_dtype),
         "update": draw.data(row_count(shape.rows), dim),
-        "weight": draw.normal(channels, dim, scale=dim**-0.5),
+        "weight": draw.normal(channels, dim, scale=root_scale(dim)),
         "bias": draw.normal(channels) if shape.bias else None,
         "row_idx": draw.row_idx(shape.rows, shape.tokens, unique=True),
     }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.costs import in_mode
-from ...core.draw import Draw
+from ...core.draw import Draw, root_scale
 
 DIFFERENTIABLE = ("q", "latent")
 PARAMETERS = ()
@@ -51,7 +51,7 @@ def make_inputs(
         "q": draw.data(len(shape.lengths), shape.rows, shape.width),
         "latent": draw.data(sum(shape.lengths), shape.width),
         "lengths": list(shape.lengths),
-        "softmax_scale": 2 * shape.width**-0.5,
+        "softmax_scale": 2 * root_scale(shape.width),
     }
 
 

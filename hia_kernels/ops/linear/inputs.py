@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.costs import in_mode
-from ...core.draw import Draw
+from ...core.draw import Draw, root_scale
 
 DIFFERENTIABLE = ("x", "weight", "bias")
 PARAMETERS = ("weight", "bias")
@@ -50,7 +50,7 @@ def make_inputs(
     channels, dim = shape.channels, shape.dim
     return {
         "x": draw.data(shape.rows, channels),
-        "weight": draw.normal(dim, channels, scale=channels**-0.5),
+        "weight": draw.normal(dim, channels, scale=root_scale(channels)),
         "bias": draw.normal(dim) if shape.bias else None,
     }
 

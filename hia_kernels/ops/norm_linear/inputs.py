@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.costs import INDEX_BYTES, in_mode
-from ...core.draw import Draw, Rows, row_count
+from ...core.draw import Draw, Rows, root_scale, row_count
 
 DIFFERENTIABLE = ("x", "norm_weight", "norm_bias", "weight", "bias")
 PARAMETERS = ("norm_weight", "norm_bias", "weight", "bias")
@@ -59,7 +59,7 @@ def make_inputs(
         "x": draw.data(shape.tokens, channels, mean=shape.offset),
         "norm_weight": draw.near_one(channels).to(norm_dtype),
         "norm_bias": draw.normal(channels, scale=0.25, dtype=norm_dtype),
-        "weight": draw.normal(dim, channels, scale=channels**-0.5),
+        "weight": draw.normal(dim, channels, scale=root_scale(channels)),
         "bias": draw.normal(dim) if shape.bias else None,
         "row_idx": None if shape.rows is None else draw.row_idx(shape.rows, shape.tokens, unique=False),
         "eps": 1e-5,
