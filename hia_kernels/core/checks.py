@@ -154,29 +154,3 @@ def check_not_negative(op: str, name: str, value: int) -> None:
     """
     if not expect_true(value >= 0):
         raise ValueError(f"hia::{op}: {name} must not be negative, got {value}")
-
-
-def check_contiguous(op: str, name: str, tensor: Tensor, instead: str = "") -> None:
-    """Check that a tensor's elements lie one after the other.
-
-    Raises:
-        ValueError: they don't; ``instead`` says what to do then.
-    """
-    if not tensor.is_contiguous():
-        raise ValueError(f"hia::{op}: {name} must be contiguous, got strides {list(tensor.stride())}{instead}")
-
-
-def check_no_gradients(op: str, instead: str, **tensors: Tensor | None) -> None:
-    """Check that no gradient would be lost, in an op that has none.
-
-    Raises:
-        RuntimeError: gradients are recorded, and a tensor requires one; ``instead`` names the op that has them.
-    """
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"hia::{op}: {name} must not be part of a gradient graph, got requires_grad=True;"
-                f" use {instead} when training"
-            )

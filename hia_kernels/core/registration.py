@@ -159,6 +159,11 @@ def differentiate_as_first(name: str, other: str) -> None:
     transforms.register_as_first(name, overload(name), overload(other))
 
 
+def refuse_gradients(name: str, instead: str) -> None:
+    """Make recording gradients of ``hia::name`` an error that names the op which has them."""
+    transforms.register_without(name, overload(name), instead)
+
+
 def refuse_double_backward(op: str, name: str) -> None:
     """Make differentiating the backward op ``hia::name`` an error: no fused backward could serve it."""
 

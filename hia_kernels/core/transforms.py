@@ -125,3 +125,29 @@ def register_as_first(op: str, overload: torch._ops.OpOverload, other: torch._op
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
+
+
+def register_without(op: str, overload: torch._ops.OpOverload, instead: str) -> None:
+    """Make an overload refuse what it would lose: gradients, at any level of torch.func, and tangents.
+
+    Args:
+        op: the name that errors have.
+        overload: without gradients.
+        instead: the op that has them.
+    """
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            given = zip(names, args, strict=False)  # the dispatcher leaves defaults out
+            name = next(name for name, x in given if isinstance(x, Tensor) and x.requires_grad)
+            raise RuntimeError(
+                f"hia::{op}: {name} must not be part of a gradient graph, got requires_grad=True;"
+                f" use {instead} when training"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)

@@ -330,15 +330,28 @@ def test_strides_change_nothing(op, row):
                     assert close, f"{result} changes with the strides of {name}, {strided.stride()}"
 
 
-def test_gradients_are_not_lost_in_place():
-    """Refuse a tensor that requires a gradient at the op itself, and name it."""
-    inputs = inputs_of_call("inject_rows")
-    for name in ("hidden", "update", "weight", "bias"):
-        message = (
-            f"^hia::inject_rows_: {name} must not be part of a gradient graph, got requires_grad=True; use inject_r"
-        )
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.hia.inject_rows_(**{**inputs, name: inputs[name].clone().requires_grad_()})
+WITHOUT_GRADIENTS = ("inject_rows_", "row_softmax_", "conv_norm_act_packed", "conv_norm_act_packed_", "stem_packed")
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_gradients_are_not_lost(name):
+    """Refuse a tensor that requires a gradient at the op itself, by name, under torch.func too; tangents likewise."""
+    overload, arguments = registration.overload(name), CALLS[name]
+    for key, x in arguments.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
+            continue
+
+        def run(x, key=key):
+            x = x * 1
+            overload(*{**arguments, key: x}.values())
+            return x.sum()
+
+        message = f"^hia::{name}: {key} must not be part of a gradient graph, got requires_grad=True; use "
+        for call in (lambda x: run(x.clone().requires_grad_()), torch.func.grad(run)):
+            with pytest.raises(RuntimeError, match=message):
+                call(x)
+        with pytest.raises(NotImplementedError, match=f"^hia::{name}: forward-mode AD .* is not implemented"):
+            torch.func.jvp(run, (x,), (torch.ones_like(x),))
 
 
 class TestContract:

@@ -183,6 +183,11 @@ def test_autocast_leaves_the_residual_stream_in_fp32(route, triton_device):
     inputs = make_inputs(9, 5, torch.float32, triton_device)
     cast = ("update", "weight", "bias")
     assert_autocast(OP, inject_rows, inputs, torch.bfloat16, cast=cast, out_dtype=torch.float32)
+    with torch.autocast(inputs["hidden"].device.type, dtype=torch.bfloat16):
+        expected = forward_backward(OP, inject_rows, inputs)
+    mixed = {name: x.bfloat16() if name in cast else x for name, x in inputs.items()}
+    got = forward_backward(OP, inject_rows, mixed)
+    assert_identical({name: x.float() for name, x in got.items()}, expected)
 
 
 @settings(max_examples=10, deadline=None)

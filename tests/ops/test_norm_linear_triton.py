@@ -193,6 +193,17 @@ def test_autocast(triton_device):
     assert_autocast(OP, norm_linear, inputs, torch.bfloat16, cast=("x", "weight", "bias"), out_dtype=torch.bfloat16)
 
 
+def test_a_norm_in_the_other_halves(triton_device):
+    """Run an fp16 model's norm beside bf16, as autocast leaves it: the bits of the same values in fp32."""
+    norms = ("norm_weight", "norm_bias")
+    for dtype, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        inputs = make_inputs(9, 5, dtype, triton_device)
+        inputs |= {name: inputs[name].to(other) for name in norms}
+        got = forward_backward(OP, norm_linear, inputs)
+        expected = forward_backward(OP, norm_linear, {**inputs, **{name: inputs[name].float() for name in norms}})
+        assert_identical(got, expected | {f"d{name}": expected[f"d{name}"].to(other) for name in norms})
+
+
 def test_reasons(triton_device):
     for x in (torch.ones(2, 16385, device=triton_device), torch.ones(2, 3, dtype=torch.float64, device=triton_device)):
         norm = x[0]

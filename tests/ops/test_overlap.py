@@ -158,6 +158,8 @@ def test_what_overlaps_itself_is_refused(change):
         row_softmax_(scores, 1.0)
     row_softmax_(torch.randn(6, 4).T, 1.0)
     row_softmax_(torch.randn(4, 9)[:, 2:8], 1.0)
+    with pytest.raises(ValueError, match="hia::inject_rows_: hidden must not overlap itself in memory"):
+        inject_rows_(scores, torch.ones(1, 2), torch.ones(6, 2), None, torch.zeros(1, dtype=torch.int64))
 
 
 def apart(*args):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...core.checks import FLOATS, Arg, Contract, check_choice, check_contiguous, check_no_gradients, like, statistics
+from ...core.checks import FLOATS, Arg, Contract, check_choice, like, statistics
 
 ACTIVATIONS = ("none", "relu", "gelu")
 STRIDES = (1, 2)
@@ -101,9 +101,9 @@ class _PackedConvolution(Contract):
             got = [sizes["OH"], sizes["OW"]]
             raise ValueError(f"hia::{self.op}: {self.result} must have the output's size {size}, got {got}")
         result = arguments[self.result]
-        if self.op != "conv_norm_act_packed":  # it is written to
-            check_contiguous(self.op, self.result, result)
-        check_no_gradients(self.op, "conv_norm_act", x=x, **{self.result: result})
+        if self.op != "conv_norm_act_packed" and not result.is_contiguous():  # it is written to
+            got = list(result.stride())
+            raise ValueError(f"hia::{self.op}: {self.result} must be contiguous, got strides {got}")
         return sizes
 
     def _kernel(self, weight: Any, x: torch.Tensor) -> int:

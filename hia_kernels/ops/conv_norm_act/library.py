@@ -146,6 +146,8 @@ def _backward(ctx, dout):
 
 registration.differentiate("conv_norm_act", _backward, _setup_context)
 registration.refuse_double_backward("conv_norm_act", "conv_norm_act_bwd")
+for _name in ("conv_norm_act_packed", "conv_norm_act_packed_", "conv_norm_act_packed_out"):
+    registration.refuse_gradients(_name, "conv_norm_act")
 autocast.register_autocast(registration.overload("conv_norm_act"), cast=("x", "weight", "residual"))
 
 

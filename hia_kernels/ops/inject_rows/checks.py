@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from ...core.checks import (
     SAME,
     Arg,
     Contract,
-    check_contiguous,
-    check_no_gradients,
     like,
 )
 
@@ -31,16 +28,8 @@ _INPUTS = {
 }
 
 check = Contract("inject_rows", **_INPUTS)
-_check_inplace = Contract("inject_rows_", **_INPUTS)
+check_inplace = Contract("inject_rows_", **_INPUTS)
 check_bwd = Contract("inject_rows_bwd", dout=_INPUTS["hidden"], update=Arg("R D", _UPDATES, "dout"), **_PRODUCT)
-
-
-def check_inplace(arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of ``hia::inject_rows_``, but for the row indices' values."""
-    _check_inplace(arguments)
-    check_contiguous("inject_rows_", "hidden", arguments["hidden"], "; use inject_rows")
-    tensors = {name: arguments[name] for name in ("hidden", "update", "weight", "bias")}
-    check_no_gradients("inject_rows_", "inject_rows", **tensors)
 
 
 def check_values(op: str, hidden: torch.Tensor, row_idx: torch.Tensor, **rest: Any) -> None:

@@ -37,7 +37,7 @@ def inject_rows(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | N
 def inject_rows_(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
     """Do :func:`inject_rows` in place: only the selected rows are read and written. For inference.
 
-    Args and errors as there; ``hidden`` must be contiguous.
+    Args and errors as there; ``hidden`` may have any strides in which it does not overlap itself.
 
     Returns:
         ``hidden`` itself.

@@ -124,6 +124,7 @@ def _backward(ctx, dout):
 
 registration.differentiate("inject_rows", _backward, _setup_context)
 registration.refuse_double_backward("inject_rows", "inject_rows_bwd")
+registration.refuse_gradients("inject_rows_", "inject_rows")
 # hidden keeps its dtype: it is the residual stream, which autocast leaves in fp32.
 for _name in ("inject_rows", "inject_rows_"):
     autocast.register_autocast(registration.overload(_name), cast=("update", "weight", "bias"))

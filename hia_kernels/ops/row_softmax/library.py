@@ -83,6 +83,7 @@ def _backward(ctx, dp, dlse):
 
 registration.differentiate("row_softmax", _backward, _setup_context)
 registration.refuse_double_backward("row_softmax", "row_softmax_bwd")
+registration.refuse_gradients("row_softmax_", "row_softmax")
 
 
 @register_flop_formula([torch.ops.hia.row_softmax, torch.ops.hia.row_softmax_, torch.ops.hia.row_softmax_bwd])

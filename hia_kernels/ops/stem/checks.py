@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...core import varlen
-from ...core.checks import FLOATS, PIXELS, Arg, Contract, check_choice, check_no_gradients, like, statistics
+from ...core.checks import FLOATS, PIXELS, Arg, Contract, check_choice, like, statistics
 
 KERNELS = (3, 7)
 POOLS = (1, 3)
@@ -68,7 +68,7 @@ check_bwd = _Stem(
     "stem_bwd", **_INPUTS, dout=like("weight", "N PH PW OC"), out=like("weight", "N PH PW OC", optional=True)
 )
 check_pack = Contract("stem_packed", **_STATISTICS)
-_check_packed = _Stem(
+check_packed = _Stem(
     "stem_packed",
     **_IMAGES,
     mean=_STATISTICS["mean"],
@@ -77,12 +77,6 @@ _check_packed = _Stem(
     scale=statistics("taps", "OC"),
     shift=statistics("taps", "OC"),
 )
-
-
-def check_packed(arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of ``hia::stem_packed``, but for the values."""
-    _check_packed(arguments)
-    check_no_gradients("stem_packed", "stem", pixels=arguments["pixels"])
 
 
 def check_values(op: str, window: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, **rest: Any) -> None:

@@ -96,6 +96,7 @@ def _backward(ctx, dout):
 
 registration.differentiate("stem", _backward, _setup_context)
 registration.refuse_double_backward("stem", "stem_bwd")
+registration.refuse_gradients("stem_packed", "stem")
 # Not the pixels: they are normalised in fp32 before anything is rounded.
 autocast.register_autocast(registration.overload("stem"), cast=("weight",))
 
