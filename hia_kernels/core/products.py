@@ -2,7 +2,8 @@
 
 For inside an op: nothing here records gradients. Rows that are made of products are a pair: ``native`` and ``cpu`` run
 the same functions with other :class:`Products`. Sizes, strides and the build alone decide what runs, so results repeat
-bit for bit. oneDNN's product is as fast as the native one and not in use: its sums over thousands of terms lose more
+bit for bit with the same number of threads; the native ones with any, PyTorch's depend on it (docs/conventions.md,
+"Bits"). oneDNN's product is as fast as the native one and not in use: its sums over thousands of terms lose more
 digits than MKL's, which the bound on a layer's output has no room for (docs/linear.md).
 """
 
