@@ -56,10 +56,14 @@ def forward_backward(op: str, function: Callable[..., Any], inputs: Inputs) -> R
 
 
 def assert_fresh(inputs: Inputs, outs: Sequence[Tensor], grads: Mapping[str, Tensor]) -> None:
-    """Check that results are contiguous and no views, and that results, gradients and inputs share no memory."""
+    """Check that results are contiguous and no views, and that results, gradients and inputs share no memory.
+
+    The results are written to where they lie, as training code may, and keep their values.
+    """
     for place, out in enumerate(outs):
         assert not out._is_view() and out._base is None, f"output {place} is a view: writing to it would raise"
         assert out.is_contiguous(), f"output {place} has strides {out.stride()}"
+        out.mul_(1)
     owners = {_memory(x): name for name, x in inputs.items() if isinstance(x, Tensor)}
     for name, x in {**{f"output {place}": out for place, out in enumerate(outs)}, **grads}.items():
         if x.numel():

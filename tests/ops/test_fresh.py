@@ -6,9 +6,11 @@ import torch
 import hia_kernels
 from hia_kernels import use_backend
 from hia_kernels.core.fresh import channels_last, reshaped
+from hia_kernels.ops.conv_norm_act import conv_norm_act_packed, pack_conv
 from hia_kernels.ops.cross_attention import sdpa
 from tests.inputs import OPS, small_inputs
 from tests.ops.fresh import assert_can_be_written_to, calls
+from tests.ops.harness import assert_fresh, skip_unless_here
 from tests.ops.test_routes import ROUTES
 
 F32 = torch.float32
@@ -38,6 +40,25 @@ def test_gradients_that_are_added_up_leave_the_incoming_one_alone(name):
             hia_kernels.inject_rows(**{**inputs, "hidden": hidden}).backward(dout)
     hidden.grad += 1
     assert torch.equal(dout, before) and torch.equal(hidden.grad, 2 * before + 1)
+
+
+@pytest.mark.parametrize("name", ["native", "cpu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_packed_convolutions_return_no_views(name, residual):
+    skip_unless_here(name)
+    ones, x = torch.ones(32), torch.randn(2, 5, 4, 32)
+    for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
+        with use_backend(name):
+            packed = pack_conv(torch.randn(32, 32, kernel, kernel), ones, ones, stride)
+            added = conv_norm_act_packed(x, packed) if residual else None
+            assert_fresh({"x": x, "added": added}, [conv_norm_act_packed(x, packed, added)], {})
+
+
+def test_the_log_sum_exp_of_rows_in_place_is_no_view():
+    scores = torch.randn(5, 9)
+    for name in ("auto", "reference"):
+        with use_backend(name):
+            assert_fresh({"scores": scores}, [hia_kernels.row_softmax_(scores, 0.5)], {})
 
 
 def test_sdpa_returns_no_views(monkeypatch):

@@ -60,7 +60,7 @@ def test_every_row_is_as_the_reference(op, lines):
     (done,) = (line for line in lines if line.startswith(f"DONE {op} "))
     here = {row.name for row in backend.TABLES[op].backends if not row.unavailable_reasons()}
     expected = {"auto", *here} - {"sdpa", "cublas", "cudnn", "triton"}  # which may be here, and not for the CPU
-    assert set(done.split()[2:]) >= expected - ({"native"} if op == "stem" else set())  # 32 channels, not these 4
+    assert set(done.split()[2:]) >= expected
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -48,7 +49,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
             (3, 2, "none", True, 32),
         )
     ),
-    "stem": ({"pool": 3}, {"pool": 1, "grey": True}, {"pool": 3, "kernel": 3, "pixels": torch.uint8}),
+    "stem": (
+        {"pool": 3},
+        {"pool": 1, "grey": True},
+        {"pool": 3, "kernel": 3, "pixels": torch.uint8},
+        {"pool": 3, "outputs": 32},
+    ),
 }
 
 
@@ -112,16 +118,25 @@ def compare(case: Case, dtype: torch.dtype, name: str, device: str = "cpu") -> b
     for function in FUNCTIONS.get(case.op, (case.op,)):
         if row and (row.unavailable_reasons() or row.unsupported_reasons(function, **inputs)):
             return False
-        _assert_equal(_results(case.op, function, inputs, name), _results(case.op, function, inputs, "reference"))
-    if case.op in IN_PLACE:
-        expected = _results(case.op, case.op, inputs, "reference")
+        expected = _results(case.op, function, inputs, "reference")
+        _assert_equal(_results(case.op, function, inputs, name), expected)
+        if len(case.empty) == 1:
+            _assert_alone(function, inputs, name, expected)
+    if case.op in IN_PLACE and inputs.get("out_dtype") is None:
         changed = inputs[IN_PLACE[case.op]].clone()
         arguments = {key: x for key, x in inputs.items() if key != "out_dtype"} | {IN_PLACE[case.op]: changed}
-        if inputs.get("out_dtype") is None:
-            with use_backend(name):
-                returned = getattr(hia_kernels, f"{case.op}_")(**arguments)
-            _assert_equal({"out": changed, "lse": returned}, {"lse": changed, **expected})
+        with use_backend(name):
+            returned = getattr(hia_kernels, f"{case.op}_")(**arguments)
+        _assert_equal({"out": changed, "lse": returned}, {"lse": changed, **expected})
     return True
+
+
+def _assert_alone(function: str, inputs: Inputs, name: str, expected: Results) -> None:
+    """Ask for each gradient without the others."""
+    for wanted in (key.removeprefix("d") for key in expected if key.startswith("d")):
+        with use_backend(name), suppress(NotImplementedError):
+            got = testing.forward_backward(getattr(hia_kernels, function), inputs, (wanted,))
+            _assert_equal(got, expected)
 
 
 def _results(op: str, function: str, inputs: Inputs, name: str) -> Results:
@@ -226,9 +241,9 @@ def _conv_norm_act(normal, images, kernel, stride, activation, residual, channel
     }
 
 
-def _stem(normal, images, pool, kernel=7, grey=False, pixels=torch.float32):
-    weight = normal(4, 3, kernel, kernel)
-    scale, shift = (normal(4, dtype=_statistics(weight.dtype)) for _ in range(2))
+def _stem(normal, images, pool, outputs=4, kernel=7, grey=False, pixels=torch.float32):
+    weight = normal(outputs, 3, kernel, kernel)
+    scale, shift = (normal(outputs, dtype=_statistics(weight.dtype)) for _ in range(2))
     values = normal(images, 14, 13, 1 if grey else 3, dtype=torch.float32).abs()
     window = torch.tensor([[0.0, 2.0]]).expand(images, 2).contiguous()
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
