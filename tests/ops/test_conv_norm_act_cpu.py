@@ -117,6 +117,18 @@ def test_scales_of_zero_have_gradients(activation):
     assert_matches(OP, conv_norm_act, conv_norm_act_ref, inputs, F32)
 
 
+@pytest.mark.parametrize(("kernel", "residual"), [(1, True), (3, False)])
+def test_nan_under_relu_is_lost_alone(kernel, residual):
+    """Find what docs/conv_norm_act.md says of oneDNN's ReLU: 0 or NaN for NaN, every other element as without it."""
+    inputs = make_inputs((9, 8), F32, channels=(32, 64), kernel=kernel, residual=residual)
+    spoilt = {**inputs, "x": inputs["x"].clone()}
+    spoilt["x"][0, 4, 4, 7] = float("nan")
+    reached = conv_norm_act_ref(**spoilt).isnan()
+    clean, out = conv_norm_act(**inputs), conv_norm_act(**spoilt)
+    assert reached.any() and (out[reached].isnan() | (out[reached] == 0)).all()
+    assert torch.equal(out[~reached], clean[~reached])
+
+
 def test_gradients_of_a_large_image():
     """Sum 25,600 outputs a channel: the scale's gradient comes from the weight's, which must not lose digits there."""
     inputs = make_inputs((160, 160), F32, images=1, channels=(64, 64))
