@@ -25,7 +25,7 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants test-transformers lint format wheel clean check-python
+.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants fuzz test-transformers lint format wheel clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
@@ -61,6 +61,9 @@ test: $(READY) ## every test this machine can run; ARGS go to pytest; ISA=avx2|p
 
 mutants: $(READY) ## seed faults into a copy, one at a time: each must fail a test; ARGS="--help" shows its options
 	$(RUN) tests/mutants.py $(ARGS)
+
+fuzz: $(READY) ## random calls of every op by every backend against its reference; ARGS="--seed 123 --op stem"
+	$(RUN) -m tests.fuzz $(ARGS)
 
 test-transformers: $(READY) ## tests/hia against each of VERSIONS="4.57.6 5.0.0 ..."
 	@failed=; for version in $(VERSIONS); do \
