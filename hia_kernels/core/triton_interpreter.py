@@ -20,7 +20,7 @@ def repair() -> None:
     triton = importlib.import_module("triton")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= FIXED_IN:
         return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     original = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, scope: Any) -> None:
