@@ -68,7 +68,8 @@ def _conv_bwd(dy: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: l
     dweight = dweight.contiguous() if output_mask[1] else x.new_empty(0)
     if not output_mask[0]:
         return x.new_empty(0), dweight
-    dx_seen, dx = dx.permute(0, 2, 3, 1)[:, :, :width], torch.zeros(whole.shape, dtype=x.dtype, device=x.device)
+    dx_seen = dx.permute(0, 2, 3, 1)[:, :, :width]
+    dx = dx_seen.new_zeros(whole.shape)
     _seen(dx, weight, stride)[0].copy_(dx_seen)
     return dx, dweight
 
