@@ -25,7 +25,7 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants fuzz test-transformers lint format wheel clean check-python
+.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants fuzz test-sanitize test-transformers lint format wheel clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
@@ -64,6 +64,9 @@ mutants: $(READY) ## seed faults into a copy, one at a time: each must fail a te
 
 fuzz: $(READY) ## random calls of every op by every backend against its reference; ARGS="--seed 123 --op stem"
 	$(RUN) -m tests.fuzz $(ARGS)
+
+test-sanitize: $(READY) ## csrc/ under ASan and UBSan, in a copy of the tree, new memory full of NaN; needs GCC's sanitizers
+	$(RUN) -m tests.sanitize $(ARGS)
 
 test-transformers: $(READY) ## tests/hia against each of VERSIONS="4.57.6 5.0.0 ..."
 	@failed=; for version in $(VERSIONS); do \

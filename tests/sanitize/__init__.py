@@ -1,0 +1,1 @@
+"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``make test-sanitize``."""
