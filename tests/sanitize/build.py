@@ -89,13 +89,16 @@ def sanitized(command: list[str], reports: Path) -> dict[str, str]:
         command: of the compiler.
         reports: what their files' names begin with; the process's number follows.
     """
-    shared = f"log_path={reports}:print_stacktrace=1"
+    libraries = preloaded(command)
     fill = f"max_malloc_fill_size={LARGEST_FILL}:malloc_fill_byte={FILL}:max_free_fill_size={LARGEST_FILL}"
     return {
         **environment(),
-        "LD_PRELOAD": " ".join(preloaded(command)),
-        "ASAN_OPTIONS": f"detect_leaks=0:{fill}:free_fill_byte={FILL}:{shared}",
-        "UBSAN_OPTIONS": shared,
+        "PYTHONPATH": os.pathsep.join([str(TREE / "tests" / "sanitize" / "start"), environment()["PYTHONPATH"]]),
+        "LD_PRELOAD": " ".join(libraries),
+        "UBSAN_LIBRARY": libraries[1],
+        "UBSAN_REPORTS": str(reports),
+        "ASAN_OPTIONS": f"detect_leaks=0:{fill}:free_fill_byte={FILL}:log_path={reports}",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
     }
 
 
