@@ -187,7 +187,11 @@ def test_a_packed_weight_is_checked(triton_device):
         (ValueError, r"window must have shape \[N, 2\], got \[1, 2\]; N=2 is fixed by pixels", (pixels, window[:1])),
         (ValueError, "pixels' channels must be 1 or 3, got 2", (pixels.expand(-1, -1, -1, 2), window)),
         (TypeError, "pixels must be uint8 .* got int32", (pixels.int(), window)),
-        (RuntimeError, "pixels must not be part of a gradient graph; use stem", (pixels.requires_grad_(), window)),
+        (
+            RuntimeError,
+            "pixels must not be part of a gradient graph, got requires_grad=True; use stem",
+            (pixels.requires_grad_(), window),
+        ),
     ]
     for error, message, (some, windows) in errors:
         with pytest.raises(error, match=f"^hia::stem_packed: {message}"):
