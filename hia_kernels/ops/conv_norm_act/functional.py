@@ -21,7 +21,7 @@ def conv_norm_act(
 
     A ResNet-50 step of the high-resolution encoder with its batch-norm folded into ``scale`` and ``shift``
     (a convolution's bias b goes into the shift as ``scale * b``). Scale, shift, residual and activation in
-    fp32.
+    fp32. NaN stays NaN, but for ReLU in the row ``cpu``, where oneDNN makes it 0 (docs/conv_norm_act.md).
 
     Args:
         x:        [N, IH, IW, C] fp32, fp16, bf16 or fp64.

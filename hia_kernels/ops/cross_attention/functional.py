@@ -23,8 +23,9 @@ def cross_attention(
 
     ``softmax(softmax_scale * q k^T) v`` within each sequence: both of HiA's attentions (paper, section 3):
     queries over image features, and visual tokens over the extracted tokens. Scores, softmax and
-    accumulation in fp32 (fp64 for fp64 inputs). Deterministic, backward too; in the Triton kernels a sequence has
-    the bits that it has alone, whatever it is packed with.
+    accumulation in fp32 (fp64 for fp64 inputs). Deterministic, backward too, on a CPU for one
+    number of threads (docs/conventions.md, Bits); in the Triton kernels a sequence has the bits that it has alone,
+    whatever it is packed with.
 
     Args:
         q: [Tq, H, D] fp32, fp16, bf16 or fp64; D a multiple of 16 in [16, 640]; any strides.

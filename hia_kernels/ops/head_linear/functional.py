@@ -13,7 +13,8 @@ def head_linear(x: Tensor, weight: Tensor, merge_heads: bool = False) -> Tensor:
 
     What absorbs a projection (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; docs/plans.md): queries by W_k before the
     attention, its results by W_v behind it. The weight is never copied for the images, nor is the result to merge the
-    heads. Deterministic; accumulation in fp32 (fp64 for fp64) as far as the device's library has it.
+    heads. Deterministic, on a CPU for one number of threads (docs/conventions.md, Bits); accumulation in fp32 (fp64 for
+    fp64) as far as the device's library has it.
 
     Args:
         x:      [n, H, R, C] fp32, fp16, bf16 or fp64: R rows of n images, for each of H heads; any strides.

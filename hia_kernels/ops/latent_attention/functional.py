@@ -16,7 +16,8 @@ def latent_attention(q: Tensor, latent: Tensor, lengths: Sequence[int], softmax_
     The absorbed form of multi-head attention (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; docs/latent_attention.md):
     with K = F W_k and V = F W_v, head h's scores are (q_h W_k,h^T) F^T and its result is (P_h F) W_v,h. Neither K nor
     V is made, and the key bias drops out of the softmax. Heads and queries are rows alike: G = H * M. Scores, softmax
-    and accumulation in fp32 (fp64 for fp64 inputs); the scores are not kept for the backward. Deterministic.
+    and accumulation in fp32 (fp64 for fp64 inputs); the scores are not kept for the backward. Deterministic,
+    on a CPU for one number of threads (docs/conventions.md, Bits).
 
     Args:
         q:       [n, G, E] fp32, fp16, bf16 or fp64: the absorbed queries of each image.

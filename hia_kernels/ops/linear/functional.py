@@ -11,7 +11,8 @@ from . import library as _library  # noqa: F401  (defines the ops)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``x weight^T + bias``: what no other op of HiA takes in, and plain products as ``linear(a, b.mT)``.
 
-    Deterministic; accumulation in fp32 (fp64 for fp64) as far as the device's library has it.
+    Deterministic, on a CPU for one number of threads (docs/conventions.md, Bits); accumulation in fp32 (fp64 for fp64)
+    as far as the device's library has it.
 
     Args:
         x:      [R, C] fp32, fp16, bf16 or fp64; any strides. ``R == 0`` is allowed.

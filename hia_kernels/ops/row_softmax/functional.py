@@ -36,6 +36,9 @@ def row_softmax(scores: Tensor, scale: float, out_dtype: torch.dtype | None = No
 def row_softmax_(scores: Tensor, scale: float) -> Tensor:
     """Do :func:`row_softmax` in place: the probabilities overwrite the scores. For inference.
 
+    The bits are those of :func:`row_softmax` in the scores' dtype; on a GPU only where the scores start at a multiple
+    of 16 bytes with rows a multiple of 16 elements apart, or N is no multiple of 16, elsewhere to rounding.
+
     Args and errors as there; the rows must not overlap in memory.
 
     Returns:
