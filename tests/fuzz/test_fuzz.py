@@ -15,7 +15,9 @@ import hia_kernels
 from hia_kernels.core import backend, triton_support
 from tests.fuzz import campaign, jobs, subjects
 from tests.fuzz.__main__ import chosen, parse
-from tests.fuzz.check import Fault
+from tests.fuzz.case import Case
+from tests.fuzz.check import Fault, check
+from tests.fuzz.invalid import mutations
 from tests.fuzz.jobs import INVALID, VALID, Job, Outcome
 from tests.fuzz.strategies import CALLS
 from tests.inputs import OPS
@@ -24,6 +26,19 @@ VALID_CASES, INVALID_CASES, INTERPRETED_CASES = 430, 70, 24
 # The same cases in every run, as of all property tests; HYPOTHESIS_PROFILE=random draws others. A failure says which.
 SEED = random.randrange(2**31) if os.environ.get("HYPOTHESIS_PROFILE") == "random" else 0
 PLAIN = [call for call in CALLS if not triton_support.interpreted()]
+
+SHAPES = {
+    "condition_queries": {"tokens": 9, "samples": 3},
+    "conv_norm_act": {"size": (5, 4), "residual": True, "channels": (32, 32)},
+    "cross_attention": {"lengths_q": (3, 4), "lengths_k": (5, 4)},
+    "head_linear": {"images": 2, "rows": 9},
+    "inject_rows": {"tokens": 9, "rows": 5},
+    "latent_attention": {"rows": 6, "width": 16, "lengths": (5, 4)},
+    "linear": {"rows": 9},
+    "norm_linear": {"tokens": 9, "rows": 5},
+    "row_softmax": {"rows": 5, "columns": 9},
+    "stem": {"size": (16, 17), "out_channels": 32},
+}
 
 
 def assert_no_fault(job: Job) -> Outcome:
@@ -51,6 +66,22 @@ def test_valid_calls(op):
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_calls(op):
     run_share(op, INVALID, INVALID_CASES // len(OPS))
+
+
+@pytest.mark.skipif(not PLAIN, reason="the interpreter has its own cases")
+@pytest.mark.parametrize("function", sorted({function for function, _ in PLAIN}))
+def test_every_wrong_call_of_one_shape(function):
+    subject = subjects.SUBJECTS[function]
+    options = {"pad_rows": True} if subject.packed else {}
+    options |= {"softmax_scale": None} if subject.op == "cross_attention" else {}
+    right = Case(function, "auto", shape=SHAPES[subject.op], options=options)
+    found = mutations(right)
+    assert len(found) > 5 and {name for name, _ in found} >= set(subject.shapes)
+    for mutation in found:
+        for raw in (False, True):
+            if raw and (subject.packed or mutation[1].startswith("python-")):
+                continue  # a Python type is checked by the dispatcher, and packed weights have no such op
+            check(dataclasses.replace(right, mutation=mutation, raw=raw))
 
 
 @pytest.mark.interpreter
