@@ -8,13 +8,13 @@ backend with each set of instructions that the processor has.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +111,9 @@ def run(name: str, arguments: Sequence[str], variables: dict[str, str], figures:
         errors="replace",
     ) as process:
         for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line.strip(" =\n"))
+            if line.strip():
+                print(f"{name}: {line}", end="", flush=True)
+                lines.append(line.strip(" =\n"))
     counted = next((line for line in reversed(lines) if re.search(figures, line)), "nothing was counted")
     return Part(name, counted, show_reports(name), process.returncode)
 
@@ -142,18 +143,22 @@ def isas() -> list[str]:
 
 
 def parts(command: list[str], options: argparse.Namespace) -> list[Part]:
-    """Run the campaign."""
-    spread = ["-n", str(options.workers)] if importlib.util.find_spec("xdist") and options.workers > 1 else []
+    """Run the campaign: the tests in processes of their own, as pytest-xdist's don't start under the sanitizers."""
 
     def variables(name: str, **more: str) -> dict[str, str]:
         threads = {"OMP_NUM_THREADS": "2"}  # the kernels split their work
         return build.sanitized(command, build.REPORTS / slug(name)) | threads | more
 
-    found = []
+    def test(share: int) -> Part:
+        name = f"tests {share + 1}"
+        files = TESTS[share :: options.workers]
+        arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", LEFT_OUT, *files]
+        return run(name, arguments, variables(name), r"\d+ passed|\d+ failed|no tests")
+
+    found: list[Part] = []
     if options.tests:
-        name = "tests"
-        arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, "-k", LEFT_OUT, *TESTS]
-        found.append(run(name, arguments, variables(name), r"\d+ passed|\d+ failed|no tests"))
+        with ThreadPoolExecutor(options.workers) as pool:
+            found += pool.map(test, range(min(options.workers, len(TESTS))))
     for isa in isas():
         name = f"random calls, {isa}"
         flags = ["--backend", "native", "--cases", str(options.cases), "--workers", str(options.workers)]
