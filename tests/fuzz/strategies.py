@@ -184,8 +184,8 @@ def _layouts(draw: Draw, subject: Subject, tensors: tuple[str, ...]) -> dict[str
 def _values(draw: Draw, names: tuple[str, ...], any_value: bool, most: int) -> dict[str, str]:
     """Draw unusual values for none, one or two arguments; what is not finite, or overflows, for one alone.
 
-    A sum of nothing may be 0 or, scaled by NaN, NaN: with an axis of size 0 values are finite. Attention, whose
-    gradients take exp(scores - lse) again, has one unusual argument: at scores of 1e8 roundings alone make that any size.
+    A sum of nothing may be 0 or, scaled by NaN, NaN: with an axis of size 0 values are finite. Attention has at most
+    one unusual argument: its gradients take exp(scores - lse) again, which at scores of 1e8 roundings make any size.
     """
     kind = draw(st.sampled_from(("usual", "usual", "one", "one", "two", *(["not-finite"] if any_value else []))))
     if kind == "usual" or not names:
