@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,7 @@ class Campaign:
         self._lock, self._folder = threading.Lock(), Path(tempfile.mkdtemp(prefix="hia-fuzz-"))
         self._all = sum(job.cases for _, job in self.jobs)
         self._running: list[Worker] = []
+        self._is_over = False
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -164,8 +166,12 @@ class Campaign:
                     thread.join(SAID_EVERY_S / len(threads))
                 self._say()
         finally:
+            with self._lock:
+                self._is_over = True
+                self.jobs.clear()
             for worker in self._running:
                 worker.end()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _work(self) -> None:
         mine: dict[str, Worker] = {}
@@ -179,6 +185,8 @@ class Campaign:
                 self._running.append(mine[kind])
             outcome = mine[kind].run(job)
             with self._lock:
+                if self._is_over:  # interrupted: the process did not die by itself
+                    return
                 self.outcomes.append((job, outcome))
                 if outcome.fault:
                     self._say_fault(job, outcome)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # of NumPy, which computes with NaN in the interpreter
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
     latest = Path(sys.argv[1])
     print(json.dumps(CALLS), file=answers)
     for line in sys.stdin:
