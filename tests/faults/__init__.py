@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import bench, learning, native, operators, runtime, triton_kernels
+from . import bench, contracts, learning, native, operators, runtime, triton_kernels
 from .mutant import KINDS, REQUIRED_KINDS, Mutant, StaleFault
 
 MUTANTS: tuple[Mutant, ...] = (
     *triton_kernels.MUTANTS,
     *operators.MUTANTS,
+    *contracts.MUTANTS,
     *native.MUTANTS,
     *runtime.MUTANTS,
     *learning.MUTANTS,

@@ -14,7 +14,9 @@ from torch._subclasses import FakeTensorMode
 import hia_kernels
 from hia_kernels import testing, use_backend
 from hia_kernels.core import backend
-from tests.inputs import OPS, differentiable
+from hia_kernels.ops.conv_norm_act import pack_conv
+from hia_kernels.ops.stem import pack_stem
+from tests.inputs import OPS, differentiable, small_inputs
 from tests.ops.conftest import poison_uninitialised
 from tests.ops.harness import assert_compiles, forward_backward
 from tests.ops.zero_sizes import AXES, FUNCTIONS, Case, cases, compare, draw
@@ -142,5 +144,16 @@ def test_compiles(op):
 def test_a_convolution_without_channels_is_refused(sizes):
     channels, out_channels = sizes
     x, weight, ones = torch.ones(2, 5, 4, channels), torch.ones(out_channels, channels, 3, 3), torch.ones(out_channels)
-    with pytest.raises(ValueError, match="hia::conv_norm_act: weight must have at least one channel in and out"):
+    with pytest.raises(ValueError, match="^hia::conv_norm_act: weight must have at least one channel in and out"):
         hia_kernels.conv_norm_act(x, weight, ones, ones)
+    with pytest.raises(ValueError, match="^hia::conv_norm_act_packed: weight must have at least one channel in and"):
+        pack_conv(weight, ones, ones)
+
+
+def test_a_stem_without_channels_is_refused():
+    inputs = {**small_inputs("stem", torch.float32), "weight": torch.ones(0, 3, 7, 7)}
+    inputs |= {"scale": torch.ones(0), "shift": torch.ones(0)}
+    with pytest.raises(ValueError, match="^hia::stem: weight must have at least one channel out, got none"):
+        hia_kernels.stem(**inputs)
+    with pytest.raises(ValueError, match="^hia::stem_packed: weight must have at least one channel out, got none"):
+        pack_stem(*(inputs[name] for name in ("weight", "mean", "std", "scale", "shift")))

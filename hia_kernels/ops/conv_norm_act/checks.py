@@ -24,21 +24,28 @@ _INPUTS = {
 }
 
 
-class _Convolution(Contract):
-    """The contract of a convolution: kernel, stride, activation, and the sizes that follow from them."""
+class _Weights(Contract):
+    """The contract of a convolution's weights: a kernel that the rows have, and channels."""
 
     def __call__(self, arguments: Mapping[str, Any]) -> dict[str, int]:
-        stride = arguments["stride"]
-        check_choice(self.op, "stride", stride, STRIDES)
-        check_choice(self.op, "activation", arguments["activation"], ACTIVATIONS)
+        check_choice(self.op, "stride", arguments["stride"], STRIDES)
         sizes = super().__call__(arguments)
         check_choice(self.op, "weight's K", sizes["K"], KERNELS)
-        height, width = sizes["IH"], sizes["IW"]
-        if height < 1 or width < 1:
-            raise ValueError(f"hia::{self.op}: x must hold at least one pixel, got shape {list(arguments['x'].shape)}")
         if sizes["C"] < 1 or sizes["OC"] < 1:
             got = list(arguments["weight"].shape)
             raise ValueError(f"hia::{self.op}: weight must have at least one channel in and out, got {got}")
+        return sizes
+
+
+class _Convolution(_Weights):
+    """The contract of a convolution: activation, and the sizes that follow from the others."""
+
+    def __call__(self, arguments: Mapping[str, Any]) -> dict[str, int]:
+        check_choice(self.op, "activation", arguments["activation"], ACTIVATIONS)
+        sizes = super().__call__(arguments)
+        height, width, stride = sizes["IH"], sizes["IW"], arguments["stride"]
+        if height < 1 or width < 1:
+            raise ValueError(f"hia::{self.op}: x must hold at least one pixel, got shape {list(arguments['x'].shape)}")
         expected = [(height - 1) // stride + 1, (width - 1) // stride + 1]
         if "OH" in sizes and [sizes["OH"], sizes["OW"]] != expected:
             name = "dout" if "dout" in arguments else "residual"
@@ -51,7 +58,7 @@ check = _Convolution("conv_norm_act", **_INPUTS)
 check_bwd = _Convolution(
     "conv_norm_act_bwd", **{**_INPUTS, "dout": like("x", "N OH OW OC"), "out": like("x", "N OH OW OC")}
 )
-check_pack = Contract(
+check_pack = _Weights(
     "conv_norm_act_packed",
     weight=Arg("OC C K K", FLOATS),
     scale=statistics("weight", "OC"),

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...core import registration
 from ...core.call import call
-from ...core.checks import check_choice
 from . import checks, library
 from .layout import PACK, Layout
 
@@ -123,13 +122,10 @@ def pack_conv(weight: Tensor, scale: Tensor, shift: Tensor, stride: int = 1) -> 
     Raises:
         NotImplementedError: see :func:`packing_unsupported_reasons`. ValueError, TypeError: as :func:`conv_norm_act`.
     """
-    op = "conv_norm_act_packed"
-    check_choice(op, "stride", stride, checks.STRIDES)
-    sizes = checks.check_pack({"weight": weight, "scale": scale, "shift": shift})
-    check_choice(op, "weight's K", sizes["K"], checks.KERNELS)
+    checks.check_pack({"weight": weight, "scale": scale, "shift": shift, "stride": stride})
     reasons = packing_unsupported_reasons(weight)
     if reasons:
-        raise NotImplementedError(f"hia::{op}: weight can't be packed: " + "; ".join(reasons))
+        raise NotImplementedError("hia::conv_norm_act_packed: weight can't be packed: " + "; ".join(reasons))
     return PackedConv(weight.detach(), scale.detach(), shift.detach(), stride)
 
 

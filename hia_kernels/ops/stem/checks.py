@@ -40,7 +40,17 @@ def output_size(size: int, pool: int) -> int:
     return _half(_half(size)) if pool == 3 else _half(size)
 
 
-class _Stem(Contract):
+class _Weights(Contract):
+    """The contract of a stem's weights: no result is empty for want of channels."""
+
+    def __call__(self, arguments: Mapping[str, Any]) -> dict[str, int]:
+        sizes = super().__call__(arguments)
+        if sizes["OC"] < 1:
+            raise ValueError(f"hia::{self.op}: weight must have at least one channel out, got none")
+        return sizes
+
+
+class _Stem(_Weights):
     """The contract of a stem: kernel, pool, and the sizes that follow from them."""
 
     def __call__(self, arguments: Mapping[str, Any]) -> dict[str, int]:
@@ -67,7 +77,7 @@ check = _Stem("stem", **_INPUTS)
 check_bwd = _Stem(
     "stem_bwd", **_INPUTS, dout=like("weight", "N PH PW OC"), out=like("weight", "N PH PW OC", optional=True)
 )
-check_pack = Contract("stem_packed", **_STATISTICS)
+check_pack = _Weights("stem_packed", **_STATISTICS)
 check_packed = _Stem(
     "stem_packed",
     **_IMAGES,
