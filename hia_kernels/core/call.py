@@ -5,15 +5,21 @@ from __future__ import annotations
 import numbers
 import operator
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import once
+
+once.refuse_reload(globals())
+
 _Converter = Callable[[str, str, Any], Any]
 _REFUSED = re.compile(r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'")
-_EXPECTED = {"Tensor": "a tensor", "Optional[Tensor]": "a tensor or None", "str": "a string"}
+_EXPECTED = {"Tensor": "a tensor", "Optional[Tensor]": "a tensor or None"}
+_INT64 = 2**63
 
 
 def _type_error(op: str, name: str, expected: str, value: Any) -> TypeError:
@@ -22,15 +28,18 @@ def _type_error(op: str, name: str, expected: str, value: Any) -> TypeError:
 
 
 def _integer(op: str, name: str, value: Any) -> Any:
-    if type(value) is int or isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
         raise _type_error(op, name, "an int", value)
-    return operator.index(value)  # NumPy's
+    number = operator.index(value)  # NumPy's too
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"hia::{op}: {name} must fit in 64 bits, got {number}")
+    return number
 
 
 def _integers(op: str, name: str, value: Any) -> list[Any]:
-    if isinstance(value, Tensor | str) or not hasattr(value, "__iter__"):
+    if isinstance(value, Tensor | str | bytes | Mapping | Set) or not hasattr(value, "__iter__"):
         raise _type_error(op, name, "a sequence of ints", value)
     return [_integer(op, f"{name}[{position}]", one) for position, one in enumerate(value)]
 
@@ -40,7 +49,16 @@ def _number(op: str, name: str, value: Any) -> Any:
         return value
     if isinstance(value, bool | Tensor) or not isinstance(value, numbers.Real):
         raise _type_error(op, name, "a number", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"hia::{op}: {name} must fit in a float, got more than {sys.float_info.max:.1e}") from None
+
+
+def _string(op: str, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _type_error(op, name, "a string", value)
+    return value
 
 
 def _flag(op: str, name: str, value: Any) -> bool:
@@ -60,6 +78,7 @@ _CONVERTERS: dict[str, _Converter] = {
     "List[int]": _integers,
     "float": _number,
     "bool": _flag,
+    "str": _string,
     "Optional[ScalarType]": _dtype,
 }
 # by name: the overload, and position, name and converter of the arguments that are no tensors
@@ -77,11 +96,12 @@ def declare(name: str) -> None:
 def call(name: str, *args: Any) -> Any:
     """Call ``hia::name``.
 
-    Schemas take a bool for an int, and a tensor for a number, which waits for the device; what they refuse is a
-    RuntimeError of many lines.
+    A schema takes a bool for an int, and a tensor for a number, which makes the host wait for the device; what it
+    refuses is a RuntimeError of many lines. PyTorch's dispatcher answers nested tensors, which have no kernel of ours.
 
     Raises:
-        TypeError: an argument's type is none that its schema names. Else what the op raises.
+        TypeError: an argument has another type than its schema says, or is a nested tensor. ValueError: an int or a
+            number that 64 bits can't hold. Everything that the op itself raises.
     """
     overload, converters = _declared[name]
     for place, argument, convert in converters:
@@ -91,6 +111,10 @@ def call(name: str, *args: Any) -> Any:
     try:
         return overload(*args)
     except RuntimeError as error:
+        nested = next((place for place, x in enumerate(args) if isinstance(x, Tensor) and x.is_nested), None)
+        if nested is not None:
+            argument = overload._schema.arguments[nested].name
+            raise TypeError(f"hia::{name}: {argument} must be a dense tensor, got a nested one") from None
         refused = _REFUSED.search(str(error))
         if refused is None or not str(error).startswith(f"hia::{name}("):
             raise

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import expect_true
 
-from . import autocast
-
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES, torch.float64)
 PIXELS = (torch.uint8, torch.uint16, *FLOATS)
@@ -27,13 +25,14 @@ _STRIDED = torch.strided
 
 @dataclass(frozen=True)
 class Arg:
-    """The tensor that one argument must be.
+    """The requirements on one tensor argument.
 
     Attributes:
-        shape: a symbol a dim, with blanks between; a symbol is one size everywhere, a decimal one that size.
-        dtypes: what it may have; by the dtype of ``of`` where there is one.
-        of: an earlier argument.
-        optional: whether it may be None.
+        shape: one symbol for each dimension, separated by blanks: "T H D". A symbol stands for the same size in all
+            arguments, a decimal number for itself.
+        dtypes: the allowed dtypes; if they depend on another argument, a mapping from that argument's dtype.
+        of: the name of that other argument, which comes earlier.
+        optional: whether the argument may be None.
     """
 
     shape: str
@@ -42,22 +41,22 @@ class Arg:
     optional: bool = False
 
     def choices(self) -> _Choices:
-        """Return what its dtype may be, by that of ``of``; of None where there is none."""
+        """Return the allowed dtypes by the dtype of ``of``, or under None if they depend on no other argument."""
         return {None: self.dtypes} if isinstance(self.dtypes, tuple) else self.dtypes
 
 
 def like(of: str, shape: str, *, optional: bool = False) -> Arg:
-    """Return what has the dtype of the argument ``of``."""
+    """Require the dtype of the argument ``of``."""
     return Arg(shape, SAME, of, optional)
 
 
 def statistics(of: str, shape: str) -> Arg:
-    """Return what is fp32, or fp64 beside an argument ``of`` in fp64."""
+    """Require fp32, or fp64 if the argument ``of`` is fp64."""
     return Arg(shape, STATISTICS, of)
 
 
 class Contract:
-    """The promises of an op about its tensors, checked in every call: types, layouts, dtypes, ranks, sizes, one device.
+    """The requirements of an op on its tensors, checked in every call: types, layouts, dtypes, shapes, one device.
 
     Nothing is kept from call to call, so no change of a stride, a dtype or a device goes unseen.
     """
@@ -95,7 +94,7 @@ class Contract:
                 raise TypeError(f"hia::{self.op}: {name} must be a dense tensor, got {_layout(tensor)}")
             allowed = choices[None if of is None else arguments[of].dtype]
             if tensor.dtype not in allowed:
-                raise TypeError(self._wrong_dtype(name, allowed, tensor.dtype, of if choices is SAME else None))
+                raise TypeError(self._wrong_dtype(name, allowed, of, arguments))
             shape = tensor.shape
             if len(shape) != len(symbols):
                 raise ValueError(self._wrong_shape(name, symbols, shape))
@@ -109,10 +108,14 @@ class Contract:
                 raise ValueError(f"hia::{self.op}: {name} must be on {device} like {first}, got {tensor.device}")
         return sizes
 
-    def _wrong_dtype(self, name: str, allowed: tuple[torch.dtype, ...], dtype: torch.dtype, of: str | None) -> str:
-        expected = " or ".join(_short(choice) for choice in dict.fromkeys(allowed)) + (f" like {of}" if of else "")
-        cast = ", under autocast" if autocast.is_anywhere_enabled() else ""
-        return f"hia::{self.op}: {name} must be {expected}, got {_short(dtype)}{cast}"
+    def _wrong_dtype(
+        self, name: str, allowed: tuple[torch.dtype, ...], of: str | None, arguments: Mapping[str, Any]
+    ) -> str:
+        expected = " or ".join(_short(choice) for choice in dict.fromkeys(allowed))
+        if of is not None:
+            other = arguments[of].dtype
+            expected += f" like {of}" if allowed == (other,) else f" beside {of} in {_short(other)}"
+        return f"hia::{self.op}: {name} must be {expected}, got {_short(arguments[name].dtype)}"
 
     def _wrong_shape(self, name: str, symbols: tuple[str, ...], shape: torch.Size) -> str:
         return f"hia::{self.op}: {name} must have shape [{', '.join(symbols)}], got {list(shape)}"

@@ -29,6 +29,18 @@ class Written:
     readers: tuple[int, ...]
     packed: bool = False
 
+    def check_writable(self, args: tuple[Any, ...]) -> None:
+        """Check, before anything is written, that the written one's version can be raised afterwards.
+
+        Raises:
+            RuntimeError: it was made in inference mode, which is no longer on.
+        """
+        target = args[self.position]
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"hia::{self.op}: {self.name} must not be an inference tensor outside of inference mode; clone it"
+            )
+
     def apart(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copy the arguments whose memory reaches into that of the written one; the others stay what they are.
 

@@ -12,6 +12,8 @@ from torch.autograd.graph import increment_version
 from . import autocast, call, once, overlap, transforms, varlen
 from .backend import BackendTable, block_backend, use_backend
 
+once.refuse_reload(globals())
+
 _checks: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
 
 
@@ -26,7 +28,21 @@ def define(name: str, schema: str, check: Callable[[Mapping[str, Any]], Any]) ->
     """
     once.define(f"hia::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     call.declare(name)
-    _checks[name] = check
+    _checks[name] = _with_mask(name, check) if "output_mask" in _signature(name)[0] else check
+
+
+def _with_mask(name: str, check: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """Return a check that also wants one entry of ``output_mask`` for each gradient."""
+    gradients = len(overload(name)._schema.returns)
+
+    def run(arguments: Mapping[str, Any]) -> None:
+        check(arguments)
+        if len(arguments["output_mask"]) != gradients:
+            raise ValueError(
+                f"hia::{name}: output_mask must have {gradients} entries, got {len(arguments['output_mask'])}"
+            )
+
+    return run
 
 
 @cache
@@ -65,6 +81,7 @@ def implement(name: str, table: BackendTable, values: Callable[..., None] | None
         for position, argument in indices:
             args = varlen.with_index(name, args, position, argument)
         for one in written:
+            one.check_writable(args)
             args = one.apart(args)
         if args is not given:
             arguments = bind(name, args)
@@ -84,7 +101,7 @@ def implement(name: str, table: BackendTable, values: Callable[..., None] | None
 
 
 def fake(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function of the arguments what ``hia::name``, of each of the names, does to fake tensors."""
+    """Register a function as the fake implementation of ``hia::name``, for each of the names."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:

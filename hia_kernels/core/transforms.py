@@ -130,12 +130,16 @@ def register_as_first(op: str, overload: torch._ops.OpOverload, other: torch._op
 def register_without(op: str, overload: torch._ops.OpOverload, instead: str) -> None:
     """Make an overload refuse what it would lose: gradients, at any level of torch.func, and tangents.
 
+    It also refuses to write to a negative view, as that of a conjugate's imaginary part.
+
     Args:
         op: the name that errors have.
         overload: without gradients.
         instead: the op that has them.
     """
     names = [argument.name for argument in overload._schema.arguments]
+    infos = enumerate(argument.alias_info for argument in overload._schema.arguments)
+    written = [place for place, info in infos if info is not None and info.is_write]
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -147,6 +151,9 @@ def register_without(op: str, overload: torch._ops.OpOverload, instead: str) -> 
                 f"hia::{op}: {name} must not be part of a gradient graph, got requires_grad=True;"
                 f" use {instead} when training"
             )
+        for place in written:
+            if isinstance(args[place], Tensor) and args[place].is_neg():  # PyTorch's own fallback for it fails inside
+                raise ValueError(f"hia::{op}: {names[place]} must not be a negative view; call resolve_neg() first")
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -86,8 +86,10 @@ def spoilt(x):
     yield "dtype", x.to(torch.complex64), TypeError
     yield "layout", x.detach().to_sparse(), TypeError
     yield "device", torch.empty_like(x, device="meta"), ValueError
-    for dim in range(x.dim()):
-        yield f"size {dim}", torch.cat([x, x], dim), ValueError
+    for dim, size in enumerate(x.shape):
+        for other in (size - 1, size + 1, 2 * size):
+            longer = torch.cat([x, x, x], dim)
+            yield f"size {dim}", longer.narrow(dim, 0, other).clone(), ValueError
 
 
 def called_with_fakes(overload, arguments):
@@ -128,6 +130,7 @@ FREE = {
     "row_softmax": {"scores 0", "scores 1"},
     "row_softmax_": {"scores 0", "scores 1"},
     "stem": {"pixels 1", "pixels 2"},
+    "stem_bwd": {"pixels 1", "pixels 2"},  # two sizes have one output's
     "stem_packed": {"pixels 1", "pixels 2"},
 }
 # what only values tell: fake tensors have none
@@ -200,8 +203,15 @@ def other_types(kind):
             (1j, "complex"),
         ],
         "bool": [(None, "got NoneType"), (1, "got int"), ("yes", "got str"), (torch.ones(()), tensor)],
-        "str": [(None, "got NoneType"), (1, "got int")],
-        "List[int]": [(None, "got NoneType"), (7, "got int"), ("7", "got str"), (torch.ones(2), tensor)],
+        "str": [(None, "got NoneType"), (1, "got int"), (b"relu", "got bytes")],
+        "List[int]": [
+            (None, "got NoneType"),
+            (7, "got int"),
+            ("7", "got str"),
+            (b"7", "got bytes"),
+            ({7, 8}, "got set"),
+            (torch.ones(2), tensor),
+        ],
         "Optional[ScalarType]": [("float32", "got str"), (True, "got bool"), (6, "got int")],
     }
     return values[kind]
@@ -330,7 +340,14 @@ def test_strides_change_nothing(op, row):
                     assert close, f"{result} changes with the strides of {name}, {strided.stride()}"
 
 
-WITHOUT_GRADIENTS = ("inject_rows_", "row_softmax_", "conv_norm_act_packed", "conv_norm_act_packed_", "stem_packed")
+WITHOUT_GRADIENTS = (
+    "inject_rows_",
+    "row_softmax_",
+    "conv_norm_act_packed",
+    "conv_norm_act_packed_",
+    "conv_norm_act_packed_out",
+    "stem_packed",
+)
 
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
@@ -370,12 +387,9 @@ class TestContract:
         contract = Contract("op", x=Arg("A B", FLOATS), s=statistics("x", "B"))
         contract({"x": self.X.half(), "s": torch.ones(3)})
         contract({"x": self.X.double(), "s": torch.ones(3).double()})
-        with pytest.raises(TypeError, match="^hia::op: s must be float32, got float16$"):
+        with pytest.raises(TypeError, match="^hia::op: s must be float32 beside x in float16, got float16$"):
             contract({"x": self.X.half(), "s": torch.ones(3).half()})
-        with (
-            torch.autocast("cpu"),
-            pytest.raises(TypeError, match="^hia::op: s must be float64, got .*, under autocast$"),
-        ):
+        with pytest.raises(TypeError, match="^hia::op: s must be float64 like x, got float32$"):
             contract({"x": self.X.double(), "s": torch.ones(3)})
 
     def test_devices(self):
@@ -383,9 +397,3 @@ class TestContract:
         contract({"x": None, "y": self.X, "z": self.X})
         with pytest.raises(ValueError, match="^hia::op: z must be on cpu like y, got meta$"):
             contract({"x": None, "y": self.X, "z": self.X.to("meta")})
-
-    def test_nested_tensors_are_refused(self):
-        for layout in (torch.strided, torch.jagged):
-            nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
-            with pytest.raises(TypeError, match="^hia::op: x must be a dense tensor, got a nested one$"):
-                Contract("op", x=Arg("A B", FLOATS))({"x": nested})

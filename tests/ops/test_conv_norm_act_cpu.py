@@ -309,7 +309,7 @@ def test_packed_errors():
             "weight can't be packed: cpu: float16 is",
         ),
         (lambda: pack_conv(weight, scale[1:], shift), ValueError, r"scale must have shape \[OC\], got \[23\]"),
-        (lambda: pack_conv(weight, scale.double(), shift), TypeError, "scale must be float32, got float64"),
+        (lambda: pack_conv(weight, scale.double(), shift), TypeError, "scale must be float32 like weight, got float64"),
         (lambda: pack_conv(weight, scale, shift, 3), ValueError, "stride must be 1 or 2, got 3"),
         (lambda: pack_conv(weight.new_ones(3, 3, 5, 5), scale[:3], shift[:3]), ValueError, "weight's K must be 1 or"),
         (lambda: conv_norm_act_packed(x[..., :5], packed), ValueError, r"x must have shape \[N, IH, IW, 16\]"),

@@ -198,7 +198,11 @@ ERRORS = [
     ({"hidden": torch.ones(9, 48).int()}, TypeError, "hidden must be float32 or float16 or .* got int32"),
     ({"hidden": [[1.0]]}, TypeError, "hidden must be a tensor, got list"),
     ({"update": torch.ones(5, 31)}, ValueError, r"weight must have shape \[C, D\], got \[48, 32\]; D=31 is fixed by u"),
-    ({"update": torch.ones(5, 32).double()}, TypeError, "update must be float32 or float16 or bfloat16, got float64"),
+    (
+        {"update": torch.ones(5, 32).double()},
+        TypeError,
+        "update must be float32 or float16 or bfloat16 beside hidden in float32, got float64",
+    ),
     (
         {"weight": torch.ones(47, 32)},
         ValueError,

@@ -163,7 +163,7 @@ ERRORS = [
     ({"x": torch.ones(2, 48, 1)}, ValueError, r"x must have shape \[T, C\], got \[2, 48, 1\]"),
     ({"x": torch.ones(9, 48, dtype=torch.int32)}, TypeError, "x must be float32 or float16 or .* got int32"),
     ({"norm_weight": torch.ones(47)}, ValueError, r"norm_weight must have shape \[C\], got \[47\]; C=48 is fixed by x"),
-    ({"norm_bias": torch.ones(48).half()}, TypeError, "norm_bias must be float32, got float16"),
+    ({"norm_bias": torch.ones(48).half()}, TypeError, "norm_bias must be float32 beside x in float32, got float16"),
     (
         {"weight": torch.ones(32, 47)},
         ValueError,

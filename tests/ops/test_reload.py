@@ -13,7 +13,7 @@ from tests.inputs import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = [
-    *(f"hia_kernels.core.{name}" for name in ("backend", "native", "transforms")),
+    *(f"hia_kernels.core.{name}" for name in ("backend", "call", "native", "registration", "transforms")),
     *(f"hia_kernels.ops.{op}.library" for op in OPS),
 ]
 USE = """

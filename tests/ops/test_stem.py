@@ -256,9 +256,9 @@ ERRORS = [
     ({"weight": torch.ones(8, 3, 5, 5)}, ValueError, "weight's K must be 3 or 7, got 5"),
     ({"weight": torch.ones(8, 3, 7, 7).int()}, TypeError, "weight must be float32 or float16 or .* got int32"),
     ({"scale": torch.ones(7)}, ValueError, r"scale must have shape \[OC\], got \[7\]; OC=8 is fixed by weight"),
-    ({"scale": torch.ones(8).double()}, TypeError, "scale must be float32, got float64"),
+    ({"scale": torch.ones(8).double()}, TypeError, "scale must be float32 like weight, got float64"),
     ({"shift": torch.ones(7)}, ValueError, r"shift must have shape \[OC\], got \[7\]; OC=8 is fixed by weight"),
-    ({"shift": torch.ones(8).half()}, TypeError, "shift must be float32, got float16"),
+    ({"shift": torch.ones(8).half()}, TypeError, "shift must be float32 like weight, got float16"),
     ({"pool": 2}, ValueError, "pool must be 1 or 3, got 2"),
     ({"mean": torch.ones(3, device="meta")}, ValueError, "mean must be on cpu like pixels, got meta"),
 ]

@@ -57,7 +57,7 @@ BACKENDS = register_table(
 
 
 registration.implement("condition_queries", BACKENDS, values=checks.check_values)
-registration.implement("condition_queries_bwd", BACKENDS)
+registration.implement("condition_queries_bwd", BACKENDS, values=checks.check_values)
 
 
 @registration.fake("condition_queries")

@@ -48,7 +48,7 @@ class _Convolution(_Weights):
             raise ValueError(f"hia::{self.op}: x must hold at least one pixel, got shape {list(arguments['x'].shape)}")
         expected = [(height - 1) // stride + 1, (width - 1) // stride + 1]
         if "OH" in sizes and [sizes["OH"], sizes["OW"]] != expected:
-            name = "dout" if "dout" in arguments else "residual"
+            name = "dout" if arguments["residual"] is None else "residual"  # the first fixed the size
             got = list(arguments[name].shape[1:3])
             raise ValueError(f"hia::{self.op}: {name} must have the output's size {expected}, got {got}")
         return sizes

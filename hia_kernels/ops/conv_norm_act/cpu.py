@@ -390,7 +390,7 @@ def backward(
     x = x.contiguous()
     dz = dout.contiguous()
     if activation == "relu":
-        dz = torch.ops.aten.threshold_backward(dz, out, 0)
+        dz = torch.ops.aten.threshold_backward(dz, out.contiguous(), 0)
     elif activation == "gelu":
         dz = torch.ops.aten.gelu_backward(dz, parts.forward(x, weight, scale, shift, residual, stride, "none"))
 

@@ -32,6 +32,18 @@ def _weight_reasons(weight: Tensor) -> list[str]:
     return found
 
 
+def _packed_reasons(weight: Tensor, stride: int) -> list[str]:
+    """Return why a weight is not of :func:`pack_weight`, for convolutions of this stride."""
+    fits = weight.dim() == 3 and weight.dtype == torch.float32 and weight.is_contiguous()
+    if (
+        fits
+        and not (weight.shape[0] % CHANNELS or weight.shape[1] % CHANNELS)
+        and (weight.shape[2] != 16 or stride == 1)
+    ):
+        return []
+    return ["the weight is not packed for the native kernels"]
+
+
 def is_winograd(weight: Tensor, stride: int) -> bool:
     """Return whether a weight [OC, C, K, K] takes the Winograd form."""
     return weight.shape[-1] == 3 and stride == 1
@@ -42,7 +54,7 @@ def unsupported_reasons(function: str, weight: Tensor, **rest: Any) -> list[str]
     if function == PACK:
         return _weight_reasons(weight)
     if function in PACKED:
-        return [] if weight.dim() == 3 else ["the weight is not packed for the native kernels"]
+        return _packed_reasons(weight, rest["stride"])
     if has_large_product(function, weight=weight, **rest):
         return cpu.unavailable_reasons() + cpu.unsupported_reasons(function, weight, rest["x"])
     found = _weight_reasons(weight)

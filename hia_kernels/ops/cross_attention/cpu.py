@@ -131,9 +131,14 @@ def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: floa
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*triple, scale=softmax_scale)
     out = _packed(out, q.dtype)
     lse = reshaped(lse.transpose(0, 1).contiguous(), *out.shape[1::-1])  # [H, count * Lq]
-    if not lse.all():
+    if _is_suspect(lse):
         _mend_masked(q[rows_q], k[rows_k], v[rows_k], count, softmax_scale, out, lse)
     return out, lse
+
+
+def _is_suspect(lse: Tensor) -> bool:
+    """Tell whether a sum is 0, which the flash kernel gives what it takes for masked, or NaN, which it makes of inf."""
+    return not lse.all() or bool(lse.isnan().any())
 
 
 def _mend_masked(q: Tensor, k: Tensor, v: Tensor, count: int, softmax_scale: float, out: Tensor, lse: Tensor) -> None:
@@ -146,7 +151,7 @@ def _mend_masked(q: Tensor, k: Tensor, v: Tensor, count: int, softmax_scale: flo
     for rows_q, rows_k in _singles(batch):
         for first in range(rows_q.start, rows_q.stop, step):
             rows = slice(first, min(first + step, rows_q.stop))
-            if not lse[:, rows].all():
+            if _is_suspect(lse[:, rows]):
                 _products_fwd(q, k, v, (1, rows, rows_k), softmax_scale, out, lse)
 
 

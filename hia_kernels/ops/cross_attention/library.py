@@ -72,7 +72,7 @@ BACKENDS = register_table(
 
 registration.implement("cross_attention", BACKENDS, values=checks.check_values)
 registration.implement("cross_attention_with_lse", BACKENDS, values=checks.check_values)
-registration.implement("cross_attention_bwd", BACKENDS)
+registration.implement("cross_attention_bwd", BACKENDS, values=checks.check_values)
 
 
 @registration.fake("cross_attention")

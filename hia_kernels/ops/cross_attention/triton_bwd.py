@@ -436,6 +436,7 @@ def cross_attention_bwd(
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     if has_no_pairs(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
         return tuple(grad.zero_() for grad in grads)
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0])
     q, k, v, dout, out = row_contiguous(q, k, v, dout, out)
     fused = is_fused(q)
     packing = packing_arguments(k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

@@ -342,6 +342,7 @@ def _fill(out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
         if lse is not None:
             lse.fill_(float("-inf"))
         return
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0])
     launch = _fused_fwd if is_fused(q) else unfused_fwd
     launch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, out, lse)
 

@@ -16,8 +16,8 @@ def inject_rows(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | N
 
     Args:
         hidden:  [T, C] fp32, fp16, bf16 or fp64.
-        update:  [R, D], dtype of ``hidden``; beside fp32 ``hidden`` fp16 or bf16 too: autocast leaves the residual
-            stream in fp32. ``R == 0`` is allowed.
+        update:  [R, D], dtype of ``hidden``; beside fp32, fp16 or bf16 ``hidden`` also fp16 or bf16: autocast
+            leaves the residual stream alone. ``R == 0`` is allowed.
         weight:  [C, D], dtype of ``update``.
         bias:    [C], dtype of ``update``, or None.
         row_idx: [R] int64 in ``[0, T)``, **unique**; or int32, which is converted. Checked on the CPU; elsewhere only

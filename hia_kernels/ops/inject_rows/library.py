@@ -90,7 +90,7 @@ BACKENDS = register_table(
 
 registration.implement("inject_rows", BACKENDS, values=checks.check_values)
 registration.implement("inject_rows_", BACKENDS, values=checks.check_values)
-registration.implement("inject_rows_bwd", BACKENDS)
+registration.implement("inject_rows_bwd", BACKENDS, values=checks.check_values)
 
 
 @registration.fake("inject_rows")

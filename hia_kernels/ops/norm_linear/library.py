@@ -86,7 +86,7 @@ BACKENDS = register_table(
 
 
 registration.implement("norm_linear", BACKENDS, values=checks.check_values)
-registration.implement("norm_linear_bwd", BACKENDS)
+registration.implement("norm_linear_bwd", BACKENDS, values=checks.check_values)
 
 
 @registration.fake("norm_linear")

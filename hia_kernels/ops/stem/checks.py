@@ -59,6 +59,12 @@ class _Stem(_Weights):
         sizes = super().__call__(arguments)
         kernel = sizes["K"] if "K" in sizes else isqrt(sizes["taps"]) - 1
         check_choice(self.op, "weight's K", kernel, KERNELS)
+        if "taps" in sizes and (sizes["taps"] != (kernel + 1) ** 2 or not arguments["taps"].is_contiguous()):
+            taps = arguments["taps"]
+            raise ValueError(
+                f"hia::{self.op}: taps must be pack_stem's, contiguous with {(kernel + 1) ** 2} of K={kernel},"
+                f" got shape {list(taps.shape)} and strides {list(taps.stride())}"
+            )
         check_choice(self.op, "pixels' channels", sizes["CP"], (1, 3))
         height, width, least = sizes["IH"], sizes["IW"], reach(kernel, pool)
         if min(height, width) < least:

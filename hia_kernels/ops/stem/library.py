@@ -60,7 +60,7 @@ BACKENDS = register_table(
 
 registration.implement("stem", BACKENDS, values=checks.check_values)
 registration.implement("stem_packed", BACKENDS, values=checks.check_values)
-registration.implement("stem_bwd", BACKENDS)
+registration.implement("stem_bwd", BACKENDS, values=checks.check_values)
 
 
 @registration.fake("stem", "stem_packed")
