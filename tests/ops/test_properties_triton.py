@@ -60,7 +60,7 @@ def with_dout(function, layout):
     def call(**inputs):
         first, *rest = outs if isinstance(outs := function(**inputs), tuple) else (outs,)
         if layout == "transposed":
-            first = first.permute(tuple(reversed(range(first.ndim))))
+            first = first.permute(tuple(reversed(range(first.ndim)))).clone(memory_format=torch.contiguous_format)
         return (first, *rest) if rest else first
 
     return call
