@@ -30,9 +30,15 @@ def _type_error(op: str, name: str, expected: str, value: Any) -> TypeError:
 def _integer(op: str, name: str, value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
-        raise _type_error(op, name, "an int", value)
-    number = operator.index(value)  # NumPy's too
+    if type(value) is int:
+        number = value
+    else:  # NumPy's too
+        if isinstance(value, bool | Tensor):
+            raise _type_error(op, name, "an int", value)
+        try:
+            number = operator.index(value)
+        except TypeError:  # an array's names nothing
+            raise _type_error(op, name, "an int", value) from None
     if not -_INT64 <= number < _INT64:
         raise ValueError(f"hia::{op}: {name} must fit in 64 bits, got {number}")
     return number

@@ -90,8 +90,8 @@ class Contract:
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"hia::{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.layout is not _STRIDED or tensor.is_nested:
-                raise TypeError(f"hia::{self.op}: {name} must be a dense tensor, got {_layout(tensor)}")
+            if tensor.layout is not _STRIDED:
+                raise TypeError(f"hia::{self.op}: {name} must be a dense tensor, got {_short(tensor.layout)}")
             allowed = choices[None if of is None else arguments[of].dtype]
             if tensor.dtype not in allowed:
                 raise TypeError(self._wrong_dtype(name, allowed, of, arguments))
@@ -130,12 +130,8 @@ class Contract:
         return f"; {symbol}={arguments[name].shape[symbols.index(symbol)]} is fixed by {name}"
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _layout(tensor: Tensor) -> str:
-    return "a nested one" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+def _short(name: torch.dtype | torch.layout) -> str:
+    return str(name).removeprefix("torch.")
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:

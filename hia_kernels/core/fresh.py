@@ -1,4 +1,4 @@
-"""Results in their final shape that are no views: autograd lets nobody write to a view that a custom op returns."""
+"""Reshaping of results without making them views, which autograd forbids to be written to behind a custom op."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 def reshaped(x: Tensor, *shape: int) -> Tensor:
     """Return the memory of ``x`` as a tensor of its own, and copy nothing.
 
-    For what a library has just made and nobody else holds: writing to one of the two changes the other unnoticed.
+    For what a library has just made and nobody else holds. The caller must drop ``x``: autograd does not know that the
+    two share memory.
 
     Args:
         x: contiguous.

@@ -169,9 +169,9 @@ def differentiate(name: str, backward: Callable[..., Any], setup_context: Callab
 
 
 def differentiate_as_first(name: str, other: str) -> None:
-    """Give ``hia::name`` the gradients of ``hia::other``, of the same arguments, whose first result is its only one.
+    """Give ``hia::name`` the gradients of ``hia::other``, which takes the same arguments and returns its result first.
 
-    It is called instead where gradients are recorded.
+    ``hia::other`` is called in its place whenever gradients are recorded.
     """
     transforms.register_as_first(name, overload(name), overload(other))
 

@@ -108,7 +108,7 @@ def register(
 
 
 def register_as_first(op: str, overload: torch._ops.OpOverload, other: torch._ops.OpOverload) -> None:
-    """Give an overload the gradients of another one, whose first result is its only one.
+    """Give an overload the gradients of another one, which returns the same result first.
 
     Args:
         op: the name that errors have.

@@ -287,6 +287,7 @@ def _pattern_problem(case: Case, name: str, out: Tensor, exact: Tensor, plain: T
     overflows = bool((exact.isfinite() & ~plain.isfinite()).any())
     gained = exact.isfinite() & plain.isfinite() & ~out.isfinite()
     overflows |= name.startswith("d") and case.subject.op.endswith("attention")  # in exp(scores - lse), taken again
+    overflows |= _has_infinite_taps(case)
     if not overflows and not _is_winograd(case) and bool(gained.any()):
         return f"{name}: {int(gained.sum())} of {out.numel()} are not finite and should be"
     return None
@@ -302,6 +303,12 @@ def _has_onednns_relu(case: Case) -> bool:
     """Tell whether oneDNN's ReLU may serve, which is 0 for NaN: another pass costs more than the fusion gains."""
     relu = case.subject.op == "conv_norm_act" and case.shape["activation"] == "relu"
     return relu and case.backend in (AUTO, "cpu")
+
+
+def _has_infinite_taps(case: Case) -> bool:
+    """Tell whether sums of a stem that should cancel are of infinities (docs/stem.md)."""
+    unusual = {case.values.get(name) for name in ("weight", "scale")}
+    return case.subject.op == "stem" and not unusual.isdisjoint(("inf", "minus-inf"))
 
 
 def _is_winograd(case: Case) -> bool:

@@ -189,6 +189,7 @@ def other_types(kind):
         "Tensor": [(np.ones(3), "got ndarray"), ([1.0], "got list"), (None, "got NoneType"), (3, "got int")],
         "Optional[Tensor]": [(np.ones(3), "got ndarray"), (3, "got int")],
         "int": [
+            (np.ones(2, int), "got ndarray"),
             (None, "got NoneType"),
             ("3", "got str"),
             (True, "got bool"),

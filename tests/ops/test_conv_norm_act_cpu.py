@@ -331,6 +331,13 @@ def test_packed_errors():
         with pytest.raises(error, match=f"^hia::conv_norm_act_packed: {message}"):
             call()
     x.requires_grad_(False)
+    for packs, image in ((None, x), (x, packed)):
+        with pytest.raises(
+            TypeError, match="^hia::conv_norm_act_packed: (packed must be of pack_conv|x must be a tensor)"
+        ):
+            conv_norm_act_packed(image, packs)
+    with pytest.raises(TypeError, match="^hia::conv_norm_act_packed_: x must be a tensor, got PackedConv"):
+        conv_norm_act_packed_(x, packed, residual)
     with pytest.raises(ValueError, match=r"^hia::conv_norm_act_packed_: residual must be contiguous, got strides"):
         conv_norm_act_packed_(residual, x, packed)
     with pytest.raises(ValueError, match=r"^hia::conv_norm_act_packed_out: out must be contiguous, got strides"):

@@ -64,12 +64,15 @@ check_pack = _Weights(
     scale=statistics("weight", "OC"),
     shift=statistics("weight", "OC"),
 )
-_check_image = Contract("conv_norm_act_packed", x=Arg("N IH IW C", FLOATS))
+_IMAGES = {
+    op: Contract(op, x=Arg("N IH IW C", FLOATS))
+    for op in ("conv_norm_act_packed", "conv_norm_act_packed_", "conv_norm_act_packed_out")
+}
 
 
-def check_image(x: torch.Tensor) -> None:
+def check_image(op: str, x: torch.Tensor) -> None:
     """Check that ``x`` has a height and a width, by which weights are packed."""
-    _check_image({"x": x})
+    _IMAGES[op]({"x": x})
 
 
 class _PackedConvolution(Contract):

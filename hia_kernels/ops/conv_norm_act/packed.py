@@ -129,9 +129,11 @@ def pack_conv(weight: Tensor, scale: Tensor, shift: Tensor, stride: int = 1) -> 
     return PackedConv(weight.detach(), scale.detach(), shift.detach(), stride)
 
 
-def _laid_out(packed: PackedConv, x: Tensor, pad_rows: bool) -> Tensor:
+def _laid_out(op: str, packed: PackedConv, x: Tensor, pad_rows: bool) -> Tensor:
     """Return the weight for images ``x``."""
-    checks.check_image(x)
+    checks.check_image(op, x)
+    if not isinstance(packed, PackedConv):
+        raise TypeError(f"hia::{op}: packed must be of pack_conv, got {type(packed).__name__}")
     return packed.layout(x.shape[1], x.shape[2], pad_rows)
 
 
@@ -155,7 +157,7 @@ def conv_norm_act_packed(
         ValueError, TypeError: shapes or dtypes that don't fit. RuntimeError: gradients are recorded.
         NotImplementedError: another backend is forced.
     """
-    weight = _laid_out(packed, x, pad_rows)
+    weight = _laid_out("conv_norm_act_packed", packed, x, pad_rows)
     return call("conv_norm_act_packed", x, weight, packed.shift, residual, packed.stride, activation, pad_rows)
 
 
@@ -167,7 +169,7 @@ def conv_norm_act_packed_(
     Returns:
         ``residual`` itself.
     """
-    weight = _laid_out(packed, x, pad_rows)
+    weight = _laid_out("conv_norm_act_packed_", packed, x, pad_rows)
     call("conv_norm_act_packed_", residual, x, weight, packed.shift, packed.stride, activation, pad_rows)
     return residual
 
@@ -182,6 +184,6 @@ def conv_norm_act_packed_out(
     Returns:
         ``out`` itself.
     """
-    weight = _laid_out(packed, x, pad_rows)
+    weight = _laid_out("conv_norm_act_packed_out", packed, x, pad_rows)
     call("conv_norm_act_packed_out", out, x, weight, packed.shift, packed.stride, activation, pad_rows)
     return out

@@ -138,7 +138,7 @@ def _flash_fwd(q: Tensor, k: Tensor, v: Tensor, batch: Rows, softmax_scale: floa
 
 def _is_suspect(lse: Tensor) -> bool:
     """Tell whether a sum is 0, which the flash kernel gives what it takes for masked, or NaN, which it makes of inf."""
-    return not lse.all() or bool(lse.isnan().any())
+    return lse.numel() > 0 and not float(lse.abs().min()) > 0  # the least of any NaN is NaN
 
 
 def _mend_masked(q: Tensor, k: Tensor, v: Tensor, count: int, softmax_scale: float, out: Tensor, lse: Tensor) -> None:

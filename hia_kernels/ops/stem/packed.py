@@ -108,6 +108,8 @@ def stem_packed(pixels: Tensor, window: Tensor, packed: PackedStem) -> Tensor:
         ValueError, TypeError: as :func:`stem`. RuntimeError: gradients are recorded.
         NotImplementedError: another backend is forced, or rows or columns of pixels lie too far apart.
     """
+    if not isinstance(packed, PackedStem):
+        raise TypeError(f"hia::stem_packed: packed must be of pack_stem, got {type(packed).__name__}")
     return call(
         "stem_packed",
         pixels,
