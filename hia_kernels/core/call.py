@@ -19,7 +19,6 @@ once.refuse_reload(globals())
 _Converter = Callable[[str, str, Any], Any]
 _REFUSED = re.compile(r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'")
 _EXPECTED = {"Tensor": "a tensor", "Optional[Tensor]": "a tensor or None"}
-_INT64 = 2**63
 
 
 def _type_error(op: str, name: str, expected: str, value: Any) -> TypeError:
@@ -28,20 +27,14 @@ def _type_error(op: str, name: str, expected: str, value: Any) -> TypeError:
 
 
 def _integer(op: str, name: str, value: Any) -> Any:
-    if isinstance(value, torch.SymInt):
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
-    if type(value) is int:
-        number = value
-    else:  # NumPy's too
-        if isinstance(value, bool | Tensor):
-            raise _type_error(op, name, "an int", value)
-        try:
-            number = operator.index(value)
-        except TypeError:  # an array's names nothing
-            raise _type_error(op, name, "an int", value) from None
-    if not -_INT64 <= number < _INT64:
-        raise ValueError(f"hia::{op}: {name} must fit in 64 bits, got {number}")
-    return number
+    if isinstance(value, bool | Tensor):
+        raise _type_error(op, name, "an int", value)
+    try:
+        return operator.index(value)  # NumPy's too
+    except TypeError:  # an array's names nothing
+        raise _type_error(op, name, "an int", value) from None
 
 
 def _integers(op: str, name: str, value: Any) -> list[Any]:
@@ -125,5 +118,7 @@ def call(name: str, *args: Any) -> Any:
         if refused is None or not str(error).startswith(f"hia::{name}("):
             raise
         expected, argument, found = refused.groups()
+        if found in ("int", "list"):  # what :func:`_integer` has passed, here or in a list
+            raise ValueError(f"hia::{name}: {argument} must fit in 64 bits, got more") from None
         message = f"hia::{name}: {argument} must be {_EXPECTED.get(expected, expected)}, got {found}"
     raise TypeError(message)
