@@ -177,3 +177,13 @@ def test_reasons_why_not_sdpa():
     here = make_inputs([3], [4], torch.float16)
     assert sdpa.unsupported_reasons(OP, **here) == ["tensors must be on a CUDA device, got cpu"]
     assert f"{OP}_bwd" not in library.BACKENDS.row("sdpa").functions
+
+
+def test_a_scale_of_zero_hides_nothing():
+    """Multiply infinities by 0 as the reference does: products leave out what they multiply by 0."""
+    for name in ("q", "k"):
+        inputs = {**make_inputs([5], [7], torch.float32), "softmax_scale": 0.0}
+        inputs[name] = torch.full_like(inputs[name], float("inf"))
+        for row in ("cpu", "reference"):
+            with use_backend(row):
+                assert cross_attention(**inputs).isnan().all(), (name, row)

@@ -159,8 +159,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
-    if math.isnan(softmax_scale):  # which a library's product may leave out
-        q, softmax_scale = torch.full_like(q, math.nan), 1.0
+    if math.isnan(softmax_scale) or softmax_scale == 0:  # by which a library's product may leave its operands out
+        q, softmax_scale = q * softmax_scale, 1.0
     if len(batches) == 1 and _flash_wins(q, batches[0]):
         return _flash_fwd(q, k, v, batches[0], softmax_scale)
     out = torch.empty(q.shape, dtype=q.dtype)
