@@ -253,7 +253,7 @@ def _roundoff(dtype: torch.dtype) -> float:
 def _problem(case: Case, name: str, out: Tensor, expected: Expected) -> str | None:
     """Compare one result, by the tolerance policy where everything is finite."""
     bounded, plain = expected.exact[name], expected.plain[name]
-    exact = bounded.value if isinstance(bounded, Bounded) else bounded
+    exact = _value(bounded)
     if out.shape != exact.shape or out.dtype != plain.dtype:
         return f"{name}: {out.dtype} {list(out.shape)} must be {plain.dtype} {list(exact.shape)}"
     lost_by_dtype = exact.isfinite() & ~plain.isfinite()  # too large for the dtype, or on the way there
@@ -264,6 +264,10 @@ def _problem(case: Case, name: str, out: Tensor, expected: Expected) -> str | No
     return _pattern_problem(case, name, out, exact, plain)
 
 
+def _value(x: Tensor) -> Tensor:
+    return x.value if isinstance(x, Bounded) else x
+
+
 def _within(case: Case, name: str, out: Tensor, expected: Expected) -> str | None:
     """Apply the policy; element by element alone where a root mean square says little.
 
@@ -272,6 +276,11 @@ def _within(case: Case, name: str, out: Tensor, expected: Expected) -> str | Non
     """
     alike = "expanded" in case.layouts.values() or (name.startswith("d") and _has_few_keys(case))
     rows = out.numel() // max(1, out.shape[-1] if out.ndim else 1)  # a row shares the errors of its softmax or norm
+    if case.subject.op == "cross_attention":
+        rows = sum(case.shape["lengths_q"]) * case.shape["heads"]  # a gradient's too are those of the queries' sums
+    if expected.dtype == torch.float16:  # what the reference itself loses below fp16's range
+        lost = (out == 0) & (expected.plain[name] == 0)
+        out = torch.where(lost, _value(expected.exact[name]).to(out.dtype), out)
     if not case.values and not alike and out.numel() >= ENOUGH and (out.ndim == 1 or rows >= ENOUGH_ROWS):
         return expected.problem(name, out)
     found = testing.mismatch(name, out, expected.exact[name], expected.plain[name], dtype=expected.dtype, slack=ANY)
@@ -287,7 +296,7 @@ def _pattern_problem(case: Case, name: str, out: Tensor, exact: Tensor, plain: T
     overflows = bool((exact.isfinite() & ~plain.isfinite()).any())
     gained = exact.isfinite() & plain.isfinite() & ~out.isfinite()
     overflows |= name.startswith("d") and case.subject.op.endswith("attention")  # in exp(scores - lse), taken again
-    overflows |= _has_infinite_taps(case)
+    overflows |= _has_infinite_taps(case) or _is_tiled_by_onednn(case)
     if not overflows and not _is_winograd(case) and bool(gained.any()):
         return f"{name}: {int(gained.sum())} of {out.numel()} are not finite and should be"
     return None
@@ -309,6 +318,11 @@ def _has_infinite_taps(case: Case) -> bool:
     """Tell whether sums of a stem that should cancel are of infinities (docs/stem.md)."""
     unusual = {case.values.get(name) for name in ("weight", "scale")}
     return case.subject.op == "stem" and not unusual.isdisjoint(("inf", "minus-inf"))
+
+
+def _is_tiled_by_onednn(case: Case) -> bool:
+    """Tell whether oneDNN may spread what is not finite to neighbours (docs/conv_norm_act.md, "NaN")."""
+    return case.function.startswith("conv_norm_act_packed") and case.dtype == "bfloat16"
 
 
 def _is_winograd(case: Case) -> bool:

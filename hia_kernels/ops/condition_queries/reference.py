@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ...core import onednn
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -15,7 +16,7 @@ def condition_queries_ref(
     hidden: Tensor, row_idx: Tensor, weight: Tensor, bias: Tensor | None, queries: Tensor
 ) -> Tensor:
     """Compute [T, C], [B] -> [B, M, D]."""
-    shift = F.linear(hidden[row_idx], weight, bias)  # [B, D]
+    shift = onednn.linear(hidden[row_idx], weight, bias)  # [B, D]
     return (queries + shift[:, None]).contiguous()
 
 
@@ -27,11 +28,11 @@ def condition_queries_bwd_ref(
     dshift = dout.sum(1, dtype=acc).to(dout.dtype)  # [B, D]
     dhidden, dweight, dbias, dqueries = (hidden.new_empty(0) for _ in range(4))
     if output_mask[0]:
-        drows = (dshift @ weight).to(acc)  # [B, C]
+        drows = onednn.matmul(dshift, weight).to(acc)  # [B, C]
         dhidden = torch.zeros(hidden.shape, dtype=acc, device=hidden.device).index_add_(0, row_idx, drows)
         dhidden = dhidden.to(hidden.dtype)
     if output_mask[1]:
-        dweight = dshift.mT @ hidden[row_idx]
+        dweight = onednn.matmul(dshift.mT, hidden[row_idx])
     if output_mask[2]:
         dbias = dshift.sum(0, dtype=acc).to(hidden.dtype)
     if output_mask[3]:

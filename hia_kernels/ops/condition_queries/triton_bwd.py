@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core import tuning
+from ...core import onednn, tuning
 from ...core.tuning import cdiv
 
 
@@ -133,7 +133,7 @@ def condition_queries_bwd(dout, hidden, row_idx, weight, output_mask):
     if any(output_mask[:2]):
         dshift = dshift.to(hidden.dtype)  # [B, D], for the products
     if output_mask[0]:
-        dhidden = _dhidden(dshift @ weight, row_idx, hidden)
+        dhidden = _dhidden(onednn.matmul(dshift, weight), row_idx, hidden)
     if output_mask[1]:
-        dweight = dshift.mT @ hidden[row_idx]
+        dweight = onednn.matmul(dshift.mT, hidden[row_idx])
     return dhidden, dweight, dbias, hidden.new_empty(0) if dqueries is None else dqueries

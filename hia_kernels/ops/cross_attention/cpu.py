@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import devices
+from ...core import devices, onednn
 from ...core.fresh import reshaped
 
 FLASH_HEAD_DIM, FLASH_KEYS = 128, 1024  # up to them the flash kernel is faster in fp32
@@ -104,6 +104,7 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write a b of [heads, ., .] to out, where it lies: a fresh product costs a copy and its pages."""
+    a, b = onednn.whole_tiles(a, b)
     if out.dtype == a.dtype:
         torch.bmm(a, b, out=out)
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ...core import onednn
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -13,7 +14,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 def _injected(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, row_idx: Tensor) -> Tensor:
     acc = _sum_dtype(hidden)
-    rows = hidden[row_idx].to(acc) + F.linear(update, weight, bias).to(acc)  # [R, C]
+    rows = hidden[row_idx].to(acc) + onednn.linear(update, weight, bias).to(acc)  # [R, C]
     return rows.to(hidden.dtype)
 
 
@@ -37,9 +38,9 @@ def inject_rows_bwd_ref(
     drows = dout[row_idx].to(update.dtype)  # [R, C]; under autocast dout is fp32 and update is not
     dupdate, dweight, dbias = (update.new_empty(0) for _ in range(3))
     if output_mask[0]:
-        dupdate = drows @ weight
+        dupdate = onednn.matmul(drows, weight)
     if output_mask[1]:
-        dweight = drows.mT @ update
+        dweight = onednn.matmul(drows.mT, update)
     if output_mask[2]:
         dbias = drows.sum(0, dtype=_sum_dtype(dout)).to(update.dtype)
     return dupdate, dweight, dbias

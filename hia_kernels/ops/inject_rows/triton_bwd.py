@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core import tuning
+from ...core import onednn, tuning
 from ...core.tuning import cdiv
 
 
@@ -80,9 +80,9 @@ def inject_rows_bwd(dout, update, weight, row_idx, output_mask):
     dupdate, dweight, dbias = (update.new_empty(0) for _ in range(3))
     drows, sums = _gather(dout, row_idx, update.dtype, any(output_mask[:2]), output_mask[2])
     if output_mask[0]:
-        dupdate = drows @ weight
+        dupdate = onednn.matmul(drows, weight)
     if output_mask[1]:
-        dweight = drows.mT @ update
+        dweight = onednn.matmul(drows.mT, update)
     if output_mask[2]:
         dbias = sums.to(update.dtype)
     return dupdate, dweight, dbias

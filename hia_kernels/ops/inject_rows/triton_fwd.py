@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ...core import tuning
+from ...core import onednn, tuning
 from ...core.triton_math import dot
 from ...core.tuning import cdiv
 
@@ -148,7 +148,7 @@ def _add_rows(hidden, projected, row_idx):
 
 
 def _cublas_then_add(hidden, update, weight, bias, row_idx):
-    _add_rows(hidden, F.linear(update, weight, bias), row_idx)
+    _add_rows(hidden, onednn.linear(update, weight, bias), row_idx)
 
 
 def _inplace(add, hidden, update, weight, bias, row_idx):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core import onednn
+
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -24,7 +26,7 @@ def norm_linear_ref(
     acc = _statistics_dtype(x)
     rows = x if row_idx is None else x[row_idx]  # [R, C]
     y = F.layer_norm(rows.to(acc), rows.shape[-1:], norm_weight.to(acc), norm_bias.to(acc), eps)
-    return F.linear(y.to(x.dtype), weight, bias)
+    return onednn.linear(y.to(x.dtype), weight, bias)
 
 
 def norm_linear_bwd_ref(
@@ -46,7 +48,7 @@ def norm_linear_bwd_ref(
 
     dx, dnorm_weight, dnorm_bias, dweight, dbias = (x.new_empty(0) for _ in range(5))
     if any(output_mask[:3]):
-        dy = (dout @ weight).to(acc)  # [R, C]
+        dy = onednn.matmul(dout, weight).to(acc)  # [R, C]
         dnorm_weight = (dy * normed).sum(0).to(norm_weight.dtype)
         dnorm_bias = dy.sum(0).to(norm_bias.dtype)
         if output_mask[0]:
@@ -59,7 +61,7 @@ def norm_linear_bwd_ref(
                 dx = torch.zeros(x.shape, dtype=acc, device=x.device).index_add_(0, row_idx, drows).to(x.dtype)
     if output_mask[3]:
         y = (normed * norm_weight.to(acc) + norm_bias.to(acc)).to(x.dtype)  # [R, C]
-        dweight = dout.mT @ y
+        dweight = onednn.matmul(dout.mT, y)
     if output_mask[4]:
         dbias = dout.to(acc).sum(0).to(x.dtype)
     return dx, dnorm_weight, dnorm_bias, dweight, dbias

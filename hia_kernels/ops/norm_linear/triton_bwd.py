@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core import tuning
+from ...core import onednn, tuning
 from ...core.tuning import cdiv
 from .triton_fwd import normed_rows
 
@@ -182,9 +182,9 @@ def norm_linear_bwd(dout, x, norm_weight, norm_bias, weight, row_idx, eps, outpu
             x, norm_weight, norm_bias, row_idx, eps, wants_y=wants_weight, wants_statistics=wants_norm
         )
     if wants_weight:
-        dweight = dout.mT @ y
+        dweight = onednn.matmul(dout.mT, y)
     if wants_norm:
-        dy = dout @ weight  # [R, C]
+        dy = onednn.matmul(dout, weight)  # [R, C]
         sums = _dnorm(dy, x, row_idx, mean, rstd)
         dnorm_weight, dnorm_bias = (
             part.to(like.dtype) for part, like in zip(sums, (norm_weight, norm_bias), strict=True)

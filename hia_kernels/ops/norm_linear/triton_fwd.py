@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ...core import tuning
+from ...core import onednn, tuning
 from ...core.triton_math import dot
 from ...core.tuning import cdiv
 
@@ -212,4 +212,4 @@ def norm_linear_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
 def norm_linear_cublas_fwd(x, norm_weight, norm_bias, weight, bias, row_idx, eps):
     """Return out, [R, D], of x [T, C]: the norm's kernel, then cuBLAS's product."""
     y, _, _ = normed_rows(x, norm_weight, norm_bias, row_idx, eps)
-    return F.linear(y, weight, bias)
+    return onednn.linear(y, weight, bias)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core import onednn
+
 
 def _windowed(pixels: Tensor, window: Tensor, acc: torch.dtype) -> Tensor:
     """Return pixels [N, IH, IW, CP] in units of the window: 0 is its low end, 1 its high end."""
@@ -22,7 +24,7 @@ def _normalised(pixels: Tensor, window: Tensor, mean: Tensor, std: Tensor, weigh
 
 
 def _conv(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, stride=2, padding=weight.shape[-1] // 2)
+    return onednn.convolution(x.permute(0, 2, 3, 1), weight, 2).permute(0, 3, 1, 2)
 
 
 def _scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -75,24 +77,13 @@ def stem_bwd_ref(
 
     dpixels, dweight, dscale, dshift = (weight.new_empty(0) for _ in range(4))
     if output_mask[0] or output_mask[1]:
-        padding = [weight.shape[-1] // 2] * 2
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            (dz * scale[:, None, None]).to(weight.dtype),
-            x,
-            weight,
-            None,
-            [2, 2],
-            padding,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [output_mask[0], output_mask[1], False],
-        )
-        if output_mask[0]:
-            dpixels = _pixel_gradient(dx, pixels, window, std)
-        if output_mask[1]:
-            dweight = dw.contiguous()
+        dy = (dz * scale[:, None, None]).to(weight.dtype)
+        channels_last = (t.permute(0, 2, 3, 1) for t in (dy, x))
+        dx, dw = onednn.convolution_backward(*channels_last, weight, 2, output_mask[:2])
+        if dx is not None:
+            dpixels = _pixel_gradient(dx.permute(0, 3, 1, 2), pixels, window, std)
+        if dw is not None:
+            dweight = dw
     if output_mask[2]:
         dscale = (dz * y.to(dz.dtype)).sum((0, 2, 3))
     if output_mask[3]:

@@ -1,0 +1,130 @@
+"""PyTorch's matrix products and convolutions without what oneDNN, which computes them on the CPU, does wrong.
+
+*What is not finite, in bf16.* On CPUs with AMX, oneDNN multiplies whole tiles of 32 terms. Where a row ends within one,
+it reads on into the next row, or whatever lies behind it, and relies on zeros in the other operand: a NaN or an
+infinity there makes the result NaN (uxlfoundation/oneDNN#5717, mended after 3.14 in #5723). Terms filled up with zeros
+leave no tile unfinished. In other dtypes, on other devices, and where rows are whole tiles, as those of models are,
+nothing is copied.
+
+*Gradients of a convolution's weight.* :func:`_seen` and :func:`convolution_backward` say what is mended.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 32  # terms of a product; of a convolution of more than 1 x 1, pairs
+
+
+@cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _missing(x: Tensor, terms: int, tile: int = TILE) -> int:
+    """Return how many terms a sum over ``terms`` needs more to be of whole tiles; 0 where none has to be."""
+    if x.dtype != torch.bfloat16 or terms % tile == 0 or x.device.type != "cpu" or not _has_amx():
+        return 0
+    return -terms % tile
+
+
+def whole_tiles(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill up the inner axis of a product with zeros, where it must be.
+
+    Args:
+        a: [..., M, K]; only rows that lie one after the other are read beyond their end.
+        b: [..., K, N].
+
+    Returns:
+        [..., M, K'], [..., K', N] with the same product; ``a`` and ``b`` themselves where nothing is missing.
+    """
+    more = _missing(a, a.shape[-1])
+    if more == 0 or (a.stride(-1) != 1 and a.shape[-1] > 1):
+        return a, b
+    return F.pad(a, (0, more)), F.pad(b, (0, 0, 0, more))
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a b``, as ``torch.matmul`` of two tensors of at least two dimensions."""
+    return torch.matmul(*whole_tiles(a, b))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``x weight^T + bias``, as ``F.linear``."""
+    more = _missing(x, x.shape[-1])
+    return F.linear(F.pad(x, (0, more)), F.pad(weight, (0, more)), bias) if more else F.linear(x, weight, bias)
+
+
+def _seen(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, int]:
+    """Return what a convolution reads of x, and its stride over that.
+
+    A 1 x 1 skips pixels by a slice: in the weight's gradient with a stride of 2, few channels and two threads oneDNN
+    writes past its buffers (uxlfoundation/oneDNN#6035).
+    """
+    return (x[:, ::stride, ::stride], 1) if weight.shape[-1] == 1 else (x, stride)
+
+
+def _tile(weight: Tensor) -> int:
+    return TILE if weight.shape[-1] == 1 else 2
+
+
+def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Convolve with padding ``K // 2``, channels last in and out.
+
+    Args:
+        x: [N, IH, IW, C]; any strides, any device.
+        weight: [OC, C, K, K].
+        stride: in pixels.
+
+    Returns:
+        [N, OH, OW, OC], of any strides.
+    """
+    x, stride = _seen(x, weight, stride)
+    more = _missing(x, x.shape[3], _tile(weight))
+    if more:
+        x, weight = F.pad(x, (0, more)), F.pad(weight, (0, 0, 0, 0, 0, more))
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+
+
+def convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute dx and dweight of :func:`convolution`.
+
+    Args:
+        dy: [N, OH, OW, OC].
+        x: [N, IH, IW, C].
+        weight: [OC, C, K, K].
+        stride: in pixels.
+        output_mask: which of the two are wanted; the others are None.
+    """
+    seen, stride_over_seen = _seen(x, weight, stride)
+    (oc, c), (rows, columns) = weight.shape[:2], seen.shape[1:3]
+    more_c, more_oc = (_missing(x, channels, _tile(weight)) for channels in (c, oc))
+    # with one column and stride 2, the bf16 gradient of the weight holds what memory held; a column of zeros mends it
+    more_columns = stride_over_seen - 1 if x.dtype == torch.bfloat16 and columns == 1 else 0
+    if more_c or more_oc or more_columns:
+        seen = F.pad(seen, (0, more_c, 0, more_columns))
+        weight, dy = F.pad(weight, (0, 0, 0, 0, 0, more_c, 0, more_oc)), F.pad(dy, (0, more_oc))
+    dx_seen, dweight, _ = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2),
+        seen.permute(0, 3, 1, 2),
+        weight,
+        None,
+        [stride_over_seen, stride_over_seen],
+        [weight.shape[-1] // 2] * 2,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [*output_mask, False],
+    )
+    dx = None
+    if output_mask[0]:
+        dx = dx_seen.new_zeros(x.shape)
+        _seen(dx, weight, stride)[0].copy_(dx_seen.permute(0, 2, 3, 1)[:, :rows, :columns, :c])
+    return dx, dweight[:oc, :c].contiguous() if output_mask[1] else None

@@ -1,0 +1,104 @@
+"""``hia_kernels.core.onednn``: in bf16 on the CPU, what is not finite reaches what depends on it and nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hia_kernels
+from hia_kernels import use_backend
+from hia_kernels.core import onednn
+from tests.inputs import inputs_of
+from tests.ops.harness import forward_backward
+
+BF16 = torch.bfloat16
+NAN, INF = float("nan"), float("inf")
+SIZES = [(17, 9, 16), (40, 33, 5), (64, 34, 64), (100, 65, 1), (33, 200, 16), (17, 1, 4), (8, 31, 8)]
+
+
+def beside_nan(rows, columns):
+    """Draw a matrix whose rows lie among NaN."""
+    x = torch.full((rows, columns + 3), NAN, dtype=BF16)[:, :columns]
+    return x.copy_(torch.randn(rows, columns))
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_products_read_no_more_than_their_rows(rows, inner, columns):
+    a, b = beside_nan(rows, inner), beside_nan(inner, columns)
+    assert onednn.matmul(a, b).isfinite().all()
+    assert onednn.matmul(a.expand(3, -1, -1), b).isfinite().all()
+    assert onednn.linear(a, beside_nan(columns, inner), None).isfinite().all()
+    torch.testing.assert_close(onednn.matmul(a, b), a.contiguous() @ b.contiguous(), rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("value", [NAN, INF], ids=str)
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+def test_rows_of_a_product_are_apart(rows, inner, columns, value):
+    b = torch.randn(inner, columns, dtype=BF16)
+    for row in (0, rows // 2, rows - 1):
+        a = torch.full((rows, inner), value, dtype=BF16)
+        a[row] = torch.randn(inner)
+        for product in (onednn.matmul(a, b), onednn.matmul(a[None], b[None])[0], onednn.linear(a, b.mT, None)):
+            assert product[row].isfinite().all()
+            assert not product.isfinite().all(1).sum() > 1
+
+
+@pytest.mark.parametrize("size", [(8, 8), (21, 19)])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize("channels", [1, 3, 34, 48])
+def test_pixels_of_a_convolution_are_apart(channels, kernel, stride, size):
+    x = torch.randn(2, *size, channels, dtype=BF16)
+    weight = torch.randn(8, channels, kernel, kernel, dtype=BF16)
+    x[1, 3, 4] = NAN
+    seen = F.conv2d(x.isnan().any(-1)[:, None].float(), torch.ones(1, 1, kernel, kernel), None, stride, kernel // 2)
+    out = onednn.convolution(x, weight, stride)
+    assert torch.equal(out.isnan().any(-1), seen[:, 0] > 0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 1), (1, 1)])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("channels", "out_channels"), [(1, 2), (3, 34), (34, 33), (32, 64)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_gradients_of_a_convolution(dtype, channels, out_channels, kernel, stride, size):
+    x = torch.randn(2, *size, channels, dtype=dtype)
+    weight = torch.randn(out_channels, channels, kernel, kernel, dtype=dtype)
+    dy = torch.randn_like(onednn.convolution(x, weight, stride))
+    found = onednn.convolution_backward(dy, x, weight, stride, [True, True])
+    exact = (tensor.double().requires_grad_() for tensor in (x, weight))
+    x_64, weight_64 = exact
+    y = F.conv2d(x_64.permute(0, 3, 1, 2), weight_64, None, stride, kernel // 2).permute(0, 2, 3, 1)
+    for got, expected in zip(found, torch.autograd.grad(y, (x_64, weight_64), dy.double()), strict=True):
+        assert got.dtype == dtype
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < (2**-8 if dtype == BF16 else 2**-20)
+    assert onednn.convolution_backward(dy, x, weight, stride, [False, True])[0] is None
+    assert onednn.convolution_backward(dy, x, weight, stride, [True, False])[1] is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("head_dim", [32, 144])
+def test_queries_of_an_attention_are_apart(head_dim, backend):
+    """Give a query of NaN, and look at those beside it, with one head and an odd number of keys."""
+    inputs = inputs_of("cross_attention")([17, 20], [9, 33], BF16, heads=1, head_dim=head_dim)
+    inputs["q"] = inputs["q"].clone()
+    inputs["q"][12] = NAN
+    with use_backend(backend):
+        results = forward_backward("cross_attention", hia_kernels.cross_attention, inputs)
+    for name in ("out", "dq"):
+        assert torch.equal(results[name].isnan().flatten(1).any(1).nonzero().flatten(), torch.tensor([12])), name
+
+
+@pytest.mark.parametrize("channels", [9, 34])
+@pytest.mark.parametrize("op", ["linear", "norm_linear", "inject_rows"])
+def test_rows_of_an_op_are_apart(op, channels):
+    inputs = inputs_of(op)(*((40,) if op == "linear" else (40, 40)), BF16, channels=channels, dim=9)
+    name = "x" if "x" in inputs else "update"
+    inputs[name] = inputs[name].clone()
+    inputs[name][20] = NAN
+    rows = forward_backward(op, getattr(hia_kernels, op), inputs)["out"].isnan().any(1).nonzero().flatten()
+    if op == "linear":
+        expected = torch.tensor([20])
+    elif op == "norm_linear":
+        expected = (inputs["row_idx"] == 20).nonzero().flatten()
+    else:
+        expected = inputs["row_idx"][20:21]
+    assert torch.equal(rows, expected)
