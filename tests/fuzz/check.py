@@ -23,6 +23,7 @@ CHECKED, REFUSED = "checked", "refused"
 ENOUGH, ENOUGH_ROWS = 128, 32  # elements, and rows of them; the root mean square of fewer errors is a matter of luck
 ANY = 1e9  # a slack under which the root mean square says nothing
 FEW_KEYS = 7
+EQUAL = 4  # times the bound, where all terms are equal
 REPEATED = 4  # one call in so many is repeated
 
 
@@ -278,13 +279,23 @@ def _within(case: Case, name: str, out: Tensor, expected: Expected) -> str | Non
     rows = out.numel() // max(1, out.shape[-1] if out.ndim else 1)  # a row shares the errors of its softmax or norm
     if case.subject.op == "cross_attention":
         rows = sum(case.shape["lengths_q"]) * case.shape["heads"]  # a gradient's too are those of the queries' sums
-    if expected.dtype == torch.float16:  # what the reference itself loses below fp16's range
-        lost = (out == 0) & (expected.plain[name] == 0)
-        out = torch.where(lost, _value(expected.exact[name]).to(out.dtype), out)
+    exact = expected.exact[name]
+    if isinstance(exact, Bounded):
+        out = torch.where((out - exact.value).abs() <= _tolerated(case, name, exact), exact.value.to(out.dtype), out)
     if not case.values and not alike and out.numel() >= ENOUGH and (out.ndim == 1 or rows >= ENOUGH_ROWS):
         return expected.problem(name, out)
     found = testing.mismatch(name, out, expected.exact[name], expected.plain[name], dtype=expected.dtype, slack=ANY)
     return None if found is not None and "huge" in case.values.values() and "bounds" in found else found
+
+
+def _tolerated(case: Case, name: str, exact: Bounded) -> Tensor:
+    """Return the errors that the bounds have no room for, with good reason; 0 in nearly all calls."""
+    if case.subject.op == "row_softmax" and name == "dscores" and case.options.get("out_dtype") == "float16":
+        return torch.full_like(exact.value, 8 * 2.0**-25)  # p is kept in fp16: below its range, times dp - delta
+    values = list(case.values.values())
+    if values.count("equal") > 1:  # a sum of equal terms rounds the same way in every step
+        return EQUAL * exact.bound()
+    return torch.zeros_like(exact.value)
 
 
 def _pattern_problem(case: Case, name: str, out: Tensor, exact: Tensor, plain: Tensor) -> str | None:

@@ -51,6 +51,14 @@ def test_attention_with_too_many_scores_to_hold_loses_nothing(how, monkeypatch):
     assert_attention_loses_nothing(inputs, how, "cpu")
 
 
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("scale", [0.0, -0.0], ids=str)
+@pytest.mark.parametrize(("lengths_q", "lengths_k", "head_dim"), [([1], [1], 16), *ATTENTION])
+def test_a_scale_of_zero_leaves_no_operand_out(lengths_q, lengths_k, head_dim, scale, name):
+    inputs = inputs_of("cross_attention")(lengths_q, lengths_k, F32, head_dim=head_dim) | {"softmax_scale": scale}
+    assert_attention_loses_nothing(poisoned(inputs, name, "element", NAN), "scale-zero", "cpu")
+
+
 def test_other_queries_are_as_they_are_alone():
     """Compute the queries beside a NaN one, in its sequence and in the next, as without it."""
     inputs = inputs_of("cross_attention")([7, 7], [9, 9], F32, head_dim=32)

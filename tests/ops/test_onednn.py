@@ -74,6 +74,19 @@ def test_gradients_of_a_convolution(dtype, channels, out_channels, kernel, strid
     assert onednn.convolution_backward(dy, x, weight, stride, [True, False])[1] is None
 
 
+def test_only_what_ends_within_a_tile_is_filled_up(monkeypatch):
+    monkeypatch.setattr(onednn, "_has_amx", lambda: True)
+    a, b = torch.randn(5, 33, dtype=BF16), torch.randn(33, 7, dtype=BF16)
+    filled = onednn.whole_tiles(a, b)
+    assert [tuple(x.shape) for x in filled] == [(5, 64), (64, 7)]
+    assert torch.equal(filled[0][:, :33], a)
+    assert torch.equal(filled[1][:33], b)
+    assert not any(x.any() for x in (filled[0][:, 33:], filled[1][33:]))
+    columns = torch.randn(33, 5, dtype=BF16).mT  # its rows do not lie one after the other
+    for left, right in ((a.float(), b.float()), (a[:, :32], b[:32]), (columns, b)):
+        assert all(x is y for x, y in zip(onednn.whole_tiles(left, right), (left, right), strict=True))
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("head_dim", [32, 144])
 def test_queries_of_an_attention_are_apart(head_dim, backend):

@@ -156,11 +156,16 @@ def _mend_masked(q: Tensor, k: Tensor, v: Tensor, count: int, softmax_scale: flo
                 _products_fwd(q, k, v, (1, rows, rows_k), softmax_scale, out, lse)
 
 
+def _leaves_operands_out(scale: float) -> bool:
+    """Tell whether a library's product may not look at its operands, NaN among them or not, because of the factor."""
+    return math.isnan(scale) or scale == 0
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
-    if math.isnan(softmax_scale) or softmax_scale == 0:  # by which a library's product may leave its operands out
+    if _leaves_operands_out(softmax_scale):
         q, softmax_scale = q * softmax_scale, 1.0
     if len(batches) == 1 and _flash_wins(q, batches[0]):
         return _flash_fwd(q, k, v, batches[0], softmax_scale)
@@ -261,8 +266,9 @@ def cross_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v. The flash kernel knows no ``dlse``: where there is one, products serve."""
     qkv, dout = (q, k, v), dout.to(q.dtype)
-    batches, has_dlse = list(_batches(cu_seqlens_q, cu_seqlens_k)), bool(dlse.any())
-    if len(batches) == 1 and not has_dlse and _flash_wins(q, batches[0]):
+    batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
+    by_products = bool(dlse.any()) or _leaves_operands_out(softmax_scale)
+    if len(batches) == 1 and not by_products and _flash_wins(q, batches[0]):
         dq, dk, dv = _flash_bwd(dout, qkv, out, lse, batches[0], softmax_scale)
         return dq, dk, dv
     delta = (dout.float() * out.float()).sum(-1).T - dlse  # [H, Tq]
@@ -271,7 +277,7 @@ def cross_attention_bwd(
         _, rows_q, rows_k = batch
         if rows_q.start == rows_q.stop or rows_k.start == rows_k.stop:
             dq[rows_q], dk[rows_k], dv[rows_k] = 0, 0, 0
-        elif not has_dlse and _flash_wins(q, batch):
+        elif not by_products and _flash_wins(q, batch):
             dq[rows_q], dk[rows_k], dv[rows_k] = _flash_bwd(dout, qkv, out, lse, batch, softmax_scale)
         else:
             _products_bwd(dout, qkv, (lse, delta), batch, softmax_scale, grads)

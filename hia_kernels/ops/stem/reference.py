@@ -78,8 +78,8 @@ def stem_bwd_ref(
     dpixels, dweight, dscale, dshift = (weight.new_empty(0) for _ in range(4))
     if output_mask[0] or output_mask[1]:
         dy = (dz * scale[:, None, None]).to(weight.dtype)
-        channels_last = (t.permute(0, 2, 3, 1) for t in (dy, x))
-        dx, dw = onednn.convolution_backward(*channels_last, weight, 2, output_mask[:2])
+        dy, x = dy.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+        dx, dw = onednn.convolution_backward(dy, x, weight, 2, output_mask[:2])
         if dx is not None:
             dpixels = _pixel_gradient(dx.permute(0, 3, 1, 2), pixels, window, std)
         if dw is not None:
