@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -281,7 +282,9 @@ def _within(case: Case, name: str, out: Tensor, expected: Expected) -> str | Non
         rows = sum(case.shape["lengths_q"]) * case.shape["heads"]  # a gradient's too are those of the queries' sums
     exact = expected.exact[name]
     if isinstance(exact, Bounded):
-        out = torch.where((out - exact.value).abs() <= _tolerated(case, name, exact), exact.value.to(out.dtype), out)
+        error = (out - exact.value).abs()
+        forgiven = (error > exact.bound()) & (error <= _tolerated(case, name, exact))
+        out = torch.where(forgiven, exact.value.to(out.dtype), out)
     if not case.values and not alike and out.numel() >= ENOUGH and (out.ndim == 1 or rows >= ENOUGH_ROWS):
         return expected.problem(name, out)
     found = testing.mismatch(name, out, expected.exact[name], expected.plain[name], dtype=expected.dtype, slack=ANY)
@@ -292,7 +295,12 @@ def _tolerated(case: Case, name: str, exact: Bounded) -> Tensor:
     """Return the errors that the bounds have no room for, with good reason; 0 in nearly all calls."""
     if case.subject.op == "row_softmax" and name == "dscores" and case.options.get("out_dtype") == "float16":
         return torch.full_like(exact.value, 8 * 2.0**-25)  # p is kept in fp16: below its range, times dp - delta
+    if _is_winograd(case):  # its transforms mix the taps of a filter and the pixels of a tile
+        return exact.bound().amax().expand_as(exact.value) if exact.numel() else exact.value
     values = list(case.values.values())
+    if case.subject.op == "conv_norm_act" and case.dtype == "float16" and "denormal" in values:
+        # the scale is multiplied into the weight, in its dtype: each tap rounds by 2**-25, and meets dout
+        return torch.full_like(exact.value, 8 * 2.0**-25 * math.sqrt(case.shape["channels"][1]))
     if values.count("equal") > 1:  # a sum of equal terms rounds the same way in every step
         return EQUAL * exact.bound()
     return torch.zeros_like(exact.value)
