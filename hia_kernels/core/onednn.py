@@ -6,7 +6,11 @@ infinity there makes the result NaN (uxlfoundation/oneDNN#5717, mended after 3.1
 leave no tile unfinished. In other dtypes, on other devices, and where rows are whole tiles, as those of models are,
 nothing is copied.
 
-*Gradients of a convolution's weight.* :func:`_seen` and :func:`convolution_backward` say what is mended.
+*Thin images, in bf16.* On the same CPUs a convolution of more than 1 x 1 with stride 2 is wrong where its result is one
+column wide and a dozen rows high (pytorch/pytorch#169688); on others too, the weight's gradient holds what memory held
+where the image is one column wide. Zeros up to the third column make the result two columns wide.
+
+*Gradients of a 1 x 1 with stride 2* write past oneDNN's buffers (uxlfoundation/oneDNN#6035); see :func:`_seen`.
 """
 
 from __future__ import annotations
@@ -68,6 +72,12 @@ def _seen(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, int]:
     return (x[:, ::stride, ::stride], 1) if weight.shape[-1] == 1 else (x, stride)
 
 
+def missing_columns(x: Tensor, weight: Tensor, stride: int) -> int:
+    """Return how many columns of zeros x [N, IH, IW, C] needs, so that a convolution's result has two columns."""
+    is_thin = x.shape[2] in (1, 2) and stride == 2 and weight.shape[-1] > 1
+    return 3 - x.shape[2] if is_thin and x.dtype == torch.bfloat16 and x.device.type == "cpu" else 0
+
+
 def _tile(weight: Tensor) -> int:
     return TILE if weight.shape[-1] == 1 else 2
 
@@ -84,10 +94,11 @@ def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
         [N, OH, OW, OC], of any strides.
     """
     x, stride = _seen(x, weight, stride)
-    more = _missing(x, x.shape[3], _tile(weight))
-    if more:
-        x, weight = F.pad(x, (0, more)), F.pad(weight, (0, 0, 0, 0, 0, more))
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+    more, columns = _missing(x, x.shape[3], _tile(weight)), missing_columns(x, weight, stride)
+    if more or columns:
+        x, weight = F.pad(x, (0, more, 0, columns)), F.pad(weight, (0, 0, 0, 0, 0, more))
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+    return y[:, :, :1] if columns else y
 
 
 def convolution_backward(
@@ -105,11 +116,11 @@ def convolution_backward(
     seen, stride_over_seen = _seen(x, weight, stride)
     (oc, c), (rows, columns) = weight.shape[:2], seen.shape[1:3]
     more_c, more_oc = (_missing(x, channels, _tile(weight)) for channels in (c, oc))
-    # with one column and stride 2, the bf16 gradient of the weight holds what memory held; a column of zeros mends it
-    more_columns = stride_over_seen - 1 if x.dtype == torch.bfloat16 and columns == 1 else 0
+    more_columns = missing_columns(seen, weight, stride_over_seen)
     if more_c or more_oc or more_columns:
         seen = F.pad(seen, (0, more_c, 0, more_columns))
-        weight, dy = F.pad(weight, (0, 0, 0, 0, 0, more_c, 0, more_oc)), F.pad(dy, (0, more_oc))
+        weight = F.pad(weight, (0, 0, 0, 0, 0, more_c, 0, more_oc))
+        dy = F.pad(dy, (0, more_oc, 0, 1 if more_columns else 0))
     dx_seen, dweight, _ = torch.ops.aten.convolution_backward(
         dy.permute(0, 3, 1, 2),
         seen.permute(0, 3, 1, 2),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import hia_kernels
 from hia_kernels import use_backend
 from hia_kernels.core import onednn
+from hia_kernels.ops.conv_norm_act.packed import conv_norm_act_packed, conv_norm_act_packed_, pack_conv
 from tests.inputs import inputs_of
 from tests.ops.harness import forward_backward
 
@@ -54,19 +55,28 @@ def test_pixels_of_a_convolution_are_apart(channels, kernel, stride, size):
     assert torch.equal(out.isnan().any(-1), seen[:, 0] > 0)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (5, 1), (1, 1)])
+def from_poisoned_memory(function, *arguments):
+    """Call with large numbers in the memory that is free."""
+    held = [torch.full((2**n,), 1e37) for n in range(2, 15) for _ in range(12)]
+    del held
+    return function(*arguments)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 1), (1, 1), (13, 1), (30, 2), (64, 3)])
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
 @pytest.mark.parametrize(("channels", "out_channels"), [(1, 2), (3, 34), (34, 33), (32, 64)])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-def test_gradients_of_a_convolution(dtype, channels, out_channels, kernel, stride, size):
+def test_a_convolution_and_its_gradients(dtype, channels, out_channels, kernel, stride, size):
     x = torch.randn(2, *size, channels, dtype=dtype)
     weight = torch.randn(out_channels, channels, kernel, kernel, dtype=dtype)
-    dy = torch.randn_like(onednn.convolution(x, weight, stride))
-    found = onednn.convolution_backward(dy, x, weight, stride, [True, True])
-    exact = (tensor.double().requires_grad_() for tensor in (x, weight))
-    x_64, weight_64 = exact
+    out = from_poisoned_memory(onednn.convolution, x, weight, stride)
+    dy = torch.randn_like(out)
+    found = from_poisoned_memory(onednn.convolution_backward, dy, x, weight, stride, [True, True])
+    x_64, weight_64 = (tensor.double().requires_grad_() for tensor in (x, weight))
     y = F.conv2d(x_64.permute(0, 3, 1, 2), weight_64, None, stride, kernel // 2).permute(0, 2, 3, 1)
-    for got, expected in zip(found, torch.autograd.grad(y, (x_64, weight_64), dy.double()), strict=True):
+    exact = (y, *torch.autograd.grad(y, (x_64, weight_64), dy.double()))
+    for got, expected in zip((out, *found), exact, strict=True):
+        assert got.shape == expected.shape
         assert got.dtype == dtype
         error = (got.double() - expected).norm() / expected.norm()
         assert error < (2**-8 if dtype == BF16 else 2**-20)
@@ -115,3 +125,29 @@ def test_rows_of_an_op_are_apart(op, channels):
     else:
         expected = inputs["row_idx"][20:21]
     assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("pad_rows", [True, False])
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_packed_weights_on_thin_images(dtype, columns, pad_rows, activation):
+    weight, shift = torch.randn(64, 32, 3, 3, dtype=dtype), torch.randn(64)
+    with use_backend("cpu"):
+        packed = pack_conv(weight, torch.ones(64), shift, stride=2)
+        if packed.unsupported_reasons():
+            pytest.skip("; ".join(packed.unsupported_reasons()))
+        x = torch.randn(2, 30, columns, 32, dtype=dtype)
+        y = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), shift.double(), 2, (1 if pad_rows else 0, 1))
+        y = y.permute(0, 2, 3, 1)
+        residual = torch.randn(y.shape, dtype=dtype)
+        act = {"none": lambda z: z, "relu": F.relu, "gelu": F.gelu}[activation]
+        written = residual.clone()
+        for got, expected in (
+            (from_poisoned_memory(conv_norm_act_packed, x, packed, None, activation, pad_rows), y),
+            (from_poisoned_memory(conv_norm_act_packed, x, packed, residual, activation, pad_rows), y + residual),
+            (from_poisoned_memory(conv_norm_act_packed_, written, x, packed, activation, pad_rows), y + residual),
+        ):
+            assert got.shape == expected.shape and got.is_contiguous()
+            error = (got.double() - act(expected)).norm() / act(expected).norm()
+            assert error < (2**-7 if dtype == BF16 else 2**-20)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core import devices
+from ...core import devices, onednn
 from ...core.fresh import channels_last, reshaped
 from ...core.products import Products, Size
 from .layout import PACK, PACKED, Layout
@@ -119,6 +119,10 @@ def conv_norm_act_packed(
 
     PyTorch gives oneDNN the bias's address and not its stride.
     """
+    columns = onednn.missing_columns(x, weight, stride)
+    if columns:
+        x, residual = F.pad(x, (0, 0, 0, columns)), None if residual is None else F.pad(residual, (0, 0, 0, 1))
+        return conv_norm_act_packed(x, weight, shift, residual, stride, activation, pad_rows)[:, :, :1].contiguous()
     if residual is not None and _is_in_both_layouts(residual):
         out = residual.clone(memory_format=torch.contiguous_format)
         conv_norm_act_packed_inplace(out, x, weight, shift, stride, activation, pad_rows)
@@ -145,6 +149,9 @@ def conv_norm_act_packed_inplace(
     residual: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, stride: int, activation: str, pad_rows: bool
 ) -> None:
     """Write the result over ``residual``, which is contiguous: a fresh output of this size costs page faults."""
+    if onednn.missing_columns(x, weight, stride):
+        residual.copy_(conv_norm_act_packed(x, weight, shift, residual, stride, activation, pad_rows))
+        return
     relu = "relu" if activation == "relu" else None
     torch.ops.mkldnn._convolution_pointwise_.binary(
         residual.permute(0, 3, 1, 2),
