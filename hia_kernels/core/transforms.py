@@ -34,19 +34,21 @@ def _refuse_tangents(op: str, args: Iterable[Any]) -> None:
             )
 
 
+def _below_autograd(overload: torch._ops.OpOverload, keyset: Any, args: Iterable[Any]) -> Any:
+    """Call what is registered behind autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
 def _kernel_under_transforms(
     overload: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None] | None
 ) -> Callable[..., Any]:
     """Return the autograd kernel for arguments of torch.func: differentiates at the innermost of its levels."""
 
-    def redispatch(keyset: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
     def forward(ctx: Any, *args: Any) -> Any:
         given, keyset = args[:-1], args[-1]
         with torch.enable_grad(), _set_fwd_grad_enabled(True):  # turned off by apply, for outer levels too
-            output = redispatch(keyset, *given)
+            output = _below_autograd(overload, keyset, given)
         if setup_context is not None:
             setup_context(ctx, tuple(_filled(overload, given)), output)
         return output
@@ -67,7 +69,7 @@ def _kernel_under_transforms(
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return redispatch(keyset, *args)
+            return _below_autograd(overload, keyset, args)
         with enable_single_level_autograd_function():
             return function.apply(*args, keyset)
 
@@ -121,8 +123,7 @@ def register_as_first(op: str, overload: torch._ops.OpOverload, other: torch._op
             _refuse_tangents(op, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return other(*_filled(overload, args))[0]
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return _below_autograd(overload, keyset, args)
 
     _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
 
@@ -154,7 +155,6 @@ def register_without(op: str, overload: torch._ops.OpOverload, instead: str) -> 
         for place in written:
             if isinstance(args[place], Tensor) and args[place].is_neg():  # PyTorch's own fallback for it fails inside
                 raise ValueError(f"hia::{op}: {names[place]} must not be a negative view; call resolve_neg() first")
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return _below_autograd(overload, keyset, args)
 
     _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
