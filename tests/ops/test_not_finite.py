@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import hia_kernels
+from hia_kernels import use_backend
 from hia_kernels.core import backend
 from hia_kernels.ops.cross_attention import cpu
 from hia_kernels.testing import assert_close
@@ -103,3 +105,19 @@ def test_every_row_loses_nothing(op, name, place, value):
     for argument, x in inputs.items():
         if isinstance(x, torch.Tensor) and x.is_floating_point() and (op, argument) not in LEFT_OUT:
             assert_op_loses_nothing(op, name, inputs, argument, place, value)
+
+
+@pytest.mark.parametrize("op", ["cross_attention", "latent_attention"])
+def test_equal_scores_share_the_weight_however_large(op):
+    """Give two equal keys scores beside which the logarithm of 2 is nothing in fp32."""
+    key, query = torch.full((2, 1, 16), 0.25), torch.full((1, 1, 16), 1e10)
+    for row in backend.TABLES[op].backends:
+        with use_backend(row.name):
+            if row.unavailable_reasons():
+                continue
+            if op == "cross_attention":
+                ends = [torch.tensor([0, length], dtype=torch.int32) for length in (1, 2)]
+                out = hia_kernels.cross_attention(query, key, key, *ends, 1, 2)
+            else:
+                out = hia_kernels.latent_attention(query, key[:, 0], [2], 0.25)[0]
+        assert torch.equal(out.flatten(), key[0, 0]), row.name

@@ -122,7 +122,8 @@ def conv_norm_act_packed(
     columns = onednn.missing_columns(x, weight, stride)
     if columns:
         x, residual = F.pad(x, (0, 0, 0, columns)), None if residual is None else F.pad(residual, (0, 0, 0, 1))
-        return conv_norm_act_packed(x, weight, shift, residual, stride, activation, pad_rows)[:, :, :1].contiguous()
+        y = conv_norm_act_packed(x, weight, shift, residual, stride, activation, pad_rows)
+        return y[:, :, :1].clone(memory_format=torch.contiguous_format)
     if residual is not None and _is_in_both_layouts(residual):
         out = residual.clone(memory_format=torch.contiguous_format)
         conv_norm_act_packed_inplace(out, x, weight, shift, stride, activation, pad_rows)

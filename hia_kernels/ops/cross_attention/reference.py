@@ -43,7 +43,7 @@ def cross_attention_with_lse_ref(
             continue
         scores = q_b @ k_b.mT * softmax_scale  # [H, Lq, Lk]
         lse = torch.logsumexp(scores, dim=-1)  # [H, Lq]
-        out = torch.exp(scores - lse[..., None]) @ v_b  # [H, Lq, D]
+        out = torch.softmax(scores, dim=-1) @ v_b  # [H, Lq, D]
         outs.append(out.transpose(0, 1).to(q.dtype))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses, dim=1)

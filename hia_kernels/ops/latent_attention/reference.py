@@ -17,7 +17,7 @@ def latent_attention_ref(q: Tensor, latent: Tensor, lengths: list[int], softmax_
     for queries, tokens in zip(q.to(acc), latent.to(acc).split(lengths), strict=True):
         scores = queries @ tokens.mT * softmax_scale  # [G, N]
         lse = torch.logsumexp(scores, dim=-1) if tokens.shape[0] else scores.new_full(scores.shape[:1], float("-inf"))
-        out = torch.exp(scores - lse[:, None]) @ tokens  # [G, E]; zeros where there is no token
+        out = torch.softmax(scores, dim=-1) @ tokens  # [G, E]; zeros where there is no token
         outs.append(out.to(q.dtype)[None])
         lses.append(lse[None])
     return torch.cat(outs), torch.cat(lses)
