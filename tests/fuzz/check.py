@@ -299,7 +299,7 @@ def _within(case: Case, name: str, out: Tensor, expected: Expected) -> str | Non
 def _tolerated(case: Case, name: str, exact: Bounded) -> Tensor:
     """Return the errors that the bounds have no room for, with good reason; 0 in nearly all calls."""
     if case.subject.op == "row_softmax" and name == "dscores" and case.options.get("out_dtype") == "float16":
-        return torch.full_like(exact.value, 8 * 2.0**-25)  # p is kept in fp16: below its range, times dp - delta
+        return torch.full_like(exact.value, 16 * 2.0**-25)  # p is kept in fp16: below its range, times dp - delta
     if _is_winograd(case):  # its transforms mix the taps of a filter and the pixels of a tile
         return exact.bound().amax().expand_as(exact.value) if exact.numel() else exact.value
     values = list(case.values.values())
@@ -315,7 +315,7 @@ def _pattern_problem(case: Case, name: str, out: Tensor, exact: Tensor, plain: T
     """Demand that nothing is finite that must not be, nor the other way round."""
     bad = ~exact.isfinite() & ~plain.isfinite()
     lost = bad & out.isfinite()
-    if bool(lost.any()) and not _has_onednns_relu(case):
+    if bool(lost.any()) and not _has_onednns_relu(case) and not (name.startswith("d") and _has_infinite_scores(case)):
         return f"{name}: {int(lost.sum())} of {out.numel()} are finite and should not be"
     overflows = bool((exact.isfinite() & ~plain.isfinite()).any())
     gained = exact.isfinite() & plain.isfinite() & ~out.isfinite()
@@ -330,6 +330,11 @@ def _has_few_keys(case: Case) -> bool:
     """Tell whether some softmax is over so few keys that its gradient is a difference near zero."""
     lengths = case.shape.get("lengths_k", case.shape.get("lengths", ()))
     return any(0 < length < FEW_KEYS for length in lengths)
+
+
+def _has_infinite_scores(case: Case) -> bool:
+    """Tell whether an infinite score may leave the other keys, whose gradients softmax makes NaN, a weight of 0."""
+    return case.subject.op.endswith("attention") and not {"inf", "minus-inf"}.isdisjoint(case.values.values())
 
 
 def _has_onednns_relu(case: Case) -> bool:
