@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import hia_kernels
 from hia_kernels import testing, use_backend
 from hia_kernels.core import backend
-from hia_kernels.ops.conv_norm_act import pack_conv
+from hia_kernels.ops.conv_norm_act import conv_norm_act_packed, conv_norm_act_packed_, pack_conv
 from hia_kernels.ops.stem import pack_stem
 from tests.inputs import OPS, differentiable, small_inputs
 from tests.ops.conftest import poison_uninitialised
@@ -138,6 +138,26 @@ def test_fake_tensors_are_as_the_real_ones(op):
 def test_compiles(op):
     axis = {"cross_attention": "keys", "latent_attention": "tokens"}.get(op, next(iter(AXES[op])))
     assert_compiles(op, getattr(hia_kernels, op), draw(Case(op, (axis,), {**next(iter(cases(op))).options}), F32))
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "native"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize(("columns", "stride"), [(1, 1), (2, 2), (5, 2)])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_no_image_for_packed_weights(dtype, columns, stride, activation, backend_name):
+    with use_backend(backend_name):
+        try:
+            packed = pack_conv(torch.ones(32, 32, 3, 3, dtype=dtype), torch.ones(32), torch.ones(32), stride)
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+        x = torch.ones(0, 7, columns, 32, dtype=dtype)
+        residual = torch.ones(0, 6 // stride + 1, (columns - 1) // stride + 1, 32, dtype=dtype)
+        results = [
+            conv_norm_act_packed(x, packed, None, activation),
+            conv_norm_act_packed(x, packed, residual, activation),
+            conv_norm_act_packed_(residual.clone(), x, packed, activation),
+        ]
+    assert [out.shape for out in results] == [residual.shape] * 3
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (3, 0)], ids=["in", "out"])

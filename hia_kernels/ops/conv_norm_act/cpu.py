@@ -150,6 +150,8 @@ def conv_norm_act_packed_inplace(
     residual: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, stride: int, activation: str, pad_rows: bool
 ) -> None:
     """Write the result over ``residual``, which is contiguous: a fresh output of this size costs page faults."""
+    if residual.numel() == 0:  # PyTorch has no fused sum of bf16 without oneDNN, which takes no empty tensor
+        return
     if onednn.missing_columns(x, weight, stride):
         residual.copy_(conv_norm_act_packed(x, weight, shift, residual, stride, activation, pad_rows))
         return
