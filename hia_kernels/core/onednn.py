@@ -2,9 +2,8 @@
 
 *What is not finite, in bf16.* On CPUs with AMX, oneDNN multiplies whole tiles of 32 terms. Where a row ends within one,
 it reads on into the next row, or whatever lies behind it, and relies on zeros in the other operand: a NaN or an
-infinity there makes the result NaN (uxlfoundation/oneDNN#5717, mended after 3.14 in #5723). Terms filled up with zeros
-leave no tile unfinished. In other dtypes, on other devices, and where rows are whole tiles, as those of models are,
-nothing is copied.
+infinity there makes the result NaN (uxlfoundation/oneDNN#5717, mended after 3.14 in #5723). Zeros behind the rows mend
+it. In other dtypes, on other devices, and where rows are whole tiles, as those of models are, nothing is copied.
 
 *Thin images, in bf16.* On the same CPUs a convolution of more than 1 x 1 with stride 2 is wrong where its result is one
 column wide and a dozen rows high (pytorch/pytorch#169688); on others too, the weight's gradient holds what memory held
@@ -21,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 32  # terms of a product; of a convolution of more than 1 x 1, pairs
+TILE = 32  # terms of a product, and of a 1 x 1 convolution
+ONE_TILE = 16  # rows up to which a product never reads on
 
 
 @cache
@@ -36,20 +36,29 @@ def _missing(x: Tensor, terms: int, tile: int = TILE) -> int:
     return -terms % tile
 
 
+def _before_zeros(x: Tensor, more: int) -> Tensor:
+    """Copy x [M, K], with ``more`` zeros behind each row: what is read beyond its end is harmless."""
+    return F.pad(x, (0, more))[:, : x.shape[1]]
+
+
 def whole_tiles(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill up the inner axis of a product with zeros, where it must be.
+    """Make a product read nothing but its operands.
 
     Args:
-        a: [..., M, K]; only rows that lie one after the other are read beyond their end.
+        a: [..., M, K].
         b: [..., K, N].
 
     Returns:
-        [..., M, K'], [..., K', N] with the same product; ``a`` and ``b`` themselves where nothing is missing.
+        ``a``, ``b`` with the same product: themselves in most cases, a copy of ``a`` with zeros behind its rows for two
+        matrices, [..., M, K'] and [..., K', N] filled up with zeros for batches, which PyTorch makes contiguous.
     """
     more = _missing(a, a.shape[-1])
-    if more == 0 or (a.stride(-1) != 1 and a.shape[-1] > 1):
+    if more == 0:
         return a, b
-    return F.pad(a, (0, more)), F.pad(b, (0, 0, 0, more))
+    if a.dim() == 2:
+        reads_on = a.shape[0] > ONE_TILE and a.stride(0) != 1  # a transposed one is read by columns
+        return (_before_zeros(a, more) if reads_on else a), b
+    return (F.pad(a, (0, more)), F.pad(b, (0, 0, 0, more))) if a.shape[-2] > ONE_TILE or b.dim() == 2 else (a, b)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -58,9 +67,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``x weight^T + bias``, as ``F.linear``."""
-    more = _missing(x, x.shape[-1])
-    return F.linear(F.pad(x, (0, more)), F.pad(weight, (0, more)), bias) if more else F.linear(x, weight, bias)
+    """Compute ``x weight^T + bias`` of x [M, K], as ``F.linear``."""
+    more = _missing(x, x.shape[1])
+    return F.linear(_before_zeros(x, more) if more and x.shape[0] > ONE_TILE else x, weight, bias)
 
 
 def _seen(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, int]:
@@ -78,8 +87,11 @@ def missing_columns(x: Tensor, weight: Tensor, stride: int) -> int:
     return 3 - x.shape[2] if is_thin and x.dtype == torch.bfloat16 and x.device.type == "cpu" else 0
 
 
-def _tile(weight: Tensor) -> int:
-    return TILE if weight.shape[-1] == 1 else 2
+def _tile(weight: Tensor, channels: int) -> int:
+    """Return of what multiple the channels must be; found by trying 1 to 130 of them (tests/ops/test_onednn.py)."""
+    if weight.shape[-1] == 1:
+        return TILE
+    return 16 if 8 < channels < 16 else 2
 
 
 def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -94,7 +106,7 @@ def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
         [N, OH, OW, OC], of any strides.
     """
     x, stride = _seen(x, weight, stride)
-    more, columns = _missing(x, x.shape[3], _tile(weight)), missing_columns(x, weight, stride)
+    more, columns = _missing(x, x.shape[3], _tile(weight, x.shape[3])), missing_columns(x, weight, stride)
     if more or columns:
         x, weight = F.pad(x, (0, more, 0, columns)), F.pad(weight, (0, 0, 0, 0, 0, more))
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
@@ -115,7 +127,7 @@ def convolution_backward(
     """
     seen, stride_over_seen = _seen(x, weight, stride)
     (oc, c), (rows, columns) = weight.shape[:2], seen.shape[1:3]
-    more_c, more_oc = (_missing(x, channels, _tile(weight)) for channels in (c, oc))
+    more_c, more_oc = (_missing(x, channels, _tile(weight, channels)) for channels in (c, oc))
     more_columns = missing_columns(seen, weight, stride_over_seen)
     if more_c or more_oc or more_columns:
         seen = F.pad(seen, (0, more_c, 0, more_columns))
