@@ -61,6 +61,15 @@ def test_a_scale_of_zero_leaves_no_operand_out(lengths_q, lengths_k, head_dim, s
     assert_attention_loses_nothing(poisoned(inputs, name, "element", NAN), "scale-zero", "cpu")
 
 
+def test_a_large_scale_does_not_overflow_before_the_product():
+    q, k, v = torch.full((2, 1, 16), 1e-38), torch.full((1030, 1, 16), 1e30), torch.ones(1030, 1, 16)
+    ends = [torch.tensor([0, length], dtype=torch.int32) for length in (2, 1030)]
+    with use_backend("cpu"):
+        out, lse = hia_kernels.cross_attention_with_lse(q, k, v, *ends, 2, 1030, softmax_scale=1e9)
+    torch.testing.assert_close(out, torch.ones_like(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, 166.937), rtol=1e-4, atol=0)
+
+
 def test_other_queries_are_as_they_are_alone():
     """Compute the queries beside a NaN one, in its sequence and in the next, as without it."""
     inputs = inputs_of("cross_attention")([7, 7], [9, 9], F32, head_dim=32)

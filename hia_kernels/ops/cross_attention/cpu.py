@@ -99,6 +99,8 @@ def _heads_first(x: Tensor, rows: slice, heads: slice) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Compute scale * a b of [heads, ., .]."""
+    if abs(scale) > 1:  # a library may multiply an operand by it, which overflows sooner than the product
+        return torch.bmm(a, b).mul_(scale)
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
@@ -229,7 +231,11 @@ def _products_bwd(
             q_h, k_h = _heads_first(q, rows_q, heads), _heads_first(k, rows_k, heads)
             v_h, do_h = _heads_first(v, rows_k, heads).float(), _heads_first(dout, rows_q, heads).to(q.dtype)
             lse_h, delta_h = lse[heads, rows_q, None], delta[heads, rows_q, None]  # [heads, Lq, 1]
-            p = torch.baddbmm(lse_h, q_h.float(), k_h.float().mT, beta=-1, alpha=softmax_scale).exp_()
+            q_f, k_f = q_h.float(), k_h.float().mT
+            if abs(softmax_scale) > 1:  # as in _product
+                p = torch.bmm(q_f, k_f).mul_(softmax_scale).sub_(lse_h).exp_()
+            else:
+                p = torch.baddbmm(lse_h, q_f, k_f, beta=-1, alpha=softmax_scale).exp_()
             _product_into(_heads_first(dv, rows_k, heads), p.to(dtype).mT, do_h.to(dtype))
             ds = torch.baddbmm(delta_h, do_h.float(), v_h.mT, beta=-1)  # [heads, Lq, Lk]
             ds = ds.mul_(p).mul_(softmax_scale).to(dtype)
