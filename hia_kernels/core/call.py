@@ -118,10 +118,8 @@ def call(name: str, *args: Any) -> Any:
         if refused is None or not str(error).startswith(f"hia::{name}("):
             raise
         expected, argument, found = refused.groups()
-        if (expected, found) in (
-            ("int", "int"),
-            ("List[int]", "list"),
-        ):  # what :func:`_integer` has passed, here or in a list
+        # what :func:`_integer` has passed, here or in a list
+        if (expected, found) in (("int", "int"), ("List[int]", "list")):
             raise ValueError(f"hia::{name}: {argument} must fit in 64 bits, got more") from None
         message = f"hia::{name}: {argument} must be {_EXPECTED.get(expected, expected)}, got {found}"
     raise TypeError(message)

@@ -74,18 +74,5 @@ def convolution_backward(
     with exact():
         if x.device.type == "cpu":  # under Triton's interpreter
             return onednn.convolution_backward(dy, x, weight, stride, output_mask)
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2),
-            x.permute(0, 3, 1, 2),
-            weight,
-            None,
-            [stride, stride],
-            padding,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [*output_mask, False],
-        )
-    dx = dx.permute(0, 2, 3, 1).contiguous() if output_mask[0] else None
-    return dx, dweight.contiguous() if output_mask[1] else None
+        dx, dweight = onednn.pytorchs_backward(dy, x, weight, stride, padding, output_mask)
+    return dx.contiguous() if output_mask[0] else None, dweight.contiguous() if output_mask[1] else None

@@ -14,6 +14,7 @@ where the image is one column wide. Zeros up to the third column make the result
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -113,6 +114,29 @@ def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return y[:, :, :1] if columns else y
 
 
+def pytorchs_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int], output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Compute what PyTorch does, in channels last and nothing mended, for dx [N, IH, IW, C] and dweight, any strides.
+
+    What is not in ``output_mask`` is empty. For the other arguments see :func:`convolution_backward`.
+    """
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2),
+        x.permute(0, 3, 1, 2),
+        weight,
+        None,
+        [stride, stride],
+        padding,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [*output_mask, False],
+    )
+    return dx.permute(0, 2, 3, 1) if output_mask[0] else dx, dweight
+
+
 def convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -133,21 +157,14 @@ def convolution_backward(
         seen = F.pad(seen, (0, more_c, 0, more_columns))
         weight = F.pad(weight, (0, 0, 0, 0, 0, more_c, 0, more_oc))
         dy = F.pad(dy, (0, more_oc, 0, 1 if more_columns else 0))
-    dx_seen, dweight, _ = torch.ops.aten.convolution_backward(
-        dy.permute(0, 3, 1, 2),
-        seen.permute(0, 3, 1, 2),
-        weight,
-        None,
-        [stride_over_seen, stride_over_seen],
-        [weight.shape[-1] // 2] * 2,
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [*output_mask, False],
-    )
+    padding = [weight.shape[-1] // 2] * 2
+    dx_seen, dweight = pytorchs_backward(dy, seen, weight, stride_over_seen, padding, output_mask)
     dx = None
     if output_mask[0]:
-        dx = dx_seen.new_zeros(x.shape)
-        _seen(dx, weight, stride)[0].copy_(dx_seen.permute(0, 2, 3, 1)[:, :rows, :columns, :c])
+        dx = dx_seen[:, :rows, :columns, :c]
+        if dx.shape != x.shape:  # zeros where a 1 x 1 skips pixels
+            whole = dx.new_zeros(x.shape)
+            _seen(whole, weight, stride)[0].copy_(dx)
+            dx = whole
+        dx = dx.contiguous()
     return dx, dweight[:oc, :c].contiguous() if output_mask[1] else None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core import devices, onednn
 from ...core.fresh import channels_last, reshaped
+from ...core.onednn import pytorchs_backward as _backward
 from ...core.products import Products, Size
 from .layout import PACK, PACKED, Layout
 
@@ -226,25 +227,6 @@ def conv_norm_act_fwd(
     return y.relu_() if activation == "relu" else y
 
 
-def _backward(
-    dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int], mask: list[bool]
-) -> tuple[Tensor, Tensor]:
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz.permute(0, 3, 1, 2),
-        x.permute(0, 3, 1, 2),
-        weight,
-        None,
-        [stride, stride],
-        padding,
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [*mask, False],
-    )
-    return dx, dweight
-
-
 def _image_gradient(products: Products, dz: Tensor, x: Tensor, weight: Tensor, scale: Tensor, stride: int) -> Tensor:
     """Return [N, IH, IW, C] of dz [N, OH, OW, OC]."""
     if _scales_result(weight, dz.shape[1] * dz.shape[2]):
@@ -256,7 +238,7 @@ def _image_gradient(products: Products, dz: Tensor, x: Tensor, weight: Tensor, s
         if min(weight.shape[:2]) < NARROW:
             return conv_norm_act_packed(dz, weight.transpose(0, 1).contiguous(), None, None, 1, "none", True)
         return products.product(dz.flatten(0, 2), weight.flatten(1)).view(x.shape)  # faster than oneDNN's backward
-    return _backward(dz, x, weight, stride, [pad, pad], [True, False])[0].permute(0, 2, 3, 1).contiguous()
+    return _backward(dz, x, weight, stride, [pad, pad], [True, False])[0].contiguous()
 
 
 def _weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int, exact: bool) -> Tensor:
