@@ -234,10 +234,11 @@ def _compare(case: Case, got: Results) -> None:
     )
     if set(expected.plain) != set(got):
         raise Fault(f"results must be {sorted(expected.plain)}, got {sorted(got)}")
+    spoilt = _is_spoilt(case, inputs)
     for name, out in got.items():
         if case.autocast and name.startswith("d") and name[1:] in case.gradients:
             out = out.to(expected.plain[name].dtype)  # the gradient of the cast argument, in the caller's dtype
-        problem = _problem(case, name, out, expected, _is_spoilt(case, inputs))
+        problem = _problem(case, name, out, expected, spoilt)
         if problem is not None:
             raise Fault(problem)
 

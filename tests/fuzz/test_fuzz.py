@@ -47,25 +47,30 @@ def assert_no_fault(job: Job) -> Outcome:
     return outcome
 
 
-def run_share(op: str, kind: str, cases: int) -> None:
-    """Run a share of the cases: as many for one op as for another."""
+def run_share(op: str, kind: str, cases: int) -> Outcome:
+    """Run a share of the cases, as many for one op as for another, and add up what became of them."""
     calls = [call for call in PLAIN if subjects.SUBJECTS[call[0]].op == op]
+    outcomes = []
     for position, (function, name) in enumerate(calls):
         mine = cases // len(calls) + (position < cases % len(calls))
         if mine:
-            assert_no_fault(Job(function, name, kind, mine, SEED + position))
+            outcomes.append(assert_no_fault(Job(function, name, kind, mine, SEED + position)))
+    return Outcome(sum(outcome.checked for outcome in outcomes), sum(outcome.refused for outcome in outcomes))
 
 
 @pytest.mark.skipif(not PLAIN, reason="the interpreter has its own cases")
 @pytest.mark.parametrize("op", OPS)
 def test_valid_calls(op):
-    run_share(op, VALID, VALID_CASES // len(OPS))
+    outcome = run_share(op, VALID, VALID_CASES // len(OPS))
+    assert outcome.checked > outcome.refused, f"{outcome}: most calls were refused by their backend"
 
 
 @pytest.mark.skipif(not PLAIN, reason="the interpreter has its own cases")
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_calls(op):
-    run_share(op, INVALID, INVALID_CASES // len(OPS))
+    outcome = run_share(op, INVALID, INVALID_CASES // len(OPS))
+    assert outcome.checked == INVALID_CASES // len(OPS), f"{outcome}: a wrong call was not drawn, or not made"
+    assert not outcome.refused
 
 
 @pytest.mark.skipif(not PLAIN, reason="the interpreter has its own cases")
