@@ -10,6 +10,9 @@ column wide and a dozen rows high (pytorch/pytorch#169688); on others too, the w
 where the image is one column wide. Zeros up to the third column make the result two columns wide.
 
 *Gradients of a 1 x 1 with stride 2* write past oneDNN's buffers (uxlfoundation/oneDNN#6035); see :func:`_seen`.
+
+*Convolutions in 16 bits without instructions for them* are not oneDNN's: PyTorch's own round after each of the nine taps
+of a gradient, and take up to 300 times as long as fp32 with a conversion before and after, which is done here instead.
 """
 
 from __future__ import annotations
@@ -28,6 +31,17 @@ ONE_TILE = 16  # rows up to which a product never reads on
 @cache
 def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    return dtype != torch.float16  # whose gradients PyTorch does not leave to oneDNN anywhere
+
+
+def _is_better_in_fp32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not _has_instructions(x.dtype)
 
 
 def _missing(x: Tensor, terms: int, tile: int = TILE) -> int:
@@ -106,6 +120,8 @@ def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     Returns:
         [N, OH, OW, OC], of any strides.
     """
+    if _is_better_in_fp32(x):
+        return convolution(x.float(), weight.float(), stride).to(x.dtype)
     x, stride = _seen(x, weight, stride)
     more, columns = _missing(x, x.shape[3], _tile(weight, x.shape[3])), missing_columns(x, weight, stride)
     if more or columns:
@@ -149,6 +165,10 @@ def convolution_backward(
         stride: in pixels.
         output_mask: which of the two are wanted; the others are None.
     """
+    if _is_better_in_fp32(x):
+        wide = convolution_backward(dy.float(), x.float(), weight.float(), stride, output_mask)
+        dx, dweight = (None if gradient is None else gradient.to(x.dtype) for gradient in wide)
+        return dx, dweight
     seen, stride_over_seen = _seen(x, weight, stride)
     (oc, c), (rows, columns) = weight.shape[:2], seen.shape[1:3]
     more_c, more_oc = (_missing(x, channels, _tile(weight, channels)) for channels in (c, oc))
