@@ -11,8 +11,8 @@ where the image is one column wide. Zeros up to the third column make the result
 
 *Gradients of a 1 x 1 with stride 2* write past oneDNN's buffers (uxlfoundation/oneDNN#6035); see :func:`_seen`.
 
-*Convolutions in 16 bits without instructions for them* are not oneDNN's: PyTorch's own round after each of the nine taps
-of a gradient, and take up to 300 times as long as fp32 with a conversion before and after, which is done here instead.
+*Convolutions in 16 bits without instructions for them* are not oneDNN's. PyTorch's own round after each of the nine
+taps of a gradient, and take up to 300 times as long as fp32 with a conversion before and after, as done here instead.
 """
 
 from __future__ import annotations

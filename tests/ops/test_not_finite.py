@@ -10,6 +10,7 @@ from hia_kernels.ops.cross_attention import cpu
 from hia_kernels.testing import assert_close
 from tests.inputs import OPS, inputs_of, small_inputs
 from tests.ops.not_finite import (
+    INF,
     NAN,
     PLACES,
     SPOILT,
@@ -116,17 +117,43 @@ def test_every_row_loses_nothing(op, name, place, value):
             assert_op_loses_nothing(op, name, inputs, argument, place, value)
 
 
+@pytest.mark.parametrize("score", [2.0**10, 2.0**15, 2.0**27, 2.0**37])  # exact, in whatever order they are summed
+@pytest.mark.parametrize("dim", [16, 256])
 @pytest.mark.parametrize("op", ["cross_attention", "latent_attention"])
-def test_equal_scores_share_the_weight_however_large(op):
+def test_equal_scores_share_the_weight_however_large(op, dim, score):
     """Give two equal keys scores beside which the logarithm of 2 is nothing in fp32."""
-    key, query = torch.full((2, 1, 16), 0.25), torch.full((1, 1, 16), 1e10)
+    key, query = torch.full((2, 1, dim), 0.25), torch.full((1, 1, dim), score / (dim / 4))
     for row in backend.TABLES[op].backends:
+        if row.unavailable_reasons():
+            continue
+        k, v = (key.clone().requires_grad_() for _ in range(2))
         with use_backend(row.name):
-            if row.unavailable_reasons():
-                continue
             if op == "cross_attention":
                 ends = [torch.tensor([0, length], dtype=torch.int32) for length in (1, 2)]
-                out = hia_kernels.cross_attention(query, key, key, *ends, 1, 2)
+                out, dv = hia_kernels.cross_attention(query, k, v, *ends, 1, 2, softmax_scale=1.0), v
             else:
-                out = hia_kernels.latent_attention(query, key[:, 0], [2], 0.25)[0]
-        assert torch.equal(out.flatten(), key[0, 0]), row.name
+                out, dv = hia_kernels.latent_attention(query, k[:, 0], [2], 1.0)[0], k
+            assert torch.equal(out.flatten(), key[0, 0]), row.name
+            out.sum().backward()
+        assert (dv.grad - 0.5).abs().max() < 1e-4, row.name
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("op", ["cross_attention", "latent_attention", "row_softmax"])
+def test_an_infinite_score_has_an_infinite_lse(op, sign):
+    """Overflow every score."""
+    large = torch.full((2, 16), 1e20)
+    for row in backend.TABLES[op].backends:
+        if row.unavailable_reasons():
+            continue
+        with use_backend(row.name):
+            if op == "cross_attention":
+                ends = [torch.tensor([0, 2], dtype=torch.int32)] * 2
+                qkv = large[:, None], sign * large[:, None], large[:, None]
+                lse = hia_kernels.cross_attention_with_lse(*qkv, *ends, 2, 2)[1]
+            elif op == "latent_attention":
+                lse = torch.ops.hia.latent_attention(large[None], sign * large, [2], 1.0)[1]
+            else:
+                lse = hia_kernels.row_softmax(sign * large * large, 1.0)[1]
+                assert torch.equal(lse, hia_kernels.row_softmax_(sign * large * large, 1.0))
+        assert torch.equal(lse.flatten(), torch.full((2,), sign * INF)), row.name

@@ -19,6 +19,7 @@ from ...core.fresh import reshaped
 
 FLASH_HEAD_DIM, FLASH_KEYS = 128, 1024  # up to them the flash kernel is faster in fp32
 MANY_SCORES = 2**24  # a head's scores in fp32 take 64 MiB: beyond it flash, which keeps none
+MAX_FLASH_LSE = 2.0**10  # rounding it is an error of 2^-14 in the flash kernel's probabilities
 GROUP_SCORES = 2**20  # scores of the heads that a thread works on together: 4 MiB, which caches hold
 
 Rows = tuple[int, slice, slice]  # sequences of equal lengths, their queries, their keys
@@ -99,7 +100,8 @@ def _heads_first(x: Tensor, rows: slice, heads: slice) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Compute scale * a b of [heads, ., .]."""
-    if abs(scale) > 1:  # a library may multiply an operand by it, which overflows sooner than the product
+    # a library may multiply an operand by it, which overflows sooner than the product, or not look at the operands
+    if abs(scale) > 1 or _leaves_operands_out(scale):
         return torch.bmm(a, b).mul_(scale)
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
@@ -156,6 +158,12 @@ def _mend_masked(q: Tensor, k: Tensor, v: Tensor, count: int, softmax_scale: flo
             rows = slice(first, min(first + step, rows_q.stop))
             if _is_suspect(lse[:, rows]):
                 _products_fwd(q, k, v, (1, rows, rows_k), softmax_scale, out, lse)
+
+
+def _has_lost_digits(lse: Tensor) -> bool:
+    """Tell whether lse is too large for exp(scores - lse), the flash kernel's backward, to be a probability."""
+    size = lse.abs()
+    return bool(((size > MAX_FLASH_LSE) & size.isfinite()).any())
 
 
 def _leaves_operands_out(scale: float) -> bool:
@@ -219,24 +227,21 @@ def cross_attention_with_lse_fwd(
 def _products_bwd(
     dout: Tensor,
     qkv: tuple[Tensor, Tensor, Tensor],
-    stats: tuple[Tensor, Tensor],
+    delta: Tensor,
     batch: Rows,
     softmax_scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    (q, k, v), (lse, delta), (dq, dk, dv) = qkv, stats, grads
+    (q, k, v), (dq, dk, dv) = qkv, grads
     dtype = _product_dtype(q.dtype)
     for rows_q, rows_k in _singles(batch):
         for heads in _head_groups(q.shape[1], _scores_of(batch)[1]):
             q_h, k_h = _heads_first(q, rows_q, heads), _heads_first(k, rows_k, heads)
             v_h, do_h = _heads_first(v, rows_k, heads).float(), _heads_first(dout, rows_q, heads).to(q.dtype)
-            lse_h, delta_h = lse[heads, rows_q, None], delta[heads, rows_q, None]  # [heads, Lq, 1]
-            q_f, k_f = q_h.float(), k_h.float().mT
-            if abs(softmax_scale) > 1:  # as in _product
-                p = torch.bmm(q_f, k_f).mul_(softmax_scale).sub_(lse_h).exp_()
-            else:
-                p = torch.baddbmm(lse_h, q_f, k_f, beta=-1, alpha=softmax_scale).exp_()
+            p = _product(q_h.float(), k_h.float().mT, softmax_scale)
+            torch.softmax(p, -1, out=p)  # not from lse, which beside large scores has lost the sum
             _product_into(_heads_first(dv, rows_k, heads), p.to(dtype).mT, do_h.to(dtype))
+            delta_h = delta[heads, rows_q, None]  # [heads, Lq, 1]
             ds = torch.baddbmm(delta_h, do_h.float(), v_h.mT, beta=-1)  # [heads, Lq, Lk]
             ds = ds.mul_(p).mul_(softmax_scale).to(dtype)
             _product_into(_heads_first(dq, rows_q, heads), ds, k_h.to(dtype))
@@ -270,10 +275,10 @@ def cross_attention_bwd(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v. The flash kernel knows no ``dlse``: where there is one, products serve."""
+    """Return the gradients of q, k, v; by products where the flash kernel, which knows no ``dlse``, would be wrong."""
     qkv, dout = (q, k, v), dout.to(q.dtype)
     batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
-    by_products = bool(dlse.any()) or _leaves_operands_out(softmax_scale)
+    by_products = bool(dlse.any()) or _leaves_operands_out(softmax_scale) or _has_lost_digits(lse)
     if len(batches) == 1 and not by_products and _flash_wins(q, batches[0]):
         dq, dk, dv = _flash_bwd(dout, qkv, out, lse, batches[0], softmax_scale)
         return dq, dk, dv
@@ -286,5 +291,5 @@ def cross_attention_bwd(
         elif not by_products and _flash_wins(q, batch):
             dq[rows_q], dk[rows_k], dv[rows_k] = _flash_bwd(dout, qkv, out, lse, batch, softmax_scale)
         else:
-            _products_bwd(dout, qkv, (lse, delta), batch, softmax_scale, grads)
+            _products_bwd(dout, qkv, delta, batch, softmax_scale, grads)
     return dq, dk, dv

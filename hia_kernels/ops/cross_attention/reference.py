@@ -78,14 +78,19 @@ def cross_attention_bwd_ref(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v. ``dlse``: [H, Tq], the gradient that arrives at lse (zeros if none does)."""
+    """Return the gradients of q, k, v. ``dlse``: [H, Tq], the gradient that arrives at lse (zeros if none does).
+
+    p is the softmax again: beside large scores ``lse`` has lost the sum. Only a query with an infinite score, which has
+    no softmax, keeps exp(scores - lse), so that its NaN is where that of kernels which know nothing else is.
+    """
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for rows_q, rows_k in _sequences(cu_seqlens_q, cu_seqlens_k):
         q_b, k_b, v_b = _heads_first(q, rows_q), _heads_first(k, rows_k), _heads_first(v, rows_k)
         if q_b.shape[1] == 0 or k_b.shape[1] == 0:
             continue
         do_b, o_b = _heads_first(dout, rows_q), _heads_first(out, rows_q)
-        p = torch.exp(q_b @ k_b.mT * softmax_scale - lse[:, rows_q, None])  # [H, Lq, Lk]
+        scores, lse_b = q_b @ k_b.mT * softmax_scale, lse[:, rows_q, None]
+        p = torch.where(lse_b == torch.inf, torch.exp(scores - lse_b), torch.softmax(scores, dim=-1))  # [H, Lq, Lk]
         delta = (do_b * o_b).sum(-1) - dlse[:, rows_q]  # [H, Lq]
         ds = p * (do_b @ v_b.mT - delta[..., None]) * softmax_scale
         dq[rows_q] = (ds @ k_b).transpose(0, 1).to(q.dtype)

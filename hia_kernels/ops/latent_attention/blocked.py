@@ -48,8 +48,9 @@ def _softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, 
     """Do as :func:`_softmax_by_op`, where scores and probabilities are of one dtype."""
     scores *= scale
     p = torch.softmax(scores, dim=-1)
-    # the largest probability is exp(largest score - lse): no second pass of exponentials
-    return p, scores.amax(-1) - p.amax(-1).log()
+    m_i = scores.amax(-1)
+    # the largest probability is exp(largest score - lse): no second pass of exponentials; it is NaN if the score is inf
+    return p, torch.where(m_i.isinf(), m_i, m_i - p.amax(-1).log_())
 
 
 def _softmax_bwd(dp: Tensor, p: Tensor, scale: float) -> Tensor:

@@ -23,7 +23,7 @@ def row_softmax(scores: Tensor, scale: float, out_dtype: torch.dtype | None = No
     Returns:
         p [R, N] in ``out_dtype`` and lse [R] in fp32 (fp64 for fp64 scores), the natural logarithm of the row's
         ``sum(exp(scale * scores))``; -inf where N = 0. Both differentiable in scores. A row of -inf alone gives
-        p = NaN, as ``torch.softmax`` does, and lse = -inf.
+        p = NaN, as ``torch.softmax`` does, and lse = -inf. A score of inf gives p = NaN too.
 
     Raises:
         ValueError: not two dims, or no such ``out_dtype``. TypeError: unsupported dtype.

@@ -10,6 +10,12 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _lse(shift: Tensor, l_i: Tensor) -> Tensor:
+    """Return [R]; an infinite score has made ``l_i`` NaN, and its log-sum-exp is infinite."""
+    shift, l_i = shift.squeeze(1), l_i.squeeze(1)
+    return torch.where(shift == float("inf"), shift, shift + l_i.log())
+
+
 def _shift(scaled: Tensor) -> Tensor:
     """Return [R, 1], what is subtracted before exp: the maximum, or 0 for a row of -inf, whose log-sum-exp is -inf."""
     if scaled.shape[1] == 0:
@@ -25,7 +31,7 @@ def row_softmax_ref(scores: Tensor, scale: float, out_dtype: torch.dtype | None 
     weights = torch.exp(scaled - shift)
     l_i = weights.sum(1, keepdim=True)  # [R, 1]
     p = (weights / l_i).to(out_dtype or scores.dtype).contiguous()
-    return p, shift.squeeze(1) + l_i.squeeze(1).log()
+    return p, _lse(shift, l_i)
 
 
 def row_softmax_inplace_ref(scores: Tensor, scale: float) -> Tensor:
@@ -38,7 +44,7 @@ def row_softmax_inplace_ref(scores: Tensor, scale: float) -> Tensor:
     p.div_(l_i)
     if p is not scores:
         scores.copy_(p)
-    return shift.squeeze(1) + l_i.squeeze(1).log()
+    return _lse(shift, l_i)
 
 
 def row_softmax_bwd_ref(dp: Tensor, p: Tensor, scale: float, dlse: Tensor | None = None) -> Tensor:
