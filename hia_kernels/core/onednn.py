@@ -34,14 +34,15 @@ def _has_amx() -> bool:
 
 
 @cache
-def _has_instructions(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
-    return dtype != torch.float16  # whose gradients PyTorch does not leave to oneDNN anywhere
+def _multiplies_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
 
 
 def _is_better_in_fp32(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not _has_instructions(x.dtype)
+    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    # gradients in fp16 PyTorch leaves to oneDNN nowhere
+    return x.dtype == torch.float16 or not (torch.backends.mkldnn.enabled and _multiplies_bf16())
 
 
 def _missing(x: Tensor, terms: int, tile: int = TILE) -> int:

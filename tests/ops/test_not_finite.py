@@ -16,6 +16,7 @@ from tests.ops.not_finite import (
     SPOILT,
     VALUES,
     assert_attention_loses_nothing,
+    assert_nothing_is_lost,
     assert_op_loses_nothing,
     poisoned,
     run,
@@ -115,6 +116,45 @@ def test_every_row_loses_nothing(op, name, place, value):
     for argument, x in inputs.items():
         if isinstance(x, torch.Tensor) and x.is_floating_point() and (op, argument) not in LEFT_OUT:
             assert_op_loses_nothing(op, name, inputs, argument, place, value)
+
+
+@pytest.mark.parametrize("head_dim", [32, 256])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_one_infinite_score(dtype, head_dim):
+    """Overflow one score: NaN is where the reference has it, and nowhere else."""
+    inputs = inputs_of("cross_attention")([2], [3], dtype, heads=1, head_dim=head_dim) | {"softmax_scale": 1e-3}
+    for name, row in (("q", 1), ("k", 2)):
+        inputs[name] = inputs[name].abs()
+        inputs[name][row] = 1e20
+    got, expected = (run("cross_attention", _attend, inputs, name) for name in ("cpu", "reference"))
+    assert_nothing_is_lost(got, expected, exactly=True)
+    assert expected["dv"].isnan().flatten(1).any(1).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("head_dim", [32, 256])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
+def test_large_scores_too_many_to_hold(dtype, head_dim, monkeypatch):
+    """Give a query a large score, and gradients are summed over blocks of queries, a few scores at a time."""
+    inputs = inputs_of("cross_attention")([40, 9], [50, 60], dtype, head_dim=head_dim)
+    inputs["q"] = inputs["q"].clone()
+    inputs["q"][5] *= 2.0**13
+    expected = run("cross_attention", _attend, inputs, "reference")
+    largest = []
+    monkeypatch.setattr(cpu, "MANY_SCORES", 500)
+    probabilities = cpu._probabilities
+
+    def watched(*arguments):
+        p = probabilities(*arguments)
+        largest.append(p[0].numel())
+        return p
+
+    monkeypatch.setattr(cpu, "_probabilities", watched)
+    got = run("cross_attention", _attend, inputs, "cpu")
+    assert len(largest) > 4
+    assert max(largest) <= 500
+    for name, x in expected.items():
+        error = (got[name].double() - x.double()).norm() / x.double().norm()
+        assert error < {F32: 1e-5, BF16: 2**-7, torch.float16: 2**-10}[dtype], name
 
 
 @pytest.mark.parametrize("score", [2.0**10, 2.0**15, 2.0**27, 2.0**37])  # exact, in whatever order they are summed

@@ -92,6 +92,17 @@ def test_a_convolution_and_its_gradients(dtype, channels, out_channels, kernel, 
     assert onednn.convolution_backward(dy, x, weight, stride, [True, False])[1] is None
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_gradients_without_onednn_are_rounded_once(dtype):
+    x, dy = torch.randn(2, 2, 32, 32, 64).to(dtype)
+    weight = torch.randn(64, 64, 3, 3, dtype=dtype)
+    exact = onednn.convolution_backward(dy.double(), x.double(), weight.double(), 1, [True, True])
+    with torch.backends.mkldnn.flags(enabled=False):
+        found = onednn.convolution_backward(dy, x, weight, 1, [True, True])
+    for got, expected in zip(found, exact, strict=True):
+        assert (got.double() - expected).norm() < BOUND[dtype] * expected.norm()
+
+
 def test_only_what_ends_within_a_tile_is_copied(monkeypatch):
     monkeypatch.setattr(onednn, "_has_amx", lambda: True)
     a, b = torch.randn(20, 33, dtype=BF16), torch.randn(33, 7, dtype=BF16)

@@ -71,6 +71,10 @@ def _scores_of(batch: Rows) -> tuple[int, int]:
     return length_k, (rows_q.stop - rows_q.start) // count * length_k
 
 
+def _blocks(rows: slice, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step))
+
+
 def _flash_wins(q: Tensor, batch: Rows) -> bool:
     length_k, scores = _scores_of(batch)
     if q.shape[1] == 0:  # without a head the flash kernel divides by zero
@@ -154,8 +158,7 @@ def _mend_masked(q: Tensor, k: Tensor, v: Tensor, count: int, softmax_scale: flo
     batch = (count, slice(0, q.shape[0]), slice(0, k.shape[0]))
     step = max(1, MANY_SCORES // _scores_of(batch)[0])  # queries whose scores fit, however many there are
     for rows_q, rows_k in _singles(batch):
-        for first in range(rows_q.start, rows_q.stop, step):
-            rows = slice(first, min(first + step, rows_q.stop))
+        for rows in _blocks(rows_q, step):
             if _is_suspect(lse[:, rows]):
                 _products_fwd(q, k, v, (1, rows, rows_k), softmax_scale, out, lse)
 
@@ -224,28 +227,48 @@ def cross_attention_with_lse_fwd(
     return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, with_lse=True)
 
 
+def _probabilities(q: Tensor, k: Tensor, lse: Tensor, softmax_scale: float) -> Tensor:
+    """Take the softmax of [heads, Lq, D], [heads, Lk, D] again, as the reference's backward does."""
+    scores = _product(q.float(), k.float().mT, softmax_scale)
+    infinite = lse == torch.inf
+    rest = torch.exp(scores - lse) if infinite.any() else None
+    p = torch.softmax(scores, -1, out=scores)
+    return p if rest is None else torch.where(infinite, rest, p)
+
+
 def _products_bwd(
     dout: Tensor,
     qkv: tuple[Tensor, Tensor, Tensor],
-    delta: Tensor,
+    stats: tuple[Tensor, Tensor],
     batch: Rows,
     softmax_scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    (q, k, v), (dq, dk, dv) = qkv, grads
+    (q, k, v), (lse, delta), (dq, dk, dv) = qkv, stats, grads
     dtype = _product_dtype(q.dtype)
+    length_k, scores = _scores_of(batch)
     for rows_q, rows_k in _singles(batch):
-        for heads in _head_groups(q.shape[1], _scores_of(batch)[1]):
-            q_h, k_h = _heads_first(q, rows_q, heads), _heads_first(k, rows_k, heads)
-            v_h, do_h = _heads_first(v, rows_k, heads).float(), _heads_first(dout, rows_q, heads).to(q.dtype)
-            p = _product(q_h.float(), k_h.float().mT, softmax_scale)
-            torch.softmax(p, -1, out=p)  # not from lse, which beside large scores has lost the sum
-            _product_into(_heads_first(dv, rows_k, heads), p.to(dtype).mT, do_h.to(dtype))
-            delta_h = delta[heads, rows_q, None]  # [heads, Lq, 1]
-            ds = torch.baddbmm(delta_h, do_h.float(), v_h.mT, beta=-1)  # [heads, Lq, Lk]
-            ds = ds.mul_(p).mul_(softmax_scale).to(dtype)
-            _product_into(_heads_first(dq, rows_q, heads), ds, k_h.to(dtype))
-            _product_into(_heads_first(dk, rows_k, heads), ds.mT, q_h.to(dtype))
+        for heads in _head_groups(q.shape[1], scores):
+            k_h, v_h, dk_h, dv_h = (_heads_first(x, rows_k, heads) for x in (k, v, dk, dv))
+            blocks = list(_blocks(rows_q, max(1, MANY_SCORES // length_k)))
+            sums = None
+            if len(blocks) > 1:
+                sums = [torch.zeros(x.shape, dtype=torch.float32) for x in (dk_h, dv_h)]
+            for rows in blocks:
+                q_h, do_h = _heads_first(q, rows, heads), _heads_first(dout, rows, heads).to(q.dtype)
+                p = _probabilities(q_h, k_h, lse[heads, rows, None], softmax_scale)
+                ds = torch.baddbmm(delta[heads, rows, None], do_h.float(), v_h.float().mT, beta=-1)  # [heads, Lq, Lk]
+                ds = ds.mul_(p).mul_(softmax_scale).to(dtype)
+                _product_into(_heads_first(dq, rows, heads), ds, k_h.to(dtype))
+                terms = (ds.mT, q_h.to(dtype)), (p.to(dtype).mT, do_h.to(dtype))
+                for i, (out, (a, b)) in enumerate(zip((dk_h, dv_h), terms, strict=True)):
+                    if sums is None:
+                        _product_into(out, a, b)
+                    else:
+                        sums[i] += onednn.matmul(a, b)
+            if sums is not None:
+                dk_h.copy_(sums[0])
+                dv_h.copy_(sums[1])
 
 
 def _flash_bwd(
@@ -291,5 +314,5 @@ def cross_attention_bwd(
         elif not by_products and _flash_wins(q, batch):
             dq[rows_q], dk[rows_k], dv[rows_k] = _flash_bwd(dout, qkv, out, lse, batch, softmax_scale)
         else:
-            _products_bwd(dout, qkv, delta, batch, softmax_scale, grads)
+            _products_bwd(dout, qkv, (lse, delta), batch, softmax_scale, grads)
     return dq, dk, dv
