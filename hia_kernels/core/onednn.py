@@ -11,8 +11,9 @@ where the image is one column wide. Zeros up to the third column make the result
 
 *Gradients of a 1 x 1 with stride 2* write past oneDNN's buffers (uxlfoundation/oneDNN#6035); see :func:`_seen`.
 
-*Convolutions in 16 bits without instructions for them* are not oneDNN's. PyTorch's own round after each of the nine
-taps of a gradient, and take up to 300 times as long as fp32 with a conversion before and after, as done here instead.
+*Convolutions in 16 bits without instructions for them* are not oneDNN's, nor are gradients in fp16. PyTorch's own may
+round after each of a gradient's nine taps, and are slower than fp32 with a conversion before and after, which is done
+here instead (docs/conv_norm_act.md, "CPU").
 """
 
 from __future__ import annotations
@@ -34,15 +35,20 @@ def _has_amx() -> bool:
 
 
 @cache
-def _multiplies_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+def _has_bf16() -> bool:
+    instructions = torch.cpu._is_avx512_bf16_supported() or _has_amx()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and instructions
+
+
+def multiplies_bf16() -> bool:
+    """Tell whether oneDNN is on and multiplies bf16 by instructions of this CPU."""
+    return torch.backends.mkldnn.enabled and _has_bf16()
 
 
 def _is_better_in_fp32(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    # gradients in fp16 PyTorch leaves to oneDNN nowhere
-    return x.dtype == torch.float16 or not (torch.backends.mkldnn.enabled and _multiplies_bf16())
+    """Tell whether a convolution would be PyTorch's own; in fp16 its gradients are, whatever the CPU has."""
+    is_pytorchs = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not multiplies_bf16())
+    return is_pytorchs and x.device.type == "cpu"
 
 
 def _missing(x: Tensor, terms: int, tile: int = TILE) -> int:

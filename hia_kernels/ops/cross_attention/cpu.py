@@ -92,10 +92,7 @@ def _head_groups(heads: int, scores: int) -> Iterator[slice]:
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of products of p or ds: bf16 where the CPU multiplies it, which halves their time."""
-    native = torch.backends.mkldnn.enabled and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return dtype if dtype == torch.bfloat16 and native else torch.float32
+    return dtype if dtype == torch.bfloat16 and onednn.multiplies_bf16() else torch.float32
 
 
 def _heads_first(x: Tensor, rows: slice, heads: slice) -> Tensor:
@@ -110,10 +107,12 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write a b of [heads, ., .] to out, where it lies: a fresh product costs a copy and its pages."""
+def _product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """Write a b of [heads, ., .] to out, where it lies: a fresh product costs a copy and its pages. Or add it."""
     a, b = onednn.whole_tiles(a, b)
-    if out.dtype == a.dtype:
+    if add:
+        out += torch.bmm(a, b)
+    elif out.dtype == a.dtype:
         torch.bmm(a, b, out=out)
     else:
         out.copy_(torch.bmm(a, b))
@@ -251,22 +250,17 @@ def _products_bwd(
         for heads in _head_groups(q.shape[1], scores):
             k_h, v_h, dk_h, dv_h = (_heads_first(x, rows_k, heads) for x in (k, v, dk, dv))
             blocks = list(_blocks(rows_q, max(1, MANY_SCORES // length_k)))
-            sums = None
-            if len(blocks) > 1:
-                sums = [torch.zeros(x.shape, dtype=torch.float32) for x in (dk_h, dv_h)]
+            several = len(blocks) > 1
+            sums = [torch.zeros(x.shape, dtype=torch.float32) if several else x for x in (dk_h, dv_h)]
             for rows in blocks:
                 q_h, do_h = _heads_first(q, rows, heads), _heads_first(dout, rows, heads).to(q.dtype)
                 p = _probabilities(q_h, k_h, lse[heads, rows, None], softmax_scale)
                 ds = torch.baddbmm(delta[heads, rows, None], do_h.float(), v_h.float().mT, beta=-1)  # [heads, Lq, Lk]
                 ds = ds.mul_(p).mul_(softmax_scale).to(dtype)
                 _product_into(_heads_first(dq, rows, heads), ds, k_h.to(dtype))
-                terms = (ds.mT, q_h.to(dtype)), (p.to(dtype).mT, do_h.to(dtype))
-                for i, (out, (a, b)) in enumerate(zip((dk_h, dv_h), terms, strict=True)):
-                    if sums is None:
-                        _product_into(out, a, b)
-                    else:
-                        sums[i] += onednn.matmul(a, b)
-            if sums is not None:
+                _product_into(sums[0], ds.mT, q_h.to(dtype), add=several)
+                _product_into(sums[1], p.to(dtype).mT, do_h.to(dtype), add=several)
+            if several:
                 dk_h.copy_(sums[0])
                 dv_h.copy_(sums[1])
 
@@ -301,8 +295,12 @@ def cross_attention_bwd(
     """Return the gradients of q, k, v; by products where the flash kernel, which knows no ``dlse``, would be wrong."""
     qkv, dout = (q, k, v), dout.to(q.dtype)
     batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
-    by_products = bool(dlse.any()) or _leaves_operands_out(softmax_scale) or _has_lost_digits(lse)
-    if len(batches) == 1 and not by_products and _flash_wins(q, batches[0]):
+    by_products = bool(dlse.any()) or _leaves_operands_out(softmax_scale)
+
+    def by_flash(batch: Rows) -> bool:
+        return not by_products and _flash_wins(q, batch) and not _has_lost_digits(lse[:, batch[1]])
+
+    if len(batches) == 1 and by_flash(batches[0]):
         dq, dk, dv = _flash_bwd(dout, qkv, out, lse, batches[0], softmax_scale)
         return dq, dk, dv
     delta = (dout.float() * out.float()).sum(-1).T - dlse  # [H, Tq]
@@ -311,7 +309,7 @@ def cross_attention_bwd(
         _, rows_q, rows_k = batch
         if rows_q.start == rows_q.stop or rows_k.start == rows_k.stop:
             dq[rows_q], dk[rows_k], dv[rows_k] = 0, 0, 0
-        elif not by_products and _flash_wins(q, batch):
+        elif by_flash(batch):
             dq[rows_q], dk[rows_k], dv[rows_k] = _flash_bwd(dout, qkv, out, lse, batch, softmax_scale)
         else:
             _products_bwd(dout, qkv, (lse, delta), batch, softmax_scale, grads)
