@@ -19,6 +19,7 @@ READY := check-python
 else
 PY    := $(VENV)/bin/python
 READY := $(STAMP) $(NATIVE)
+PEERS := build/peers/.asked
 endif
 
 # A development checkout works from its sources, installed or not.
@@ -56,7 +57,7 @@ gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes, 
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
 	  "$(or $(strip $(PYTHON)),python3)" -m bench gpu $(if $(OUT),--out "$(OUT)") $(if $(STEP),--only "$(STEP)") $(ARGS)
 
-test: $(READY) ## every test this machine can run; ARGS go to pytest; ISA=avx2|plain TIERS=cpu WORKERS=n
+test: $(READY) $(PEERS) ## every test this machine can run; ARGS go to pytest; ISA=avx2|plain TIERS=cpu WORKERS=n
 	$(RUN) tests/tiers.py $(if $(TIERS),--tiers $(TIERS)) $(if $(ISA),--isa $(ISA)) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)
 
 mutants: $(READY) ## seed faults into a copy, one at a time: each must fail a test; ARGS="--help" shows its options
@@ -123,6 +124,12 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	@if [ "$$(uname -s)" = Linux ] && ! "$(VENV)/bin/python" -c 'import triton' 2>/dev/null; then \
 	  "$(VENV)/bin/python" -m pip install --progress-bar off --no-deps "$(TRITON)" || echo "note: no $(TRITON) for this machine; its tests will be skipped"; \
 	fi
+	@touch "$@"
+
+# Signatures that tests hold our calls against; without them those tests are skipped.
+$(PEERS): tests/install_peers.py $(STAMP)
+	@mkdir -p $(@D); "$(VENV)/bin/python" tests/install_peers.py $(@D) || \
+	  echo "note: flash-attn 4 and xformers were not downloaded; what is tested against their signatures is skipped"
 	@touch "$@"
 
 # The package works without its native kernels, so a machine without a compiler gets a note. What was built before goes

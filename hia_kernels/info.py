@@ -19,19 +19,31 @@ from typing import Any
 import torch
 
 from . import __version__
-from .core import backend, settings
+from .core import backend, settings, tuning
 
 VARIABLES = ("HIA_BACKEND", *settings.CHOICES)
 DEVICE_OF = {  # in the matrix's order
     "triton": "CUDA",
     "cudnn": "CUDA",
     "cublas": "CUDA",
-    "sdpa": "CUDA",
+    "flash_attn": "CUDA",
+    "sdpa_flash": "CUDA",
+    "xformers": "CUDA",
+    "sdpa_efficient": "CUDA",
     "native": "x86-64",
     "cpu": "CPU",
     "reference": "any",
 }
-PACKAGES = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers", "transformers": "transformers"}
+MEASURED = ("conv_norm_act", "cross_attention")  # whose rows ask what was measured on the device
+NOT_MEASURED = "no backends were measured against each other on this device"
+PACKAGES = {
+    "triton": "triton",
+    "flash-attn": "flash_attn",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+    "xformers": "xformers",
+    "transformers": "transformers",
+}
 
 
 def _probe(read: Callable[[], Any]) -> Any:
@@ -47,7 +59,7 @@ def package_version(module: str) -> str:
     try:
         return str(getattr(importlib.import_module(module), "__version__", "installed, version unknown"))
     except ModuleNotFoundError as error:
-        if error.name == module:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             return "not installed"
         raise
 
@@ -115,6 +127,16 @@ def op_backends(table: backend.BackendTable) -> dict[str, list[str]]:
     return reasons
 
 
+def measured() -> dict[str, dict[str, int]]:
+    """Count the shapes at which each backend was measured to be the fastest on the first CUDA device, op by op."""
+    found: dict[str, dict[str, int]] = {op: {} for op in MEASURED}
+    if torch.cuda.is_available():
+        for name, best in tuning.backends_of(torch.device("cuda", 0)).items():
+            counts = found.setdefault(name.partition("/")[0], {})
+            counts[best] = counts.get(best, 0) + 1
+    return found
+
+
 def forcing(name: str) -> dict[str, list[str]]:
     """List what forcing a backend means, op by op.
 
@@ -139,6 +161,7 @@ def collect() -> dict[str, Any]:
         "devices": devices(),
         "environment": {name: os.environ.get(name) for name in VARIABLES} | {"in force": _probe(_in_force)},
         "ops": {op: op_backends(table) for op, table in sorted(backend.TABLES.items())},
+        "measured": _probe(measured),
         "forcing": {name: forcing(name) for name in backend.backend_names()[1:]},  # all but "auto"
     }
 
@@ -171,11 +194,24 @@ def _text(report: dict[str, Any]) -> str:
         for name, why in reasons.items():
             by_reason.setdefault("no: " + "; ".join(why) if why else "available", []).append(name)
         lines += [f"  {', '.join(names):<13} {verdict}" for verdict, names in by_reason.items()]
+    lines += ["auto", "  of every op: the first of its rows above that can serve the call"]
+    lines += _measured_lines(report["measured"])
     lines.append("forcing a backend: ops without a row of that name run auto")
     for name, found in report["forcing"].items():
         others = [f"{how}: {', '.join(ops)}" for how, ops in found.items() if ops and how != "forced"]
         lines.append(f"  {name:<13} {'; '.join(others) if others else 'every op has it'}")
     return "\n".join(lines)
+
+
+def _measured_lines(found: dict[str, dict[str, int]] | str) -> list[str]:
+    if isinstance(found, str):
+        return [f"  measurements: {found}"]
+    lines = []
+    for op, counts in found.items():
+        shapes = ", ".join(f"{name} at {count}" for name, count in sorted(counts.items()))
+        what = f"where it was measured on this device, the fastest ({shapes} shapes)" if counts else NOT_MEASURED
+        lines.append(f"  {op}: {what}")
+    return lines
 
 
 def support_matrix() -> str:

@@ -27,7 +27,7 @@ from ..records.targets import importance
 from ..workloads import CASES, RESOLUTIONS, Workload, gpu_workloads
 from ..workloads.conv_norm_act import resnet50_shapes
 from .ahead import print_compiled
-from .race import race, tune_shape
+from .race import race, race_attention, tune_shape
 from .search import Tuned, tune_workload
 
 FILE = "tuned.json"
@@ -55,6 +55,9 @@ class Session:
         with exact_matmuls():
             if isinstance(task, Workload):
                 tune_workload(task, self.dtype, self.tuned, self.clock, begin=lambda name: channel.say(name, name))
+                if task.op == "cross_attention":
+                    channel.say(f"backends at {task.op} {task.name}")
+                    race_attention(task, torch_dtype(self.dtype), self.tuned, self.clock)
             else:
                 dtype = torch_dtype(self.dtype)
                 tune_shape(task, dtype, self.tuned, self.clock, begin=lambda name: channel.say(name, name))

@@ -50,9 +50,9 @@ def like(of: str, shape: str, *, optional: bool = False) -> Arg:
     return Arg(shape, SAME, of, optional)
 
 
-def statistics(of: str, shape: str) -> Arg:
+def statistics(of: str, shape: str, *, optional: bool = False) -> Arg:
     """Require fp32, or fp64 if the argument ``of`` is fp64."""
-    return Arg(shape, STATISTICS, of)
+    return Arg(shape, STATISTICS, of, optional)
 
 
 class Contract:

@@ -108,6 +108,27 @@ def measured_backend(op: str, key: str, device: torch.device) -> str | None:
     return None if slug is None else stored_backends(slug).get(f"{op}/{key}")
 
 
+def backends_of(device: torch.device) -> dict[str, str]:
+    """Return the fastest backends on this device, {"<op>/<key>": name}; empty where none were measured.
+
+    Raises:
+        ValueError: the device's file is damaged.
+    """
+    slug = _slug_of(device)
+    return {} if slug is None else dict(stored_backends(slug))
+
+
+def has_backends(op: str, device: torch.device) -> bool:
+    """Tell whether backends of an op were measured against each other on this device, at any shape."""
+    slug = _slug_of(device)
+    return slug is not None and op in _ops_with_backends(slug)
+
+
+@cache
+def _ops_with_backends(slug: str) -> frozenset[str]:
+    return frozenset(name.partition("/")[0] for name in stored_backends(slug))
+
+
 def cdiv(size: int, part: int) -> int:
     """Divide, rounding up, as ``triton.cdiv`` does, which takes the host two microseconds a call."""
     return -(-size // part)

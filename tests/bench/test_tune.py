@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import types
 
@@ -18,10 +19,12 @@ from bench.records import files
 from bench.tune import race as races
 from bench.tune import run as tune_run
 from bench.tune import search as tune
+from bench.workloads import gpu_workloads
 from bench.workloads.conv_norm_act import resnet50_shapes
-from hia_kernels.core import tuning
+from hia_kernels.core import backend, tuning
 from hia_kernels.ops.conv_norm_act import cpu
 from hia_kernels.ops.conv_norm_act.inputs import Shape
+from hia_kernels.ops.cross_attention import inputs as attention
 
 DEVICE = torch.device("cuda", 0)
 HEURISTIC = {"BLOCK_R": 8, "num_warps": 4, "num_stages": 2}
@@ -281,3 +284,43 @@ def test_a_key_that_breaks_the_device_costs_itself_alone(run_without_gpu, capsys
 def test_tuning_ends_when_the_time_is_over(run_without_gpu, capsys):
     assert tune_run.run(run_without_gpu, "bf16", minutes=-1.0, jobs=1, out=None, record=False) == 0
     assert "the time is over, 2 of 2 tasks were not begun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("faster", ["cpu", "reference"])
+def test_backends_of_attention_race_forward_and_backward(faster, monkeypatch):
+    """Keep the fastest for each pass; what has no deterministic gradients does not race for them."""
+    monkeypatch.setitem(races.CANDIDATES, "cross_attention", ("reference", "cudnn", "cpu"))
+    workload = next(one for one in gpu_workloads() if one.op == "cross_attention")
+    small = dataclasses.replace(workload.shape, lengths_q=(6, 6), lengths_k=(20, 20), heads=2, head_dim=32)
+    inputs = attention.make_inputs(small, torch.float32)
+    monkeypatch.setattr(races, "make_inputs", lambda *_: inputs)
+    served = []
+
+    def clock(call, _times):
+        call()
+        served.append(hia_kernels.last_backend("cross_attention"))
+        return 1.0 if served[-1] == faster else 2.0
+
+    tuned = tune.Tuned()
+    sizes = "b2-q8-k32-h2-d32-float32"
+    names = [f"cross_attention/{mode}-{sizes}" for mode in ("fwd", "bwd")]
+    assert races.race_attention(workload, torch.float32, tuned, clock, "cpu", BUDGET) == names
+    assert tuned.backends == dict.fromkeys(names, faster) and set(served) == {"cpu", "reference"}
+    assert races.race_attention(workload, torch.float32, tuned, None, "cpu") == []
+
+
+def test_a_wrong_gradient_does_not_race(monkeypatch):
+    monkeypatch.setitem(races.CANDIDATES, "cross_attention", ("reference", "cpu"))
+    workload = next(one for one in gpu_workloads() if one.op == "cross_attention")
+    small = dataclasses.replace(workload.shape, lengths_q=(6,), lengths_k=(20,), heads=2, head_dim=32)
+    inputs = attention.make_inputs(small, torch.float32)
+    monkeypatch.setattr(races, "make_inputs", lambda *_: inputs)
+    row = backend.TABLES["cross_attention"].row("cpu")
+    right = row.functions["cross_attention_bwd"]
+    wrong = {**row.functions, "cross_attention_bwd": lambda *args: tuple(2 * grad for grad in right(*args))}
+    others = [one for one in backend.TABLES["cross_attention"].backends if one.name != "cpu"]
+    changed = dataclasses.replace(row, functions=wrong)
+    monkeypatch.setattr(backend.TABLES["cross_attention"], "backends", [changed, *others])
+    tuned = tune.Tuned()
+    decided = races.race_attention(workload, torch.float32, tuned, lambda call, _: call() and 1.0, "cpu", BUDGET)
+    assert decided == ["cross_attention/fwd-b1-q8-k32-h2-d32-float32"]

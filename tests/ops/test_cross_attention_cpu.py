@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hia_kernels import cross_attention, cross_attention_with_lse, last_backend, use_backend
 from hia_kernels.core import triton_support
-from hia_kernels.ops.cross_attention import cpu, library, sdpa
+from hia_kernels.ops.cross_attention import cpu
 from hia_kernels.ops.cross_attention.inputs import packing
 from hia_kernels.ops.cross_attention.reference import cross_attention_bwd_ref as backward_ref
 from hia_kernels.ops.cross_attention.reference import cross_attention_ref, cross_attention_with_lse_ref
@@ -156,27 +155,6 @@ def test_reasons_why_not():
 
     meta = make_inputs([3], [4], torch.float32, "meta")
     assert cpu.unsupported_reasons(OP, **meta) == ["tensors must be on the CPU, got meta"]
-
-
-def test_reasons_why_not_sdpa():
-    """Read the reasons for CUDA, after Triton, without gradients, without such a device."""
-
-    def reasons(lengths_q, lengths_k, dtype):
-        inputs = make_inputs(lengths_q, lengths_k, dtype).items()
-        with FakeTensorMode():
-            found = {
-                name: torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
-                for name, x in inputs
-            }
-            return " ".join(sdpa.unsupported_reasons(OP, **found))
-
-    assert not reasons([3, 3], [4, 4], torch.float16)
-    for lengths in (([3, 2], [4, 4]), ([3, 3], [4, 1]), ([], [])):
-        assert "must have max_seqlen_q queries and max_seqlen_k keys" in reasons(*lengths, torch.float16)
-    assert "must be float16 or bfloat16, got float32" in reasons([3, 3], [4, 4], torch.float32)
-    here = make_inputs([3], [4], torch.float16)
-    assert sdpa.unsupported_reasons(OP, **here) == ["tensors must be on a CUDA device, got cpu"]
-    assert f"{OP}_bwd" not in library.BACKENDS.row("sdpa").functions
 
 
 def test_a_scale_of_zero_hides_nothing():

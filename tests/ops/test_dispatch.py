@@ -128,7 +128,9 @@ class TestBackendChoice:
             served(only_fast, 30)
 
     def test_names_are_those_of_the_rows(self, two_backends, monkeypatch):
-        names = "auto, cpu, cublas, cuda, cudnn, native, reference, sdpa, triton"  # cuda: of the table above
+        # cuda: of the table above
+        names = "auto, cpu, cublas, cuda, cudnn, flash_attn, native, reference, sdpa_efficient, sdpa_flash, triton"
+        names += ", xformers"
         assert ", ".join(backend.backend_names()) == names
         message = f"^use_backend: name must be one of {names}, got 'mps'$"
         with pytest.raises(ValueError, match=message), use_backend("mps"):

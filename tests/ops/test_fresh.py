@@ -7,7 +7,6 @@ import hia_kernels
 from hia_kernels import use_backend
 from hia_kernels.core.fresh import channels_last, reshaped
 from hia_kernels.ops.conv_norm_act import conv_norm_act_packed, pack_conv
-from hia_kernels.ops.cross_attention import sdpa
 from tests.inputs import OPS, small_inputs
 from tests.ops.fresh import assert_can_be_written_to, calls
 from tests.ops.harness import assert_fresh, skip_unless_here
@@ -59,35 +58,6 @@ def test_the_log_sum_exp_of_rows_in_place_is_no_view():
     for name in ("auto", "reference"):
         with use_backend(name):
             assert_fresh({"scores": scores}, [hia_kernels.row_softmax_(scores, 0.5)], {})
-
-
-def test_sdpa_returns_no_views(monkeypatch):
-    """Let PyTorch's CPU kernel stand for the one that CUDA has."""
-
-    def kernel(q, k, v, bias, with_lse, scale):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-        return out, torch.nn.functional.pad(lse, (0, 5)) if with_lse else lse[..., :0]
-
-    for lengths in ([7], [5, 5]):
-        q, cu_seqlens = torch.randn(sum(lengths), 2, 32), torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        arguments = (q, q.clone(), q.clone(), cu_seqlens, cu_seqlens, lengths[0], lengths[0], 0.2)
-        with use_backend("reference"):
-            expected = torch.ops.hia.cross_attention_with_lse(*arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", kernel)
-            got = (*sdpa.cross_attention_with_lse_fwd(*arguments), sdpa.cross_attention_fwd(*arguments))
-        for x, y in zip(got, (*expected, expected[0]), strict=True):
-            torch.testing.assert_close(x, y)
-            assert x.is_contiguous() and not x._is_view()
-
-
-@pytest.mark.parametrize("queries", [0, 7])
-def test_sdpa_is_not_asked_for_empty_sequences(queries, monkeypatch):
-    monkeypatch.setattr("hia_kernels.core.devices.not_cuda_reasons", lambda tensor: [])
-    q, k = torch.ones(queries, 2, 32, dtype=torch.float16), torch.ones(7 - queries, 2, 32, dtype=torch.float16)
-    cu_seqlens = torch.zeros(2, dtype=torch.int32)
-    reasons = sdpa.unsupported_reasons("cross_attention", q, k, cu_seqlens, queries, 7 - queries)
-    assert reasons == ["all sequences must have max_seqlen_q queries and max_seqlen_k keys, at least one each"]
 
 
 def test_reshaped_shares_memory_and_is_no_view():

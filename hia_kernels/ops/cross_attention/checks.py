@@ -21,7 +21,7 @@ _INPUTS = {
 }
 _RESULTS = {
     "dout": like("q", "Tq H D"),
-    "dlse": statistics("q", "H Tq"),
+    "dlse": statistics("q", "H Tq", optional=True),
     "out": like("q", "Tq H D"),
     "lse": statistics("q", "H Tq"),
 }

@@ -280,7 +280,7 @@ def _flash_bwd(
 
 def cross_attention_bwd(
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -295,7 +295,7 @@ def cross_attention_bwd(
     """Return the gradients of q, k, v; by products where the flash kernel, which knows no ``dlse``, would be wrong."""
     qkv, dout = (q, k, v), dout.to(q.dtype)
     batches = list(_batches(cu_seqlens_q, cu_seqlens_k))
-    by_products = bool(dlse.any()) or _leaves_operands_out(softmax_scale)
+    by_products = (dlse is not None and bool(dlse.any())) or _leaves_operands_out(softmax_scale)
 
     def by_flash(batch: Rows) -> bool:
         return not by_products and _flash_wins(q, batch) and not _has_lost_digits(lse[:, batch[1]])
@@ -303,7 +303,9 @@ def cross_attention_bwd(
     if len(batches) == 1 and by_flash(batches[0]):
         dq, dk, dv = _flash_bwd(dout, qkv, out, lse, batches[0], softmax_scale)
         return dq, dk, dv
-    delta = (dout.float() * out.float()).sum(-1).T - dlse  # [H, Tq]
+    delta = (dout.float() * out.float()).sum(-1).T  # [H, Tq]
+    if dlse is not None:
+        delta = delta - dlse
     dq, dk, dv = grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in qkv)
     for batch in batches:
         _, rows_q, rows_k = batch

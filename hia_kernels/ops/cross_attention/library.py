@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...core import autocast, registration, triton_support
 from ...core.backend import Backend, register_table
-from . import checks, cpu, sdpa
+from . import checks, cpu, cudnn, flash_attn, measured, sdpa, xformers
 from .reference import cross_attention_bwd_ref, cross_attention_ref, cross_attention_with_lse_ref
 
 _PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale"
@@ -17,11 +17,12 @@ registration.define(
 )
 registration.define(
     "cross_attention_bwd",
-    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" {_PACKING}) -> (Tensor, Tensor, Tensor)",
     checks.check_bwd,
 )
 
+OP = "cross_attention"
 _TRITON = "hia_kernels.ops.cross_attention.triton"
 
 
@@ -29,44 +30,77 @@ def _triton_unsupported(function, q, **rest):
     return triton_support.device_reasons(q)
 
 
+def _row(name, forward, with_lse, backward, *reasons):
+    functions = {OP: forward, f"{OP}_with_lse": with_lse, f"{OP}_bwd": backward}
+    return Backend(name, functions, *reasons)
+
+
+# On a GPU, the order that auto keeps to where nothing was measured on the device: first ours, which alone gives a
+# packed sequence the bits that it has alone, then newer kernels before older ones (docs/cross_attention.md).
 BACKENDS = register_table(
-    "cross_attention",
-    Backend(
+    OP,
+    _row(
         "triton",
-        {
-            "cross_attention": triton_support.lazy(f"{_TRITON}_fwd", "cross_attention_fwd"),
-            "cross_attention_with_lse": triton_support.lazy(f"{_TRITON}_fwd", "cross_attention_with_lse_fwd"),
-            "cross_attention_bwd": triton_support.lazy(f"{_TRITON}_bwd", "cross_attention_bwd"),
-        },
+        triton_support.lazy(f"{_TRITON}_fwd", "cross_attention_fwd"),
+        triton_support.lazy(f"{_TRITON}_fwd", "cross_attention_with_lse_fwd"),
+        triton_support.lazy(f"{_TRITON}_bwd", "cross_attention_bwd"),
         _triton_unsupported,
         triton_support.unavailable_reasons,
+        measured.slower_reasons("triton"),
     ),
-    Backend(
-        "sdpa",
-        {
-            "cross_attention": sdpa.cross_attention_fwd,
-            "cross_attention_with_lse": sdpa.cross_attention_with_lse_fwd,
-        },
-        sdpa.unsupported_reasons,
+    _row(
+        "flash_attn",
+        flash_attn.cross_attention_fwd,
+        flash_attn.cross_attention_with_lse_fwd,
+        flash_attn.cross_attention_bwd,
+        flash_attn.unsupported_reasons,
+        flash_attn.unavailable_reasons,
+        measured.slower_reasons("flash_attn"),
+    ),
+    _row(
+        "cudnn",
+        cudnn.cross_attention_fwd,
+        cudnn.cross_attention_with_lse_fwd,
+        cudnn.cross_attention_bwd,
+        cudnn.unsupported_reasons,
+        cudnn.unavailable_reasons,
+        measured.slower_reasons("cudnn"),
+    ),
+    _row(
+        "sdpa_flash",
+        sdpa.flash_fwd,
+        sdpa.flash_with_lse_fwd,
+        sdpa.flash_bwd,
+        sdpa.flash_unsupported_reasons,
         sdpa.unavailable_reasons,
+        measured.slower_reasons("sdpa_flash"),
     ),
-    Backend(
+    _row(
+        "xformers",
+        xformers.cross_attention_fwd,
+        xformers.cross_attention_with_lse_fwd,
+        xformers.cross_attention_bwd,
+        xformers.unsupported_reasons,
+        xformers.unavailable_reasons,
+        measured.slower_reasons("xformers"),
+    ),
+    _row(
+        "sdpa_efficient",
+        sdpa.efficient_fwd,
+        sdpa.efficient_with_lse_fwd,
+        sdpa.efficient_bwd,
+        sdpa.efficient_unsupported_reasons,
+        sdpa.unavailable_reasons,
+        measured.slower_reasons("sdpa_efficient"),
+    ),
+    _row(
         "cpu",
-        {
-            "cross_attention": cpu.cross_attention_fwd,
-            "cross_attention_with_lse": cpu.cross_attention_with_lse_fwd,
-            "cross_attention_bwd": cpu.cross_attention_bwd,
-        },
+        cpu.cross_attention_fwd,
+        cpu.cross_attention_with_lse_fwd,
+        cpu.cross_attention_bwd,
         cpu.unsupported_reasons,
     ),
-    Backend(
-        "reference",
-        {
-            "cross_attention": cross_attention_ref,
-            "cross_attention_with_lse": cross_attention_with_lse_ref,
-            "cross_attention_bwd": cross_attention_bwd_ref,
-        },
-    ),
+    _row("reference", cross_attention_ref, cross_attention_with_lse_ref, cross_attention_bwd_ref),
 )
 
 
@@ -94,11 +128,13 @@ def _bwd_fake(dout, dlse, q, k, v, *rest):
 def _setup_context(ctx, inputs, output):
     q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, *output)
+    ctx.set_materialize_grads(False)  # mostly none arrives at lse, and some backends take none
 
 
 def _backward(ctx, dout, dlse):
     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
     packing = (cu_seqlens_q, cu_seqlens_k, *ctx.scalars)
+    dout = torch.zeros_like(out) if dout is None else dout
     grads = torch.ops.hia.cross_attention_bwd(dout, dlse, q, k, v, out, lse, *packing)
     return (*grads, None, None, None, None, None)
 

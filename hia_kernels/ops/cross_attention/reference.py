@@ -66,7 +66,7 @@ def cross_attention_ref(
 
 def cross_attention_bwd_ref(
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,7 +78,7 @@ def cross_attention_bwd_ref(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v. ``dlse``: [H, Tq], the gradient that arrives at lse (zeros if none does).
+    """Return the gradients of q, k, v. ``dlse``: [H, Tq], the gradient that arrives at lse (None if none does).
 
     p is the softmax again: beside large scores ``lse`` has lost the sum. Only a query with an infinite score, which has
     no softmax, keeps exp(scores - lse), so that its NaN is where that of kernels which know nothing else is.
@@ -91,7 +91,9 @@ def cross_attention_bwd_ref(
         do_b, o_b = _heads_first(dout, rows_q), _heads_first(out, rows_q)
         scores, lse_b = q_b @ k_b.mT * softmax_scale, lse[:, rows_q, None]
         p = torch.where(lse_b == torch.inf, torch.exp(scores - lse_b), torch.softmax(scores, dim=-1))  # [H, Lq, Lk]
-        delta = (do_b * o_b).sum(-1) - dlse[:, rows_q]  # [H, Lq]
+        delta = (do_b * o_b).sum(-1)  # [H, Lq]
+        if dlse is not None:
+            delta = delta - dlse[:, rows_q]
         ds = p * (do_b @ v_b.mT - delta[..., None]) * softmax_scale
         dq[rows_q] = (ds @ k_b).transpose(0, 1).to(q.dtype)
         dk[rows_k] = (ds.mT @ q_b).transpose(0, 1).to(k.dtype)

@@ -1,4 +1,4 @@
-"""``cross_attention`` by PyTorch's memory-efficient kernel on CUDA: forward alone, for sequences of equal lengths."""
+"""``cross_attention`` by the kernels behind PyTorch's SDPA on CUDA: flash (FlashAttention-2) and memory-efficient."""
 
 from __future__ import annotations
 
@@ -7,58 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import cublas, devices
+from ...core import determinism
 from ...core.fresh import reshaped
+from . import external
+from .external import unavailable_reasons as unavailable_reasons
 
-unavailable_reasons = cublas.unavailable_reasons  # a device that torch can see
-
-
-def unsupported_reasons(
-    function: str, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqlen_k: int, **rest: Any
-) -> list[str]:
-    """Return why PyTorch's kernel can't serve a call; values of cu_seqlens are not read."""
-    found = devices.not_cuda_reasons(q)
-    if found:
-        return found
-    if q.element_size() != 2:
-        found.append(f"tensors must be float16 or bfloat16, got {str(q.dtype).removeprefix('torch.')}")
-    sequences = cu_seqlens_q.numel() - 1
-    lengths = (sequences * max_seqlen_q, sequences * max_seqlen_k)
-    if q.numel() == 0 or k.numel() == 0 or (q.shape[0], k.shape[0]) != lengths:
-        found.append("all sequences must have max_seqlen_q queries and max_seqlen_k keys, at least one each")
-    return found
+MAX_FLASH_HEAD_DIM = 256  # pytorch, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp
+MAX_EFFICIENT_HEAD_DIM = 65536
+LSE_PADDING = 32  # the memory-efficient kernel rounds the queries of lse up to it
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, *, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    lengths = (max_seqlen_q, max_seqlen_k, max_seqlen_k)
-    triple = [x.unflatten(0, (-1, length)).transpose(1, 2) for x, length in zip((q, k, v), lengths, strict=True)]
-    triple = [x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous() for x in triple]
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, lse, *_ = kernel(*triple, None, with_lse, scale=softmax_scale)
-    out = reshaped(out.transpose(1, 2).contiguous(), *q.shape)
-    if not with_lse:
-        return out, lse
-    lse = lse[..., :max_seqlen_q].transpose(0, 1).clone(memory_format=torch.contiguous_format)  # it pads the queries
-    return out, reshaped(lse, *q.shape[1::-1])
+def flash_unsupported_reasons(function: str, **arguments: Any) -> list[str]:
+    """Return why the flash kernel can't serve a call."""
+    found = external.unsupported_reasons(max_head_dim=MAX_FLASH_HEAD_DIM, **arguments)
+    return found or external.too_old_reasons(arguments["q"], (8, 0))
 
 
-def cross_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-) -> Tensor:
+def efficient_unsupported_reasons(function: str, **arguments: Any) -> list[str]:
+    """Return why the memory-efficient kernel can't serve a call."""
+    return external.unsupported_reasons(max_head_dim=MAX_EFFICIENT_HEAD_DIM, **arguments)
+
+
+def flash_fwd(*args: Any) -> Tensor:
     """Return out [Tq, H, D], dtype of ``q``."""
-    return _forward(q, k, v, max_seqlen_q, max_seqlen_k, softmax_scale, with_lse=False)[0]
+    return flash_with_lse_fwd(*args)[0]
 
 
-def cross_attention_with_lse_fwd(
+def flash_with_lse_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -69,4 +44,67 @@ def cross_attention_with_lse_fwd(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return out [Tq, H, D], lse [H, Tq] fp32."""
-    return _forward(q, k, v, max_seqlen_q, max_seqlen_k, softmax_scale, with_lse=True)
+    q, k, v = map(external.readable, (q, k, v))
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    kernel = torch.ops.aten._flash_attention_forward
+    out, lse, *_ = kernel(q, k, v, *packing, 0.0, False, False, scale=softmax_scale)
+    lse = lse.contiguous()
+    external.mend_forward(out, lse, k, packing)
+    return out, lse
+
+
+def flash_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v."""
+    packing, softmax_scale = rest[:4], rest[4]
+    dout, q, k, v, out = map(external.readable, (dout, q, k, v, out))
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    kernel = torch.ops.aten._flash_attention_backward
+    with determinism.strict():
+        grads = kernel(dout, q, k, v, out, lse, *packing, 0.0, False, state, unused, scale=softmax_scale)
+    external.mend_backward(grads, packing)
+    return tuple(grads)
+
+
+def efficient_fwd(*args: Any) -> Tensor:
+    """Return out [Tq, H, D], dtype of ``q``."""
+    return efficient_with_lse_fwd(*args)[0]
+
+
+def efficient_with_lse_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return out [Tq, H, D], lse [H, Tq] fp32."""
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    one = [external.readable(x)[None] for x in (q, k, v)]  # [1, T, H, D]
+    kernel = torch.ops.aten._efficient_attention_forward
+    out, lse, *_ = kernel(*one, None, *packing, 0.0, 0, True, scale=softmax_scale)
+    out, lse = reshaped(out.contiguous(), *q.shape), external.packed_lse(lse, cu_seqlens_q, q.shape[0])
+    external.mend_forward(out, lse, k, packing)
+    return out, lse
+
+
+def efficient_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v."""
+    packing, softmax_scale = rest[:4], rest[4]
+    dout, q, k, v, out = (external.readable(x)[None] for x in (dout, q, k, v, out))
+    lse = external.padded_lse(lse, packing[0], -(-packing[2] // LSE_PADDING) * LSE_PADDING)
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of
+    kernel = torch.ops.aten._efficient_attention_backward
+    # several splits of the keys would add to dq in any order
+    options = {"scale": softmax_scale, "num_splits_key": 1}
+    grads = kernel(dout, q, k, v, None, out, *packing, lse, 0.0, seed, seed, 0, False, **options)
+    dq, dk, dv = (reshaped(grad.contiguous(), *grad.shape[1:]) for grad in grads[:3])
+    external.mend_backward((dq, dk, dv), packing)
+    return dq, dk, dv

@@ -363,7 +363,7 @@ def _lse_and_delta(dout, out, lse, dlse, factor, packing, grads):
         dout_ptr=dout,
         out_ptr=out,
         lse_ptr=lse.contiguous(),
-        dlse_ptr=dlse.contiguous(),
+        dlse_ptr=torch.zeros_like(lse) if dlse is None else dlse.contiguous(),
         lse_delta_ptr=lse_delta,
         **packing,
         dq_ptr=dq,
