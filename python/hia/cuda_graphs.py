@@ -211,8 +211,10 @@ class GraphCache:
         graph = None if size is None else size.graphs.get(call.part)
         if graph is not None and graph.weights == call.weights:
             return graph.replay
-        if graph is not None:
-            del size, graph  # or the last graph's memory would outlive it
+        del size, graph  # or the last graph's memory would outlive it
+        others = [size.graphs.get(call.part) for size in self._sizes.values()]
+        if any(one is not None and one.weights != call.weights for one in others):
+            del others
             self._drop(lambda part: part == call.part)
         return self._captured(call) if self._is_due((call.size, call.part)) else None
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-import time
 import warnings
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hia_kernels
@@ -22,36 +19,8 @@ from hia.encoder import encoder as encoder_module
 from hia.encoder import memory
 from hia.encoder.cuda_graphs import EncoderGraphs
 from hia.encoder.encoder import Encoder
+from tests.hia.captures import Recorder
 from tests.hia.encoders import WINDOW, encoder_of, pixels_of, sides_of, without_graphs
-
-
-class Recorder:
-    """Captures by remembering the function; a replay computes it again, into the same memory."""
-
-    def __init__(self, fails: Callable[[Sequence[Tensor]], bool] = lambda inputs: False):
-        self.nbytes = 100
-        self.fails = fails
-        self.captured, self.replays, self.running = [], 0, 0
-
-    def __call__(self, function, inputs):
-        if self.fails(inputs):
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.captured.append(tuple(inputs[0].shape))
-        out = function(*inputs)
-
-        def replay():
-            assert self.running == 0, "replays share memory"
-            self.running += 1
-            time.sleep(0.001)
-            self.replays += 1
-            out.copy_(function(*inputs))
-            self.running -= 1
-            return out
-
-        return replay
-
-    def release(self):
-        self.nbytes = 0
 
 
 def recorded(recorder: Recorder | None = None, kept: int = 4, **changes) -> tuple[Encoder, Recorder]:

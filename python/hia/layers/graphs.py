@@ -29,6 +29,7 @@ from .injection import Injection
 from .layout import CallLayout
 
 LONGEST_SECONDS = 2e-3  # by the plan's estimate: kernels that take longer hide their launches, 1.3 ms of a host's time
+LARGEST_COPY = 2**27  # bytes read of the features, which a replay copies first: 0.1 ms, and memory of every size kept
 UNFOLDED = "there are no folded weights"
 
 
@@ -257,6 +258,8 @@ class LayerGraphs:
         call = call_of(layer, rows, features, layout, weights)
         if call.seconds > LONGEST_SECONDS:
             found.append(f"the kernels are estimated to take more than {LONGEST_SECONDS * 1e3:g} ms")
+        if call.source.nbytes > LARGEST_COPY:
+            found.append(f"more than {LARGEST_COPY} bytes are read of the features")
         return call, found
 
 
