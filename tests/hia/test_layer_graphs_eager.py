@@ -1,4 +1,4 @@
-"""Where graphs of extract and inject cannot serve, a call runs kernel by kernel, and the reason is told."""
+"""Calls that graphs of extract and inject cannot serve: they run kernel by kernel, and the reason is told."""
 
 from __future__ import annotations
 

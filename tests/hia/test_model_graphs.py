@@ -17,11 +17,6 @@ from tests.hia.hosts import stir, tiny_config, tiny_llava
 from tests.hia.test_plan import FORMS, available, kept_by
 
 QUESTIONS = ("is there a fracture?", "what changed between the two studies of the chest?", "compare left?", "old?")
-    "is there a fracture?",
-    "what changed between the two studies of the chest?",
-    "compare left?",
-    "old lesion?",
-)
 
 
 @pytest.fixture(params=["paper", "released"])
