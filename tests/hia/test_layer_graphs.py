@@ -219,6 +219,20 @@ def test_without_folded_weights_there_are_no_graphs():
 
 
 @torch.no_grad()
+def test_moved_weights_leave_no_graphs_where_they_were():
+    adapter = adapter_of()
+    recorder = recorded(adapter)
+    (hidden, layout), maps = question(1), maps_of()
+    for move in (lambda: adapter.to(torch.float64).to(torch.float32), lambda: adapter.to("meta")):
+        adapter.fold_weights()
+        for _ in range(2):
+            both(adapter, hidden, maps, layout)
+        assert len(sizes_of(adapter)) == 1 and adapter.graphs.nbytes > 0
+        move()
+        assert sizes_of(adapter) == [] and adapter.graphs.nbytes == recorder.nbytes == 0
+
+
+@torch.no_grad()
 def test_the_size_unused_for_longest_goes():
     adapter = adapter_of()
     recorder = recorded(adapter, kept=2)

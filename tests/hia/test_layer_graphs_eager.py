@@ -51,6 +51,14 @@ def hooked(adapter):
 
 
 @contextmanager
+def wrapped(adapter):
+    injection = adapter.layer(2).injection
+    injection.forward = lambda *args, forward=injection.forward: forward(*args)
+    yield
+    del injection.forward
+
+
+@contextmanager
 def for_cuda(adapter):
     adapter.graphs.device_type = "cuda"
     yield
@@ -78,6 +86,7 @@ EAGER = {  # context, and the reason given there
     ),
     "training": (training, "the layer is in training mode"),
     "hooks": (hooked, "there are hooks on what a replay does not call"),
+    "wrapped": (wrapped, "there are hooks on what a replay does not call"),
     "unfolded": (unfolded, "there are no folded weights"),
     "long": (lambda _: patched(graphs, "LONGEST_SECONDS", 1e-5), "the kernels are estimated to take more than 0.01 ms"),
     "large": (lambda _: patched(graphs, "LARGEST_COPY", 1000), "more than 1000 bytes are read of the features"),

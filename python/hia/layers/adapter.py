@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +77,12 @@ class HiAAdapter(nn.Module):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HiAAdapter:
+        """Cast or move the weights, and drop the graphs, which read them where they were."""
+        super()._apply(fn, recurse)
+        self.graphs.clear()
+        return self
+
     def set_plan(self, plan: str) -> None:
         """Choose the exact forms of the maths.
 
@@ -111,6 +120,7 @@ class HiAAdapter(nn.Module):
         """Fold and pack the weights for inference, in the encoder and in every layer."""
         for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
             module.fold_weights()
+        self.graphs.clear()  # they hold the weights that were folded before
 
     def unfold_weights(self) -> None:
         """Drop what :meth:`fold_weights` made; the parameters were never touched."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -243,7 +243,7 @@ class LayerGraphs:
         modules = (layer.extractor, layer.injection)
         if layer.training or any(module.training for module in modules):
             found.append("the layer is in training mode")
-        if _has_any_global_hook() or any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        if _has_any_global_hook() or any(_is_hooked(module) for module in modules):
             found.append("there are hooks on what a replay does not call")
         if any(type(x) is not Tensor or x.device != rows.device for x in (features.tokens, layout.visual_rows)):
             found.append("features or layout are elsewhere, or no plain tensors")
@@ -261,6 +261,11 @@ class LayerGraphs:
         if call.source.nbytes > LARGEST_COPY:
             found.append(f"more than {LARGEST_COPY} bytes are read of the features")
         return call, found
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Tell whether a call runs more than the module's own forward, as accelerate's and FSDP2's do."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def call_of(layer: Layer, rows: Tensor, features: PackedFeatures, layout: CallLayout, weights: Weights) -> LayerCall:
