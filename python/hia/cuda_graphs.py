@@ -162,7 +162,7 @@ class GraphCache:
         self.device_type, self.kept = device_type, kept
         self._sizes: OrderedDict[Key, _Size] = OrderedDict()  # used last is last
         self._waits: OrderedDict[tuple[Key, Hashable], int] = OrderedDict()  # calls to come before a capture
-        self._refused: set[tuple[Key, Hashable]] = set()
+        self._refused: set[Key] = set()  # where one part can't be captured the others can't
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None  # behind the latest replay
 
@@ -216,12 +216,12 @@ class GraphCache:
         if any(one is not None and one.weights != call.weights for one in others):
             del others
             self._drop(lambda part: part == call.part)
-        return self._captured(call) if self._is_due((call.size, call.part)) else None
+        if call.size in self._refused or not self._is_due((call.size, call.part)):
+            return None
+        return self._captured(call)
 
     def _is_due(self, key: tuple[Key, Hashable]) -> bool:
         """Count a call without a graph; whether it is the one to capture."""
-        if key in self._refused:
-            return False
         waits = self._waits.pop(key, 1)
         if waits == 0:
             return True
@@ -242,7 +242,7 @@ class GraphCache:
                 call.fill(size.buffers)
                 replay = self.capture(call.compute, size.buffers)
             except RuntimeError as error:
-                self._refused.add((call.size, call.part))
+                self._refused.add(call.size)
                 message = f"hia: no CUDA graph of {call.describe()}, which stay slower to launch: {error}"
                 warnings.warn(message, stacklevel=2)
                 return None

@@ -56,11 +56,12 @@ ISSUED = [  # operators, views and launches of Triton kernels
 @pytest.mark.parametrize(("case", "kept", "form", "eager"), ISSUED)
 @torch.no_grad()
 def test_a_replay_leaves_the_host_five_operators_and_one_launch(case, kept, form, eager, monkeypatch):
-    issued, add = Issued(), Recording.add
+    issued, add, kernels = Issued(), Recording.add, []
 
-    def counted(recording, *launch):
+    def counted(recording, launch, grid):
         issued.launches += 1
-        add(recording, *launch)
+        kernels.append((launch.kernel, launch.configuration, grid))
+        add(recording, launch, grid)
 
     monkeypatch.setattr(Recording, "add", counted)
     workload = next(one for one in workloads("second_question") if one.name == case)
@@ -73,9 +74,12 @@ def test_a_replay_leaves_the_host_five_operators_and_one_launch(case, kept, form
         weights = Weights((), layer.extractor.current())
         call = call_of(layer, rows, packed, layout, weights)  # what all layers share is made here
         buffers = call.allocate()
-        before = issued.since()
+        before, kernels[:] = issued.since(), []
         layer(inputs["hidden"], packed, layout)
         assert issued.since(before) == eager and call.forms[0] == form
+        by_kernel, kernels[:] = list(kernels), []
+        call.compute(*buffers)
+        assert kernels == by_kernel and len(kernels) == eager[2]  # what is captured are the same kernels
         before = issued.since()
         call.fill(buffers)
         call.take(buffers[1])

@@ -146,9 +146,9 @@ class LayerCall:
         return self.rows.index_copy_(0, self.layout.written_rows, result)
 
     def describe(self) -> str:
-        """Name layer and size."""
+        """Name the size."""
         visual, features = self.layout.written_rows.shape[0], sum(self.features.lengths)
-        return f"adapter layer {self.part} for {visual} visual rows and {features} features"
+        return f"the adapter's layers for {visual} visual rows and {features} features"
 
 
 class LayerGraphs:
