@@ -217,4 +217,43 @@ ENCODER = (
     ),
 )
 
-MUTANTS = (*HOOKS, *WEIGHTS, *INPUTS, *ENCODER)
+GRAPHS = (
+    Mutant(
+        name="graphs-outlive-their-weights",
+        kind="stale cache",
+        file=f"{HIA}/cuda_graphs.py",
+        old="if graph is not None and graph.weights == call.weights:",
+        new="if graph is not None:",
+        tests=(f"{TESTS}/test_layer_graphs.py::test_an_update_ends_the_graphs_of_its_layer",),
+        why="a replay reads weights where they were before they were loaded or moved",
+    ),
+    Mutant(
+        name="a-graph-outlives-its-plan",
+        kind="stale cache",
+        file=f"{HIA}/layers/graphs.py",
+        old="self.read, self.forms, requested_backend())",
+        new="self.read, requested_backend())",
+        tests=(f"{TESTS}/test_layer_graphs.py::test_every_kind_of_call_has_a_graph_of_its_own[plan]",),
+        why="set_plan() changes nothing for images of sizes that were asked about before",
+    ),
+    Mutant(
+        name="a-replay-is-conditioned-on-another-token",
+        kind="wrong index",
+        file=f"{HIA}/layers/graphs.py",
+        old="torch.index_select(self.rows, 0, self.layout.instruction_rows, out=instructions)",
+        new="torch.index_select(self.rows, 0, self.layout.written_rows[: len(instructions)], out=instructions)",
+        tests=(f"{TESTS}/test_layer_graphs.py::test_every_question_about_images_of_the_same_sizes_is_one_graph",),
+        why="from the second question on, an image's details no longer follow what is asked",
+    ),
+    Mutant(
+        name="a-replay-forgets-the-other-beams",
+        kind="lost part of a sum",
+        file=f"{HIA}/layers/graphs.py",
+        old="return self.rows.index_copy_(0, self.layout.written_rows, result)",
+        new="rows = self.layout.visual_rows; return self.rows.index_copy_(0, rows, result[: len(rows)])",
+        tests=(f"{TESTS}/test_layer_graphs.py::test_every_copy_of_a_sample_is_written",),
+        why="with beam search all beams but the first see no image from the second question on",
+    ),
+)
+
+MUTANTS = (*HOOKS, *WEIGHTS, *INPUTS, *ENCODER, *GRAPHS)

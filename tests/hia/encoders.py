@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hia
-from hia.encoder.cuda_graphs import GraphCache
+from hia.cuda_graphs import GraphCache
 from hia.encoder.encoder import Encoder, build_encoder
 from tests.hia.hosts import text_config
 

@@ -5,55 +5,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-import time
 import warnings
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hia_kernels
-from hia.encoder import cuda_graphs as graphs
+from hia import cuda_graphs
+from hia.encoder import cuda_graphs as encoder_graphs
 from hia.encoder import encoder as encoder_module
 from hia.encoder import memory
-from hia.encoder.cuda_graphs import GraphCache
+from hia.encoder.cuda_graphs import EncoderGraphs
 from hia.encoder.encoder import Encoder
+from tests.hia.captures import Recorder
 from tests.hia.encoders import WINDOW, encoder_of, pixels_of, sides_of, without_graphs
-
-
-class Recorder:
-    """Captures by remembering the function; a replay computes it again, into the same memory."""
-
-    def __init__(self, fails: Callable[[Sequence[Tensor]], bool] = lambda inputs: False):
-        self.nbytes = 100
-        self.fails = fails
-        self.captured, self.replays, self.running = [], 0, 0
-
-    def __call__(self, function, inputs):
-        if self.fails(inputs):
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.captured.append(tuple(inputs[0].shape))
-        out = function(*inputs)
-
-        def replay():
-            assert self.running == 0, "replays share memory"
-            self.running += 1
-            time.sleep(0.001)
-            self.replays += 1
-            out.copy_(function(*inputs))
-            self.running -= 1
-            return out
-
-        return replay
 
 
 def recorded(recorder: Recorder | None = None, kept: int = 4, **changes) -> tuple[Encoder, Recorder]:
     """Make a folded encoder that uses its graphs on the CPU."""
     encoder, recorder = encoder_of(encoder_width=4, **changes), recorder or Recorder()
-    encoder._folded = dataclasses.replace(encoder.fold_weights(), graphs=GraphCache(recorder, "cpu", kept))
+    encoder._folded = dataclasses.replace(encoder.fold_weights(), graphs=EncoderGraphs(recorder, "cpu", kept))
     return encoder, recorder
 
 
@@ -92,9 +65,9 @@ def test_every_kind_of_call_has_a_graph_of_its_own():
             with without_graphs(encoder):
                 assert torch.equal(out, encoder._encode(pixels, windows, encoder._executor(), None))
         assert len(recorder.captured) == len(encoder._folded.graphs.keys) == number
-    bf16, fp32 = (graphs.key_of(first, WINDOW[None], dtype) for dtype in (torch.bfloat16, torch.float32))
+    bf16, fp32 = (encoder_graphs.key_of(first, WINDOW[None], dtype) for dtype in (torch.bfloat16, torch.float32))
     assert bf16 != fp32 == encoder._folded.graphs.keys[0]
-    on_meta = graphs.key_of(first.to("meta"), WINDOW[None].to("meta"), torch.float32)
+    on_meta = encoder_graphs.key_of(first.to("meta"), WINDOW[None].to("meta"), torch.float32)
     assert on_meta != fp32
 
 
@@ -119,7 +92,7 @@ def test_the_size_unused_for_longest_goes():
 def test_more_sizes_than_graphs_are_not_captured_over_and_over():
     encoder, recorder = recorded()
     twice(encoder, 32, 33, 34, 35, 36)
-    for _ in range(graphs.RETURNS):
+    for _ in range(cuda_graphs.RETURNS):
         encoder(pixels_of(32, 40), WINDOW)
     assert len(recorder.captured) == 5
     encoder(pixels_of(32, 40), WINDOW)
@@ -128,7 +101,7 @@ def test_more_sizes_than_graphs_are_not_captured_over_and_over():
 
 @torch.no_grad()
 def test_sizes_seen_once_are_forgotten(monkeypatch):
-    monkeypatch.setattr(graphs, "REMEMBERED_SIZES", 2)
+    monkeypatch.setattr(cuda_graphs, "REMEMBERED_SIZES", 2)
     encoder, recorder = recorded()
     for side in (32, 33, 34, 32):  # the first is as new again
         encoder(pixels_of(side, 40), WINDOW)
@@ -158,7 +131,7 @@ def test_a_changed_parameter_ends_the_graphs():
 def test_folding_and_unfolding_end_the_graphs_and_copies_have_none():
     encoder, _ = recorded()
     for change in (encoder.unfold_weights, encoder.fold_weights):
-        encoder._folded = dataclasses.replace(encoder.fold_weights(), graphs=GraphCache(Recorder(), "cpu"))
+        encoder._folded = dataclasses.replace(encoder.fold_weights(), graphs=EncoderGraphs(Recorder(), "cpu"))
         twice(encoder, 32)
         cache = encoder._folded.graphs
         assert sides_of(cache) == [32] and copy.deepcopy(encoder)._folded is None
@@ -220,7 +193,7 @@ EAGER = {  # context, and the reason given there
     "size": (lambda _: patched("hia.encoder.encoder.GROUP_PIXELS", 2079), "there are more than 2079 pixels"),
     "debugging": (debugging, "HIA_DEBUG=1 reads values"),
     "capturing": (
-        lambda encoder: patched("hia.encoder.cuda_graphs.capturing", lambda _: True),
+        lambda encoder: patched("hia.cuda_graphs.capturing", lambda _: True),
         "a graph is being captured",
     ),
     "another-device": (for_cuda, "pixels are a Tensor on cpu"),

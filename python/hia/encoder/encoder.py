@@ -215,9 +215,13 @@ class Encoder(Unit):
 
     def unfold_weights(self) -> None:
         """Drop what :meth:`fold_weights` made."""
+        self.drop_graphs()
+        self._folded = None
+
+    def drop_graphs(self) -> None:
+        """Drop the CUDA graphs there are, and their memory."""
         if self._folded is not None:
             self._folded.graphs.clear()
-        self._folded = None
 
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 

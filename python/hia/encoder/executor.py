@@ -12,7 +12,7 @@ import hia_kernels
 from hia_kernels.ops.conv_norm_act import conv_norm_act_packed, conv_norm_act_packed_, conv_norm_act_packed_out
 
 from .conv import EncoderConv
-from .cuda_graphs import GraphCache
+from .cuda_graphs import EncoderGraphs
 from .folded import FoldedConv
 from .workspace import PingPongWorkspace, WorkspaceCache, temporary_workspace
 
@@ -31,7 +31,7 @@ class ConvExecutor:
         self,
         weights: Mapping[nn.Module, FoldedConv] | None = None,
         packed: bool = False,
-        graphs: GraphCache | None = None,
+        graphs: EncoderGraphs | None = None,
         workspace_cache: WorkspaceCache | None = None,
     ):
         self.weights, self.packed, self.graphs, self.workspace_cache = weights or {}, packed, graphs, workspace_cache

@@ -14,7 +14,7 @@ from hia_kernels.ops.stem import PackedStem, pack_stem
 
 from ..versions import WeightVersion
 from .conv import EncoderConv
-from .cuda_graphs import GraphCache
+from .cuda_graphs import EncoderGraphs
 from .workspace import WorkspaceCache
 
 
@@ -59,7 +59,7 @@ class FoldedEncoder:
     version: WeightVersion
     convs: dict[nn.Module, FoldedConv] = field(repr=False)
     constants: tuple[Tensor, Tensor] = field(repr=False)
-    graphs: GraphCache = field(default_factory=GraphCache, repr=False)
+    graphs: EncoderGraphs = field(default_factory=EncoderGraphs, repr=False)
     workspace_cache: WorkspaceCache = field(default_factory=WorkspaceCache, repr=False)
 
     def packed_serves(self) -> bool:

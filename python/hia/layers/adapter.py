@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,7 @@ from ..unit import Unit, unit_forward
 from .extractor import Extractor
 from .features import ImageFeatures, LayerCache, PackedFeatures
 from .forms import AUTO, split_plan
+from .graphs import LayerGraphs
 from .injection import Injection
 from .layout import CallLayout
 from .shared import SharedProjection
@@ -20,17 +24,27 @@ from .shared import SharedProjection
 class HiALayer(Unit):
     """Condition, extract, inject at one decoder layer (paper, section 3, steps 1 to 3)."""
 
-    def __init__(self, config: HiAConfig, layer: int = 0, shared: SharedProjection | None = None):
+    def __init__(
+        self,
+        config: HiAConfig,
+        layer: int = 0,
+        shared: SharedProjection | None = None,
+        graphs: LayerGraphs | None = None,
+    ):
         super().__init__()
         self.extractor = Extractor(config, layer, shared)
         self.injection = Injection(config)
+        self.graphs = LayerGraphs() if graphs is None else graphs
 
     @unit_forward
     def forward(self, hidden: Tensor, features: PackedFeatures, layout: CallLayout) -> Tensor:
         """Change the visual tokens' rows: [B, S, D1] -> [B, S, D1]; in place where no gradient is recorded."""
         rows = hidden.reshape(-1, hidden.shape[-1])  # [B * S, D1]; a view when the host's output is contiguous
+        return self.graphs(self, rows, features, layout, self._on_rows).view(hidden.shape)
+
+    def _on_rows(self, rows: Tensor, features: PackedFeatures, layout: CallLayout) -> Tensor:
         extracted = self.extractor(rows, layout.instruction_rows, features, layout.image_to_sample)
-        return self.injection(rows, layout, extracted).view(hidden.shape)
+        return self.injection(rows, layout, extracted)
 
 
 class HiAAdapter(nn.Module):
@@ -40,17 +54,21 @@ class HiAAdapter(nn.Module):
 
     Attributes:
         plan: the exact forms of the maths that run, as :meth:`set_plan` takes them.
+        graphs: CUDA graphs of the layers, and the memory that they share.
     """
 
     def __init__(self, config: HiAConfig):
         super().__init__()
-        self.config, self.plan = config, AUTO
+        self.config, self.plan, self.graphs = config, AUTO, LayerGraphs()
         self.encoder = build_encoder(config)
         self.feature_projection: SharedProjection | None = None
         if config.shared_projection:
             self.feature_projection = SharedProjection(config.encoder_channels, config.hidden_size)
         self.layers = nn.ModuleDict(
-            {str(index): HiALayer(config, index, self.feature_projection) for index in config.layer_indices}
+            {
+                str(index): HiALayer(config, index, self.feature_projection, self.graphs)
+                for index in config.layer_indices
+            }
         )
 
     def reset_parameters(self) -> None:
@@ -58,6 +76,12 @@ class HiAAdapter(nn.Module):
         for module in reversed(list(self.modules())[1:]):  # children before those that adjust them
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HiAAdapter:
+        """Cast or move the weights, and drop the graphs, which read them where they were."""
+        super()._apply(fn, recurse)
+        self.graphs.clear()
+        return self
 
     def set_plan(self, plan: str) -> None:
         """Choose the exact forms of the maths.
@@ -74,15 +98,35 @@ class HiAAdapter(nn.Module):
             layer.extractor.form, layer.injection.form = extract, inject
         self.plan = AUTO if extract == inject == AUTO else f"{extract}/{inject}"
 
+    @property
+    def cuda_graphs(self) -> bool:
+        """Tell whether folded weights may be used through CUDA graphs, in the encoder and in every layer."""
+        return self.graphs.enabled and self.encoder.cuda_graphs
+
+    def set_cuda_graphs(self, cuda_graphs: bool) -> None:
+        """Allow CUDA graphs, or do without them and drop those there are.
+
+        Raises:
+            ValueError: neither True nor False.
+        """
+        if not isinstance(cuda_graphs, bool):
+            raise ValueError(f"hia: cuda_graphs must be True or False, got {cuda_graphs!r}")
+        self.graphs.enabled = self.encoder.cuda_graphs = cuda_graphs
+        if not cuda_graphs:
+            self.graphs.clear()
+            self.encoder.drop_graphs()
+
     def fold_weights(self) -> None:
         """Fold and pack the weights for inference, in the encoder and in every layer."""
         for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
             module.fold_weights()
+        self.graphs.clear()  # they hold the weights that were folded before
 
     def unfold_weights(self) -> None:
         """Drop what :meth:`fold_weights` made; the parameters were never touched."""
         for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
             module.unfold_weights()
+        self.graphs.clear()
 
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 

@@ -136,6 +136,21 @@ class Extractor(Unit):
         """Tell whether that form reads :meth:`PackedFeatures.shared`; a folded one goes past it."""
         return self.sharing > 0 and self.form_for(features, samples) in SHARED_FORMS
 
+    def read_by(self, form: str, features: PackedFeatures) -> tuple[str, Tensor]:
+        """Return what a form reads of the features, and what that is called.
+
+        Returns:
+            "tokens", "shared", "widened", or the kind of what was kept for this layer; [T, ...].
+        """
+        (shared,) = self._shared
+        if form.startswith("cached"):
+            return features.caches[self.layer_index].kind, features.caches[self.layer_index].tokens
+        if form.startswith("ln_folded"):
+            return "widened", features.widened()
+        if shared is not None and form in SHARED_FORMS:
+            return "shared", features.shared(shared)
+        return "tokens", features.tokens
+
     def sizes(self, features: PackedFeatures, samples: int) -> plan.Sizes:
         """Collect what the plan is made from, for these images."""
         training = torch.is_grad_enabled()

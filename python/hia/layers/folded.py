@@ -16,9 +16,11 @@ from ..versions import WeightVersion
 from .plan import EXTRA_COLUMNS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FoldedExtractor:
     """The folded weights of one layer's extractor; E = C + 16: the features, a column of ones, zeros.
+
+    They are equal to themselves alone.
 
     Attributes:
         version: of the parameters that they were made from.

@@ -97,14 +97,17 @@ class Injection(Unit):
         Returns:
             [T, D1].
         """
-        form = plan.choose("inject", self.form, self.sizes(layout, hidden), hidden.device.type)
-        if form == "absorbed":
+        if self.form_for(layout, hidden) == "absorbed":
             out = self._add(hidden, self._absorbed(hidden, layout, extracted), layout)
             return self._normed(out, layout.written_rows)
         update = self.attend(hidden, layout.visual_rows, layout.cu_rows, layout.max_rows, extracted)
         if layout.copies > 1:
             update = update.repeat(layout.copies, 1)
         return self.add(hidden, update, layout.written_rows)
+
+    def form_for(self, layout: CallLayout, hidden: Tensor) -> str:
+        """Choose the form that such a call takes now."""
+        return plan.choose("inject", self.form, self.sizes(layout, hidden), hidden.device.type)
 
     def sizes(self, layout: CallLayout, hidden: Tensor) -> plan.Sizes:
         """Collect what the plan is made from, for this call."""
@@ -212,4 +215,4 @@ class Injection(Unit):
         normed = F.layer_norm(
             out[rows], self.post_norm.normalized_shape, self.post_norm.weight, self.post_norm.bias, self.post_norm.eps
         )
-        return out.index_copy(0, rows, normed)
+        return out.index_copy(0, rows, normed) if torch.is_grad_enabled() else out.index_copy_(0, rows, normed)

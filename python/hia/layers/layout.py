@@ -21,7 +21,7 @@ class CallLayout:
         cu_rows: [n + 1] int32, the images' shares of ``visual_rows``.
         max_rows: the largest share.
         copies: identical neighbours each sample has in the call's batch (beams, several return sequences).
-        written_rows: [R * copies] int64: ``visual_rows`` of every copy.
+        written_rows: [R * copies] int64: ``visual_rows`` of every copy; these themselves come first.
         row_counts: the images' shares of ``visual_rows`` as ints.
     """
 

@@ -263,6 +263,13 @@ def _choose(part: str, forced: str, sizes: Sizes, device: str) -> str:
 _remembered = lru_cache(maxsize=1024)(_choose)
 
 
+@lru_cache(maxsize=1024)
+def seconds(part: str, name: str, sizes: Sizes, device: str) -> float:
+    """Estimate the time of a form, as :func:`choose` takes its arguments."""
+    forms = extract_forms(sizes) if part == "extract" else inject_forms(sizes)
+    return next(form for form in forms if form.name == name).seconds(ceilings_of(device, sizes.itemsize))
+
+
 def table(sizes: Sizes, device: str, plan: str = AUTO) -> str:
     """Describe both parts' forms with FLOPs, bytes and estimated time, and why one is taken."""
     ceilings = ceilings_of(device, sizes.itemsize)

@@ -1,4 +1,4 @@
-"""Choices of a run, which the weights don't depend on and no checkpoint holds: plan, resolution, statistics."""
+"""Choices of a run, which the weights don't depend on and no checkpoint holds: plan, resolution, statistics, graphs."""
 
 from __future__ import annotations
 
@@ -73,4 +73,21 @@ class RunOptions:
             ValueError: neither of them.
         """
         self.adapter.encoder.set_batch_norm(statistics)
+        return self
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Tell whether the adapter may run as CUDA graphs (docs/adapter.md, "CUDA graphs")."""
+        return self.adapter.cuda_graphs
+
+    def set_cuda_graphs(self: Model, cuda_graphs: bool) -> Model:
+        """Allow CUDA graphs of encoder and layers, which keep memory for their buffers; False drops those there are.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: neither True nor False.
+        """
+        self.adapter.set_cuda_graphs(cuda_graphs)
         return self
