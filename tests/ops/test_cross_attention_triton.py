@@ -108,15 +108,16 @@ def test_splits_without_keys_change_no_bit(head_dim, split, triton_device):
     assert all(torch.equal(x, y) for x, y in zip(results[0].values(), results[1].values(), strict=True))
 
 
-RULES = [  # heads, head_dim, dtype, block_m, slices: splits of (0, 1, 4095, 6143, 6144, 16384, 2**20) keys
-    pytest.param((40, 128, torch.bfloat16, 128, 1), (1, 1, 1, 1, 3, 3, 3), id="13b-fused"),
-    pytest.param((8, 640, torch.bfloat16, 128, 5), (1, 1, 1, 1, 3, 3, 3), id="13b-released"),
-    pytest.param((8, 512, torch.bfloat16, 128, 4), (1, 1, 1, 2, 2, 2, 2), id="7b-released"),
-    pytest.param((8, 128, torch.float16, 128, 1), (1, 1, 1, 2, 3, 8, 8), id="few-heads"),
-    pytest.param((1, 16, torch.float16, 128, 1), (1, 1, 1, 2, 3, 8, 16), id="one-head"),
-    pytest.param((80, 128, torch.bfloat16, 128, 1), (1,) * 7, id="many-heads"),
-    pytest.param((8, 640, torch.float32, 64, 10), (1,) * 7, id="fp32-released"),
-    pytest.param((1, 16, torch.float32, 64, 1), (1, 1, 3, 5, 6, 16, 16), id="fp32-one-head"),
+KEYS = (0, 511, 512, 784, 4095, 6143, 6144, 16384, 2**20)
+RULES = [  # heads, head_dim, dtype, block_m, slices: splits of KEYS
+    pytest.param((40, 128, torch.bfloat16, 128, 1), (1, 1, 1, 1, 1, 1, 3, 3, 3), id="13b-fused"),
+    pytest.param((8, 640, torch.bfloat16, 128, 5), (1, 1, 1, 1, 1, 1, 3, 3, 3), id="13b-released"),
+    pytest.param((8, 512, torch.bfloat16, 128, 4), (1, 1, 1, 1, 1, 2, 2, 2, 2), id="7b-released"),
+    pytest.param((8, 128, torch.float16, 128, 1), (1, 1, 2, 3, 8, 8, 8, 8, 8), id="few-heads"),
+    pytest.param((1, 16, torch.float16, 128, 1), (1, 1, 2, 3, 15, 16, 16, 16, 16), id="one-head"),
+    pytest.param((80, 128, torch.bfloat16, 128, 1), (1,) * 9, id="many-heads"),
+    pytest.param((8, 640, torch.float32, 64, 10), (1,) * 9, id="fp32-released"),
+    pytest.param((1, 16, torch.float32, 64, 1), (1, 3, 4, 6, 16, 16, 16, 16, 16), id="fp32-one-head"),
 ]
 
 
@@ -125,7 +126,7 @@ def test_number_of_splits(sizes, expected, modules):
     """Count splits for 132 multiprocessors, as in the interpreter: full waves of programs from one image."""
     heads, head_dim, dtype, block_m, slices = sizes
     heuristic = modules.split.split_heuristic(torch.empty(1, heads, head_dim, dtype=dtype), block_m, slices)
-    assert tuple(heuristic.count(length) for length in (0, 1, 4095, 6143, 6144, 16384, 2**20)) == expected
+    assert tuple(heuristic.count(length) for length in KEYS) == expected
     programs = heuristic.max_splits * heads * slices * (256 // block_m)
     assert programs >= 132 * 0.9 or heuristic.max_splits == 16
 
@@ -135,6 +136,23 @@ def test_number_of_splits_grows_with_the_keys(modules):
     for sizes in ((1, 1, 1), (1, 3, 7), (5, 5, 4), (2, 3, 100)):
         counts = [modules.split.SplitHeuristic(*sizes).count(length) for length in range(400)]
         assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == sizes[1]
+
+
+@pytest.mark.parametrize("lengths", [([7, 5, 3], [64, 1, 200]), ([70], [300])], ids=["ragged", "a-rest"])
+def test_the_tail_in_the_loop_changes_no_bit(lengths, modules, monkeypatch, triton_device):
+    """Mask the last, partial block inside the pipelined loop: what ``bench tune`` may choose for a device."""
+    inputs = make_inputs(*lengths, torch.float16, triton_device)
+    results = [cross_attention_with_lse(**inputs)]
+    before = modules.fwd.tuning.pick
+    configs = []
+
+    def pick(*arguments):
+        configs.append({**before(*arguments), "TAIL_IN_LOOP": 1})
+        return configs[-1]
+
+    monkeypatch.setattr(modules.fwd.tuning, "pick", pick)
+    results.append(cross_attention_with_lse(**inputs))
+    assert configs and all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -112,6 +112,7 @@ def test_packed_cross_attention_is_one_at_a_time(lengths, heads, head_dim, dtype
     inputs = inputs_of("cross_attention")(lengths_q, lengths_k, dtype, triton_device, heads=heads, head_dim=head_dim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_split, "MIN_SPLIT_BYTES", share_bytes)
+        patch.setattr(triton_split, "SHORT_SPLIT_BYTES", share_bytes // 4)
         assert_packed_is_one_at_a_time(inputs, lengths_q, lengths_k)
 
 

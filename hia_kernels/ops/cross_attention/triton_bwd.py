@@ -52,6 +52,7 @@ CANDIDATES = {  # as the forward's
         dict(zip(BLOCK_NAMES, blocks, strict=True))
         for blocks in ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (128, 32, 8, 4))
     ],
+    "dq-d256-": [dict(zip(BLOCK_NAMES, (128, 32, 8, 2), strict=True))],
     "dkv-d128-": [
         dict(zip(BLOCK_NAMES, blocks, strict=True)) for blocks in ((64, 128, 8, 3), (32, 128, 8, 3), (32, 128, 8, 4))
     ],

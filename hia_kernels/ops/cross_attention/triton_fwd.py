@@ -41,7 +41,7 @@ LOG2E = 1.4426950408889634
 BLOCKS = {
     "amd": {128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
     "ampere": {32: (128, 64, 8, 2), 128: (128, 64, 8, 3)},
-    "hopper": {128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},
+    "hopper": {128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
     "blackwell": {128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
 }
 BLOCK_NAMES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
@@ -50,16 +50,20 @@ UNFUSED_NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D", "num_war
 # of 64 queries with four warps share a multiprocessor: one multiplies while the other exponentiates.
 CANDIDATES = {
     "fwd-d128-": [
-        dict(zip(BLOCK_NAMES, blocks, strict=True))
-        for blocks in (
-            (128, 64, 8, 3),
-            (128, 64, 8, 4),
-            (64, 64, 4, 2),
-            (128, 128, 8, 2),
-            (64, 128, 4, 2),
-            (64, 128, 8, 3),
-            (128, 128, 8, 3),
+        {**dict(zip(BLOCK_NAMES, blocks, strict=True)), "TAIL_IN_LOOP": tail}
+        for *blocks, tail in (
+            (64, 64, 4, 3, 1),
+            (128, 64, 8, 3, 0),
+            (128, 64, 8, 3, 1),
+            (128, 64, 8, 4, 0),
+            (64, 64, 4, 2, 0),
+            (128, 128, 8, 2, 0),
+            (64, 128, 4, 2, 0),
         )
+    ],
+    "fwd-d256-": [
+        {**dict(zip(BLOCK_NAMES, blocks, strict=True)), "TAIL_IN_LOOP": tail}
+        for *blocks, tail in ((128, 64, 8, 2, 1), (64, 64, 8, 2, 0), (64, 64, 8, 3, 0), (128, 32, 8, 3, 0))
     ],
     "fwd-unfused-": [
         dict(zip(UNFUSED_NAMES, blocks, strict=True))
@@ -123,8 +127,12 @@ def _attend_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL_IN_LOOP: tl.constexpr,
 ):
-    """Add the keys from ``first`` to ``last``, block by block, the rest masked; return sums and maxima."""
+    """Add the keys from ``first`` to ``last``, block by block, the rest masked; return sums and maxima.
+
+    With TAIL_IN_LOOP the last, partial block is one of the loop's, whose copies overlap products, and all are masked.
+    """
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = offs_n[:, None] * stride_k_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]; int32, see row_contiguous
     offs_v = offs_n[:, None] * stride_v_t + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
@@ -132,7 +140,8 @@ def _attend_split(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
-    for start_n in range(first, last - BLOCK_N + 1, BLOCK_N):
+    end = last if TAIL_IN_LOOP else last - BLOCK_N + 1
+    for start_n in range(first, end, BLOCK_N):
         passed = 0 if IS_CARRIED else tl.cast(start_n - first, tl.int64)
         acc, m_i, l_i = _attend(
             q,
@@ -148,12 +157,12 @@ def _attend_split(
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,
-            MASKED=False,
+            MASKED=TAIL_IN_LOOP,
         )
         if IS_CARRIED:
             k_ptr += BLOCK_N * stride_k_t
             v_ptr += BLOCK_N * stride_v_t
-    rest = tl.maximum(last - first, 0) % BLOCK_N
+    rest = 0 if TAIL_IN_LOOP else tl.maximum(last - first, 0) % BLOCK_N
     if rest > 0:
         passed = 0 if IS_CARRIED else tl.cast(last - first - rest, tl.int64)
         acc, m_i, l_i = _attend(
@@ -214,6 +223,7 @@ def _cross_attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL_IN_LOOP: tl.constexpr,
 ):
     """Attend from a block of one sequence's queries to a split of its keys, one head.
 
@@ -256,6 +266,7 @@ def _cross_attention_fwd_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
+        TAIL_IN_LOOP,
     )
 
     row = h * tokens + start_q + offs_m  # [BLOCK_M]
@@ -285,7 +296,7 @@ def blocks_of(table, q):
 
 
 def _config(q):
-    heuristic = dict(zip(BLOCK_NAMES, blocks_of(BLOCKS, q), strict=True))
+    heuristic = {**dict(zip(BLOCK_NAMES, blocks_of(BLOCKS, q), strict=True)), "TAIL_IN_LOOP": 0}
     return tuning.pick("cross_attention", tuning_key("fwd", q), q.device, heuristic)
 
 

@@ -22,6 +22,7 @@ MAX_SPLITS = 16
 TYPICAL_QUERIES = 256  # queries assumed of a sequence when its splits are chosen: an image's in HiA
 PACKING = ("tokens_k", "longest_q", "longest_k")  # numbers of packing_arguments, not specialized
 MIN_SPLIT_BYTES = 4096  # of keys in a split, per channel: its partial result then moves 1/4 of what its keys do
+SHORT_SPLIT_BYTES = 512  # the same where the device is at least 3/4 empty: waiting then costs more than moving
 
 
 @triton.jit
@@ -233,7 +234,8 @@ def split_heuristic(q, block_m, slices=1, resident=1):
     # gain 1/5 at most.
     fills_two_waves = 2 * programs > places and 3 * programs <= 2 * places
     max_splits = 3 if fills_two_waves else num_splits
-    return SplitHeuristic(num_splits, max_splits, MIN_SPLIT_BYTES // q.element_size())
+    split_bytes = SHORT_SPLIT_BYTES if num_splits >= 4 else MIN_SPLIT_BYTES
+    return SplitHeuristic(num_splits, max_splits, split_bytes // q.element_size())
 
 
 def packing_arguments(k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
