@@ -23,7 +23,7 @@ from .versions import WeightVersion, weight_version_of
 
 
 class FoldedWeights(Protocol):
-    """What was folded."""
+    """Result of folding, as units keep it."""
 
     @property
     def version(self) -> WeightVersion:

@@ -1,4 +1,4 @@
-"""What a device has left."""
+"""Memory that a device has left."""
 
 from __future__ import annotations
 

@@ -115,6 +115,11 @@ def size_behind(units: Sequence[Any], height: int, width: int) -> tuple[int, int
     return height, width
 
 
+def device_type_of(weight: Tensor) -> str:
+    """Name the type of device that weights are on, whose kernels take memory in their own way."""
+    return weight.device.type
+
+
 def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None = None) -> int:
     """Count the bytes of activations that encoding one image takes at most, without its pixels and the parameters.
 
@@ -125,15 +130,15 @@ def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None
         rows: of a strip, in rows of the stem's output; None: the image as a whole.
     """
     weight = encoder.conv1.weight
-    size = weight.element_size()
+    size, device_type = weight.element_size(), device_type_of(weight)
     first = next(conv for unit in encoder.units() for conv, _ in unit.pairs())
-    if weight.device.type == "cpu" and (weight.dtype != torch.float32 or packing_unsupported_reasons(first.weight)):
+    if device_type == "cpu" and (weight.dtype != torch.float32 or packing_unsupported_reasons(first.weight)):
         size *= 4  # plain PyTorch serves it, with temporaries in fp32 or fp64
     height, width = stem_size(encoder, height, width)
     stem_rows = height if rows is None else min(height, rows + 2 * STEM_HALO)
     stem = stem_rows * width * weight.shape[0] * size
     temporary = encoder.stem_stride**2 * stem if weight.dtype == torch.float64 else STEM_TEMPORARY
-    if weight.device.type == "cuda":  # where kernels write the normalised pixels, of three channels at most
+    if device_type == "cuda":  # where kernels write the normalised pixels, of three channels at most
         temporary += 3 * encoder.stem_stride**2 * stem_rows * width * size
     peak = stem + temporary
     waiting, live = 0, height if rows is None else rows
