@@ -233,8 +233,7 @@ def add_notes(report: Report, images: str) -> None:
     if cut:
         lines.append(
             f"hia's encoder takes {', '.join(map(str, cut))} px in strips where that would need more than the prefill "
-            f'(max_activation_bytes="auto"); a card with twice as much free memory takes them whole. The peak there is '
-            "the extraction's."
+            f'(max_activation_bytes="auto"); a card with enough free memory takes them whole.'
         )
     if any(row.method == "released" for row in report.rows):
         lines.append("released is our port of that code's maths, with random weights; no code was copied.")
