@@ -220,7 +220,7 @@ def _is_watched() -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0  # it counts or fakes ops
         or torch._C._functorch.maybe_current_level() is not None
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 
