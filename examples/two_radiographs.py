@@ -42,7 +42,7 @@ def main() -> None:
     else:
         model = hia.get_hia_model(host, hia.HiAConfig.paper(host))
     processor = hia.HiAProcessor(host_processor)
-    model.eval().fold_weights()  # for inference: the same results, fewer FLOPs
+    model.eval().fold_weights()  # at once, not from the second question on: the same results, fewer FLOPs
 
     features = None
     for question in QUESTIONS:

@@ -39,6 +39,7 @@ def encoder_of(width: int) -> Encoder:
     torch.manual_seed(0)
     config = HiAConfig(hidden_size=64, num_hidden_layers=3, dim=64, num_heads=1, encoder_width=width)
     encoder = build_encoder(config).eval()
+    encoder.set_auto_fold(False)
     with torch.no_grad():
         for name, tensor in encoder.named_parameters():
             if name.endswith("bn3.weight"):

@@ -77,13 +77,14 @@ def _cuda_attention(
 
 @contextmanager
 def planning_for(device: str) -> Iterator[None]:
-    """Make our adapter plan for this type of device inside the block, whatever its fake tensors say."""
-    choose = plan.choose
+    """Make our adapter plan, strips too, for this type of device inside the block, whatever its fake tensors say."""
+    choose, device_type_of = plan.choose, memory.device_type_of
     plan.choose = lambda part, forced, sizes, _device: choose(part, forced, sizes, device)
+    memory.device_type_of = lambda weight: device
     try:
         yield
     finally:
-        plan.choose = choose
+        plan.choose, memory.device_type_of = choose, device_type_of
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hia.encoder.encoder import GROUP_PIXELS
+
 from ..plotting import unavailable, write_png
 from ..records.files import replacing, write_json, write_text
 from ..records.markdown import table
@@ -227,6 +229,12 @@ def add_notes(report: Report, images: str) -> None:
         )
     if any(row.method == "anyres" for row in report.rows):
         lines.append("anyres is cut into the same tiles at every size from 448 px on, so its cost stays the same.")
+    cut = sorted({row.resolution for row in report.rows if row.method == "hia" and row.resolution**2 > GROUP_PIXELS})
+    if cut:
+        lines.append(
+            f"hia's encoder takes {', '.join(map(str, cut))} px in strips where that would need more than the prefill "
+            f'(max_activation_bytes="auto"); a card with enough free memory takes them whole.'
+        )
     if any(row.method == "released" for row in report.rows):
         lines.append("released is our port of that code's maths, with random weights; no code was copied.")
     if report.measured_host is not None:

@@ -50,8 +50,8 @@ class Unit(nn.Module):
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Tell whether a parameter is FSDP2's, of which each rank holds a part."""
-    return torch.distributed.is_available() and hasattr(parameter, "device_mesh")
+    """Tell whether a parameter is FSDP2's or DeepSpeed's (ZeRO-3), of which each rank holds a part."""
+    return torch.distributed.is_available() and (hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id"))
 
 
 def unit_forward(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -132,6 +132,13 @@ def test_claims_pass_and_fail_with_the_numbers():
     assert tracker_claim([]).passed is None
 
 
+def test_strips_are_said_where_the_table_has_them():
+    for resolution, said in ((2016, False), (4096, True)):
+        report = Report(Protocol(attention=("eager",)), rows=[row("hia", resolution, 10**13, 29.9)])
+        table3_output.add_notes(report, "")
+        assert any("takes 4096 px in strips" in note for note in report.notes) == said
+
+
 def test_layers_are_what_is_counted_less_host_and_encoder(tmp_path):
     protocol, rows = Protocol(attention=("eager",)), []
     for method in ("hia", "released"):

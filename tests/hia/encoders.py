@@ -17,11 +17,15 @@ WINDOW = torch.tensor([0.0, 255.0])
 
 
 def encoder_of(seed: int = 0, **changes) -> Encoder:
-    """Make an encoder in evaluation, fp32, its norms with weights and statistics of their own, without positions."""
+    """Make an encoder in evaluation, fp32, its norms with weights and statistics of their own, without positions.
+
+    No weights fold by themselves: a test says which of its calls are folded.
+    """
     small = {"num_queries": 5, "encoder_width": 8, "dim": 32, "num_heads": 2, "position": "none", **changes}
     statistics = small.pop("batch_norm", "running")
     encoder = build_encoder(hia.HiAConfig.paper(text_config(), **small)).eval()
     encoder.set_batch_norm(statistics)
+    encoder.set_auto_fold(False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in encoder.state_dict().items():

@@ -7,9 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hia
 from bench.measure.memory import peak_bytes
+from hia.encoder import encoder as encoder_module
 from hia.encoder import memory, strips, workspace
+from hia.encoder.encoder import build_encoder
+from tests.hia.conftest import TWO, random_images
 from tests.hia.encoders import WINDOW, distance, encoder_of, pixels_of
+from tests.hia.hosts import TOKENS_PER_IMAGE, stir, text_config, tiny_config
 
 EXACT = 1e-5  # what a strip may add in fp32; oneDNN adds nothing at most sizes
 
@@ -80,10 +85,6 @@ def test_a_gigabyte_is_enough_for_large_images(side, dtype):
 
 
 def encoder_of_width_64():
-    import hia
-    from hia.encoder.encoder import build_encoder
-    from tests.hia.hosts import text_config
-
     return build_encoder(hia.HiAConfig.paper(text_config(), num_queries=5, dim=32, num_heads=2)).eval()
 
 
@@ -135,8 +136,8 @@ def test_errors_name_the_argument():
     message = "^hia: max_activation_bytes must hold one strip of a 700 x 500 image, [0-9]+ bytes, got 1000$"
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         encoder(pixels, WINDOW, 1000)
-    for budget in (0, -5, 1.5, True, "1 GiB"):
-        with pytest.raises(ValueError, match="^hia: max_activation_bytes must be a positive int or None, got"):
+    for budget in (0, -5, 1.5, True, "1 GiB", "AUTO"):
+        with pytest.raises(ValueError, match="^hia: max_activation_bytes must be 'auto', a positive int or None, got"):
             encoder(pixels, WINDOW, budget)
     budget = memory.activation_bytes(encoder, 700, 500, 16)
     with pytest.raises(ValueError, match="^hia: max_activation_bytes must hold the whole image where gradients are"):
@@ -146,3 +147,83 @@ def test_errors_name_the_argument():
         live(pixels, WINDOW, budget)
     encoder.requires_grad_(False)
     assert distance(encoder(pixels, WINDOW, budget), encoder(pixels, WINDOW)) < EXACT
+
+
+def test_auto_cuts_what_is_larger_than_what_follows(monkeypatch):
+    """Shrink what is encoded at once in any case, since images above 2^22 pixels are large."""
+    encoder, pixels, window = encoder_of(encoder_width=16), pixels_of(700, 500), WINDOW
+    monkeypatch.setattr(encoder_module, "GROUP_PIXELS", 128 * 128)
+    cut, encode_strips = [], strips.encode_strips
+    monkeypatch.setattr(strips, "encode_strips", lambda *args, **kw: cut.append(args[4]) or encode_strips(*args, **kw))
+    whole_bytes = memory.activation_bytes(encoder, 700, 500)
+    with torch.no_grad():
+        whole = encoder(pixels, window)
+        for least, expected in ((0, True), (whole_bytes - 1, True), (whole_bytes, False)):
+            cut.clear()
+            assert distance(encoder(pixels, window, memory.AutoBudget(least)), whole) < EXACT
+            assert bool(cut) == expected
+        many = encoder.forward_many([pixels_of(64, 64), pixels], window.expand(2, 2), "auto")
+        assert len(cut) == 1 and distance(many[1], whole) < EXACT
+        budget = memory.AutoBudget().of(encoder, pixels[None], 128 * 128)
+    floor = max(memory.activation_bytes(encoder, 128, 128), memory.least_bytes(encoder, 700, 500))
+    assert budget == floor < whole_bytes
+    assert cut[0] == memory.strip_rows(encoder, 700, 500, budget)
+
+
+def test_auto_leaves_the_whole_where_strips_do_not_serve():
+    encoder, pixels = encoder_of(encoder_width=16), pixels_of(700, 500)[None]
+    budget = memory.AutoBudget()
+    with torch.no_grad():
+        assert budget.of(encoder, pixels, 128 * 128) is not None
+        assert budget.of(encoder, pixels, 700 * 500) is None  # as large as graphs and stacks are
+        assert budget.of(encoder, torch.cat([pixels, pixels]), 128 * 128) is None
+        assert budget.of(encoder_of(batch_norm="batch").train(), pixels, 128 * 128) is None
+    assert budget.of(encoder, pixels, 128 * 128) is None  # gradients
+    out = encoder(pixels[0], WINDOW, "auto")
+    assert out.requires_grad
+    assert budget.of(encoder.requires_grad_(False), pixels, 128 * 128) is not None
+
+
+def test_auto_takes_half_of_a_gpus_free_memory(monkeypatch):
+    encoder, pixels = encoder_of(encoder_width=16), pixels_of(700, 500)[None]
+    whole = memory.activation_bytes(encoder, 700, 500)
+    with torch.no_grad():
+        on_cpu = memory.AutoBudget().of(encoder, pixels, 128 * 128)
+        for free, expected in ((2 * whole, None), (2 * whole - 2, whole - 1), (0, on_cpu), (None, on_cpu)):
+            monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+            assert memory.AutoBudget().of(encoder, pixels, 128 * 128) == expected
+
+
+@pytest.mark.parametrize("way", ["forward", "generate", "encode_images"])
+def test_a_model_cuts_large_images_by_the_hosts_prefill(way, monkeypatch, base, processor):
+    model = stir(hia.get_hia_model(base, tiny_config(base), auto_fold=False))
+    asked = processor([TWO], [random_images()[:2]])
+    asked["high_res_pixels"] = [pixels_of(700, 500), pixels_of(64, 64)]
+    seen, forward_many = [], model.adapter.encoder.forward_many
+
+    def watched(images, windows, budget):
+        seen.append(budget)
+        return forward_many(images, windows, budget)
+
+    monkeypatch.setattr(model.adapter.encoder, "forward_many", watched)
+    monkeypatch.setattr(encoder_module, "GROUP_PIXELS", 64 * 64)
+    images = {name: asked[name] for name in ("high_res_pixels", "windows")}
+    run = {"encode_images": lambda **more: model.encode_images(**images, **more).maps[0]}
+    run |= {"forward": lambda **more: model(**asked, **more).logits}
+    run |= {"generate": lambda **more: model.generate(**asked, max_new_tokens=4, **more)}
+    with torch.no_grad():
+        found, whole = run[way](), run[way](max_activation_bytes=None)
+        given = run[way](max_activation_bytes=memory.activation_bytes(model.adapter.encoder, 700, 500, 8))
+    tokens = asked["input_ids"].numel() if way != "encode_images" else 2 * TOKENS_PER_IMAGE
+    cache, layer = 2 * 6 * 64, 2 * 64 + 3 * 96
+    assert seen[0] == memory.AutoBudget(tokens * 4 * (cache + layer)) and seen[1] is None and isinstance(seen[2], int)
+    for one in (found, given):
+        torch.testing.assert_close(one, whole, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), pytest.raises(ValueError, match="^hia: max_activation_bytes must be 'auto', a positive int"):
+        run[way](max_activation_bytes="some")
+
+
+def test_a_prefill_without_cache_takes_less(base):
+    host = hia.get_hia_model(base, tiny_config(base))._host[0]
+    assert host.prefill_bytes(10, 2, cached=False) == 10 * 2 * (2 * 64 + 3 * 96) < host.prefill_bytes(10, 2)
+    assert host.image_tokens == TOKENS_PER_IMAGE

@@ -15,7 +15,7 @@ from tests.hia.hosts import IMAGE_SIZE, stir, tiny_config, tiny_llama, tiny_llav
 @pytest.fixture
 def low():
     base = tiny_llava()
-    return stir(hia.get_hia_model(base, tiny_config(base), high_resolution=False))
+    return stir(hia.get_hia_model(base, tiny_config(base), high_resolution=False, auto_fold=False))
 
 
 def batches():
@@ -44,7 +44,7 @@ def test_raw_pixels_are_resized_as_the_processor_does_it(low):
 def test_the_ablation_would_have_measured_the_full_model(low):
     """Show that the test above can fail: at their own size the images give other logits."""
     small, raw = batches()
-    full = hia.get_hia_model(tiny_llava(), low.hia_config)
+    full = hia.get_hia_model(tiny_llava(), low.hia_config, auto_fold=False)
     full.adapter.load_state_dict(low.adapter.state_dict())
     with torch.no_grad():
         assert torch.equal(full(**small).logits, low(**small).logits)
@@ -75,7 +75,7 @@ def test_features_of_larger_images_are_refused(low):
     with torch.no_grad():
         own = low.encode_images(raw.high_res_pixels, raw.windows, keep="features")
         assert torch.equal(low(**given, features=own).logits, low(**small).logits)
-        full = hia.get_hia_model(tiny_llava(), low.hia_config)
+        full = hia.get_hia_model(tiny_llava(), low.hia_config, auto_fold=False)
         features = full.encode_images(raw.high_res_pixels, raw.windows)
     message = (
         r"features must be of images at the host's resolution with high_resolution=False, at most 1 x 1 for "
@@ -93,7 +93,7 @@ def test_the_plan_is_that_of_the_hosts_resolution(low, capsys):
     explained = capsys.readouterr().out
     low.explain_plan([(IMAGE_SIZE, IMAGE_SIZE)] * 2)
     assert capsys.readouterr().out == explained
-    full = hia.get_hia_model(tiny_llava(), low.hia_config)
+    full = hia.get_hia_model(tiny_llava(), low.hia_config, auto_fold=False)
     full.explain_plan([(4096, 4096), (700, 20)])
     assert capsys.readouterr().out != explained
 
@@ -101,8 +101,8 @@ def test_the_plan_is_that_of_the_hosts_resolution(low, capsys):
 def test_it_is_a_choice_of_the_run_not_of_the_weights(low, tmp_path):
     small, raw = batches()
     low.save_pretrained(tmp_path)
-    again = hia.HiAModel.from_pretrained(tiny_llava(), tmp_path, high_resolution=False)
-    full = hia.HiAModel.from_pretrained(tiny_llava(), tmp_path)
+    again = hia.HiAModel.from_pretrained(tiny_llava(), tmp_path, high_resolution=False, auto_fold=False)
+    full = hia.HiAModel.from_pretrained(tiny_llava(), tmp_path, auto_fold=False)
     with torch.no_grad():
         expected = low(**raw).logits
         assert torch.equal(again(**raw).logits, expected)
@@ -115,7 +115,7 @@ def test_it_is_a_choice_of_the_run_not_of_the_weights(low, tmp_path):
 
 def test_a_host_without_resolution_is_an_error():
     base = tiny_llama()
-    model = hia.get_hia_model(base, tiny_config(base), high_resolution=False)
+    model = hia.get_hia_model(base, tiny_config(base), high_resolution=False, auto_fold=False)
     pixels = [torch.randint(0, 256, (40, 50, 1), dtype=torch.uint8)]
     image_map = torch.full((1, 11), -1)
     image_map[0, 1:4] = 0

@@ -30,7 +30,7 @@ KEEPS = ("auto", "features", "folded", "kv")
 
 def model_of(preset: str, plan: str = "auto") -> hia.HiAModel:
     base = tiny_llava()
-    return stir(hia.get_hia_model(base, tiny_config(base, preset, encoder="strided"), plan=plan))
+    return stir(hia.get_hia_model(base, tiny_config(base, preset, encoder="strided"), plan=plan, auto_fold=False))
 
 
 def units_of(adapter: HiAAdapter, kind: str) -> list[nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,13 +14,15 @@ from hia_kernels.ops.stem import stem_packed
 from hia_kernels.ops.stem.functional import stem_reach
 
 from ..config import HiAConfig
+from ..folding import FoldingUnit
 from ..renamed import renamed
-from ..unit import Unit, unit_forward
-from ..versions import WeightVersion, has_training_norm, tensors_of, weight_version_of
+from ..unit import unit_forward
+from ..versions import has_training_norm, tensors_of
 from . import memory, strips
 from .conv import EncoderConv
 from .executor import ConvExecutor
 from .folded import FoldedEncoder, fold_conv
+from .memory import Budget
 from .position import add_position
 from .weights import load_resnet50
 
@@ -71,7 +72,7 @@ class Bottleneck(nn.Module):
             yield self.downsample[0], self.downsample[1]
 
 
-class Encoder(Unit):
+class Encoder(FoldingUnit[FoldedEncoder]):
     """Raw pixels to features; with running statistics an image's features never depend on its neighbours.
 
     Subclasses own ``conv1`` (3-channel stem), ``bn1`` and what :meth:`units` lists.
@@ -93,12 +94,11 @@ class Encoder(Unit):
         self.live_statistics = False
         self.position = config.position
         self.image_mean, self.image_std = config.image_mean, config.image_std
-        self._folded: FoldedEncoder | None = None
         self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave folded weights out of copies: packed ones can't be copied or saved."""
-        return {**self.__dict__, "_folded": None, "_constants": {}}
+        """Leave folded weights and constants out of copies."""
+        return {**super().__getstate__(), "_constants": {}}
 
     @property
     def smallest_side(self) -> int:
@@ -142,14 +142,16 @@ class Encoder(Unit):
         return self
 
     @unit_forward
-    def forward(self, pixels: Tensor, window: Tensor, max_activation_bytes: int | None = None) -> Tensor:
+    def forward(self, pixels: Tensor, window: Tensor, max_activation_bytes: Budget | str = None) -> Tensor:
         """Encode one image.
 
         Args:
             pixels: [H, W, 1 or 3] uint8, uint16 or float.
             window: [2] fp32: the pixel values that mean black and white.
             max_activation_bytes: what activations may take, features included, pixels and weights not; an image that
-                needs more goes through in strips, for inference with running statistics. None: no limit.
+                needs more goes through in strips, for inference with running statistics. None: no limit. "auto": what
+                2^22 pixels take, on CUDA half of the free memory if that is more; for images larger than that, in
+                calls that strips serve.
 
         Returns:
             [H', W', C] features, H' = ceil(H / stride), in the parameters' dtype; with ``position="sincos"`` where each
@@ -158,11 +160,11 @@ class Encoder(Unit):
         Raises:
             ValueError: the budget can't hold a strip, or gradients or live statistics want the whole image.
         """
-        memory.check_budget(max_activation_bytes)
-        return self._encode(pixels[None], window[None], self._executor(), max_activation_bytes)[0]
+        budget = memory.budget_of(max_activation_bytes)
+        return self._encode(pixels[None], window[None], self._executor(), budget)[0]
 
     def forward_many(
-        self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: int | None = None
+        self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: Budget | str = None
     ) -> list[Tensor]:
         """Encode images of any sizes: those of one size together, on the CPU only where gradients are recorded.
 
@@ -180,43 +182,42 @@ class Encoder(Unit):
         Raises:
             ValueError: as :meth:`forward`; not one window an image; a budget that can't hold a group that must be one.
         """
-        memory.check_budget(max_activation_bytes)
+        budget = memory.budget_of(max_activation_bytes)
         if tuple(windows.shape) != (len(images), 2):
             raise ValueError(f"hia: windows must have shape [{len(images)}, 2], got {list(windows.shape)}")
-        return self.inside(self._encode_many, images, windows, max_activation_bytes)
+        return self.inside(self._encode_many, images, windows, budget)
 
-    def _encode_many(self, images: Sequence[Tensor], windows: Tensor, max_activation_bytes: int | None) -> list[Tensor]:
+    def _encode_many(self, images: Sequence[Tensor], windows: Tensor, budget: Budget) -> list[Tensor]:
         device = self.conv1.weight.device
         images, windows = [pixels.to(device, non_blocking=True) for pixels in images], windows.to(device)
         executor = self._executor()
         maps: dict[int, Tensor] = {}
         live = False if executor.weights else None  # what was folded holds while no norm takes live statistics
-        for group in self._groups(images, max_activation_bytes, live=live):
+        limit = None if isinstance(budget, memory.AutoBudget) else budget
+        for group in self._groups(images, limit, live=live):
             pixels, window = _stacked(images, group), _stacked(windows, group)
-            maps.update(zip(group, self._encode(pixels, window, executor, max_activation_bytes), strict=True))
+            maps.update(zip(group, self._encode(pixels, window, executor, budget), strict=True))
         return [maps[index] for index in range(len(images))]
 
-    def fold_weights(self) -> FoldedEncoder:
-        """Fold the norms and pack the weights for inference: exact to rounding, beside the parameters.
+    def weights(self) -> list[Tensor]:
+        """List all parameters and statistics."""
+        return tensors_of(self)
 
-        Used where no gradient is recorded, until a parameter changes.
+    def folding_bytes(self) -> int:
+        """Count the bytes that folding takes at its peak: a copy of every weight."""
+        return sum(tensor.nbytes for tensor in self.weights())
 
-        Raises:
-            NotImplementedError: the weights are sharded or offloaded.
-        """
-        self.check_in_place("fold_weights")
+    def _made(self) -> FoldedEncoder:
+        """Fold the norms and pack the weights."""
         constants = self._normalisation(self.conv1.weight.device)
         convs = {self.conv1: fold_conv(self.conv1, self.bn1, pack=False, stem=(*constants, self.pool))}
         for unit in self.units():
             convs.update({conv: fold_conv(conv, norm) for conv, norm in unit.pairs()})
-        self.unfold_weights()
-        self._folded = FoldedEncoder(self.weight_version(), convs, constants)
-        return self._folded
+        return FoldedEncoder(self.weight_version(), convs, constants)
 
-    def unfold_weights(self) -> None:
-        """Drop what :meth:`fold_weights` made."""
+    def _drop(self) -> None:
         self.drop_graphs()
-        self._folded = None
+        super()._drop()
 
     def drop_graphs(self) -> None:
         """Drop the CUDA graphs there are, and their memory."""
@@ -224,21 +225,6 @@ class Encoder(Unit):
             self._folded.graphs.clear()
 
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
-
-    def weight_version(self) -> WeightVersion:
-        """Name the present state of all parameters and statistics."""
-        return weight_version_of(tensors_of(self))
-
-    def current(self) -> FoldedEncoder | None:
-        """Return the folded weights; drop them, with a warning, once a parameter has changed since they were made."""
-        if self._folded is not None and self._folded.version != self.weight_version():
-            warnings.warn(
-                "hia: parameters have changed since fold_weights(), so the encoder's weights are dropped; "
-                "call fold_weights() again",
-                stacklevel=2,
-            )
-            self.unfold_weights()
-        return self._folded
 
     def units(self) -> Sequence[Any]:
         """List what follows the stem, in order."""
@@ -293,24 +279,25 @@ class Encoder(Unit):
     def _executor(self) -> ConvExecutor:
         """Take the folded weights where no gradient is recorded and no norm takes live statistics."""
         if (
-            self._folded is None
-            or torch.is_grad_enabled()
+            torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or has_training_norm(self)  # of the norms there are now: others may have the same tensors
         ):
             return ConvExecutor()
-        folded = self.current()
+        folded = self.count_call()
         if folded is None:
             return ConvExecutor()
         graphs = folded.graphs if self.cuda_graphs else None
         return ConvExecutor(folded.convs, folded.packed_serves(), graphs, folded.workspace_cache)
 
-    def _encode(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: int | None) -> Tensor:
+    def _encode(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: Budget) -> Tensor:
         """Encode images of one size, [N, H, W, CP], [N, 2] -> [N, H', W', C]; positions go on last, strips or not."""
         features = self._without_position(pixels, window, executor, budget)
         return features if self.position == "none" else add_position(features)
 
-    def _without_position(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: int | None) -> Tensor:
+    def _without_position(self, pixels: Tensor, window: Tensor, executor: ConvExecutor, budget: Budget) -> Tensor:
+        if isinstance(budget, memory.AutoBudget):
+            budget = budget.of(self, pixels, GROUP_PIXELS)
         if budget is not None:
             executor.workspace_cache = None  # it may be larger than this image's budget
             images, height, width, _ = pixels.shape

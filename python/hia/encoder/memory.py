@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 
 from hia_kernels.ops.conv_norm_act import packing_unsupported_reasons
 
+from ..free_memory import free_bytes
+
 STEM_TEMPORARY = 8 * 2**20  # bytes the stem holds beside its output where it works strip by strip itself
 LARGE_MAP = 64 * 2**20  # bytes; the C library asks the system for larger blocks every time
 LARGE_STRIP = 16 * 2**20  # bytes of a strip's widest map, about
+AUTO = "auto"
+FREE_SHARE = 0.5  # of a GPU's free memory, for one large image: what is freed behind it may lie in pieces
 STEM_HALO = 3  # rows of the stem's output: two see the edge of a cut, with three a cut is never below the stem's reach
 
 
@@ -110,6 +115,11 @@ def size_behind(units: Sequence[Any], height: int, width: int) -> tuple[int, int
     return height, width
 
 
+def device_type_of(weight: Tensor) -> str:
+    """Name the type of device that weights are on, whose kernels take memory in their own way."""
+    return weight.device.type
+
+
 def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None = None) -> int:
     """Count the bytes of activations that encoding one image takes at most, without its pixels and the parameters.
 
@@ -120,15 +130,15 @@ def activation_bytes(encoder: Striped, height: int, width: int, rows: int | None
         rows: of a strip, in rows of the stem's output; None: the image as a whole.
     """
     weight = encoder.conv1.weight
-    size = weight.element_size()
+    size, device_type = weight.element_size(), device_type_of(weight)
     first = next(conv for unit in encoder.units() for conv, _ in unit.pairs())
-    if weight.device.type == "cpu" and (weight.dtype != torch.float32 or packing_unsupported_reasons(first.weight)):
+    if device_type == "cpu" and (weight.dtype != torch.float32 or packing_unsupported_reasons(first.weight)):
         size *= 4  # plain PyTorch serves it, with temporaries in fp32 or fp64
     height, width = stem_size(encoder, height, width)
     stem_rows = height if rows is None else min(height, rows + 2 * STEM_HALO)
     stem = stem_rows * width * weight.shape[0] * size
     temporary = encoder.stem_stride**2 * stem if weight.dtype == torch.float64 else STEM_TEMPORARY
-    if weight.device.type == "cuda":  # where kernels write the normalised pixels, of three channels at most
+    if device_type == "cuda":  # where kernels write the normalised pixels, of three channels at most
         temporary += 3 * encoder.stem_stride**2 * stem_rows * width * size
     peak = stem + temporary
     waiting, live = 0, height if rows is None else rows
@@ -162,10 +172,61 @@ def workspace_elements(units: Sequence[Any], size: Sequence[int]) -> int:
     return images * most
 
 
-def check_budget(budget: int | None) -> None:
-    """Raise ValueError unless ``max_activation_bytes`` is a positive int or None."""
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0):
-        raise ValueError(f"hia: max_activation_bytes must be a positive int or None, got {budget!r}")
+@dataclass(frozen=True)
+class AutoBudget:
+    """A limit for large images alone, which nothing is refused for: they go through in strips where strips serve.
+
+    Attributes:
+        least: bytes that activations may take in any case, since what follows takes as much.
+    """
+
+    least: int = 0
+
+    def of(self, encoder: Striped, pixels: Tensor, whole_pixels: int) -> int | None:
+        """Return the bytes that activations may take; None for images that go through as a whole.
+
+        Args:
+            encoder: of any kind.
+            pixels: [N, H, W, CP].
+            whole_pixels: pixels that are encoded at once in any case, and what they take is allowed to any image.
+        """
+        images, height, width, _ = pixels.shape
+        if torch.compiler.is_compiling() or images > 1 or height * width <= whole_pixels:
+            return None
+        if whole_reason(encoder, pixels) is not None:
+            return None
+        side = math.isqrt(whole_pixels)
+        floor = max(activation_bytes(encoder, side, side), least_bytes(encoder, height, width))
+        budget, needed = max(self.least, floor), activation_bytes(encoder, height, width)
+        if needed > budget:
+            budget = max(budget, int(FREE_SHARE * (free_bytes(pixels.device) or 0)))
+        return None if needed <= budget else budget
+
+
+Budget = int | AutoBudget | None
+
+
+def budget_of(max_activation_bytes: Any, least: int = 0) -> Budget:
+    """Check ``max_activation_bytes``; "auto" becomes an :class:`AutoBudget` of ``least`` bytes.
+
+    Raises:
+        ValueError: neither "auto" nor a positive int nor None.
+    """
+    if isinstance(max_activation_bytes, AutoBudget):
+        return max_activation_bytes
+    if isinstance(max_activation_bytes, str) and max_activation_bytes == AUTO:
+        return AutoBudget(least)
+    whole = isinstance(max_activation_bytes, int) and not isinstance(max_activation_bytes, bool)
+    if max_activation_bytes is not None and not (whole and max_activation_bytes > 0):
+        raise ValueError(
+            f"hia: max_activation_bytes must be 'auto', a positive int or None, got {max_activation_bytes!r}"
+        )
+    return max_activation_bytes
+
+
+def least_bytes(encoder: Striped, height: int, width: int) -> int:
+    """Count the bytes that the smallest strip takes: one row of features at a stride of 32."""
+    return activation_bytes(encoder, height, width, 32 // encoder.stem_stride)
 
 
 def strip_rows(encoder: Striped, height: int, width: int, budget: int) -> int | None:
@@ -177,7 +238,7 @@ def strip_rows(encoder: Striped, height: int, width: int, budget: int) -> int | 
     if activation_bytes(encoder, height, width) <= budget:
         return None
     unit = 32 // encoder.stem_stride  # rows of the stem's output behind one row of features
-    least = activation_bytes(encoder, height, width, unit)
+    least = least_bytes(encoder, height, width)
     if least > budget:
         raise ValueError(
             f"hia: max_activation_bytes must hold one strip of a {height} x {width} image, {least} bytes, got {budget}"
@@ -207,18 +268,21 @@ def head(encoder: Striped, height: int, width: int) -> tuple[int, int]:
     return 1 + next(number for number, unit in enumerate(units) if unit.stride == 2), -(-height // strips)
 
 
+def whole_reason(encoder: Striped, pixels: Tensor) -> str | None:
+    """Say why an image must be encoded as a whole: it has one graph, and live statistics are of all of it."""
+    tensors = (pixels, *encoder.parameters())
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are recorded"
+    return "batch-norm takes live statistics" if encoder.takes_live_statistics() else None
+
+
 def check_inference(encoder: Striped, pixels: Tensor, height: int, width: int, budget: int) -> None:
-    """Raise where strips can't be used: an image has one graph, and live statistics are of the whole of it.
+    """Raise where strips can't be used.
 
     Raises:
         ValueError: gradients are recorded, or a norm takes live statistics.
     """
-    tensors = (pixels, *encoder.parameters())
-    reason = None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        reason = "gradients are recorded"
-    elif encoder.takes_live_statistics():
-        reason = "batch-norm takes live statistics"
+    reason = whole_reason(encoder, pixels)
     if reason is not None:
         raise ValueError(
             f"hia: max_activation_bytes must hold the whole image where {reason}, "

@@ -35,6 +35,28 @@ class LlamaHost:
         """Return (height, width) of the images that the host sees, pixels; None where only the caller can know it."""
         return None
 
+    @property
+    def image_tokens(self) -> int:
+        """Count the tokens that an image has in the prompt; 0 where only the caller can know it."""
+        return 0
+
+    def prefill_bytes(self, tokens: int, itemsize: int, cached: bool = True) -> int:
+        """Count the bytes that a prefill takes beside the weights, at least.
+
+        They are the KV cache, and what is alive at once in a layer's MLP: its residual and its input, the gate, what
+        the gate is multiplied with, and their product.
+
+        Args:
+            tokens: of all prompts, padding included.
+            itemsize: bytes of an element.
+            cached: whether there is a KV cache.
+        """
+        config = self.text_model.config
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        cache = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+        return tokens * itemsize * (cached * cache + 2 * config.hidden_size + 3 * config.intermediate_size)
+
     def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
         """Read the map off the prompt; None where only the caller can know it."""
         return None

@@ -36,6 +36,14 @@ class LlavaHost(LlamaHost):
             return None if size is None else (size, size)
         return int(size[0]), int(size[1])
 
+    @property
+    def image_tokens(self) -> int:
+        """Count the tokens that an image has in the prompt: CLIP's patches."""
+        patch = getattr(self.model.config.vision_config, "patch_size", None)
+        if self.image_size is None or not isinstance(patch, int):
+            return 0
+        return (self.image_size[0] // patch) * (self.image_size[1] // patch)
+
     def image_map(self, input_ids: Tensor | None, images: int) -> Tensor | None:
         """Split the image tokens evenly among the images, in order: [B, S].
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HiAConfig
-from ..encoder.encoder import build_encoder
+from ..encoder.encoder import Encoder, build_encoder
+from ..folding import drop_changed
 from ..renamed import renamed
 from ..unit import Unit, unit_forward
 from .extractor import Extractor
@@ -116,17 +117,53 @@ class HiAAdapter(nn.Module):
             self.graphs.clear()
             self.encoder.drop_graphs()
 
+    def folding_units(self) -> list[Encoder | Extractor]:
+        """List the modules whose weights can be folded: the encoder, and every layer's extractor."""
+        return [self.encoder, *(layer.extractor for layer in self.layers.values())]
+
     def fold_weights(self) -> None:
         """Fold and pack the weights for inference, in the encoder and in every layer."""
-        for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
-            module.fold_weights()
+        for unit in self.folding_units():
+            unit.fold_weights()
         self.graphs.clear()  # they hold the weights that were folded before
 
     def unfold_weights(self) -> None:
-        """Drop what :meth:`fold_weights` made; the parameters were never touched."""
-        for module in (self.encoder, *(layer.extractor for layer in self.layers.values())):
-            module.unfold_weights()
+        """Drop all folded weights, and let none fold by themselves; the parameters were never touched."""
+        for unit in self.folding_units():
+            unit.unfold_weights()
         self.graphs.clear()
+
+    @property
+    def auto_fold(self) -> bool:
+        """Tell whether weights fold by themselves."""
+        return all(unit.auto_fold for unit in self.folding_units())
+
+    def set_auto_fold(self, auto_fold: bool) -> None:
+        """Choose whether weights fold by themselves; see :meth:`hia.folding.FoldingUnit.set_auto_fold`."""
+        for unit in self.folding_units():
+            unit.set_auto_fold(auto_fold)
+
+    @torch.compiler.disable  # compares the weights' versions, which a graph would take for constants
+    def fold_by_itself(self, features: PackedFeatures, samples: int) -> None:
+        """Take note of a call before its layers run, outside of them: fold what repeats, drop what is out of date.
+
+        Args:
+            features: of the call's images.
+            samples: prompts that they belong to.
+        """
+        extractors = [layer.extractor for layer in self.layers.values()]
+        drop_changed(extractors)
+        for extractor in extractors:
+            extractor.fold_by_itself(features, samples)
+
+    def folding_state(self) -> str:
+        """Say, for the encoder and for the extractors, whether weights are folded, and the bytes that takes."""
+        lines = []
+        for name, units in (("encoder", self.folding_units()[:1]), ("extractors", self.folding_units()[1:])):
+            states = sorted({unit.folding_state() for unit in units})
+            nbytes = sum(0 if (folded := unit.current()) is None else folded.nbytes for unit in units)
+            lines.append(f"weights of the {name}: {' and '.join(states)}, {nbytes / 2**20:.1f} MiB\n")
+        return "".join(lines)
 
     prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
 

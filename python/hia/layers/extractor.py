@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +11,15 @@ from torch import Tensor, nn
 import hia_kernels
 
 from ..config import HiAConfig
-from ..unit import Unit, unit_forward
-from ..versions import WeightVersion, weight_version_of
+from ..folding import FoldingUnit
+from ..unit import unit_forward
 from . import plan
 from .features import PackedFeatures
-from .folded import FoldedExtractor, fold_extractor
+from .folded import FoldedExtractor, fold_extractor, folding_bytes
 from .shared import SharedProjection
 
 KEY_VALUE_FORMS = ("direct", "folded", "ln_folded_kv")
+FOLDING_FORMS = ("folded", "folded_absorbed", "ln_folded_kv", "ln_folded_absorbed")  # these read folded weights
 SHARED_FORMS = ("direct", "absorbed")  # these read the released maths' shared projection as it is
 # h_N is not normed, and its entries are of size 1 and more in trained hosts: at full gain the one vector that all
 # queries get would outweigh what tells them apart.
@@ -27,7 +27,7 @@ CONDITION_GAIN = 0.1
 LARGEST_CACHE = 2**30  # bytes a layer keeps of one set of images without being told to
 
 
-class Extractor(Unit):
+class Extractor(FoldingUnit[FoldedExtractor]):
     """Z̄ = CrossAtten(Q + Linear(h_N), Linear(Z)): M learnable queries read one image's features (paper, section 3).
 
     The conditioned queries are one set per sample, whatever the number of its images. The maths has several exact
@@ -49,7 +49,6 @@ class Extractor(Unit):
         self.sharing = len(config.layer_indices) if config.shared_projection else 0
         self.hidden_size, self.channels = config.hidden_size, config.encoder_channels
         self._shared = (shared,)  # in a tuple, or its parameters would be registered here too
-        self._folded: FoldedExtractor | None = None
         self.queries = nn.Parameter(torch.empty(config.num_queries, dim, dtype=torch.get_default_dtype()))  # as nn's
         self.condition = nn.Linear(config.hidden_size, dim) if config.instruction_aware else None
         self.feature_projection = nn.Linear(channels, dim)
@@ -68,30 +67,41 @@ class Extractor(Unit):
             if self.condition is not None:
                 unit_variance_(self.condition, gain=CONDITION_GAIN)
 
-    def weight_version(self) -> WeightVersion:
-        """Name the present state of all parameters that keys and values depend on."""
+    def weights(self) -> list[Tensor]:
+        """List all parameters that keys and values depend on."""
         modules = (*self._shared, self.feature_projection, self.feature_norm, self.kv_proj)
-        return weight_version_of(p for module in modules if module is not None for p in module.parameters())
+        return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
-    def fold_weights(self) -> FoldedExtractor:
-        """Fold the weights for inference; see :class:`hia.layers.folded.FoldedExtractor`.
+    def check_in_place(self, action: str) -> None:
+        """Refuse an action on weights that don't stay, those of the shared projection included."""
+        super().check_in_place(action)
+        (shared,) = self._shared
+        if shared is not None:
+            shared.check_in_place(action)
 
-        Raises:
-            NotImplementedError: the weights are sharded or offloaded.
-        """
+    def folding_bytes(self) -> int:
+        """Count the bytes that folding takes at its peak."""
+        return folding_bytes(self.feature_projection, self.kv_proj, self.channels)
+
+    def _made(self) -> FoldedExtractor:
         (shared,) = self._shared
         own = (self.feature_projection, self.feature_norm, self.kv_proj)
-        self.check_in_place("fold_weights")
         if shared is None:
-            self._folded = fold_extractor(*own, self.weight_version())
-        else:
-            shared.check_in_place("fold_weights")
-            self._folded = shared.inside(fold_extractor, *own, self.weight_version(), shared)
-        return self._folded
+            return fold_extractor(*own, self.weight_version())
+        return shared.inside(fold_extractor, *own, self.weight_version(), shared)
 
-    def unfold_weights(self) -> None:
-        """Drop the folded weights."""
-        self._folded = None
+    def fold_by_itself(self, features: PackedFeatures, samples: int) -> None:
+        """Fold the weights if they were the same in an earlier call, and the form this one takes would read them.
+
+        The adapter has looked at all layers' weights before (:func:`hia.folding.drop_changed`).
+        """
+        if self._folded is not None or torch.is_grad_enabled():
+            self.count_call(checked=True)
+            return
+        sizes = dataclasses.replace(self.sizes(features, samples), weights_folded=True)
+        device = self.kv_proj.weight.device.type
+        gains = self.form in (plan.AUTO, *FOLDING_FORMS) and plan.choose("extract", self.form, sizes, device)
+        self.count_call(pays=gains in FOLDING_FORMS)
 
     def condition_queries(self, hidden: Tensor, instruction_rows: Tensor) -> Tensor:
         """Condition the queries (Eq. 2): hidden [T, D1], instruction_rows [B] -> [B, M, D]; unaware, they stay."""
@@ -169,18 +179,6 @@ class Extractor(Unit):
             weights_folded=not training and self.current() is not None,
             cached=() if cache is None else (cache.kind,),
         )
-
-    def current(self) -> FoldedExtractor | None:
-        """Return the folded weights; drop them, with a warning, once a parameter has changed since they were made."""
-        folded = self._folded
-        if folded is None or torch.compiler.is_compiling() or folded.version == self.weight_version():
-            return folded
-        warnings.warn(
-            "hia: parameters have changed since fold_weights(), so what it made is dropped; call fold_weights() again",
-            stacklevel=2,
-        )
-        self._folded = None
-        return None
 
     def cached_tokens(self, features: PackedFeatures, kind: str) -> Tensor:
         """Compute what later questions about these images need of them; run it :meth:`inside`.

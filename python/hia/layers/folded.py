@@ -84,6 +84,22 @@ def fold_extractor(
     )
 
 
+def folding_bytes(projection: nn.Linear, kv_proj: nn.Linear, channels: int) -> int:
+    """Count the bytes that :func:`fold_extractor` takes at its peak, its result included.
+
+    Args:
+        projection: as there.
+        kv_proj: as there.
+        channels: C.
+    """
+    dtype, dim = projection.weight.dtype, projection.weight.shape[0]
+    exact, wide = 8 if dtype == torch.float64 else 4, channels + EXTRA_COLUMNS
+    inputs = projection.weight.numel() + 2 * kv_proj.weight.numel() + projection.weight.shape[1] * channels
+    between = 4 * dim * wide  # columns, centred, and twice as input of the QR decomposition
+    result = dim * channels + min(dim, wide) * wide + 2 * dim * wide
+    return exact * (inputs + between + result) + dtype.itemsize * result
+
+
 def _root(matrix: Tensor) -> Tensor:
     """Find R with R^T R = matrix^T matrix, of at most as many rows as columns, so that |R z| is cheap."""
     if matrix.shape[0] <= matrix.shape[1]:

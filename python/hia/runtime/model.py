@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,17 +14,16 @@ from torch import Tensor, nn
 
 from ..config import HiAConfig, host_facts
 from ..encoder.calibration import calibrate, chunks_of, pixels_and_windows
+from ..encoder.memory import Budget, budget_of
 from ..hosts import LlamaHost, find_host
 from ..images.load import check_pixels, windows_of
 from ..images.radiograph import Radiograph
-from ..layers import plan
 from ..layers.adapter import HiAAdapter
 from ..layers.features import ImageFeatures
 from ..layers.forms import AUTO
 from ..layers.layout import VisualLayout
-from ..renamed import renamed
 from . import checkpoint, health, resolution
-from .attachment import adapter_for, is_tuned, layer_device, own_parameters
+from .attachment import adapter_for, is_tuned, own_parameters
 from .context import PromptContext, layout_of, pad_left
 from .hooks import InjectionHooks, refuse_chunked_prefill, refuse_filled_cache
 from .options import RunOptions
@@ -48,25 +46,29 @@ def get_hia_model(
     plan: str = AUTO,
     high_resolution: bool = True,
     batch_norm: str = "running",
+    auto_fold: bool = True,
 ) -> HiAModel:
     """Attach a new adapter to a host and freeze the host; parameters of PEFT adapters in it stay as they are.
 
     Args:
         base: ``LlavaForConditionalGeneration``, ``LlamaForCausalLM``, or a PEFT model of one of them.
         config: a preset made for this host, e.g. ``HiAConfig.paper(base)``.
-        plan: see :meth:`HiAModel.set_plan`. This and the next two are choices of a run: no checkpoint holds them, and
+        plan: see :meth:`HiAModel.set_plan`. This and the next three are choices of a run: no checkpoint holds them, and
             they can be changed at any time.
         high_resolution: see :meth:`HiAModel.set_high_resolution`.
         batch_norm: see :meth:`HiAModel.set_batch_norm`.
+        auto_fold: see :meth:`HiAModel.set_auto_fold`.
 
     Returns:
         The model: forward and generate take the base model's arguments and those of :meth:`HiAModel.forward`.
 
     Raises:
-        TypeError: a host the runtime does not know. ValueError: the config is for another host, or no such plan or
-            statistics.
+        TypeError: a host the runtime does not know. ValueError: the config is for another host, or a choice that
+            there isn't.
     """
-    return HiAModel(base, config, plan=plan, high_resolution=high_resolution, batch_norm=batch_norm)
+    return HiAModel(
+        base, config, plan=plan, high_resolution=high_resolution, batch_norm=batch_norm, auto_fold=auto_fold
+    )
 
 
 class HiAModel(RunOptions, nn.Module):
@@ -86,6 +88,7 @@ class HiAModel(RunOptions, nn.Module):
         plan: str = AUTO,
         high_resolution: bool = True,
         batch_norm: str = "running",
+        auto_fold: bool = True,
     ):
         super().__init__()
         if isinstance(base, HiAModel):
@@ -101,7 +104,7 @@ class HiAModel(RunOptions, nn.Module):
         self.hia_config = config
         self._host: tuple[LlamaHost] = (host,)  # in a tuple, or the host's modules would be registered twice
         self.adapter = adapter_for(host, config)
-        self.set_plan(plan).set_high_resolution(high_resolution).set_batch_norm(batch_norm)
+        self.set_plan(plan).set_high_resolution(high_resolution).set_batch_norm(batch_norm).set_auto_fold(auto_fold)
         self.base_model = base
         self._modes = [(module, module.training) for module in base.modules()]
         self._tuned = is_tuned(base)
@@ -128,6 +131,7 @@ class HiAModel(RunOptions, nn.Module):
         features: ImageFeatures | None = None,
         image_map: Tensor | None = None,
         instruction_index: Tensor | None = None,
+        max_activation_bytes: int | str | None = AUTO,
         **kwargs: Any,
     ) -> Any:
         """Run the base model, with the images' details injected where visual tokens stand.
@@ -142,6 +146,7 @@ class HiAModel(RunOptions, nn.Module):
                 read off ``input_ids``; for LLaMA it is required.
             instruction_index: [B] int64, position of the last token of the *instruction* (in training: before the
                 answer). Required with images; never assumed to be the last token.
+            max_activation_bytes: see :meth:`encode_images`.
             kwargs: the base model's.
 
         Returns:
@@ -150,7 +155,7 @@ class HiAModel(RunOptions, nn.Module):
         Raises:
             ValueError, TypeError: inputs that don't fit. NotImplementedError: a filled cache, a chunked prompt.
         """
-        inputs = (high_res_pixels, windows, features, image_map, instruction_index)
+        inputs = (high_res_pixels, windows, features, image_map, instruction_index, max_activation_bytes)
         prompt = self._open_prompt(inputs, args, kwargs, generating=False)
         return self._during(prompt, self.base_model, args, kwargs)
 
@@ -164,7 +169,8 @@ class HiAModel(RunOptions, nn.Module):
         if self._enabled and self._hooks is not None:
             mask = pad_left(kwargs)
         names = ("high_res_pixels", "windows", "features", "image_map", "instruction_index")
-        inputs = tuple(kwargs.pop(name, None) for name in names)
+        budget = kwargs.pop("max_activation_bytes", AUTO)
+        inputs = (*(kwargs.pop(name, None) for name in names), budget)
         with torch.no_grad():
             prompt = self._open_prompt(inputs, args, {**kwargs, "attention_mask": mask}, generating=True)
             settings = kwargs.get("generation_config") or getattr(self.base_model, "generation_config", None)
@@ -178,7 +184,7 @@ class HiAModel(RunOptions, nn.Module):
         high_res_pixels: Sequence[Tensor],
         windows: Tensor | None = None,
         keep: str = "auto",
-        max_activation_bytes: int | None = None,
+        max_activation_bytes: int | str | None = AUTO,
     ) -> ImageFeatures:
         """Encode images once, to ask many questions: pass the result as ``features``.
 
@@ -190,13 +196,14 @@ class HiAModel(RunOptions, nn.Module):
                 where that makes a question cheaper and takes at most 1 GiB an image and layer. Nothing is kept while
                 gradients are recorded. ``result.nbytes`` counts it all.
             max_activation_bytes: what the encoder's activations may take; larger images go through it in strips, with
-                the same result. For inference. None: no limit.
+                the same result. "auto" (default): what the host's prefill takes anyway, for images above 2^22 pixels
+                (docs/encoder.md, "Strips"). An int: for inference. None: no limit.
 
         Returns:
             One [ceil(H / stride), ceil(W / stride), C] map per image, and what is kept.
 
         Raises:
-            ValueError, TypeError: pixels or windows that don't fit, or no such ``keep``.
+            ValueError, TypeError: pixels or windows that don't fit, or no such ``keep`` or ``max_activation_bytes``.
         """
         if keep not in KEEPS:
             raise ValueError(f"hia: keep must be {' or '.join(map(repr, KEEPS))}, got {keep!r}")
@@ -205,68 +212,28 @@ class HiAModel(RunOptions, nn.Module):
                 f"hia: keep must be 'auto' or 'features' while gradients are recorded, got {keep!r}; "
                 f"use torch.no_grad()"
             )
-        features = self._encoded(high_res_pixels, windows, max_activation_bytes)
+        tokens = len(high_res_pixels) * self._host[0].image_tokens
+        features = self._encoded(high_res_pixels, windows, self._budget(max_activation_bytes, tokens))
         if keep == "features" or torch.is_grad_enabled() or not len(features):
             return features
         alone = [features.select([image]).packed() for image in range(len(features))]
+        self.adapter.fold_by_itself(alone[0], 1)
         return ImageFeatures(features.maps, tuple(self.adapter.layer_caches(image, keep) for image in alone))
 
     def _encoded(
-        self, high_res_pixels: Sequence[Tensor], windows: Tensor | None, max_activation_bytes: int | None = None
+        self, high_res_pixels: Sequence[Tensor], windows: Tensor | None, budget: Budget = None
     ) -> ImageFeatures:
         encoder = self.adapter.encoder
         seen = resolution.limited(self._high_resolution, self._host[0], high_res_pixels)
         for number, pixels in enumerate(seen):
             check_pixels(f"high_res_pixels[{number}]", pixels, encoder.smallest_side)
         windows = windows_of(high_res_pixels, windows).float()
-        return ImageFeatures(tuple(encoder.forward_many(seen, windows, max_activation_bytes)))
+        return ImageFeatures(tuple(encoder.forward_many(seen, windows, budget)))
 
-    def fold_weights(self) -> HiAModel:
-        """Fold and pack the adapter's weights for inference: same results up to rounding, fewer FLOPs.
-
-        Parameters and state_dict stay as they are; calls that record gradients don't see the folded weights. When a
-        parameter changes, what was folded from it is dropped, with a warning. Undone by :meth:`unfold_weights`.
-
-        Returns:
-            The model itself.
-        """
-        self.adapter.fold_weights()
-        return self
-
-    def unfold_weights(self) -> HiAModel:
-        """Drop what :meth:`fold_weights` made.
-
-        Returns:
-            The model itself.
-        """
-        self.adapter.unfold_weights()
-        return self
-
-    prepare, unprepare = renamed("prepare", "fold_weights"), renamed("unprepare", "unfold_weights")
-
-    def explain_plan(
-        self, sizes: Sequence[tuple[int, int]], visual_tokens: int = 576, samples: int = 1, training: bool = False
-    ) -> None:
-        """Write to standard output which forms of the maths a call would take, and what each would cost.
-
-        Args:
-            sizes: (height, width) of each image of the batch, pixels.
-            visual_tokens: rows an image has in the host's sequence.
-            samples: prompts the images belong to.
-            training: with gradients.
-
-        Raises:
-            ValueError: no sizes, or ones that are not positive.
-        """
-        if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
-            raise ValueError(f"hia: sizes must hold (height, width) of each image, at least one, got {list(sizes)}")
-        host, index = self._host[0], self.hia_config.layer_indices[0]
-        extractor = self.adapter.layer(index).extractor
-        sizes = resolution.limited_sizes(self._high_resolution, host, sizes)
-        asked = plan.sizes_of(self.hia_config, sizes, visual_tokens, samples, extractor.queries.element_size())
-        folded = not training and extractor.current() is not None
-        asked = dataclasses.replace(asked, training=training, weights_folded=folded)
-        sys.stdout.write(plan.table(asked, layer_device(host.layers[index]).type, self.plan))
+    def _budget(self, max_activation_bytes: int | str | None, tokens: int, cached: bool = True) -> Budget:
+        """Take "auto" for what the host's prefill of so many tokens takes, with a KV cache or without."""
+        itemsize = self.adapter.encoder.conv1.weight.element_size()
+        return budget_of(max_activation_bytes, self._host[0].prefill_bytes(tokens, itemsize, cached))
 
     def adapter_health(self, batch: Mapping[str, Any]) -> health.AdapterHealth:
         """Measure on one batch whether the adapter can learn, and what it does.
@@ -302,9 +269,10 @@ class HiAModel(RunOptions, nn.Module):
     def _open_prompt(
         self, inputs: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool
     ) -> PromptContext | None:
-        pixels, windows, features, image_map, instruction_index = inputs
+        pixels, windows, features, image_map, instruction_index, max_activation_bytes = inputs
         if not self._enabled or self._hooks is None:
             return None
+        budget_of(max_activation_bytes)
         if pixels is not None and features is not None:
             raise ValueError("hia: high_res_pixels must not be given with features, got both")
         images = len(features if features is not None else pixels if pixels is not None else ())
@@ -316,10 +284,13 @@ class HiAModel(RunOptions, nn.Module):
             set_host_mode(self.base_model, True)  # enabled on the host itself, since train()
         layout = self._layout(images, image_map, instruction_index, args, kwargs)
         if features is None:
-            features = self._encoded(pixels, windows)
+            cached = kwargs.get("use_cache") is not False
+            budget = self._budget(max_activation_bytes, layout.batch * layout.seq_len, cached)
+            features = self._encoded(pixels, windows, budget)
         else:
             resolution.check_features(self._high_resolution, self._host[0], self.adapter.encoder, features)
         packed = self.adapter.packed(features)
+        self.adapter.fold_by_itself(packed, layout.samples.shape[0])
         shared = self.adapter.feature_projection
         if shared is not None and torch.is_grad_enabled():
             samples = layout.samples.shape[0]
@@ -328,7 +299,7 @@ class HiAModel(RunOptions, nn.Module):
                 packed.shared(shared)
         return PromptContext(packed, layout, generating)
 
-    @torch.compiler.disable  # reads the maps' values, and the weights' versions
+    @torch.compiler.disable  # reads the maps' values
     def _layout(
         self,
         images: int,
@@ -337,8 +308,6 @@ class HiAModel(RunOptions, nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> VisualLayout:
-        for layer in self.adapter.layers.values():
-            layer.extractor.current()  # compiled layers take its word for the folded weights' being up to date
         refuse_filled_cache(kwargs.get("past_key_values"))
         refuse_reentrant_checkpointing(self._host[0], self.training)
         return layout_of(self._host[0], images, image_map, instruction_index, args, kwargs)
@@ -469,8 +438,8 @@ class HiAModel(RunOptions, nn.Module):
         Args:
             base: the host it was made for.
             directory: of the three files that :meth:`save_pretrained` writes.
-            options: ``plan``, ``high_resolution``, ``batch_norm`` of :func:`get_hia_model`. What isn't given takes its
-                default; or, with a warning, what a file of an older version holds.
+            options: ``plan``, ``high_resolution``, ``batch_norm``, ``auto_fold`` of :func:`get_hia_model`. What isn't
+                given takes its default; or, with a warning, what a file of an older version holds.
 
         Raises:
             FileNotFoundError: a file is missing. ValueError: the adapter was made for another host, or its file
