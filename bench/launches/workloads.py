@@ -39,6 +39,7 @@ from .record import Recording, recorded
 
 # rows of the tables that launch Triton kernels on a GPU, or may: the others are plain PyTorch
 ROWS = ("triton", "cudnn", "cublas")
+OTHERS_ALONE = {"cross_attention": ("cudnn",)}  # rows of that name which launch nothing of ours
 CHOSEN = "chosen"  # in place of a row: a composite's ops run what their tables choose
 
 
@@ -165,15 +166,19 @@ def run(call: Call | CompositeCall, recording: Recording) -> None:
         recording.workload = f"{call.label} {CHOSEN}"
         _step(call)
         return
-    for row in backend.TABLES[call.op].backends:
-        if row.name not in ROWS:
-            continue
-        recording.workload = f"{call.label} {row.name}"
+    for row in rows_of(call.op):
+        recording.workload = f"{call.label} {row}"
         try:
-            with hia_kernels.use_backend(row.name):
+            with hia_kernels.use_backend(row):
                 forward_backward(call)
         except NotImplementedError as error:
             recording.refused.append((recording.workload, str(error)))
+
+
+def rows_of(op: str) -> list[str]:
+    """List the rows of an op's table that launch Triton kernels, or may."""
+    names = [row.name for row in backend.TABLES[op].backends]
+    return [name for name in names if name in ROWS and name not in OTHERS_ALONE.get(op, ())]
 
 
 def record(target: Target, ops: Iterable[str] = (), *, tuned: bool = False) -> Recording:

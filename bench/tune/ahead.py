@@ -12,7 +12,7 @@ from hia_kernels.ops.conv_norm_act import inputs as convolution
 from ..launches.compile import compile_all
 from ..launches.device import TARGETS, Target, target_of
 from ..launches.record import Launch, recorded
-from ..launches.workloads import ROWS, call_of, forward, forward_backward, stored_configurations
+from ..launches.workloads import call_of, forward, forward_backward, rows_of, stored_configurations
 from ..progress import Progress
 from ..workloads import Workload
 from .search import candidates, recording, using
@@ -39,7 +39,7 @@ def launches_of(tasks: Iterable[Task], dtype: str, target: Target) -> list[Launc
 def _calls(task: Task, dtype: str) -> Iterable[Callable[[], None]]:
     """Return the task as calls, one a row of the table that launches Triton kernels."""
     call = call_of(task, dtype)
-    for row in ROWS:
+    for row in rows_of(call.op):
 
         def run(row: str = row) -> None:
             try:
@@ -48,8 +48,7 @@ def _calls(task: Task, dtype: str) -> Iterable[Callable[[], None]]:
             except NotImplementedError:  # the row can't serve the call, and will not be tried either
                 return
 
-        if hia_kernels.core.backend.TABLES[call.op].row(row) is not None:
-            yield run
+        yield run
 
 
 def _record(call: Callable[[], None], seen: set[str]) -> None:
