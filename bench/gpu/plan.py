@@ -84,8 +84,11 @@ def plan(
 
 
 def pytest_command(device: str, out: Path) -> tuple[str, ...]:
-    """Return the command of the GPU's tests; an absent package in one file must not fail the collection of all."""
-    spread = () if device == "cpu" or missing(("xdist",)) else ("-n", "auto", "--dist", "worksteal")
+    """Return the command of the GPU's tests; an absent package in one file must not fail the collection of all.
+
+    A trial on a CPU only collects them.
+    """
+    spread = () if missing(("xdist",)) else ("-n", "auto", "--dist", "worksteal")
     return (
         "-m",
         "pytest",
@@ -100,7 +103,7 @@ def pytest_command(device: str, out: Path) -> tuple[str, ...]:
         "tests.going_on",
         "--passed",
         str(out / PASSED),
-        *spread,
+        *(("--collect-only",) if device == "cpu" else spread),
         "--continue-on-collection-errors",
         *TEST_FOLDERS,
         *(f"--ignore={name}" for name in unimportable_tests()),
