@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class GoingOn:
-    """What passed, and what did not run.
+    """The tests that passed, and those that did not run.
 
     Args:
         config: pytest's.

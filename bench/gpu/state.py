@@ -1,4 +1,4 @@
-"""What earlier runs of ``make gpu`` did: ``gpu.json``, by which the next one goes on."""
+"""The steps that earlier runs of ``make gpu`` did: ``gpu.json``, by which the next one goes on."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ NOT_LAUNCHED = "not launched"
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
         case: its label.

@@ -185,7 +185,7 @@ def name_of(task: Task) -> str:
 
 @dataclass
 class Ended:
-    """What a tuning that can go on keeps beside its results.
+    """The part of a file by which a tuning goes on.
 
     Attributes:
         dtype: of the inputs.

@@ -367,7 +367,7 @@ BEFORE, AFTER = "2026-05-05T11:59:59+00:00", "2026-05-05T12:00:00+00:00"
 
 
 def test_the_tables_are_of_one_commit_on_one_device(tmp_path):
-    """What an earlier run of the same commit measured counts."""
+    """An earlier run's records count, if they are of the same commit."""
     rows = [measured(name, BEFORE) for name in ("same", "other")]
     facts = {**IDENTITY, "dirty": False}
     rows = [

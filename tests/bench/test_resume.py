@@ -38,7 +38,7 @@ def test_a_mode_that_everybody_has_a_row_in_is_not_measured_again():
 
 @pytest.mark.parametrize("values", [OVER, BROKEN], ids=["not reached", "failed"])
 def test_what_has_no_result_is_measured_again(values):
-    """With everybody it is compared with: times of different runs are no comparison."""
+    """Everybody it is compared with is measured too: times of different runs are no comparison."""
     (rest,) = left(row("hia", "forward", TIMES), row("eager", "forward", values))
     assert rest == TASK
 

@@ -33,7 +33,7 @@ def smoke_on_cpu(out, *arguments):
 
 @needs_compiler
 def test_every_kernel_is_launched_by_some_case():
-    """On a fake GPU, by what a GPU runs: a kernel that no case reaches would be a failure there."""
+    """A fake GPU runs the cases of a real one, where a kernel that no case reaches is a failure."""
     found = set()
     with rehearsing(TARGETS["sm_90"]), smoke.stored_configurations(used=False):
         for case in listed.cases("cuda", ops()):
