@@ -26,7 +26,7 @@ endif
 RUN := PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PY)"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native table3 ablation bench bench-compare report gpu test mutants fuzz test-sanitize test-transformers lint format wheel clean check-python
+.PHONY: help venv native table3 ablation bench bench-compare report gpu rehearse test mutants fuzz test-sanitize test-transformers lint format wheel clean check-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
@@ -35,6 +35,9 @@ venv: $(READY) ## make .venv and install the pinned versions
 
 native: $(READY) ## compile csrc/ for the interpreter in use; make does it by itself in .venv
 	$(RUN) setup.py build_ext --inplace
+
+rehearse: $(READY) ## every step of `make gpu` on a GPU that isn't there, down to the kernels' launches
+	$(RUN) -m bench gpu --rehearse $(ARGS)
 
 table3: $(READY) ## the paper's Table 3 beside ours; ARGS="--help" shows its options
 	$(RUN) -m bench table3 $(ARGS)
@@ -53,7 +56,7 @@ report: $(READY) ## Markdown, pictures and an HTML page from bench/results; ARGS
 	$(RUN) -m bench report $(ARGS)
 
 # PYTHON defaults to python3 and nothing is installed: the machine brings its torch.
-gpu: ## on a machine with a CUDA GPU: GPU tests, then benchmarks, in 9 minutes, to out/ or OUT=dir; STEP=one of them
+gpu: ## on a machine with a CUDA GPU: check, measure, tune, test, 9 minutes at a time, to out/ or OUT=dir; again: goes on; STEP=one
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))" \
 	  "$(or $(strip $(PYTHON)),python3)" -m bench gpu $(if $(OUT),--out "$(OUT)") $(if $(STEP),--only "$(STEP)") $(ARGS)
 

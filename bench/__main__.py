@@ -15,6 +15,7 @@ from bench.launches.cli import launches
 from bench.ops.cli import ops
 from bench.profile.cli import profile
 from bench.report.cli import report
+from bench.smoke.cli import smoke
 from bench.table3.cli import table3
 from bench.targets.cli import targets
 from bench.tune.cli import tune
@@ -22,7 +23,7 @@ from bench.tune.cli import tune
 COMMANDS: dict[str, tuple[Callable[..., int], ...]] = {
     "Measure": (ops, targets, table3, end_to_end, ablation, ablation_detail, gpu),
     "Compare and report": (compare, report),
-    "Look inside and tune": (profile, tune, launches, encoder_forms, deep_forms),
+    "Look inside and tune": (smoke, profile, tune, launches, encoder_forms, deep_forms),
 }
 APP = cli.application(
     "Benchmarks of the ops and the adapter, beside their peers and the device's limits. Results go to `out/<device>`, "

@@ -154,6 +154,14 @@ Minutes = Annotated[
     float | None,
     typer.Option("--minutes", metavar="M", help="Begin nothing new after that long.", callback=within(above=0)),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Measure nothing again that the file holds of this commit on this device. The exit code is 75 while "
+        "something is left to do.",
+    ),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny shapes, few repetitions: a smoke test.")]
 Listing = Annotated[bool, typer.Option("--list", help="Print what would be run, and stop.")]
 Images = Annotated[

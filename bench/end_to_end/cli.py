@@ -61,6 +61,7 @@ def end_to_end(
     ] = 10,
     deadline: Deadline = None,
     images: cli.Images = None,
+    resume: cli.Resume = False,
     listing: cli.Listing = False,
     out: cli.Out = None,
     record: cli.Record = False,
@@ -95,4 +96,4 @@ def end_to_end(
     if listing:
         print_plan(plan(options))
         return 0
-    return run(options, out=out, record=record, json=json)
+    return run(options, out=out, record=record, json=json, resume=resume)

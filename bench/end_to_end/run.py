@@ -22,6 +22,7 @@ from ..records import environment
 from ..records.devices import torch_dtype
 from ..records.files import results_folder
 from ..records.record import Measurement, read_records, write_records
+from ..records.resume import UNFINISHED, standing, was_reached
 from ..table3.hosts import LLAVA_13B, SMALL_LLAVA
 from ..workloads import images
 from .plan import Options, Step, plan
@@ -38,9 +39,10 @@ class Run:
         options: of the run.
         setting: of the models.
         out: files to keep up to date.
+        resume: measure nothing again that the first file holds of this commit on this device.
     """
 
-    def __init__(self, options: Options, setting: Setting, out: Sequence[Path]) -> None:
+    def __init__(self, options: Options, setting: Setting, out: Sequence[Path], *, resume: bool = False) -> None:
         self.options, self.setting, self.out = options, setting, out
         limits = roofline.measure(options.device, [options.dtype])
         facts = environment.describe(options.device) | {"limits": limits.to_dict()}
@@ -52,11 +54,16 @@ class Run:
         self._last = None if options.deadline is None else time.monotonic() + options.deadline
         self._longest = 0.0
         self.earlier = [record for record in _read(out[0]) if record.device == options.device]
+        rows = standing(self.earlier, facts) if resume else []
+        self._settled = {record.key for record in rows if record.status != "failed"}
 
     def go(self, steps: Sequence[Step]) -> None:
         """Measure every step; a failure is a row and the next step goes on."""
         with Progress(len(steps), left=self._left) as progress:
             for case, providers in steps:
+                if all(self.rows.unavailable(case, name, "-").key in self._settled for name in providers):
+                    progress.done()
+                    continue
                 progress.step(f"{case.op} {case.name}: {', '.join(providers)}")
                 started, left = time.monotonic(), self._left()
                 if left is not None and left < 1.2 * self._longest + 1:
@@ -208,7 +215,14 @@ def _read(path: Path) -> list[Measurement]:
     return read_records(path) if path.exists() else []
 
 
-def run(options: Options, *, out: Path | None = None, record: bool = False, json: Path | None = None) -> int:
+def run(
+    options: Options,
+    *,
+    out: Path | None = None,
+    record: bool = False,
+    json: Path | None = None,
+    resume: bool = False,
+) -> int:
     """Run, print, write as it goes.
 
     Args:
@@ -216,9 +230,11 @@ def run(options: Options, *, out: Path | None = None, record: bool = False, json
         out: folder of end_to_end.json.
         record: write it to bench/results.
         json: write the records here too.
+        resume: measure nothing again that the file holds of this commit on this device.
 
     Returns:
-        0; 1 if something failed that should run; 130 after Ctrl-C, with what was measured written.
+        0; 1 if something failed that should run; 75 if a run that resumes did not reach everything; 130 after Ctrl-C,
+        with what was measured written.
     """
     spec = LLAVA_13B if options.device == "cuda" else SMALL_LLAVA
     text = images.prompt_text(options.text_tokens, spec.image_token)
@@ -240,7 +256,7 @@ def run(options: Options, *, out: Path | None = None, record: bool = False, json
     )
     running = None
     try:
-        running = Run(options, setting, files)
+        running = Run(options, setting, files, resume=resume)
         running.go(plan(options))
     except KeyboardInterrupt:
         if running is None:
@@ -251,4 +267,6 @@ def run(options: Options, *, out: Path | None = None, record: bool = False, json
         return 130
     print(f"written: {', '.join(os.path.relpath(path) for path in files)}")
     failed = [one for one in running.records if one.status == "failed" and one.reason != "out of memory"]
-    return 1 if failed else 0
+    if failed:
+        return 1
+    return UNFINISHED if resume and not all(was_reached(one) for one in running.records) else 0

@@ -12,12 +12,22 @@ from .steps import MINUTES, SECONDS, Step
 TEST_PACKAGES = ("pytest", "transformers", "safetensors", "numpy", "PIL")
 HOST_PACKAGES = ("transformers", "safetensors", "numpy", "PIL")
 MEASURING = (*HOST_PACKAGES, "rich", "typer")
+KERNELS = ("triton", *MEASURING)
 TOTAL_S = 540.0  # what the command takes unless it is told otherwise
 TRIAL_TARGETS = ("attention-*-784-forward",)  # what a CPU does in seconds
+TRIAL_SMOKE = ("row_softmax", "inject_rows")  # what Triton's interpreter does in seconds
+PASSED = "tests_passed.txt"  # node ids of tests that a rerun leaves out
+FURTHEST = "3"  # rows that are profiled
 
 
 def plan(
-    device: str, devices: Sequence[str], out: Path, build_skip: str | None, target: str | None = None
+    device: str,
+    devices: Sequence[str],
+    out: Path,
+    build_skip: str | None,
+    target: str | None = None,
+    *,
+    fresh: bool = False,
 ) -> list[Step]:
     """List the steps.
 
@@ -27,6 +37,7 @@ def plan(
         out: folder of the records.
         build_skip: why the extension is not built.
         target: of :data:`bench.launches.device.TARGETS`, what the device is; None where it is none of them.
+        fresh: steps measure anew what the folder holds of this commit.
 
     Raises:
         BadOption: "cuda" and no device.
@@ -35,40 +46,49 @@ def plan(
         raise BadOption(
             "--device: cuda needs a CUDA device that torch can see, got none; --device cpu tries the steps without one"
         )
+    resume = () if fresh else ("--resume",)
     where = ("--device", device, "--out", str(out))
-    targets = ("-m", "bench", "targets", *where, "--add")
-    ops = ("-m", "bench", "ops", *where, "--minutes", MINUTES)
-    end_to_end = ("-m", "bench", "end-to-end", *where, "--deadline", SECONDS, "--batch", "1", "--resolutions")
+    targets = ("-m", "bench", "targets", *where, "--add", *resume)
+    ops = ("-m", "bench", "ops", *where, *resume, "--minutes", MINUTES)
+    smoke = ("-m", "bench", "smoke", *where, *resume, "--minutes", MINUTES)
+    end_to_end = ("-m", "bench", "end-to-end", *where, *resume, "--deadline", SECONDS, "--batch", "1", "--resolutions")
     methods = ("--methods", "baseline", "hia", "--resolutions", "448", "896", "--attention", "sdpa")
-    table3 = ("-m", "bench", "table3", *where, *methods)
+    table3 = ("-m", "bench", "table3", *where, *resume, *methods)
+    profile = ("-m", "bench", "profile", "--furthest", FURTHEST, *where)
     if device == "cpu":
         targets += ("--quick", "--only", *TRIAL_TARGETS)
         ops += ("--quick",)
+        smoke += ("--op", *TRIAL_SMOKE)
         end_to_end += ("448", "--repeats", "2", "--budget", "1")
     else:
         end_to_end += ("896", "--repeats", "3")
     compiled = ("--compiled", "--compile-minutes", "1", "--minutes", MINUTES)
-    tune = ("-m", "bench", "tune", "--out", str(out / "tuned.json"), "--minutes", MINUTES)
+    tune = ("-m", "bench", "tune", "--out", str(out / "tuned.json"), *resume, "--minutes", MINUTES)
     launches = ("-m", "bench", "launches", "--target", target or "sm_90", "--fresh", "--cache", str(out / "launches"))
     trial = None if device == "cuda" else "a trial compiles nothing"
     unknown = None if target else "launches are recorded for no GPU of this kind"
     return [
-        Step("info", ("-m", "hia_kernels.info"), 20),
-        Step("compile", launches, 60, needs=("triton", *MEASURING), skip=trial or unknown),
-        Step("tests", _pytest(device), 150, needs=TEST_PACKAGES, without=("hypothesis", "xdist")),
+        Step("info", ("-m", "hia_kernels.info"), 20, again=True),
+        Step("compile", launches, 60, needs=KERNELS, skip=trial or unknown, again=True),
+        Step("smoke", smoke, 120, needs=KERNELS),
         Step("targets", (*targets, "--no-compile", "--minutes", MINUTES), 120, needs=MEASURING),
-        Step("end-to-end", end_to_end, 75, needs=MEASURING),
-        Step("table3", table3, 70, needs=MEASURING, without=("matplotlib",)),
-        Step("ops", ops, 120, needs=MEASURING, spare=device == "cuda"),
-        Step("tune", tune, 180, needs=MEASURING, skip=trial, spare=True),
-        Step("compiled", (*targets, *compiled), 300, needs=MEASURING, skip=trial, spare=True),
-        Step("build", ("setup.py", "build_ext", "--inplace"), 120, skip=build_skip, spare=True),
+        Step("profile", profile, 60, needs=MEASURING),
+        Step("tune", tune, 120, needs=MEASURING, skip=trial),
+        Step("tests", pytest_command(device, out), 150, needs=TEST_PACKAGES, without=("hypothesis", "xdist")),
+        Step("table3", table3, 90, needs=MEASURING, without=("matplotlib",)),
+        Step("end-to-end", end_to_end, 90, needs=MEASURING),
+        Step("ops", ops, 180, needs=MEASURING),
+        Step("compiled", (*targets, *compiled), 300, needs=MEASURING, skip=trial),
+        Step("build", ("setup.py", "build_ext", "--inplace"), 120, skip=build_skip),
     ]
 
 
-def _pytest(device: str) -> tuple[str, ...]:
-    """Return the command of the GPU's tests; an absent package in one file must not fail the collection of all."""
-    spread = () if device == "cpu" or missing(("xdist",)) else ("-n", "auto", "--dist", "worksteal")
+def pytest_command(device: str, out: Path) -> tuple[str, ...]:
+    """Return the command of the GPU's tests; an absent package in one file must not fail the collection of all.
+
+    A trial on a CPU only collects them.
+    """
+    spread = () if missing(("xdist",)) else ("-n", "auto", "--dist", "worksteal")
     return (
         "-m",
         "pytest",
@@ -79,7 +99,11 @@ def _pytest(device: str) -> tuple[str, ...]:
         "no:cacheprovider",
         "-p",
         "tests.device_guard",
-        *spread,
+        "-p",
+        "tests.going_on",
+        "--passed",
+        str(out / PASSED),
+        *(("--collect-only",) if device == "cpu" else spread),
         "--continue-on-collection-errors",
         *TEST_FOLDERS,
         *(f"--ignore={name}" for name in unimportable_tests()),

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..records import resume
 from ..records.environment import REPOSITORY
 
 GRACE_S = 8.0  # between asking a step to stop and ending it
 SECONDS, MINUTES = "{seconds}", "{minutes}"
 MARGIN_S = 15.0  # for a step to start and to finish what it is at
+OK, FAILED, UNFINISHED, NOT_BEGUN, LEFT_OUT = "ok", "failed", "unfinished", "not begun", "left out"
+STATUSES = (OK, FAILED, UNFINISHED, NOT_BEGUN, LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Step:
         needs: packages without which it is left out.
         without: packages it can do without, and what is lost then.
         skip: why it is left out; None if it isn't.
-        spare: takes what the others leave, and none of their time.
+        again: runs each time, however it ended before.
     """
 
     name: str
@@ -41,7 +45,7 @@ class Step:
     needs: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     skip: str | None = None
-    spare: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,22 @@ class Done:
 
     Attributes:
         name: of the step.
-        status: "ok", "failed", "out of time" or "left out".
+        status: of :data:`STATUSES`.
         detail: exit code, reason, or nothing.
         seconds: it took.
+        date: when it ended, in UTC.
     """
 
     name: str
     status: str
     detail: str
     seconds: float
+    date: str = ""
 
-
-def share(steps: Sequence[Step], number: int, left: float) -> float:
-    """Return the seconds that a step may take: its own deadline, or its part of what is left where not all fit."""
-    step = steps[number]
-    if step.spare:
-        return min(step.at_most_s, left)
-    wanted = sum(one.at_most_s for one in steps[number:] if one.skip is None and not one.spare)
-    return step.at_most_s * min(1.0, left / wanted)
+    @property
+    def is_left_to_do(self) -> bool:
+        """Tell whether a rerun goes on with it."""
+        return self.status in (UNFINISHED, NOT_BEGUN)
 
 
 def run_step(
@@ -90,11 +92,17 @@ def run_step(
     code = _run(step, seconds, log, environment, waiting)
     taken = time.monotonic() - started
     failed = failed_tests(log) if "pytest" in step.command else 0
+    status, detail = FAILED, f"exit code {code}"
     if code is None and failed:
-        return Done(step.name, "failed", f"{failed} tests had failed when it was stopped after {seconds:.0f} s", taken)
-    if code is None:
-        return Done(step.name, "out of time", f"stopped after {seconds:.0f} s; what it had measured is written", taken)
-    return Done(step.name, "failed" if code else "ok", f"exit code {code}" if code else "", taken)
+        detail = f"{failed} tests had failed when it was stopped after {seconds:.0f} s"
+    elif code is None:
+        status, detail = UNFINISHED, f"stopped after {seconds:.0f} s; what it had done is written"
+    elif code == resume.UNFINISHED:
+        status, detail = UNFINISHED, "the time was over before everything was reached"
+    elif code == 0:
+        status, detail = OK, ""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Done(step.name, status, detail, taken, now)
 
 
 def _run(

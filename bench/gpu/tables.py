@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..records import resume
 from ..records.files import read_json
 from .steps import Done
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 FURTHEST = 10
 
 
-def fresh_records(path: Path, since: datetime.datetime | None) -> list[Measurement]:
-    """Read a file's records that were made since then; all of them where no time is named.
+Scope = datetime.datetime | dict[str, Any] | None  # of records: made since then, by this commit on this device, all
+
+
+def records_of(path: Path, scope: Scope) -> list[Measurement]:
+    """Read a file's records within a scope; none where there is no file.
 
     Raises:
         ValueError: it holds something else.
@@ -26,21 +30,23 @@ def fresh_records(path: Path, since: datetime.datetime | None) -> list[Measureme
     from ..records.record import read_records
 
     found = read_records(path) if path.exists() else []
-    if since is None:
+    if scope is None:
         return found
+    if isinstance(scope, dict):
+        return [record for record in found if resume.identity(record.environment) == scope]
     dates = [datetime.datetime.fromisoformat(record.environment["date"]) for record in found]
-    return [record for record, date in zip(found, dates, strict=True) if date >= since.replace(microsecond=0)]
+    return [record for record, date in zip(found, dates, strict=True) if date >= scope.replace(microsecond=0)]
 
 
-def furthest_table(out: Path, since: datetime.datetime | None = None) -> list[str]:
-    """List the ten rows of ours furthest from their roofline, from whatever records of this run there are."""
+def furthest_table(out: Path, scope: Scope = None) -> list[str]:
+    """List the ten rows of ours furthest from their roofline, from whatever records in the scope there are."""
     from ..report.data import sources
     from ..report.speedup import furthest_from_roofline
 
     records, problems = [], []
-    for name in ("kernels.json", "end_to_end.json"):
+    for name in ("targets.json", "kernels.json", "end_to_end.json"):
         try:
-            records += fresh_records(out / name, since)
+            records += records_of(out / name, scope)
         except (ValueError, OSError, KeyError) as error:
             problems.append(f"{out / name} can't be read: {error}")
     rows = furthest_from_roofline(records, FURTHEST)
@@ -58,11 +64,11 @@ def furthest_table(out: Path, since: datetime.datetime | None = None) -> list[st
     return [*problems, *lines, *sources(rows)]
 
 
-def verdict_table(out: Path, device: str, since: datetime.datetime | None = None) -> list[str]:
-    """List every target that the project is held to, judged by this run's records alone."""
+def verdict_table(out: Path, device: str, scope: Scope = None) -> list[str]:
+    """List every target that the project is held to, judged by the records in the scope alone."""
     path = out / "targets.json"
     try:
-        records = fresh_records(path, since)
+        records = records_of(path, scope)
     except (ValueError, OSError, KeyError) as error:
         return [f"{path} can't be read: {error}"]
     if not records:

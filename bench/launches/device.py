@@ -134,6 +134,8 @@ class _Devices(TorchFunctionMode):
             return CUDA if device.type == "meta" else device
         if func == _IS_CUDA:
             return args[0].is_meta
+        if func is torch.device:  # a name, with a number or without one: no tensor is made
+            return func(*args, **(kwargs or {}))
         kwargs = {name: _on_meta(value) for name, value in (kwargs or {}).items()}
         if kwargs.get("device") == META:
             kwargs.pop("generator", None)  # the host's: nothing is drawn

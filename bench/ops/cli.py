@@ -37,6 +37,7 @@ def ops(
     device: cli.Device = "auto",
     quick: cli.Quick = False,
     minutes: cli.Minutes = None,
+    resume: cli.Resume = False,
     listing: cli.Listing = False,
     json: cli.Json = None,
     out: cli.Out = None,
@@ -61,4 +62,4 @@ def ops(
     if listing:
         print_list(plan, console_for(sys.stdout))
         return 0
-    return run(plan, minutes=minutes, out=out, record=record, json=json)
+    return run(plan, minutes=minutes, out=out, record=record, json=json, resume=resume)

@@ -11,6 +11,7 @@ from typing import Any
 from ..measure.roofline import Limits
 from ..measure.worker import Failure, Inline, Isolated, Worker
 from ..progress import Progress
+from ..providers.registry import all_providers
 from ..records.record import Measurement
 from .entries import OVER
 from .plan import Task
@@ -49,9 +50,14 @@ class Collected:
         return list(self._rows.values())
 
     @property
+    def over(self) -> bool:
+        """Tell whether something's turn never came."""
+        return bool(self.not_begun) or any(row.reason == OVER for row in self._rows.values())
+
+    @property
     def cut(self) -> bool:
         """Tell whether something wasn't run because the run was over, or failed."""
-        return bool(self.not_begun or self.failures) or any(row.reason == OVER for row in self._rows.values())
+        return self.over or bool(self.failures)
 
     def say(self, text: str, who: str = "", seconds: float | None = None) -> None:
         """Show what is being done."""
@@ -82,6 +88,29 @@ class Collected:
         """Tell whether a row is of the task, and of that provider, where one is named."""
         same = (row.op, row.case, row.dtype) == (task.workload.op, task.workload.name, task.dtype)
         return same and who in ("", row.provider)
+
+
+def left_to_do(tasks: Sequence[Task], standing: Sequence[Measurement], device: str) -> list[Task]:
+    """List what of some tasks has no row yet; what failed before comes last, or it would be in the way of the rest.
+
+    Args:
+        tasks: in order.
+        standing: rows that need not be measured again, and those that failed.
+        device: "cpu" or "cuda".
+    """
+    everyone = all_providers()
+    known = {row.key for row in standing if row.status != "failed"}
+    failed = {(row.op, row.case, row.dtype) for row in standing if row.status == "failed"}
+    rest = []
+    for task in tasks:
+        who = [name for name in task.providers if everyone[name].serves(task.workload)]
+        empty = {"status": "unavailable", "reason": OVER}
+        modes = [
+            mode for mode in task.modes if not {row_of(task, device, name, mode, **empty).key for name in who} <= known
+        ]
+        if modes:
+            rest.append(replace(task, modes=tuple(modes)))
+    return sorted(rest, key=lambda task: (task.workload.op, task.workload.name, task.dtype) in failed)
 
 
 def run_tasks(tasks: Sequence[Task], settings: Settings, into: Collected, save: Callable[[], None]) -> None:

@@ -10,8 +10,8 @@ from .. import cli
 
 
 def profile(
-    op: Annotated[str, typer.Argument(help="An op or a composite.")],
-    case: Annotated[str, typer.Argument(help="One of its cases, as the tables of `ops` name them.")],
+    op: Annotated[str, typer.Argument(help="An op or a composite.")] = "",
+    case: Annotated[str, typer.Argument(help="One of its cases, as the tables of `ops` name them.")] = "",
     role: Annotated[
         str, typer.Option("--role", metavar="NAME", help="Where the op has several: by default the first.")
     ] = "",
@@ -25,6 +25,15 @@ def profile(
         int, typer.Option("--rows", metavar="N", help="The largest are shown.", callback=cli.within(low=1))
     ] = 16,
     shapes: Annotated[bool, typer.Option("--shapes", help="A row for each op and shapes of its tensors.")] = False,
+    furthest: Annotated[
+        int | None,
+        typer.Option(
+            "--furthest",
+            metavar="N",
+            help="Instead of an op and a case: the rows of ours furthest from their roofline, of the folder's records.",
+            callback=cli.within(low=1),
+        ),
+    ] = None,
     out: cli.Out = None,
     record: cli.Record = False,
 ) -> int:
@@ -32,11 +41,20 @@ def profile(
     from ..records.environment import device_name
     from ..records.files import results_folder, shown, write_text
     from .run import choose, run
+    from .worst import worst
 
-    choice = choose(op, case, role=role, provider=provider, mode=mode, dtype=dtype, device=device)
-    text = run(choice, rows=rows, shapes=shapes)
-    print(text)
-    folder = results_folder(device_name(choice.device), out=out, record=record)
-    name = "-".join((op, choice.workload.name.replace(":", "-"), provider))
-    print(f"\nwritten: {shown(write_text(folder / 'profiles' / f'{name}.md', text + chr(10)))}")
+    device = cli.device_of(device)
+    folder = results_folder(device_name(device), out=out, record=record)
+    if furthest is None:
+        chosen = [choose(op, case, role=role, provider=provider, mode=mode, dtype=dtype, device=device)]
+    elif op:
+        raise cli.BadOption("--furthest: must not be given with an op and a case, got both")
+    else:
+        chosen = worst(folder, device, furthest)
+    for choice in chosen:
+        text = run(choice, rows=rows, shapes=shapes)
+        print(text)
+        parts = (choice.workload.op, choice.workload.name.replace(":", "-"), choice.provider)
+        name = "-".join((*parts, choice.mode) if furthest else parts)
+        print(f"\nwritten: {shown(write_text(folder / 'profiles' / f'{name}.md', text + chr(10)))}\n", flush=True)
     return 0

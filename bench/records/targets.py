@@ -139,7 +139,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 # should the time be over early: what is asked of 896 pixels comes first, by op, then larger images
-OPS_FIRST = ("adapter_layer", "second_question", "cross_attention", "encode", "stem")
+OPS_FIRST = ("encode", "cross_attention", "adapter_layer", "second_question", "stem")
 SIDES_FIRST = (896, 1792, 2048, 4096)
 SIDE = re.compile(r"(?:px|-)(\d{3,4})(?=[-:]|$)")
 

@@ -66,6 +66,7 @@ def table3(
         bool, typer.Option("--skip-measured", "--no-measure", help="Predict only, run nothing.")
     ] = False,
     images: cli.Images = None,
+    resume: cli.Resume = False,
     out: cli.Out = None,
     record: cli.Record = False,
     json: cli.Json = None,
@@ -102,4 +103,4 @@ def table3(
             "card_gb": card_gb,
         },
     )
-    return run(options, out=out, record=record, json=json)
+    return run(options, out=out, record=record, json=json, resume=resume)

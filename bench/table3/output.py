@@ -17,6 +17,7 @@ from .hosts import LLAVA_13B
 from .plot import figure_of
 from .rows import BYTES_PER_GB, Claim, Report, Row
 
+JSON = "table3.json"
 TEXT = ("method", "attention", "note")  # columns of words
 
 
@@ -197,7 +198,7 @@ def write_report(report: Report, folder: Path, json_path: Path | None) -> list[P
             written.append(folder / picture)
         else:
             report.notes.append(f"no table3.png: {reason}")
-    for path in filter(None, (folder / "table3.json", json_path)):
+    for path in filter(None, (folder / JSON, json_path)):
         written.append(write_json(path, report.to_dict()))
     written.append(write_text(folder / "table3.md", to_markdown(report, picture)))
     return written

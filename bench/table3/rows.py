@@ -192,6 +192,7 @@ class Report:
         environment: of :func:`bench.records.environment.describe`.
         images: where the measured runs' images and text came from.
         interrupted: Ctrl-C.
+        failed: a method's runs ended with an error, which ``skipped`` has.
         wall_s: of the run.
     """
 
@@ -204,6 +205,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
+    failed: bool = False
     wall_s: float = 0.0
 
     def find(self, resolution: int, method: str, attention: str) -> Row | None:

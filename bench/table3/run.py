@@ -21,12 +21,13 @@ from ..measure.memory import process_peak_unavailable
 from ..progress import Progress, console_for
 from ..records import environment
 from ..records.devices import torch_dtype
-from ..records.files import results_folder
+from ..records.files import read_json, results_folder, write_json
+from ..records.resume import is_same_run
 from ..workloads import images as pictures
 from . import formulas, paper
 from .hosts import LLAVA_13B, SMALL_LLAVA, HostSpec, host_from_file
 from .methods import METHODS, sequence_length
-from .output import add_notes, print_report, write_report
+from .output import JSON, add_notes, print_report, write_report
 from .predict import Prediction, Task, predict_in_worker, start_worker
 from .prefill import Case, Measured, RunRequest, RunResult, run_in_subprocess
 from .rows import BYTES_PER_GB, Protocol, Report, Row, predicted_row
@@ -95,7 +96,14 @@ def make_options(
     )
 
 
-def run(options: Options, *, out: Path | None = None, record: bool = False, json: Path | None = None) -> int:
+def run(
+    options: Options,
+    *,
+    out: Path | None = None,
+    record: bool = False,
+    json: Path | None = None,
+    resume: bool = False,
+) -> int:
     """Run, print, write.
 
     Args:
@@ -103,31 +111,44 @@ def run(options: Options, *, out: Path | None = None, record: bool = False, json
         out: folder of table3.json, .md and .png.
         record: write them to bench/results.
         json: write the JSON here too.
+        resume: run nothing again that was run at this commit on this device.
 
     Returns:
-        0; 1 if a check failed; 130 after Ctrl-C, with what was done written.
+        0; 1 if a check or a method's runs failed; 130 after Ctrl-C, with what was done written.
     """
     started = time.perf_counter()
     report = Report(options.protocol, environment=environment.describe(options.device))
+    folder = results_folder(report.environment["device"], out=out, record=record)
+    if resume:
+        report.measured += earlier_rows(folder / JSON, report)
     tasks = prediction_tasks(options)
     try:
         with Progress(len(tasks)) as progress:
             predictions = predict_all(tasks, report, progress)
             if not options.skip_measured:
-                measure_all(options, predictions, report, progress)
+                measure_all(options, predictions, report, progress, folder / JSON)
     except KeyboardInterrupt:
         report.interrupted = True
     report.rows.sort(key=lambda row: (row.resolution, METHODS.index(row.method), row.attention))
     report.wall_s = time.perf_counter() - started
     add_notes(report, options.source.note)
-    written = write_report(report, results_folder(report.environment["device"], out=out, record=record), json)
+    written = write_report(report, folder, json)
     console = console_for(sys.stdout)
     print_report(report, console)
     paths = ", ".join(os.path.relpath(path) for path in written)
     console.print(f"{report.wall_s:.0f} s; written: {paths}", highlight=False, soft_wrap=True)
     if report.interrupted:
         return 130
-    return 1 if any(claim.passed is False for claim in report.claims()) else 0
+    return 1 if report.failed or any(claim.passed is False for claim in report.claims()) else 0
+
+
+def earlier_rows(path: Path, report: Report) -> list[Row]:
+    """Read the rows that were really run at this commit on this device, in this protocol; none where there are none."""
+    content = read_json(path) if path.exists() else {}
+    same = is_same_run(content.get("environment", {}), report.environment)
+    protocol = {name: value for name, value in report.protocol.to_dict().items() if name != "attention"}
+    earlier = {name: value for name, value in content.get("protocol", {}).items() if name != "attention"}
+    return [Row(**row) for row in content["measured"]] if same and earlier == protocol else []
 
 
 def prediction_tasks(options: Options) -> list[Task]:
@@ -197,8 +218,11 @@ def rows_of(prediction: Prediction, protocol: Protocol) -> list[Row]:
     ]
 
 
-def measure_all(options: Options, predictions: list[Prediction], report: Report, progress: Progress) -> None:
-    """Really run what the device can hold."""
+def measure_all(
+    options: Options, predictions: list[Prediction], report: Report, progress: Progress, path: Path
+) -> None:
+    """Really run what the device can hold, and was not run before; the JSON is written after each method."""
+    known = {row.key for row in report.measured}
     device, source = options.device, options.source
     host = options.protocol.host if device == "cuda" else SMALL_LLAVA
     text = pictures.prompt_text(options.protocol.text_tokens, host.image_token)
@@ -210,6 +234,7 @@ def measure_all(options: Options, predictions: list[Prediction], report: Report,
         own = sorted((p for p in wanted if p.task.method == method), key=lambda p: p.task.resolution)
         cases, too_large = runnable(own, device)
         report.skipped += too_large
+        cases = [case for case in cases if (case.resolution, method, case.attention) not in known]
         if not cases:
             continue
         dtype = options.protocol.dtype if device == "cuda" else "fp32"
@@ -226,6 +251,7 @@ def measure_all(options: Options, predictions: list[Prediction], report: Report,
         )
         progress.step(f"running {method}, {len(cases)} cases on the {device}")
         run_method(request, own, report, progress)
+        write_json(path, report.to_dict())
 
 
 def describe_host(host: HostSpec, device: str, protocol: Protocol) -> str:
@@ -262,6 +288,7 @@ def run_method(request: RunRequest, predictions: list[Prediction], report: Repor
             progress.detail(f"{result.resolution} px, {result.attention} done")
     except RuntimeError as error:
         report.skipped.append(str(error))
+        report.failed = True
 
 
 def measured_rows(result: RunResult, prediction: Prediction, report: Report) -> list[Row]:

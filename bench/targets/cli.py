@@ -32,6 +32,7 @@ def targets(
     minutes: cli.Minutes = None,
     out: cli.Out = None,
     add: Annotated[bool, typer.Option("--add", help="Keep what the file holds and this run has no row for.")] = False,
+    resume: cli.Resume = False,
     record: cli.Record = False,
     listing: cli.Listing = False,
     quick: cli.Quick = False,
@@ -61,4 +62,4 @@ def targets(
     if listing:
         run.print_list(choice.targets, console_for(sys.stdout))
         return 0
-    return run.run(choice, out=out, record=record, add=add)
+    return run.run(choice, out=out, record=record, add=add, resume=resume)

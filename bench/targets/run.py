@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cli import device_of, some_of
-from ..ops.collect import Collected, run_tasks
+from ..ops.collect import Collected, left_to_do, run_tasks
 from ..ops.output import print_end
 from ..ops.plan import Task
 from ..ops.session import Settings
@@ -23,7 +23,8 @@ from ..records import environment
 from ..records.devices import DEFAULT_DTYPE
 from ..records.files import results_folder
 from ..records.record import Measurement
-from ..records.store import Store
+from ..records.resume import UNFINISHED, standing
+from ..records.store import Store, earlier_records
 from ..records.targets import KINDS, OURS, TARGETS, Target, Verdict, cells, importance
 from ..workloads import Workload
 from .verdicts import judge
@@ -120,7 +121,7 @@ def _says_something(choice: Choice, workload: Workload, providers: Sequence[Prov
     )
 
 
-def run(choice: Choice, *, out: Path | None, record: bool, add: bool) -> int:
+def run(choice: Choice, *, out: Path | None, record: bool, add: bool, resume: bool = False) -> int:
     """Measure, judge, print, write.
 
     Args:
@@ -128,10 +129,11 @@ def run(choice: Choice, *, out: Path | None, record: bool, add: bool) -> int:
         out: folder of the file.
         record: write to the device's committed folder.
         add: keep what the file holds and this run has no row for.
+        resume: keep it, and measure nothing again that was measured at this commit on this device.
 
     Returns:
-        0, since a missed target is a result; 1 if a provider or the device failed; 130 after Ctrl-C, with what was
-        measured written.
+        0, since a missed target is a result; 1 if a provider or the device failed; 75 if a run that resumes did not
+        reach everything; 130 after Ctrl-C, with what was measured written.
 
     Raises:
         BadFile: the records of before can't be read.
@@ -139,8 +141,11 @@ def run(choice: Choice, *, out: Path | None, record: bool, add: bool) -> int:
     started = time.monotonic()
     facts = environment.describe(choice.device)
     path = results_folder(facts["device"], out=out, record=record) / FILE
-    store = Store([path], own=[] if add else [path], beside=lambda found: verdicts_of(found, choice.device))
+    store = Store([path], own=[] if add or resume else [path], beside=lambda found: verdicts_of(found, choice.device))
     settings, tasks, interrupted = choice.settings(started), tasks_of(choice), False
+    if resume:
+        everything, tasks = tasks, left_to_do(tasks, standing(earlier_records(path), facts), choice.device)
+        print(f"{len(tasks)} of {len(everything)} workloads are left to do", flush=True)
     with Progress(len(tasks), left=lambda: settings.left if choice.minutes else None) as progress:
         found = Collected(facts, progress)
         try:
@@ -155,7 +160,9 @@ def run(choice: Choice, *, out: Path | None, record: bool, add: bool) -> int:
     print_end(interrupted, found.failures, store.paths if records else [], time.monotonic() - started, console)
     if interrupted:
         return 130
-    return 1 if found.failures or any(row.status == "failed" for row in records) else 0
+    if found.failures or any(row.status == "failed" for row in records):
+        return 1
+    return UNFINISHED if resume and found.over else 0
 
 
 def verdicts_of(records: Sequence[Measurement], device: str) -> dict[str, Any]:

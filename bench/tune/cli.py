@@ -33,6 +33,7 @@ def tune(
             callback=cli.within(low=1),
         ),
     ] = None,
+    resume: cli.Resume = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -63,4 +64,4 @@ def tune(
     dtype, tasks = cli.one_of("--dtype", dtype, DTYPES), tasks_of(chosen, case or ())
     cli.device_of("cuda")
     count = jobs or len(os.sched_getaffinity(0))
-    return run(tasks, dtype, minutes=minutes, jobs=count, out=out, record=record)
+    return run(tasks, dtype, minutes=minutes, jobs=count, out=out, record=record, resume=resume)

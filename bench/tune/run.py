@@ -23,6 +23,7 @@ from ..progress import Progress
 from ..records import environment
 from ..records.devices import torch_dtype
 from ..records.files import read_json, results_folder, shown, write_json
+from ..records.resume import UNFINISHED, is_same_run
 from ..records.targets import importance
 from ..workloads import CASES, RESOLUTIONS, Workload, gpu_workloads
 from ..workloads.conv_norm_act import resnet50_shapes
@@ -122,31 +123,49 @@ def tasks_of(ops: Iterable[str], cases: Sequence[str] = ()) -> list[Task]:
     return [*dict.fromkeys(shape for side in sides for shape in resnet50_shapes(side)), *workloads]
 
 
-def run(tasks: Sequence[Task], dtype: str, *, minutes: float | None, jobs: int, out: Path | None, record: bool) -> int:
+def run(
+    tasks: Sequence[Task],
+    dtype: str,
+    *,
+    minutes: float | None,
+    jobs: int,
+    out: Path | None,
+    record: bool,
+    resume: bool = False,
+) -> int:
     """Tune and write.
 
+    With ``resume``, keys that were tuned at this commit on this device are known, and tasks that ended not begun again.
+
     Returns:
-        0; 130 after Ctrl-C, with what was found written.
+        0; 75 if a run that resumes did not reach every task; 130 after Ctrl-C, with what was found written.
     """
     facts = environment.describe("cuda")
     path = out or path_of(facts["device"], record=record)
+    ended = Ended.read(path, dtype, facts) if resume else None
+    if ended is not None:
+        tasks = [task for task in tasks if name_of(task) not in ended.tasks]
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    interrupted = False
-    if jobs > 1:
+    interrupted = over = False
+    if jobs > 1 and tasks:
         print_compiled(tasks, dtype, jobs)
     make = partial(Session, dtype)
-    worker = Isolated(partial(make, Tuned()))
+    known = Tuned() if ended is None else ended.tuned
+    worker = Isolated(partial(make, known))
     with Progress(len(tasks)) as progress, closing(worker):
-        found = Found(progress)
+        found = Found(progress, known)
         try:
             for number, task in enumerate(tasks):
                 if end is not None and time.monotonic() > end:
                     print(f"the time is over, {len(tasks) - number} of {len(tasks)} tasks were not begun")
+                    over = True
                     break
-                progress.step(str(task) if isinstance(task, convolution.Shape) else f"{task.op} {task.name}")
+                progress.step(name_of(task))
                 run_task(task, worker, make, found)
                 worker.make = partial(make, found.tuned)  # what a fresh process knows
-                write(path, found.tuned, facts)
+                if ended is not None:
+                    ended.tasks.append(name_of(task))
+                write(path, found.tuned, facts, ended)
                 progress.done()
         except KeyboardInterrupt:
             interrupted = True
@@ -157,7 +176,41 @@ def run(tasks: Sequence[Task], dtype: str, *, minutes: float | None, jobs: int, 
     print(f"{len(tuned.configurations)} of {len(tuned.seen)} keys have a better configuration; written: {shown(path)}")
     if not record and out is None:
         print(f"launchers read {shown(tuning.FOLDER)}: --record writes there")
-    return 130 if interrupted else 0
+    if interrupted:
+        return 130
+    return UNFINISHED if over and ended is not None else 0
+
+
+def name_of(task: Task) -> str:
+    """Name a task in the progress and in the file."""
+    return str(task) if isinstance(task, convolution.Shape) else f"{task.op} {task.name}"
+
+
+@dataclass
+class Ended:
+    """The part of a file by which a tuning goes on.
+
+    Attributes:
+        dtype: of the inputs.
+        tuned: what was found.
+        tasks: names of those that ended.
+    """
+
+    dtype: str
+    tuned: Tuned = field(default_factory=Tuned)
+    tasks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path, dtype: str, facts: dict[str, Any]) -> Ended:
+        """Read it from a file of the same commit, device and dtype; empty where there is none."""
+        content = read_json(path) if path.exists() else {}
+        ended = content.get("ended", {})
+        if ended.get("dtype") != dtype or not is_same_run(content.get("environment", {}), facts):
+            return cls(dtype)
+        seen, backends = ended["seen"], content["backends"]
+        configurations = {name: config for name, config in content["configurations"].items() if name in seen}
+        gains = {name: gain for name, gain in content["gains"].items() if name in seen or name in backends}
+        return cls(dtype, Tuned(configurations, gains, seen, backends), ended["tasks"])
 
 
 def run_task(task: Task, worker: Worker, make: Callable[[Tuned], Session], found: Found) -> None:
@@ -177,8 +230,8 @@ def path_of(device: str, *, record: bool) -> Path:
     return tuning.FOLDER / f"{tuning.device_slug(device)}.json" if record else results_folder(device) / FILE
 
 
-def write(path: Path, tuned: Tuned, facts: dict[str, Any]) -> None:
-    """Write the device's file: what was found now beside what it held of other keys."""
+def write(path: Path, tuned: Tuned, facts: dict[str, Any], ended: Ended | None = None) -> None:
+    """Write the device's file: what was found now beside what it held of other keys, and how a rerun goes on."""
     before = read_json(path) if path.exists() else {}
     kept = {name: config for name, config in before.get("configurations", {}).items() if name not in tuned.seen}
     backends = {**before.get("backends", {}), **tuned.backends}
@@ -189,6 +242,8 @@ def write(path: Path, tuned: Tuned, facts: dict[str, Any]) -> None:
         "gains": dict(sorted({**gains, **tuned.gains}.items())),
         "environment": facts,
     }
+    if ended is not None:
+        content["ended"] = {"dtype": ended.dtype, "seen": tuned.seen, "tasks": ended.tasks}
     write_json(path, content)
     tuning.stored.cache_clear()
     tuning.stored_backends.cache_clear()

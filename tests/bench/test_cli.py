@@ -68,7 +68,7 @@ def test_record_is_refused_with_out(name, capsys):
         (["opps"], "command: must be among ops, targets, .*, got 'opps'; did you mean ops"),
         (["end_to_ent"], "got 'end_to_ent'; did you mean end-to-end"),
         (["targets", "--onyl", "a"], "bench targets: --onyl: must be an option of this command; did you mean --only"),
-        (["profile", "linear"], "bench profile: Missing argument '(case|CASE)'"),
+        (["profile", "linear"], "bench profile: case: must name at least one of 13b-448"),
         (["profile", "linear", "tiny", "--rows", "many"], "bench profile: --rows: must be a whole number, got 'many'"),
         (["targets", "--minutes", "ten"], "bench targets: --minutes: must be a number, got 'ten'"),
         (["targets", "--minutes"], "bench targets: Option '--minutes' requires an argument"),

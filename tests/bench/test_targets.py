@@ -171,10 +171,10 @@ def test_a_deadline_cuts_the_least_important():
     found = [(one.op, one.name) for one in targets.grouped(TARGETS)]
     attention = [f"{kind}-896:extract" for kind in ("13b-released", "7b-released", "13b")]  # heads of 640, 512, 128
     assert found[:7] == [
+        ("encode", "px896"),
+        *(("cross_attention", name) for name in attention),
         ("adapter_layer", CASE),
         ("second_question", CASE),
-        *(("cross_attention", name) for name in attention),
-        ("encode", "px896"),
         ("stem", "px2048-16bit"),
     ]
     sides = [next(side for side in ("896", "1792", "2048", "4096", "3584") if side in name) for _, name in found[7:]]

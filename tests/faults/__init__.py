@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import bench, contracts, learning, native, operators, runtime, triton_kernels
+from . import bench, contracts, gpu_run, learning, native, operators, runtime, triton_kernels
 from .mutant import KINDS, REQUIRED_KINDS, Mutant, StaleFault
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -13,6 +13,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *runtime.MUTANTS,
     *learning.MUTANTS,
     *bench.MUTANTS,
+    *gpu_run.MUTANTS,
 )
 
 __all__ = ["KINDS", "MUTANTS", "REQUIRED_KINDS", "Mutant", "StaleFault"]

@@ -12,12 +12,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import hia_kernels
+from bench.measure.poison import poison_uninitialised
 from hia_kernels import info, testing, use_backend
 from hia_kernels.core import backend
 from hia_kernels.ops.conv_norm_act import conv_norm_act_packed, conv_norm_act_packed_, pack_conv
 from hia_kernels.ops.stem import pack_stem
 from tests.inputs import OPS, differentiable, small_inputs
-from tests.ops.conftest import poison_uninitialised
 from tests.ops.harness import assert_compiles, forward_backward
 from tests.ops.zero_sizes import AXES, FUNCTIONS, Case, cases, compare, draw
 

@@ -1,0 +1,1 @@
+"""Every Triton kernel once: is it right?"""

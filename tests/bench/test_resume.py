@@ -1,0 +1,71 @@
+"""Going on where a run ended: what counts as measured, and that it is not measured again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bench.ops.collect import left_to_do
+from bench.ops.plan import Task
+from bench.ops.session import row_of
+from bench.records import resume
+from bench.workloads import workloads
+
+FACTS = {"device": "made up", "commit": "0123456789", "dirty": False, "versions": {"torch": "2.13"}}
+WORKLOAD = next(one for one in workloads("row_softmax") if one.name == "tiny")
+TASK = Task(WORKLOAD, ("forward", "both"), "fp32", ("hia", "eager"))
+TIMES = {"status": "ok", "p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0}
+OVER = {"status": "unavailable", "reason": "not run: --minutes was over before its turn"}
+ABSENT = {"status": "unavailable", "reason": "xformers is not installed"}
+BROKEN = {"status": "failed", "reason": "beyond the tolerance"}
+
+
+def row(provider, mode, values, facts=None):
+    return dataclasses.replace(row_of(TASK, "cpu", provider, mode, **values), environment=facts or FACTS)
+
+
+def left(*rows, tasks=(TASK,)):
+    return left_to_do(tasks, resume.standing(rows, FACTS), "cpu")
+
+
+def test_a_mode_that_everybody_has_a_row_in_is_not_measured_again():
+    rows = [row("hia", "forward", TIMES), row("eager", "forward", ABSENT)]
+    (rest,) = left(*rows)
+    assert rest == dataclasses.replace(TASK, modes=("both",))
+    assert left(*rows, row("hia", "both", TIMES), row("eager", "both", TIMES)) == []
+
+
+@pytest.mark.parametrize("values", [OVER, BROKEN], ids=["not reached", "failed"])
+def test_what_has_no_result_is_measured_again(values):
+    """Everybody it is compared with is measured too: times of different runs are no comparison."""
+    (rest,) = left(row("hia", "forward", TIMES), row("eager", "forward", values))
+    assert rest == TASK
+
+
+def test_what_failed_comes_last():
+    other = dataclasses.replace(TASK, workload=next(one for one in workloads("inject_rows") if one.name == "tiny"))
+    rest = left(row("hia", "forward", BROKEN), tasks=[TASK, other])
+    assert [task.workload.op for task in rest] == ["inject_rows", "row_softmax"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"device": "another"},
+        {"commit": "9876543210"},
+        {"versions": {"torch": "2.11"}},
+        {"dirty": True},
+        {"dirty": None},
+    ],
+    ids=str,
+)
+def test_rows_of_something_else_do_not_count(changed):
+    assert left(*(row(name, "forward", TIMES, {**FACTS, **changed}) for name in TASK.providers)) == [TASK]
+
+
+@pytest.mark.parametrize("changed", [{"dirty": True}, {"commit": None}], ids=str)
+def test_a_tree_without_a_commit_of_its_own_starts_again(changed):
+    facts = {**FACTS, **changed}
+    assert resume.identity(facts) is None
+    assert resume.standing([row("hia", "forward", TIMES, facts)], facts) == []
