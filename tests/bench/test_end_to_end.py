@@ -82,7 +82,7 @@ def test_the_most_important_come_first(monkeypatch):
     monkeypatch.setattr(end_to_end, "run", lambda options, **places: seen.append((options, places)) or 0)
     assert command("--device", "cpu") == 0
     ((options, places),) = seen
-    assert places == {"out": None, "record": False, "json": None}, "out/<device>, which git ignores"
+    assert places == {"out": None, "record": False, "json": None, "resume": False}, "out/<device>, which git ignores"
     steps = planning.plan(options)
     assert steps[0] == (Case("time_to_first_token", 448, 1, 2), ("hia", "baseline", "released", "anyres", "plain"))
     sizes = [case.batch * case.resolution**2 for case, _ in steps]

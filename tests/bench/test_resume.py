@@ -10,6 +10,11 @@ from bench.ops.collect import left_to_do
 from bench.ops.plan import Task
 from bench.ops.session import row_of
 from bench.records import resume
+from bench.records.files import write_json
+from bench.table3 import run as table3
+from bench.table3.rows import Protocol, Report, Row
+from bench.tune import run as tune
+from bench.tune.search import Tuned
 from bench.workloads import workloads
 
 FACTS = {"device": "made up", "commit": "0123456789", "dirty": False, "versions": {"torch": "2.13"}}
@@ -69,3 +74,22 @@ def test_a_tree_without_a_commit_of_its_own_starts_again(changed):
     facts = {**FACTS, **changed}
     assert resume.identity(facts) is None
     assert resume.standing([row("hia", "forward", TIMES, facts)], facts) == []
+
+
+def test_a_tuning_knows_what_it_tuned(tmp_path):
+    path, tuned = tmp_path / "tuned.json", Tuned({"stem/a": {"num_warps": 4}}, {"stem/a": 1.2}, {"stem/a": {}}, {})
+    tune.write(path, tuned, FACTS, tune.Ended("bf16", tuned, ["stem px896"]))
+    ended = tune.Ended.read(path, "bf16", FACTS)
+    assert (ended.tuned, ended.tasks) == (tuned, ["stem px896"])
+    assert tune.Ended.read(path, "fp16", FACTS) == tune.Ended("fp16"), "another dtype's keys are others"
+    assert tune.Ended.read(path, "bf16", {**FACTS, "commit": "9876543210"}) == tune.Ended("bf16")
+
+
+def test_table3_runs_no_row_again(tmp_path):
+    measured = Row(448, "hia", "sdpa", 1, 0, 1, "measured", True, 1.0, None, None, False, 1, 1, 1, 1, "13B")
+    report = Report(Protocol(), measured=[measured], environment=FACTS)
+    write_json(tmp_path / "table3.json", report.to_dict())
+    again = Report(Protocol(), environment=FACTS)
+    assert table3.earlier_rows(tmp_path / "table3.json", again) == [measured]
+    assert table3.earlier_rows(tmp_path / "table3.json", Report(Protocol(card_gb=24.0), environment=FACTS)) == []
+    assert table3.earlier_rows(tmp_path / "none.json", again) == []

@@ -79,7 +79,7 @@ def test_options_reach_the_protocol(options_of, tmp_path):
     assert (protocol.unit, protocol.attention, protocol.card_bytes) == ("macs", ("sdpa",), 24 * 10**9)
     assert protocol.host.text["num_key_value_heads"] == 2
     assert protocol.host.image_token == 100
-    assert places == {"out": None, "record": True, "json": None}
+    assert places == {"out": None, "record": True, "json": None, "resume": False}
 
 
 def test_defaults_are_the_protocol_of_the_readme(options_of):
@@ -87,7 +87,7 @@ def test_defaults_are_the_protocol_of_the_readme(options_of):
     assert options.protocol == Protocol()
     assert options.methods == methods.METHODS and options.resolutions == table3.RESOLUTIONS
     assert not options.skip_measured and options.device == "cpu"
-    assert places == {"out": None, "record": False, "json": None}, "out/<device>, which git ignores"
+    assert places == {"out": None, "record": False, "json": None, "resume": False}, "out/<device>, which git ignores"
 
 
 @pytest.mark.parametrize(

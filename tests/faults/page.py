@@ -11,7 +11,7 @@ from .runner import Verdict
 
 PAGE = Path("docs/mutants.md")
 COMMAND = 'make mutants ARGS="--write"'
-AREAS = {"csrc": "Native kernels", "python": "Adapter and runtime", "bench": "Benchmarks"}
+AREAS = {"csrc": "Native kernels", "python": "Adapter and runtime", "bench": "Benchmarks", "tests": "Benchmarks"}
 
 
 def page(verdicts: Sequence[Verdict], source: str, seconds: float) -> str:
