@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import cli
+
+if TYPE_CHECKING:
+    from .page import Devices
 
 LAUNCH_US = 2.5
 
@@ -48,29 +51,17 @@ def estimate(
 
     Needs Triton and no GPU. The page states the formula. An H100's ceilings are measured, an H200's expected.
     """
-    changed = (bandwidth, tflops) != (None, None)
-    if write and (op or case or device or changed or launch_us != LAUNCH_US):
+    if write and (op or case or device or bandwidth or tflops or launch_us != LAUNCH_US):
         raise cli.BadOption("--write: must cover everything as it is; leave all options but --jobs out")
     from hia_kernels.core import triton_support
 
     from .collect import known
-    from .measured import measured
-    from .model import DEVICES
 
-    names = cli.some_of("--device", device or ["*"], DEVICES)
-    if changed and len(names) > 1:
-        raise cli.BadOption("--bandwidth, --tflops: must be of one device, got two; add --device h100 or h200")
+    devices = _devices(device, bandwidth, tflops)
     if importlib.util.find_spec("triton") is None:
         raise cli.BadOption("the package triton must be installed, got none")
     if triton_support.interpreted():
         raise cli.BadOption("TRITON_INTERPRET must not be set, got 1")
-    devices = {}
-    for name in names:
-        found, records = DEVICES[name], measured(DEVICES[name].folder)
-        if changed:
-            given = {"bandwidth": (bandwidth or found.bandwidth / 1e12) * 1e12, "source": "as the options say"}
-            found = replace(found, **given, rate=(tflops or found.rate / 1e12) * 1e12)
-        devices[found] = records
     everything = known((key[0], key[1]) for records in devices.values() for key in records)
     chosen = set(cli.some_of("--op", op or ["*"], dict.fromkeys(one.op for one in everything)))
     some = [one for one in everything if one.op in chosen]
@@ -80,3 +71,23 @@ def estimate(
     count = jobs or len(os.sched_getaffinity(0))
     some = [one for one in some if one.name in cases]
     return run(some, devices, launch_s=launch_us / 1e6, jobs=count, write=write)
+
+
+def _devices(given: list[str] | None, bandwidth: float | None, tflops: float | None) -> Devices:
+    """Return the ceilings of the devices named, as the options change them, and what was measured on each.
+
+    Raises:
+        BadOption: an unknown name, or ceilings of two devices at once.
+    """
+    from .measured import measured
+    from .model import DEVICES
+
+    found = [DEVICES[name] for name in cli.some_of("--device", given or ["*"], DEVICES)]
+    if bandwidth or tflops:
+        if len(found) > 1:
+            raise cli.BadOption("--bandwidth, --tflops: must be of one device, got two; add --device h100 or h200")
+        (one,) = found
+        rate = one.rate if tflops is None else tflops * 1e12
+        moved = one.bandwidth if bandwidth is None else bandwidth * 1e12
+        found = [replace(one, bandwidth=moved, rate=rate, source="as the options say")]
+    return {one: measured(one.folder) for one in found}

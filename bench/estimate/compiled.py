@@ -1,4 +1,4 @@
-"""Compiles listed launches, and reads what a multiprocessor's share of each is."""
+"""Compiles listed launches, and reads what each takes of a multiprocessor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured of our own provider on a device, from its committed records."""
+"""Reads what was measured of our own provider on a device, from its committed records."""
 
 from __future__ import annotations
 

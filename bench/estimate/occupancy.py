@@ -1,4 +1,4 @@
-"""How a launch fills a GPU: programs resident on a multiprocessor, waves, and the fill of them all."""
+"""Computes how a launch fills a GPU: programs resident on a multiprocessor, waves, and the fill of them all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resident(found: Resources, num_warps: int) -> int:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How a launch fills the GPU.
+    """A launch's programs, and the places that a GPU has for them.
 
     Attributes:
         programs: of its grid.

@@ -15,6 +15,7 @@ from .measured import Key
 from .model import Ceilings, Kernel, estimate_s, kernels
 from .occupancy import BLOCKS, MULTIPROCESSORS, REGISTERS, REGISTERS_STEP, RESERVED, SHARED, THREADS, WARP
 
+Devices = Mapping[Ceilings, Mapping[Key, Measurement]]  # what was measured on each
 PATH = REPOSITORY / "docs" / "estimates.md"
 TEXT = ("case", "mode", "longest kernel")
 HEADER = (
@@ -65,7 +66,7 @@ A measurement is of the kernels of the commit in brackets, an estimate of this p
 def text(
     works: Sequence[Work],
     found: Mapping[Launch, Compiled],
-    devices: Mapping[Ceilings, Mapping[Key, Measurement]],
+    devices: Devices,
     launch_s: float,
     made: str,
 ) -> str:
@@ -95,7 +96,7 @@ def text(
 def tables(
     works: Sequence[Work],
     found: Mapping[Launch, Compiled],
-    devices: Mapping[Ceilings, Mapping[Key, Measurement]],
+    devices: Devices,
     launch_s: float,
 ) -> list[str]:
     """Return the lines of one op's table: a row a workload and mode."""
@@ -108,7 +109,7 @@ def tables(
 def row(
     work: Work,
     listed: Sequence[Kernel],
-    devices: Mapping[Ceilings, Mapping[Key, Measurement]],
+    devices: Devices,
     launch_s: float,
 ) -> list[str]:
     """Return a workload's cells."""
@@ -153,7 +154,7 @@ def _measured(record: Measurement) -> str:
 def _ceilings(
     works: Sequence[Work],
     found: Mapping[Launch, Compiled],
-    devices: Mapping[Ceilings, Mapping[Key, Measurement]],
+    devices: Devices,
     launch_s: float,
 ) -> list[str]:
     """List what each device is taken for, and how far its measurements are from the estimates."""

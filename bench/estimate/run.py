@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..launches.device import TARGETS
 from ..progress import Progress
 from ..records import environment
 from ..records.files import write_text
-from ..records.record import Measurement
 from ..workloads import Workload
 from . import page
 from .collect import collect
 from .compiled import compiled
-from .measured import Key
-from .model import Ceilings
 
 TARGET = TARGETS["sm_90"]  # of an H100 and of an H200
 
 
 def run(
     chosen: Sequence[Workload],
-    devices: Mapping[Ceilings, Mapping[Key, Measurement]],
+    devices: page.Devices,
     *,
     launch_s: float,
     jobs: int,
