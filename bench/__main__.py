@@ -9,6 +9,7 @@ from bench import cli
 from bench.ablation.cli import ablation, ablation_detail
 from bench.compare.cli import compare
 from bench.end_to_end.cli import end_to_end
+from bench.estimate.cli import estimate
 from bench.forms.cli import deep_forms, encoder_forms
 from bench.gpu.cli import gpu
 from bench.launches.cli import launches
@@ -23,7 +24,7 @@ from bench.tune.cli import tune
 COMMANDS: dict[str, tuple[Callable[..., int], ...]] = {
     "Measure": (ops, targets, table3, end_to_end, ablation, ablation_detail, gpu),
     "Compare and report": (compare, report),
-    "Look inside and tune": (smoke, profile, tune, launches, encoder_forms, deep_forms),
+    "Look inside and tune": (smoke, profile, tune, launches, estimate, encoder_forms, deep_forms),
 }
 APP = cli.application(
     "Benchmarks of the ops and the adapter, beside their peers and the device's limits. Results go to `out/<device>`, "

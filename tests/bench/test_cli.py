@@ -51,7 +51,7 @@ def test_every_option_is_named(command):
 @pytest.mark.parametrize("name", NAMES)
 def test_record_is_refused_with_out(name, capsys):
     """Try both orders: of two places, one would be dropped without a word. ``ablation --record`` is an addition."""
-    if name in ("ablation", "launches", "encoder-forms", "deep-forms"):
+    if name in ("ablation", "launches", "estimate", "encoder-forms", "deep-forms"):
         assert bench([name, "--help"]) == 0
         said = capsys.readouterr().out
         assert "--record" not in said or "as well" in said
