@@ -115,6 +115,14 @@ def _convolution(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tenso
     return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, [0, 0], groups)
 
 
+def _efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
+    """Return gradients: PyTorch's meta function lacks the argument ``out`` of its schema, as late as torch 2.13."""
+    return (*(torch.empty_like(x) for x in (q, k, v)), q.new_empty(0))
+
+
+_DISPATCHED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._efficient_attention_backward.default: _efficient_backward,
+}
 _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__
 _REPLACED: dict[Any, Callable[..., Any]] = {
     torch.Tensor.cuda: lambda tensor, *args, **options: tensor.to(META),
@@ -156,7 +164,7 @@ class _Ops(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "namespace", "") != "hia":
-            return func(*args, **kwargs)
+            return _DISPATCHED.get(func, func)(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]

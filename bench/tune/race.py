@@ -108,7 +108,7 @@ def _decide(
     for backend, call in calls.items():
         try:
             wrong = problem(call())
-        except (NotImplementedError, RuntimeError) as raised:
+        except Exception as raised:  # other libraries refuse in many ways
             wrong = str(raised)
         if wrong is None:
             fitting[backend] = call

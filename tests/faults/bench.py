@@ -294,4 +294,34 @@ VERDICTS = (
     ),
 )
 
-MUTANTS = (*CLOCKS, *COUNTS, *VERDICTS)
+ESTIMATES = (
+    Mutant(
+        name="estimate-forgets-the-systems-shared-memory",
+        kind="wrong measure",
+        file="bench/estimate/occupancy.py",
+        old="SHARED // (found.shared + RESERVED)",
+        new="SHARED // max(1, found.shared)",
+        tests=(f"{TESTS}/test_estimate.py::test_resident_programs_by_hand",),
+        why="two programs of half the memory each seem to fit a multiprocessor, and do not",
+    ),
+    Mutant(
+        name="estimate-counts-a-librarys-product-again",
+        kind="FLOPs counted twice",
+        file="bench/estimate/model.py",
+        old=" - sum(step.flops or 0 for _, step in mine)",
+        new="",
+        tests=(f"{TESTS}/test_estimate.py::test_flops_go_to_launches_with_matrix_instructions",),
+        why="a kernel beside cuBLAS is charged with cuBLAS's work",
+    ),
+    Mutant(
+        name="estimate-beside-a-peers-time",
+        kind="wrong measure",
+        file="bench/estimate/measured.py",
+        old='record.provider == "hia" and ',
+        new="",
+        tests=(f"{TESTS}/test_estimate.py::test_measured_are_ours_and_the_latest",),
+        why="the measured column shows what PyTorch took",
+    ),
+)
+
+MUTANTS = (*CLOCKS, *COUNTS, *VERDICTS, *ESTIMATES)
