@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hia_kernels import ops as all_ops
-from hia_kernels.core import backend
 
-from ..launches.workloads import ROWS
+from ..launches.workloads import rows_of
 from ..records.targets import importance
 from ..workloads import gpu_workloads, op_entry
 
@@ -64,11 +63,11 @@ def _shapes(op: str) -> dict[str, tuple[Any, str]]:
 def cases(device: str, ops: Iterable[str]) -> list[Case]:
     """List the cases: of a GPU all, the small ones first; of a CPU, whose interpreter takes its time, those alone."""
     found = [
-        Case(op, name, dtype, row.name)
+        Case(op, name, dtype, row)
         for op in ops
         for name, (_, dtype) in _shapes(op).items()
-        for row in backend.TABLES[op].backends
-        if row.name in ROWS and (device == "cuda" or name == SMALL)
+        for row in rows_of(op)
+        if device == "cuda" or name == SMALL
     ]
     return sorted(found, key=lambda case: case.name != SMALL)
 
