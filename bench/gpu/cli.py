@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import cli
+from .plan import TOTAL_S
 
 
 def gpu(
@@ -17,7 +18,7 @@ def gpu(
     record: cli.Record = False,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", help="For everything.", callback=cli.within(above=0))
-    ] = 540,
+    ] = TOTAL_S,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="STEP", help="These steps.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what was done at this commit before.")] = False,
     rehearse: Annotated[
@@ -40,7 +41,11 @@ def gpu(
         from ..launches.device import TARGETS
         from .rehearsal import run as run_rehearsal
 
-        return run_rehearsal(cli.one_of("--target", target, TARGETS), only=only or (), out=out)
+        given = {"--device": device != "cuda", "--fresh": fresh, "--record": record, "--seconds": seconds != TOTAL_S}
+        for option in (name for name, is_given in given.items() if is_given):
+            raise cli.BadOption(f"{option}: must not be given with --rehearse, which has no device and no deadline")
+        target = cli.one_of("--target", target, TARGETS)
+        return run_rehearsal(target, only=only or (), out=out, listing=listing)
     from .run import run
 
     device = cli.one_of("--device", device, DEVICES)

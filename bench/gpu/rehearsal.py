@@ -28,7 +28,7 @@ from ..records import environment
 from ..records.environment import REPOSITORY
 from ..records.files import OUT, read_json
 from .plan import chosen, plan
-from .steps import MINUTES, SECONDS, Step, child_environment
+from .steps import MINUTES, SECONDS, Step, child_environment, shown_command
 
 FOLDER = OUT / "rehearsal"
 TIME = {MINUTES: "60", SECONDS: "3600"}  # nothing is cut off
@@ -152,28 +152,33 @@ def _no_build() -> str:
     return "a rehearsal builds nothing"
 
 
-def run(target: str, *, only: Sequence[str], out: Path | None) -> int:
+def run(target: str, *, only: Sequence[str], out: Path | None, listing: bool = False) -> int:
     """Rehearse, and print the log.
 
     Args:
         target: of :data:`bench.launches.device.TARGETS`.
         only: these steps.
-        out: folder of what the steps write.
+        out: folder of what the steps write, each below its own name; what was there of a step goes, and nothing else.
+        listing: print the steps and stop.
 
     Returns:
         0; 1 if a step failed.
     """
     folder = (out or FOLDER).resolve()
-    shutil.rmtree(folder, ignore_errors=True)
     steps = steps_of(target, folder, only)
+    if listing:
+        print("\n".join(f"{step.name:<11} {step.skip or shown_command(step, step.at_most_s)}" for step in steps))
+        return 0
     started = time.monotonic()
     facts = ", ".join(f"{name} {version}" for name, version in environment.versions().items() if version)
     commit = environment.commit_of(environment.revision())
     print(f"{environment.command()} at commit {commit}; {os.cpu_count()} cores, {facts}", flush=True)
     todo = [step for step in steps if step.skip is None]
+    for step in todo:
+        shutil.rmtree(folder / step.name, ignore_errors=True)
     todo.sort(key=lambda step: ORDER.index(step.name) if step.name in ORDER else len(ORDER))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(AT_ONCE, len(todo)), mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(max(1, min(AT_ONCE, len(todo))), mp_context=context, max_tasks_per_child=1) as pool:
         futures = {step.name: pool.submit(walk, step, target, folder / step.name) for step in todo}
         walked = {name: future.result() for name, future in futures.items()}
     for step in steps:

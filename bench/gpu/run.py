@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from ..cli import BadOption
 from ..progress import Progress
 from ..records import files
 from ..records.environment import cpu_name
@@ -19,7 +20,19 @@ from ..records.files import results_folder
 from .available import build_skipped, cuda_devices, cuda_target, find_nvcc, missing, native_sources
 from .plan import PASSED, chosen, plan
 from .state import State, identity_of, left_to_do
-from .steps import FAILED, LEFT_OUT, NOT_BEGUN, OK, Done, Step, child_environment, run_step, tail
+from .steps import (
+    FAILED,
+    LEFT_OUT,
+    NOT_BEGUN,
+    OK,
+    Done,
+    Step,
+    child_environment,
+    ended_like_ctrl_c,
+    run_step,
+    shown_command,
+    tail,
+)
 from .tables import furthest_table, summary, verdict_table
 
 RESERVE_S = 25.0  # to end the last step, and for the tables
@@ -79,7 +92,7 @@ def _left_out(step: Step, absent: Sequence[str]) -> Step:
 
 def _shown(step: Step, seconds: float, log: Path, progress: Progress) -> Done:
     """Run a step, and print what it is and the end of its log where that says something."""
-    print(f"{step.name}: python {' '.join(step.command)} (at most {seconds:.0f} s)", flush=True)
+    print(f"{step.name}: {shown_command(step, seconds)} (at most {seconds:.0f} s)", flush=True)
     progress.step(step.name)
     done = run_step(
         step, seconds, log, child_environment(), lambda taken: progress.detail(f"{taken:.0f} of {seconds:.0f} s")
@@ -128,17 +141,24 @@ def run(
     steps = chosen(plan(device, found, folder, build, target, fresh=fresh), only)
     if listing:
         for step in steps:
-            print(f"{step.name:<11} at most {step.at_most_s:4.0f} s  {step.skip or 'python ' + ' '.join(step.command)}")
+            print(
+                f"{step.name:<11} at most {step.at_most_s:4.0f} s  {step.skip or shown_command(step, step.at_most_s)}"
+            )
         return 0
     print(f"{name}; records and logs in {folder}; at most {seconds:.0f} s", flush=True)
-    state = State.read(folder, identity_of(name), fresh=fresh)
+    try:
+        identity = identity_of(name)
+    except ValueError as error:  # of BENCH_COMMIT
+        raise BadOption(str(error)) from None
+    state = State.read(folder, identity, fresh=fresh)
     if state.note:
         print(f"starts again: {state.note}", flush=True)
     if not state.steps or fresh:
         (folder / PASSED).unlink(missing_ok=True)
     results: list[Done] = []
     try:
-        run_all(steps, state, seconds - (time.monotonic() - started), results)
+        with ended_like_ctrl_c():
+            run_all(steps, state, seconds - (time.monotonic() - started), results)
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True

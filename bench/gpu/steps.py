@@ -6,11 +6,12 @@ import contextlib
 import datetime
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,9 +110,7 @@ def _run(
     step: Step, seconds: float, log: Path, environment: dict[str, str], waiting: Callable[[float], None]
 ) -> int | None:
     """Return its exit code; None if it had to be stopped."""
-    own = max(1, round(seconds - MARGIN_S))
-    known = {SECONDS: str(own), MINUTES: f"{own / 60:.2f}"}
-    command = [sys.executable, *(known.get(part, part) for part in step.command)]
+    command = [sys.executable, *arguments_of(step, seconds)]
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -131,6 +130,18 @@ def _run(
             return None
         finally:
             stop(process)
+
+
+def arguments_of(step: Step, seconds: float) -> list[str]:
+    """Return the step's arguments of Python where it may take so long."""
+    own = max(1, round(seconds - MARGIN_S))
+    known = {SECONDS: str(own), MINUTES: f"{own / 60:.2f}"}
+    return [known.get(part, part) for part in step.command]
+
+
+def shown_command(step: Step, seconds: float) -> str:
+    """Return the step's command, to be run by hand."""
+    return shlex.join(["python", *arguments_of(step, seconds)])
 
 
 def failed_tests(log: Path) -> int:
@@ -161,6 +172,20 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     # children of a step that ended by itself
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let a request to end, as ``timeout`` and batch systems send it, stop the step that runs, as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def child_environment() -> dict[str, str]:

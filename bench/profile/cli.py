@@ -8,6 +8,8 @@ import typer
 
 from .. import cli
 
+OURS = "hia"
+
 
 def profile(
     op: Annotated[str, typer.Argument(help="An op or a composite.")] = "",
@@ -15,7 +17,7 @@ def profile(
     role: Annotated[
         str, typer.Option("--role", metavar="NAME", help="Where the op has several: by default the first.")
     ] = "",
-    provider: Annotated[str, typer.Option("--provider", metavar="NAME", help="Who is profiled.")] = "hia",
+    provider: Annotated[str, typer.Option("--provider", metavar="NAME", help="Who is profiled.")] = OURS,
     mode: Annotated[
         str | None, typer.Option("--mode", metavar="MODE", help="forward or both; by default both for training steps.")
     ] = None,
@@ -47,8 +49,10 @@ def profile(
     folder = results_folder(device_name(device), out=out, record=record)
     if furthest is None:
         chosen = [choose(op, case, role=role, provider=provider, mode=mode, dtype=dtype, device=device)]
-    elif op:
-        raise cli.BadOption("--furthest: must not be given with an op and a case, got both")
+    elif any((op, role, provider != OURS, mode, dtype)):
+        raise cli.BadOption(
+            "--furthest: must not be given with an op, a case, --role, --provider, --mode or --dtype, got one of them"
+        )
     else:
         chosen = worst(folder, device, furthest)
     for choice in chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -446,3 +447,36 @@ def test_a_trial_on_the_cpu(tmp_path, capsys):
 def test_interpreter_is_the_running_one(tmp_path):
     steps.run_step(Step("python", ("-c", "import sys; print(sys.executable)"), 9), 9, tmp_path / "log", {})
     assert (tmp_path / "log").read_text().strip() == sys.executable
+
+
+def test_a_request_to_end_stops_the_step_too(tmp_path):
+    """Leave no step behind that would measure beside a rerun: batch systems send SIGTERM."""
+    code = (
+        "import sys, signal, os; from pathlib import Path; from bench.gpu import steps\n"
+        "log = Path(sys.argv[1]); inner = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "with steps.ended_like_ctrl_c():\n"
+        "    steps.run_step(steps.Step('s', ('-c', inner), 60), 60, log, steps.child_environment())\n"
+    )
+    log = tmp_path / "log"
+    process = subprocess.Popen([sys.executable, "-c", code, str(log)], env=steps.child_environment())
+    end = time.monotonic() + 30
+    while time.monotonic() < end and not (log.exists() and log.read_text().strip()):
+        time.sleep(0.1)
+    inner = int(log.read_text())
+    process.terminate()
+    process.wait(timeout=30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(inner, 0)
+    assert process.returncode != 0
+
+
+def test_commands_are_shown_as_they_run(capsys):
+    assert gpu.run("cuda", **{**DEFAULTS, "listing": True}, devices=FAKE) == 0
+    printed = capsys.readouterr().out
+    assert "--minutes 1.75" in printed and "{" not in printed
+
+
+def test_a_wrong_commit_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("BENCH_COMMIT", "foo")
+    assert bench(["gpu", "--device", "cpu", "--only", "info"]) == 2
+    assert "BENCH_COMMIT must be a commit's hash, got 'foo'" in capsys.readouterr().err

@@ -65,3 +65,9 @@ def test_a_kernel_is_counted_once():
 def test_bad_values_are_refused(flags, message, capsys):
     assert bench(["profile", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["stem"], ["--role", "x"], ["--mode", "both"], ["--provider", "eager"]], ids=str)
+def test_the_furthest_are_chosen_by_nothing_else(given, capsys):
+    assert bench(["profile", *given, "--furthest", "1", "--device", "cpu"]) == 2
+    assert "--furthest: must not be given with" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="NO TRITON: its kernels are not tested")
 
+from bench.__main__ import main as bench
 from bench.gpu import rehearsal
 from bench.gpu.stand_ins import rehearsing
 from bench.gpu.steps import Step
@@ -52,3 +53,24 @@ def test_whole_numbers_keep_their_values():
         assert (rest.diff().tolist(), first.item()) == ([4], 0)
         with pytest.raises((NotImplementedError, RuntimeError)):
             torch.ones(3, dtype=torch.float32, device="cuda").tolist()
+
+
+def test_nothing_but_the_steps_own_folders_goes(tmp_path, capsys):
+    """Keep what else is where a rehearsal writes, as records of a real run."""
+    for name in ("targets.json", "build/old", "notes/kept"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert rehearsal.run("sm_90", only=["build"], out=tmp_path) == 0
+    assert "left out" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"targets.json", "old", "kept"}
+
+
+def test_it_is_listed_without_a_run(tmp_path, capsys):
+    assert bench(["gpu", "--rehearse", "--list", "--out", str(tmp_path)]) == 0
+    assert "smoke       python -m bench smoke" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [["--device", "cpu"], ["--fresh"], ["--seconds", "9"], ["--record"]], ids=str)
+def test_options_of_a_real_run_are_refused(given, capsys):
+    assert bench(["gpu", "--rehearse", *given]) == 2
+    assert f"{given[0]}: must not be given with --rehearse" in capsys.readouterr().err

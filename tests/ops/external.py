@@ -140,8 +140,9 @@ def run(inputs, row, *, lse_gradient=False):
     return out.detach(), lse.detach(), *grads
 
 
-def assert_as_reference(lengths, row, dtype=torch.float16, *, head_dim=32, lse_gradient=False):
-    inputs = make_inputs(*lengths, dtype, head_dim=head_dim)
+def assert_as_reference(lengths, row, dtype=torch.float16, *, head_dim=32, lse_gradient=False, **longest):
+    """Compare a row with the reference; ``longest``: larger max_seqlen than the lengths need."""
+    inputs = {**make_inputs(*lengths, dtype, head_dim=head_dim), **longest}
     expected = run(inputs, "reference", lse_gradient=lse_gradient)
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), run(inputs, row, lse_gradient=lse_gradient), expected):
         torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
@@ -172,6 +173,8 @@ def efficient_kernels():
     def run_backward(**given):
         splits = given.get("num_splits_key")
         assert splits == 1 or (splits is None and torch.are_deterministic_algorithms_enabled())
+        for longest, rows in (("max_seqlen_q", "query"), ("max_seqlen_k", "key")):  # as attention_backward.cu does
+            assert given[longest] <= given[rows].shape[1], f"Invalid {longest}"
         assert given["logsumexp"].shape[-1] % 32 == 0 and given["logsumexp"].isfinite().sum() > 0
         given = of(given)
         lse = packed(given["logsumexp"], given["cu_seqlens_q"])

@@ -89,11 +89,13 @@ def aten_cudnn(monkeypatch):
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED], ids=["even", "ragged"])
 def test_sdpa_flash(lengths, dtype, aten_flash):
     assert_as_reference(lengths, "sdpa_flash", dtype)
+    assert_as_reference(lengths, "sdpa_flash", dtype, max_seqlen_q=700, max_seqlen_k=5000)
 
 
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED, ([40, 33], [7, 9])], ids=["even", "ragged", "more-than-32"])
 def test_sdpa_efficient(lengths, aten_efficient):
     assert_as_reference(lengths, "sdpa_efficient", head_dim=640)
+    assert_as_reference(lengths, "sdpa_efficient", max_seqlen_q=700, max_seqlen_k=5000)
 
 
 def test_cudnn(aten_cudnn):

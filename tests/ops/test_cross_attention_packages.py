@@ -78,9 +78,12 @@ def installed(monkeypatch):
     modules = {}
     real = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name, *rest: modules.get(name) or real(name, *rest))
-    flash_attn.problem_of.cache_clear()
+    caches = (flash_attn.problem_of, flash_attn._outdated)
+    for cached in caches:
+        cached.cache_clear()
     yield modules
-    flash_attn.problem_of.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def flash_modules(name):
@@ -130,6 +133,7 @@ def versions(head_dim, function=OP, capability=(9, 0), monkeypatch=None):
 
 def test_the_version_of_flash_attn_follows_device_and_head_dim(monkeypatch):
     monkeypatch.setattr(flash_attn, "problem_of", lambda module: None)
+    monkeypatch.setattr(flash_attn, "_outdated", lambda module, needed: None)
     found = {
         (major, head_dim, function): versions(head_dim, function, (major, 0), monkeypatch)
         for major in (8, 9, 10)
@@ -140,8 +144,30 @@ def test_the_version_of_flash_attn_follows_device_and_head_dim(monkeypatch):
     assert found[9, 256, f"{OP}_bwd"] == "flash-attn 4"  # 3 has no deterministic gradients there
     assert {found[8, size, function] for size in (128, 256) for function in (OP, f"{OP}_bwd")} == {"flash-attn 2"}
     assert found[10, 128, OP] == found[10, 256, OP] == "flash-attn 4"
-    assert "flash-attn 4: head_dim must be at most 128, got 192" in found[10, 192, OP]
-    assert "flash-attn 2 is for sm_8x, sm_9x, sm_12x" in found[10, 192, OP]
+    assert found[10, 192, OP] == "flash-attn 2"
+    monkeypatch.setattr(flash_attn, "problem_of", lambda module: None if "cute" in module else "not here")
+    text = versions(192, OP, (10, 0), monkeypatch)
+    assert "flash-attn 4: head_dim must be at most 128, got 192" in text and "flash-attn 3 is for sm_9x" in text
+
+
+def test_an_older_release_gives_way(installed, monkeypatch):
+    """Leave out flash-attn 3 as it was at v2.8.3, without return_attn_probs, and take version 2 beside it."""
+    stand_in.pretend_cuda(monkeypatch)
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None):
+        raise AssertionError("called")
+
+    older = types.SimpleNamespace(flash_attn_varlen_func=varlen)
+    installed.update([("flash_attn_interface", older)])
+    q = make_inputs([1], [1], torch.float16)["q"]
+    version, reasons = flash_attn._serving(OP, q)
+    assert version is None and reasons[0] == (
+        "flash_attn_interface.flash_attn_varlen_func takes no return_attn_probs: another version than those that are "
+        "known here"
+    )
+    installed.update([flash_modules("flash-attn 2")])
+    flash_attn.problem_of.cache_clear()
+    assert_as_reference(RAGGED, "flash_attn")
 
 
 def test_a_package_that_is_broken_says_so(installed, monkeypatch):
@@ -197,6 +223,7 @@ def real_xformers(monkeypatch):
 def test_xformers(lengths, real_xformers):
     assert xformers.unavailable_reasons() == []
     assert_as_reference(lengths, "xformers", head_dim=320)
+    assert_as_reference(lengths, "xformers", max_seqlen_q=700, max_seqlen_k=5000)
 
 
 @pytest.mark.filterwarnings("ignore")

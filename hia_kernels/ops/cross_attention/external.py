@@ -73,6 +73,12 @@ def is_even(rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> bool:
     return rows.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen
 
 
+def within_rows(q: Tensor, k: Tensor, packing: Packing) -> Packing:
+    """Return the packing with lengths of no more than all rows: some kernels refuse larger ones."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
+    return cu_seqlens_q, cu_seqlens_k, min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0])
+
+
 def readable(x: Tensor) -> Tensor:
     """Return a tensor as the kernels read it: contiguous channels, rows and heads at multiples of 16 bytes."""
     aligned = x.data_ptr() % 16 == 0 and all(step % 8 == 0 and step > 0 for step in x.stride()[:-1])

@@ -8,6 +8,7 @@ and in flash-attn-4 4.0.0b36 (``flash_attn/cute/interface.py``).
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +33,7 @@ class Version:
         majors: of the compute capabilities that it is made for.
         forward: ``(module, q, k, v, **packing)`` -> out, lse.
         backward: ``(module, dout, dlse, q, k, v, out, lse, **packing)`` -> gradients.
+        needed: functions of the module, with arguments that tell a release that serves from older ones.
         limit: ``(q, function)`` -> the largest head_dim.
         takes_dlse: whether a gradient of lse may arrive.
     """
@@ -41,6 +43,7 @@ class Version:
     majors: tuple[int, ...]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    needed: tuple[tuple[str, tuple[str, ...]], ...]
     limit: Callable[[Tensor, str], int] = lambda q, function: MAX_HEAD_DIM
     takes_dlse: bool = False
 
@@ -54,7 +57,7 @@ class Version:
         if dlse is not None and not self.takes_dlse:
             found.append(f"{self.name}: it takes no gradient of lse")
         if not found:
-            problem = problem_of(self.module)
+            problem = problem_of(self.module) or _outdated(self.module, self.needed)
             found += [] if problem is None else [problem]
         return found
 
@@ -130,12 +133,38 @@ def _limit_4(q: Tensor, function: str) -> int:
     return MAX_HEAD_DIM if external.capability(q)[0] == 9 or q.shape[2] == MAX_HEAD_DIM else 128
 
 
+VARLEN = "flash_attn_varlen_func"
 VERSIONS = (
-    Version("flash-attn 3", "flash_attn_interface", (9,), _forward_2, _backward_3, _limit_3),
     Version(
-        "flash-attn 4", "flash_attn.cute.interface", (9, 10, 11), _forward_4, _backward_4, _limit_4, takes_dlse=True
+        "flash-attn 3",
+        "flash_attn_interface",
+        (9,),
+        _forward_2,
+        _backward_3,
+        ((VARLEN, ("return_attn_probs",)), ("_flash_attn_backward", ("is_causal", "deterministic"))),
+        _limit_3,
     ),
-    Version("flash-attn 2", "flash_attn.flash_attn_interface", (8, 9, 12), _forward_2, _backward_2),
+    Version(
+        "flash-attn 4",
+        "flash_attn.cute.interface",
+        (9, 10, 11),
+        _forward_4,
+        _backward_4,
+        ((VARLEN, ("max_seqlen_q", "return_lse")), ("_flash_attn_bwd", ("deterministic", "dlse", "max_seqlen_q"))),
+        _limit_4,
+        takes_dlse=True,
+    ),
+    Version(
+        "flash-attn 2",
+        "flash_attn.flash_attn_interface",
+        (8, 9, 10, 12),
+        _forward_2,
+        _backward_2,
+        (
+            (VARLEN, ("return_attn_probs",)),
+            ("_flash_attn_varlen_backward", ("window_size_left", "softcap", "deterministic")),
+        ),
+    ),
 )
 
 
@@ -150,6 +179,23 @@ def problem_of(module: str) -> str | None:
         return f"the module {module} is not installed" if own else f"{module} is broken: no module {missing}"
     except Exception as error:  # whatever a compiled package raises on import
         return f"{module} is broken: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+@cache
+def _outdated(module: str, needed: tuple[tuple[str, tuple[str, ...]], ...]) -> str | None:
+    """Say which function of a module lacks an argument that is given to it; None if all is as it was read."""
+    for function, names in needed:
+        found = getattr(importlib.import_module(module), function, None)
+        if found is None:
+            return f"{module} has no {function}: another version than those that are known here"
+        try:
+            takes = inspect.signature(getattr(found, "_init_fn", found)).parameters  # of a registered operator
+        except (TypeError, ValueError):  # compiled: it will say itself
+            continue
+        lacking = [name for name in names if name not in takes]
+        if lacking and not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+            return f"{module}.{function} takes no {', '.join(lacking)}: another version than those that are known here"
     return None
 
 
@@ -178,9 +224,9 @@ def _serving(function: str, q: Tensor, dlse: Tensor | None = None) -> tuple[Vers
     return None, reasons
 
 
-def _named(packing: tuple[Any, ...]) -> dict[str, Any]:
+def _named(q: Tensor, k: Tensor, packing: tuple[Any, ...]) -> dict[str, Any]:
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale")
-    return dict(zip(names, packing, strict=True))
+    return dict(zip(names, (*external.within_rows(q, k, packing[:4]), packing[4]), strict=True))
 
 
 def cross_attention_fwd(*args: Any) -> Tensor:
@@ -195,7 +241,7 @@ def cross_attention_with_lse_fwd(q: Tensor, k: Tensor, v: Tensor, *packing: Any)
         raise NotImplementedError(f"hia::cross_attention: flash_attn: {'; '.join(reasons)}")
     triple = [external.readable(x).detach() for x in (q, k, v)]
     with torch.no_grad():  # the op's own autograd is around it
-        out, lse = version.forward(importlib.import_module(version.module), *triple, **_named(packing))
+        out, lse = version.forward(importlib.import_module(version.module), *triple, **_named(q, k, packing))
     out, lse = out.contiguous(), lse.contiguous()
     external.mend_forward(out, lse, k, packing[:4])
     return out, lse
@@ -211,7 +257,7 @@ def cross_attention_bwd(
     dout, q, k, v, out = (external.readable(x).detach() for x in (dout, q, k, v, out))
     with torch.no_grad():
         module = importlib.import_module(version.module)
-        grads = version.backward(module, dout, dlse, q, k, v, out, lse.contiguous(), **_named(packing))
+        grads = version.backward(module, dout, dlse, q, k, v, out, lse.contiguous(), **_named(q, k, packing))
     dq, dk, dv = (grad.contiguous() for grad in grads)
     external.mend_backward((dq, dk, dv), packing[:4])
     return dq, dk, dv

@@ -45,7 +45,7 @@ def flash_with_lse_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out [Tq, H, D], lse [H, Tq] fp32."""
     q, k, v = map(external.readable, (q, k, v))
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packing = external.within_rows(q, k, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     kernel = torch.ops.aten._flash_attention_forward
     out, lse, *_ = kernel(q, k, v, *packing, 0.0, False, False, scale=softmax_scale)
     lse = lse.contiguous()
@@ -57,7 +57,7 @@ def flash_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v."""
-    packing, softmax_scale = rest[:4], rest[4]
+    packing, softmax_scale = external.within_rows(q, k, rest[:4]), rest[4]
     dout, q, k, v, out = map(external.readable, (dout, q, k, v, out))
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
@@ -84,7 +84,7 @@ def efficient_with_lse_fwd(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return out [Tq, H, D], lse [H, Tq] fp32."""
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packing = external.within_rows(q, k, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     one = [external.readable(x)[None] for x in (q, k, v)]  # [1, T, H, D]
     kernel = torch.ops.aten._efficient_attention_forward
     out, lse, *_ = kernel(*one, None, *packing, 0.0, 0, True, scale=softmax_scale)
@@ -97,7 +97,7 @@ def efficient_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v."""
-    packing, softmax_scale = rest[:4], rest[4]
+    packing, softmax_scale = external.within_rows(q, k, rest[:4]), rest[4]
     dout, q, k, v, out = (external.readable(x)[None] for x in (dout, q, k, v, out))
     lse = external.padded_lse(lse, packing[0], -(-packing[2] // LSE_PADDING) * LSE_PADDING)
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none of

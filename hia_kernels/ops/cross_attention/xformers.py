@@ -102,7 +102,7 @@ def cross_attention_with_lse_fwd(
     operator, reasons = _operator("cross_attention_with_lse", q)
     if operator is None:
         raise NotImplementedError(f"hia::cross_attention: xformers: {'; '.join(reasons)}")
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packing = external.within_rows(q, k, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
     one = [external.readable(x).detach()[None] for x in (q, k, v)]  # [1, T, H, D]
     with torch.no_grad():
         out, lse = _load().memory_efficient_attention_forward_requires_grad(
@@ -121,7 +121,7 @@ def cross_attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v."""
-    packing, softmax_scale = rest[:4], rest[4]
+    packing, softmax_scale = external.within_rows(q, k, rest[:4]), rest[4]
     mask = _mask(q, k, packing)
     dout, q, k, v, out = (external.readable(x).detach()[None] for x in (dout, q, k, v, out))
     lse = external.padded_lse(lse, packing[0], -(-packing[2] // 32) * 32)
