@@ -430,9 +430,9 @@ def test_a_trial_on_the_cpu(tmp_path, capsys):
     """The steps for real, as far as a CPU goes: their commands are accepted, their records become the tables."""
     chosen = ["info", "smoke", "targets", "tests", "ops", "compiled"]
     began = time.monotonic()
-    code = bench(["gpu", "--device", "cpu", "--out", str(tmp_path), "--seconds", "105", "--only", *chosen])
+    code = bench(["gpu", "--device", "cpu", "--out", str(tmp_path), "--seconds", "200", "--only", *chosen])
     printed = capsys.readouterr().out
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 220
     results = {entry["name"]: entry for entry in json.loads((tmp_path / "gpu.json").read_text())["steps"]}
     assert list(results) == chosen and results.pop("compiled")["status"] == "left out"
     late = results["ops"]["status"] == "unfinished"  # the last one; a machine with other work is slow
