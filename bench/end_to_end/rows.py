@@ -33,6 +33,20 @@ class Rows:
     limits: Limits
     environment: dict[str, Any]
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return what a row means beside its key: the same case measured otherwise is another row."""
+        options = self.options
+        return {
+            "host": self.setting.spec.name,
+            "attention": self.setting.attention,
+            "pictures": self.setting.source.kind,
+            "text_tokens": options.text_tokens,
+            "new_tokens": options.new_tokens,
+            "repeats": options.repeats,
+            "budget_s": options.budget,
+        }
+
     def timed(self, case: Case, subject: Subject, times: list[float], peak: int | None) -> Measurement:
         """Make a row of repetitions; where what it needs can't be told, a failure."""
         try:
@@ -87,14 +101,11 @@ class Rows:
     def _row(
         self, case: Case, provider: str, status: str, extra: dict[str, Any], reason: str | None = None
     ) -> Measurement:
-        shared = {
-            "host": self.setting.spec.name,
+        shared = self.asked | {
             "resolution": case.resolution,
             "batch": case.batch,
             "images": case.images,
             "resolution_seen": resolution_seen(provider, case.resolution),
-            "attention": self.setting.attention,
-            "pictures": self.setting.source.kind,
         }
         names = ("end_to_end", case.op, case.name, provider, case.mode, self.options.dtype, self.options.device)
         times = {"p20_ms": 0.0, "p50_ms": 0.0, "p80_ms": 0.0} if status == "ok" else {}

@@ -55,7 +55,8 @@ class Run:
         self._longest = 0.0
         self.earlier = [record for record in _read(out[0]) if record.device == options.device]
         rows = standing(self.earlier, facts) if resume else []
-        self._settled = {record.key for record in rows if record.status != "failed"}
+        alike = [record for record in rows if self.rows.asked.items() <= record.extra.items()]
+        self._settled = {record.key for record in alike if record.status != "failed"}
 
     def go(self, steps: Sequence[Step]) -> None:
         """Measure every step; a failure is a row and the next step goes on."""

@@ -45,6 +45,8 @@ class State:
         try:
             content = read_json(state.path)
             before, found = content["identity"], [Done(**one) for one in content["steps"]]
+            if not isinstance(before, dict | None):
+                raise ValueError(f"identity must be an object, got {before!r}")
         except (ValueError, OSError, TypeError, KeyError) as error:
             state.note = f"{state.path} can't be read: {error}"
             return state

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
 
+from .files import read_json
 from .record import Measurement
+
+Content = TypeVar("Content")
 
 UNFINISHED = 75  # exit code of a command with --resume that did not reach everything; sysexits.h: try again later
 NOT_REACHED = ("not run:", "--deadline:")  # how the reasons of rows begin whose turn never came
@@ -26,6 +30,23 @@ def identity(environment: dict[str, Any]) -> dict[str, Any] | None:
     versions = environment.get("versions") or {}
     known = {name: versions.get(name) for name in VERSIONS}
     return {"device": environment.get("device"), "commit": environment["commit"], "versions": known}
+
+
+def read_earlier(path: Path, parse: Callable[[Any], Content], empty: Content) -> Content:
+    """Read what an earlier run wrote, to go on with it; where it can't be read, say so and begin with nothing.
+
+    Args:
+        path: of the file, which need not be there.
+        parse: makes of the file's content what is wanted; raises where it is something else.
+        empty: what there is to begin with.
+    """
+    if not path.exists():
+        return empty
+    try:
+        return parse(read_json(path))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        print(f"starts again: {path} can't be read: {type(error).__name__}: {error}", flush=True)
+        return empty
 
 
 def is_same_run(earlier: dict[str, Any], now: dict[str, Any]) -> bool:

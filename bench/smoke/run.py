@@ -27,8 +27,8 @@ from ..measure.worker import Channel, DeviceFailed, Inline, Isolated, Worker
 from ..progress import Progress
 from ..records import environment
 from ..records.devices import torch_dtype
-from ..records.files import read_json, results_folder, shown, write_json
-from ..records.resume import UNFINISHED, is_same_run
+from ..records.files import results_folder, shown, write_json
+from ..records.resume import UNFINISHED, is_same_run, read_earlier
 from ..workloads import op_entry
 from .cases import Case, cases, kernels, launched
 
@@ -202,9 +202,12 @@ def run(
 
 def earlier(path: Path, facts: dict[str, Any]) -> list[Result]:
     """Read the results of this commit on this device; none where there is no such file."""
-    content = read_json(path) if path.exists() else {}
-    rows = content["results"] if is_same_run(content.get("environment", {}), facts) else []
-    return [Result(**{**row, "kernels": tuple(row["kernels"])}) for row in rows]
+
+    def parse(content: Any) -> list[Result]:
+        rows = content["results"] if is_same_run(content["environment"], facts) else []
+        return [Result(**{**row, "kernels": tuple(row["kernels"])}) for row in rows]
+
+    return read_earlier(path, parse, [])
 
 
 def compile_ahead(todo: Iterable[Case], jobs: int) -> None:

@@ -21,8 +21,8 @@ from ..measure.memory import process_peak_unavailable
 from ..progress import Progress, console_for
 from ..records import environment
 from ..records.devices import torch_dtype
-from ..records.files import read_json, results_folder, write_json
-from ..records.resume import is_same_run
+from ..records.files import results_folder, write_json
+from ..records.resume import is_same_run, read_earlier
 from ..workloads import images as pictures
 from . import formulas, paper
 from .hosts import LLAVA_13B, SMALL_LLAVA, HostSpec, host_from_file
@@ -120,7 +120,8 @@ def run(
     report = Report(options.protocol, environment=environment.describe(options.device))
     folder = results_folder(report.environment["device"], out=out, record=record)
     if resume:
-        report.measured += earlier_rows(folder / JSON, report)
+        images = images_of(options.source, options.protocol.images_per_sample)
+        report.measured += earlier_rows(folder / JSON, report, images)
     tasks = prediction_tasks(options)
     try:
         with Progress(len(tasks)) as progress:
@@ -142,13 +143,30 @@ def run(
     return 1 if report.failed or any(claim.passed is False for claim in report.claims()) else 0
 
 
-def earlier_rows(path: Path, report: Report) -> list[Row]:
-    """Read the rows that were really run at this commit on this device, in this protocol; none where there are none."""
-    content = read_json(path) if path.exists() else {}
-    same = is_same_run(content.get("environment", {}), report.environment)
-    protocol = {name: value for name, value in report.protocol.to_dict().items() if name != "attention"}
-    earlier = {name: value for name, value in content.get("protocol", {}).items() if name != "attention"}
-    return [Row(**row) for row in content["measured"]] if same and earlier == protocol else []
+def earlier_rows(path: Path, report: Report, images: dict[str, Any]) -> list[Row]:
+    """Read the rows that were really run at this commit on this device, in this protocol, with these images.
+
+    Args:
+        path: of table3.json.
+        report: of this run.
+        images: as its "images" has them, less the tokenizer.
+    """
+
+    def asked(protocol: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in protocol.items() if name != "attention"}
+
+    def parse(content: Any) -> list[Row]:
+        same = is_same_run(content["environment"], report.environment)
+        same = same and asked(content["protocol"]) == asked(report.protocol.to_dict())
+        same = same and {name: content["images"].get(name) for name in images} == images
+        return [Row(**row) for row in content["measured"]] if same else []
+
+    return read_earlier(path, parse, [])
+
+
+def images_of(source: pictures.ImageSource, count: int) -> dict[str, Any]:
+    """Describe the images of a sample."""
+    return {"kind": source.kind, "files": source.names(count)}
 
 
 def prediction_tasks(options: Options) -> list[Task]:
@@ -226,8 +244,7 @@ def measure_all(
     device, source = options.device, options.source
     host = options.protocol.host if device == "cuda" else SMALL_LLAVA
     text = pictures.prompt_text(options.protocol.text_tokens, host.image_token)
-    names = source.names(options.protocol.images_per_sample)
-    report.images = {"kind": source.kind, "files": names, "tokenizer": text.tokenizer}
+    report.images = {**images_of(source, options.protocol.images_per_sample), "tokenizer": text.tokenizer}
     report.measured_host = describe_host(host, device, options.protocol)
     wanted = [prediction for prediction in predictions if prediction.task.cuda == (device == "cuda")]
     for method in options.methods:

@@ -23,7 +23,7 @@ from ..progress import Progress
 from ..records import environment
 from ..records.devices import torch_dtype
 from ..records.files import read_json, results_folder, shown, write_json
-from ..records.resume import UNFINISHED, is_same_run
+from ..records.resume import UNFINISHED, is_same_run, read_earlier
 from ..records.targets import importance
 from ..workloads import CASES, RESOLUTIONS, Workload, gpu_workloads
 from ..workloads.conv_norm_act import resnet50_shapes
@@ -138,7 +138,8 @@ def run(
     With ``resume``, keys that were tuned at this commit on this device are known, and tasks that ended not begun again.
 
     Returns:
-        0; 75 if a run that resumes did not reach every task; 130 after Ctrl-C, with what was found written.
+        0; 1 if a task broke the device, which a rerun begins again; 75 if a run that resumes did not reach every task;
+        130 after Ctrl-C, with what was found written.
     """
     facts = environment.describe("cuda")
     path = out or path_of(facts["device"], record=record)
@@ -147,6 +148,7 @@ def run(
         tasks = [task for task in tasks if name_of(task) not in ended.tasks]
     end = None if minutes is None else time.monotonic() + 60 * minutes
     interrupted = over = False
+    broken = 0  # tasks
     if jobs > 1 and tasks:
         print_compiled(tasks, dtype, jobs)
     make = partial(Session, dtype)
@@ -161,9 +163,10 @@ def run(
                     over = True
                     break
                 progress.step(name_of(task))
-                run_task(task, worker, make, found)
+                whole = run_task(task, worker, make, found)
+                broken += not whole
                 worker.make = partial(make, found.tuned)  # what a fresh process knows
-                if ended is not None:
+                if ended is not None and whole:
                     ended.tasks.append(name_of(task))
                 write(path, found.tuned, facts, ended)
                 progress.done()
@@ -178,7 +181,7 @@ def run(
         print(f"launchers read {shown(tuning.FOLDER)}: --record writes there")
     if interrupted:
         return 130
-    return UNFINISHED if over and ended is not None else 0
+    return 1 if broken else UNFINISHED if over and ended is not None else 0
 
 
 def name_of(task: Task) -> str:
@@ -203,26 +206,30 @@ class Ended:
     @classmethod
     def read(cls, path: Path, dtype: str, facts: dict[str, Any]) -> Ended:
         """Read it from a file of the same commit, device and dtype; empty where there is none."""
-        content = read_json(path) if path.exists() else {}
-        ended = content.get("ended", {})
-        if ended.get("dtype") != dtype or not is_same_run(content.get("environment", {}), facts):
-            return cls(dtype)
-        seen, backends = ended["seen"], content["backends"]
-        configurations = {name: config for name, config in content["configurations"].items() if name in seen}
-        gains = {name: gain for name, gain in content["gains"].items() if name in seen or name in backends}
-        return cls(dtype, Tuned(configurations, gains, seen, backends), ended["tasks"])
+
+        def parse(content: Any) -> Ended:
+            ended = content.get("ended", {})
+            if ended.get("dtype") != dtype or not is_same_run(content["environment"], facts):
+                return cls(dtype)
+            seen, backends = dict(ended["seen"]), dict(content["backends"])
+            configurations = {name: config for name, config in content["configurations"].items() if name in seen}
+            gains = {name: gain for name, gain in content["gains"].items() if name in seen or name in backends}
+            return cls(dtype, Tuned(configurations, gains, seen, backends), list(ended["tasks"]))
+
+        return read_earlier(path, parse, cls(dtype))
 
 
-def run_task(task: Task, worker: Worker, make: Callable[[Tuned], Session], found: Found) -> None:
-    """Run a task, and again where one of its keys failed, which then counts as seen."""
+def run_task(task: Task, worker: Worker, make: Callable[[Tuned], Session], found: Found) -> bool:
+    """Run a task, again where one of its keys failed, which then counts as seen; tell whether it came to its end."""
     failure = worker.run(task, found)
     while failure is not None:
         found.failures.append(f"{failure.who or task}: {failure.reason}")
         if not failure.who or failure.who in found.tuned.seen:
-            return
+            return False
         found.tuned.seen[failure.who] = {}
         worker.make = partial(make, found.tuned)
         failure = worker.run(task, found)
+    return True
 
 
 def path_of(device: str, *, record: bool) -> Path:
@@ -232,7 +239,10 @@ def path_of(device: str, *, record: bool) -> Path:
 
 def write(path: Path, tuned: Tuned, facts: dict[str, Any], ended: Ended | None = None) -> None:
     """Write the device's file: what was found now beside what it held of other keys, and how a rerun goes on."""
-    before = read_json(path) if path.exists() else {}
+    if ended is not None:
+        before = read_earlier(path, dict, {})
+    else:  # a file that launchers read is not written over where it is damaged
+        before = read_json(path) if path.exists() else {}
     kept = {name: config for name, config in before.get("configurations", {}).items() if name not in tuned.seen}
     backends = {**before.get("backends", {}), **tuned.backends}
     gains = {name: gain for name, gain in before.get("gains", {}).items() if name in kept or name in backends}

@@ -357,3 +357,26 @@ def test_peaks_count_what_a_repetition_adds(setting, monkeypatch):
     assert run.repeat_with_peak(Fake()) == ([1.0], 64)
     monkeypatch.setattr(run, "user_meter", lambda _device: None)
     assert run.repeat_with_peak(Fake()) == ([1.0], None)
+
+
+def test_a_row_stands_for_its_own_setting_alone(tiny_run, setting, tmp_path, monkeypatch):
+    """Measure again what was measured with another attention, more repetitions or another text."""
+    facts = {"device": "made up", "commit": "0123456789", "dirty": False, "versions": {}}
+    monkeypatch.setattr(end_to_end.environment, "describe", lambda _device: facts)
+    seen, path = [], tmp_path / "end_to_end.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(end_to_end, "run", lambda options, **places: seen.append(options) or 0)
+        command("--device", "cpu", "--provider", "hia", "--resolutions", "448")
+    (options,) = seen
+
+    def resumed(setting=setting, **changed):
+        running = end_to_end.Run(dataclasses.replace(options, **changed), setting, [path], resume=True)
+        return running._settled
+
+    first = end_to_end.Run(options, setting, [path])
+    first.records = [first.rows.unavailable(planning.plan(options)[0][0], "hia", "not here")]
+    first.write()
+    assert resumed() == {first.records[0].key}
+    assert not resumed(dataclasses.replace(setting, attention="eager"))
+    for changed in ({"repeats": 99}, {"budget": 0.5}, {"text_tokens": 9}, {"new_tokens": 3}):
+        assert not resumed(**changed), changed

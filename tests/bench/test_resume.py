@@ -6,11 +6,13 @@ import dataclasses
 
 import pytest
 
+from bench.gpu.state import State
 from bench.ops.collect import left_to_do
 from bench.ops.plan import Task
 from bench.ops.session import row_of
 from bench.records import resume
 from bench.records.files import write_json
+from bench.smoke import run as smoke
 from bench.table3 import run as table3
 from bench.table3.rows import Protocol, Report, Row
 from bench.tune import run as tune
@@ -87,9 +89,43 @@ def test_a_tuning_knows_what_it_tuned(tmp_path):
 
 def test_table3_runs_no_row_again(tmp_path):
     measured = Row(448, "hia", "sdpa", 1, 0, 1, "measured", True, 1.0, None, None, False, 1, 1, 1, 1, "13B")
-    report = Report(Protocol(), measured=[measured], environment=FACTS)
+    images = {"kind": "phantoms", "files": ["0.png"]}
+    report = Report(Protocol(), measured=[measured], environment=FACTS, images=images | {"tokenizer": "made up"})
     write_json(tmp_path / "table3.json", report.to_dict())
     again = Report(Protocol(), environment=FACTS)
-    assert table3.earlier_rows(tmp_path / "table3.json", again) == [measured]
-    assert table3.earlier_rows(tmp_path / "table3.json", Report(Protocol(card_gb=24.0), environment=FACTS)) == []
-    assert table3.earlier_rows(tmp_path / "none.json", again) == []
+    assert table3.earlier_rows(tmp_path / "table3.json", again, images) == [measured]
+    assert (
+        table3.earlier_rows(tmp_path / "table3.json", Report(Protocol(card_gb=24.0), environment=FACTS), images) == []
+    )
+    assert table3.earlier_rows(tmp_path / "none.json", again, images) == []
+    assert table3.earlier_rows(tmp_path / "table3.json", again, images | {"files": ["1.png"]}) == []
+
+
+@pytest.mark.parametrize("content", ['{"env', "[]", '{"environment": 1}', '{"environment": {}, "results": 3}', "null"])
+def test_damaged_files_start_again_and_say_so(content, tmp_path, capsys):
+    """Begin with nothing where an earlier run's file is cut off, or holds something else."""
+    path = tmp_path / "file.json"
+    path.write_text(content)
+    assert tune.Ended.read(path, "bf16", FACTS) == tune.Ended("bf16")
+    assert smoke.earlier(path, FACTS) == []
+    assert table3.earlier_rows(path, Report(Protocol(), environment=FACTS), {}) == []
+    path.rename(tmp_path / "gpu.json")
+    state = State.read(tmp_path, resume.identity(FACTS), fresh=False)
+    assert state.steps == {} and "can't be read" in state.note
+    assert content.endswith("3}") or "starts again: " in capsys.readouterr().out
+
+
+def test_an_identity_that_is_no_object_starts_again(tmp_path):
+    write_json(tmp_path / "gpu.json", {"identity": "x", "steps": []})
+    state = State.read(tmp_path, resume.identity(FACTS), fresh=False)
+    assert "identity must be an object, got 'x'" in state.note
+
+
+def test_a_tuning_writes_over_what_it_could_not_read(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text("{")
+    tune.write(path, Tuned(), FACTS, tune.Ended("bf16"))
+    assert tune.Ended.read(path, "bf16", FACTS) == tune.Ended("bf16")
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"tuned\.json|Expecting"):
+        tune.write(path, Tuned(), FACTS)

@@ -281,6 +281,28 @@ def test_a_key_that_breaks_the_device_costs_itself_alone(run_without_gpu, capsys
     assert (tuning.FOLDER / "fake-9000.json").exists()
 
 
+def test_a_task_that_breaks_the_device_is_begun_again(run_without_gpu, monkeypatch, capsys, tmp_path):
+    """Fail the step, and don't count the task as ended: a rerun would never come back to it."""
+    facts = {"device": "Fake 9000", "commit": "0123456789", "dirty": False, "versions": {}}
+    monkeypatch.setattr(tune_run.environment, "describe", lambda _device: facts)
+    breaks = [True]
+
+    class Breaking(Fake):
+        def run(self, task, channel):
+            if task.name == "two" and breaks[0]:
+                channel.say("backends at fake two")
+                raise DeviceFailed("the device failed (illegal access)")
+            super().run(task, channel)
+
+    monkeypatch.setattr(tune_run, "Session", Breaking)
+    options = {"minutes": None, "jobs": 1, "out": tmp_path / "tuned.json", "record": False, "resume": True}
+    assert tune_run.run(run_without_gpu, "bf16", **options) == 1
+    assert json.loads(options["out"].read_text())["ended"]["tasks"] == ["fake one"]
+    breaks[0] = False
+    assert tune_run.run(run_without_gpu, "bf16", **options) == 0
+    assert json.loads(options["out"].read_text())["ended"]["tasks"] == ["fake one", "fake two"]
+
+
 def test_tuning_ends_when_the_time_is_over(run_without_gpu, capsys):
     assert tune_run.run(run_without_gpu, "bf16", minutes=-1.0, jobs=1, out=None, record=False) == 0
     assert "the time is over, 2 of 2 tasks were not begun" in capsys.readouterr().out
