@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -35,6 +35,8 @@ class FoldedWeights(Protocol):
 
 
 Folded = TypeVar("Folded", bound=FoldedWeights)
+Sample = dict[tuple[torch.device, torch.dtype], Tensor]  # elements of weights, [n]
+SAMPLED = 256  # elements of a weight that are compared
 _folding = threading.Lock()  # a thread that comes while another one folds runs without
 
 
@@ -47,7 +49,7 @@ class FoldingUnit(Unit, Generic[Folded]):
 
     auto_fold = True
     _folded: Folded | None = None
-    _sample: WeightSample | None = None  # of weights that folded by themselves
+    _sample: Sample | None = None  # of weights that folded by themselves
     _noted: WeightVersion | None = None  # of the weights of an earlier call
     _refused: WeightVersion | None = None  # of weights for which memory is short
 
@@ -66,6 +68,10 @@ class FoldingUnit(Unit, Generic[Folded]):
     def _made(self) -> Folded:
         """Fold the present weights."""
         raise NotImplementedError
+
+    def folded_modules(self) -> Iterable[nn.Module]:
+        """List the modules whose weights are folded, with all that may compute or move these."""
+        return self.modules()
 
     def weight_version(self) -> WeightVersion:
         """Name the present state of all that folded weights are made from."""
@@ -115,9 +121,16 @@ class FoldingUnit(Unit, Generic[Folded]):
         return self
 
     def current(self) -> Folded | None:
-        """Return the folded weights; drop them once a parameter has changed, with a warning if they were asked for."""
+        """Return the folded weights; drop them once a parameter has changed, with a warning if they were asked for.
+
+        What folded by itself is not seen where a call is traced or transformed, which works without.
+        """
         folded = self._folded
-        if folded is None or torch.compiler.is_compiling() or folded.version == self.weight_version():
+        if folded is None or torch.compiler.is_compiling():
+            return folded
+        if self._sample is not None and _is_transformed():
+            return None
+        if folded.version == self.weight_version():
             return folded
         if self._sample is None:
             warnings.warn(
@@ -128,12 +141,13 @@ class FoldingUnit(Unit, Generic[Folded]):
         self._drop()
         return None
 
-    def count_call(self, pays: bool = True, *, checked: bool = False) -> Folded | None:
+    def count_call(self, pays: bool = True, *, checked: bool = False, at_once: bool = False) -> Folded | None:
         """Take note of a call of inference; fold if there was another one with the same weights.
 
         Args:
             pays: whether the call could use folded weights.
             checked: whether :func:`drop_changed` has just looked at this unit.
+            at_once: fold in the first call: it can't do without.
 
         Returns:
             The folded weights, if there are any now. Those that folded by themselves are dropped where a sample of
@@ -141,13 +155,13 @@ class FoldingUnit(Unit, Generic[Folded]):
         """
         folded, off = self.current(), torch.is_grad_enabled() or _is_watched()
         if folded is not None:
-            if off or self._sample is None or checked or holds([self._sample]):
+            if off or self._sample is None or checked or _same_bits(sample_of(self.weights()), self._sample):
                 return folded
             self._drop()
         if off or not pays or not self._may_fold():
             return None
         version = self.weight_version()
-        if self._noted == version:
+        if at_once or self._noted == version:
             return self._fold_unasked(version)
         self._noted = version
         return None
@@ -162,7 +176,7 @@ class FoldingUnit(Unit, Generic[Folded]):
         """Tell whether weights may fold by themselves now: they are plain, whole, and stay in place between calls."""
         if not self.auto_fold or self.training or requested_backend() != AUTO:  # weights are packed for one backend
             return False
-        return all(map(_is_in_place, self.weights())) and not any(map(_moves_weights, self.modules()))
+        return all(map(_is_in_place, self.weights())) and not any(map(_moves_weights, self.folded_modules()))
 
     def _fold_unasked(self, version: WeightVersion) -> Folded | None:
         if version == self._refused or not _folding.acquire(blocking=False):
@@ -173,8 +187,9 @@ class FoldingUnit(Unit, Generic[Folded]):
                 if free is not None and free < 2 * self.folding_bytes():
                     self._refused = version
                     return None
-                made = self._fold()
-                self._sample, self._folded = WeightSample(self.weights()), made
+                made, sample = self._fold(), sample_of(self.weights())
+                self._wait()  # before a call on another stream finds them
+                self._sample, self._folded = sample, made
         except RuntimeError as error:  # a call that works without must not fail
             self._refused = version
             warnings.warn(f"hia: weights did not fold by themselves and stay as they are: {error}", stacklevel=2)
@@ -188,60 +203,87 @@ class FoldingUnit(Unit, Generic[Folded]):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             return self._made()
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FoldingUnit[Folded]:
+        """Cast or move the weights; what folded by itself of the old ones goes with them."""
+        super()._apply(fn, recurse)
+        if self._sample is not None:
+            self._drop()
+        return self
+
+    def _wait(self) -> None:
+        """Wait for the device: folded weights come and go unasked, and other streams know nothing of it."""
+        device = self.weights()[0].device
+        if device.type == "cuda" and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(device)
+
     def _drop(self) -> None:
+        if self._sample is not None:
+            self._wait()
         self._folded = self._sample = self._noted = None
 
 
-class WeightSample:
-    """One element of each weight, to notice what versions don't count: writes through ``parameter.data``.
+def sample_of(weights: Iterable[Tensor]) -> Sample:
+    """Copy evenly spaced elements of each weight, to notice what versions don't count: writes through ``.data``."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for weight in weights:
+        if weight.numel():
+            groups.setdefault((weight.device, weight.dtype), []).append(_spaced(weight.detach()))
+    with torch.inference_mode(False):
+        return {key: torch.cat(elements) for key, elements in groups.items()}
 
-    Attributes:
-        elements: views of the weights, by device and dtype.
-        values: what they were, [number of elements] each.
 
-    Args:
-        weights: to watch.
+def _spaced(weight: Tensor) -> Tensor:
+    """Return at most 2 * SAMPLED elements, [n], the first among them; a view where the weight lies densely.
+
+    The step is odd, or it would meet a few columns of a matrix alone.
     """
-
-    def __init__(self, weights: Iterable[Tensor]):
-        self.elements: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for weight in weights:
-            if weight.numel():
-                middle = weight.detach()[tuple(side // 2 for side in weight.shape)]
-                self.elements.setdefault((weight.device, weight.dtype), []).append(middle)
-        with torch.inference_mode(False):
-            self.values = {key: torch.stack(elements) for key, elements in self.elements.items()}
+    step = max(1, weight.numel() // SAMPLED) | 1
+    span = 1 + sum((side - 1) * stride for side, stride in zip(weight.shape, weight.stride(), strict=True))
+    if span != weight.numel():
+        return weight.reshape(-1)[::step]
+    return weight.as_strided((-(-weight.numel() // step),), (step,), weight.storage_offset())
 
 
-def holds(samples: Iterable[WeightSample]) -> bool:
-    """Tell whether all the weights' elements are what they were; on a GPU the host waits for the answer, once."""
-    elements: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    values: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+def _same_bits(now: Sample, before: Sample) -> bool:
+    """Compare bit by bit, since NaN is no change; on a GPU the host waits for the answer."""
+    if now.keys() != before.keys():
+        return False
+    return all(torch.equal(x.view(torch.uint8), before[key].view(torch.uint8)) for key, x in now.items())
+
+
+def _joined(samples: Iterable[Sample]) -> Sample:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for sample in samples:
-        for key, found in sample.elements.items():
-            elements.setdefault(key, []).extend(found)
-            values.setdefault(key, []).append(sample.values[key])
-    return all(torch.equal(torch.stack(found), torch.cat(values[key])) for key, found in elements.items())
+        for key, elements in sample.items():
+            groups.setdefault(key, []).append(elements)
+    return {key: torch.cat(elements) for key, elements in groups.items()}
 
 
 def drop_changed(units: Iterable[FoldingUnit[Any]]) -> None:
     """Drop what folded by itself of weights that were written to unseen: the host waits for a GPU once for all."""
     sampled = [(unit, unit._sample) for unit in units if unit._sample is not None]
-    if not sampled or torch.is_grad_enabled() or _is_watched() or holds(sample for _, sample in sampled):
+    if not sampled or torch.is_grad_enabled() or _is_watched():
+        return
+    everything = sample_of(weight for unit, _ in sampled for weight in unit.weights())
+    if _same_bits(everything, _joined(sample for _, sample in sampled)):
         return
     for unit, sample in sampled:
-        if not holds([sample]):
+        if not _same_bits(sample_of(unit.weights()), sample):
             unit._drop()
 
 
 def _is_watched() -> bool:
     """Tell whether something looks on at every op and must not see another one, or keeps what it sees."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or capturing or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Tell whether ops are traced, counted, faked, or run by a transform of torch.func."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0  # it counts or fakes ops
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
-        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

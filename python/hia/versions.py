@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-WeightVersion = tuple[tuple[int, int, torch.dtype, torch.device], ...]
+WeightVersion = tuple[Any, ...]  # compared as a whole
 
 
 def weight_version_of(tensors: Iterable[Tensor]) -> WeightVersion:

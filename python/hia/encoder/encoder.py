@@ -17,7 +17,7 @@ from ..config import HiAConfig
 from ..folding import FoldingUnit
 from ..renamed import renamed
 from ..unit import unit_forward
-from ..versions import has_training_norm, tensors_of
+from ..versions import WeightVersion, has_training_norm, tensors_of
 from . import memory, strips
 from .conv import EncoderConv
 from .executor import ConvExecutor
@@ -202,6 +202,11 @@ class Encoder(FoldingUnit[FoldedEncoder]):
     def weights(self) -> list[Tensor]:
         """List all parameters and statistics."""
         return tensors_of(self)
+
+    def weight_version(self) -> WeightVersion:
+        """Name the present state of parameters and statistics, and what is added to variances."""
+        norms = (self.bn1, *(norm for unit in self.units() for _, norm in unit.pairs()))
+        return (*super().weight_version(), *(norm.eps for norm in norms))
 
     def folding_bytes(self) -> int:
         """Count the bytes that folding takes at its peak: a copy of every weight."""

@@ -84,6 +84,13 @@ class HiAAdapter(nn.Module):
         self.graphs.clear()
         return self
 
+    def train(self, mode: bool = True) -> HiAAdapter:
+        """Set the mode; training needs the graphs' memory for other things."""
+        super().train(mode)
+        if mode:
+            self.graphs.clear()
+        return self
+
     def set_plan(self, plan: str) -> None:
         """Choose the exact forms of the maths.
 
@@ -142,6 +149,8 @@ class HiAAdapter(nn.Module):
         """Choose whether weights fold by themselves; see :meth:`hia.folding.FoldingUnit.set_auto_fold`."""
         for unit in self.folding_units():
             unit.set_auto_fold(auto_fold)
+        if not auto_fold:
+            self.graphs.clear()  # some hold weights that folded by themselves
 
     @torch.compiler.disable  # compares the weights' versions, which a graph would take for constants
     def fold_by_itself(self, features: PackedFeatures, samples: int) -> None:

@@ -72,6 +72,11 @@ class Extractor(FoldingUnit[FoldedExtractor]):
         modules = (*self._shared, self.feature_projection, self.feature_norm, self.kv_proj)
         return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
+    def folded_modules(self) -> list[nn.Module]:
+        """List this unit's modules, and the shared projection's."""
+        (shared,) = self._shared
+        return [*self.modules(), *(() if shared is None else shared.modules())]
+
     def check_in_place(self, action: str) -> None:
         """Refuse an action on weights that don't stay, those of the shared projection included."""
         super().check_in_place(action)
@@ -101,7 +106,8 @@ class Extractor(FoldingUnit[FoldedExtractor]):
         sizes = dataclasses.replace(self.sizes(features, samples), weights_folded=True)
         device = self.kv_proj.weight.device.type
         gains = self.form in (plan.AUTO, *FOLDING_FORMS) and plan.choose("extract", self.form, sizes, device)
-        self.count_call(pays=gains in FOLDING_FORMS)
+        # a form that was forced and reads folded weights can't run without them
+        self.count_call(pays=gains in FOLDING_FORMS, at_once=self.form in FOLDING_FORMS)
 
     def condition_queries(self, hidden: Tensor, instruction_rows: Tensor) -> Tensor:
         """Condition the queries (Eq. 2): hidden [T, D1], instruction_rows [B] -> [B, M, D]; unaware, they stay."""

@@ -224,7 +224,7 @@ class LayerGraphs:
             return eager(rows, features, layout)
         call, reasons = self._prepared(layer, rows, features, layout)
         if call is None or reasons:
-            if reasons == [UNFOLDED] and rows.device in self.caches:
+            if layer.extractor.current() is None and rows.device in self.caches:
                 self.caches[rows.device].drop(layer.extractor.layer_index)
             return eager(rows, features, layout)
         cache = self.caches.get(rows.device)
